@@ -1,0 +1,309 @@
+"""Rank rules, truncated singular value decompositions, and the factors they return.
+
+Everything here works on matrices ``(m, n)`` or stacks of them ``(stack, m, n)`` on whatever device
+they live on, computes in fp32 (fp64 for fp64 inputs), leaves its inputs alone and is deterministic
+for a given seed and thread count.
+
+Solvers (`SOLVERS`): ``exact`` takes leading eigenvectors of the Gram matrix of the short side,
+``fast`` is a block Krylov iteration (`cart_plugin.krylov`) with an error estimate that falls back
+to ``exact`` when it does not converge, ``auto`` picks one by shape, rank and device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cart_plugin.errors import CartError
+from cart_plugin.krylov import full_precision, leading_eigenpairs, leading_subspace
+
+DEFAULT_RANK_RATIO = 0.08
+
+# Relative errors (Frobenius) of the truncated matrix in fp32: what `exact` promises, and what
+# `fast` stops at, half of the 1e-3 that it promises.
+EXACT_TOLERANCE = 1e-5
+FAST_TOLERANCE = 5e-4
+
+# Above this share of the short side a partial eigensolver saves nothing over the full SVD.
+_PARTIAL_SHARE = 0.6
+
+# Where `fast` beats `exact` (`make bench-solvers`): few directions of large matrices, not too wide.
+_FAST_SHARE = 1 / 8
+_FAST_ASPECT = 3
+_FAST_SIDE = 512
+
+
+@dataclass(frozen=True)
+class RankRule:
+    """How many singular directions to keep: one of a share, a count or an energy.
+
+    Attributes:
+        rank_ratio: share of the full rank, ``k = max(1, floor(rank_ratio * min(m, n)))`` (the
+            paper's rule); 0 keeps nothing. The default rule, at 0.08, when none is given.
+        rank: ``k`` itself, cut at ``min(m, n)``; 0 keeps nothing.
+        energy: the smallest ``k`` whose squared singular values reach this share of their sum.
+
+    Raises:
+        CartError: a value out of range, or two rules at once.
+    """
+
+    rank_ratio: float | None = None
+    rank: int | None = None
+    energy: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) > 1:
+            listed = " and ".join(f"{name}={value}" for name, value in given.items())
+            raise CartError(f"{listed} are two rank rules at once; give one of them")
+        if not given:
+            object.__setattr__(self, "rank_ratio", DEFAULT_RANK_RATIO)
+        if self.rank_ratio is not None and not 0 <= self.rank_ratio <= 1:
+            raise CartError(f"rank_ratio must lie between 0 and 1, got {self.rank_ratio}")
+        if self.rank is not None and self.rank < 0:
+            raise CartError(f"rank must be 0 or a positive whole number, got {self.rank}")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise CartError(f"energy must be above 0 and at most 1, got {self.energy}")
+
+    @property
+    def keeps_nothing(self) -> bool:
+        """Whether the rule asks for rank 0, that is, for plain averaging."""
+        return self.rank_ratio == 0 or self.rank == 0
+
+    def fixed_rank(self, m: int, n: int) -> int | None:
+        """The rank kept of an ``(m, n)`` matrix, or None if that depends on its spectrum."""
+        if self.energy is not None:
+            return None
+        if self.keeps_nothing:
+            return 0
+        if self.rank is not None:
+            return min(self.rank, m, n)
+        assert self.rank_ratio is not None
+        return max(1, math.floor(self.rank_ratio * min(m, n)))
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Factors of a truncated SVD, ``U diag(S) Vh``; a leading dimension for stacks of matrices.
+
+    Attributes:
+        U: left singular vectors, ``(m, k)``.
+        S: singular values in descending order, ``(k,)``.
+        Vh: right singular vectors, ``(k, n)``. Rows of singular values that are zero are zero.
+        error: estimated relative error (Frobenius) of the truncated matrix, the worst of a stack.
+    """
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+    error: float = 0.0
+
+    @property
+    def rank(self) -> int:
+        """Number of singular directions kept."""
+        return self.S.shape[-1]
+
+    @property
+    def mT(self) -> LowRank:  # noqa: N802  (torch's name for it)
+        """The factors of the transposed matrices."""
+        return LowRank(self.Vh.mT, self.S, self.U.mT, self.error)
+
+    def dense(self) -> Tensor:
+        """The truncated matrices, ``(m, n)`` each."""
+        return (self.U * self.S[..., None, :]) @ self.Vh
+
+    def add_to_(self, out: Tensor, scale: float = 1.0) -> Tensor:
+        """Add ``scale`` times the truncated matrices to ``out`` in place, without forming them."""
+        left = self.U * self.S[..., None, :]
+        if out.ndim == 2:
+            return out.addmm_(left, self.Vh, alpha=scale)
+        return out.baddbmm_(left, self.Vh, alpha=scale)
+
+
+def truncated_svd(x: Tensor, rule: RankRule, *, svd: str = "auto", seed: int = 0) -> LowRank:
+    """The best approximation of a matrix at the rank that a rule asks for.
+
+    Args:
+        x: ``(m, n)`` or ``(stack, m, n)``, floating point, finite. Not modified.
+        rule: how many directions to keep. With ``energy``, each matrix of a stack has its own
+            rank; the factors are then padded with zeros to the largest.
+        svd: name of a solver, one of `SOLVERS`.
+        seed: start of the randomised solvers.
+
+    Returns:
+        The factors, in fp32 (fp64 if ``x`` is fp64), on the device of ``x``.
+
+    Raises:
+        CartError: ``x`` is not a matrix or a stack of them, or ``svd`` does not name a solver.
+    """
+    if x.ndim not in (2, 3):
+        raise CartError(f"truncated_svd takes matrices, got a tensor of shape {tuple(x.shape)}")
+    if svd not in SOLVERS:
+        raise CartError(f"svd must be one of {', '.join(SOLVERS)}, got {svd!r}")
+    with torch.no_grad():
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        # One orientation inside: a stack whose rows are the short side.
+        tall = x.shape[-2] > x.shape[-1]
+        stack = x if x.ndim == 3 else x[None]
+        with full_precision(x.device):
+            factors = _scaled(stack.mT if tall else stack, rule, SOLVERS[svd], seed)
+        factors = factors.mT if tall else factors
+        if x.ndim == 3:
+            return factors
+        return LowRank(factors.U[0], factors.S[0], factors.Vh[0], factors.error)
+
+
+Solver = Callable[[Tensor, int, int], LowRank]
+
+
+def _scaled(x: Tensor, rule: RankRule, solver: Solver, seed: int) -> LowRank:
+    """Solve with entries of moderate size: squares of very small or large ones leave fp32."""
+    m, n = x.shape[1:]
+    k = rule.fixed_rank(m, n)
+    if k == 0 or x.numel() == 0:
+        return _zeros(x, 0)
+    low, high = torch.aminmax(x)
+    largest = max(-float(low), float(high))
+    if largest == 0:
+        return _zeros(x, k or 1)
+    exponent = math.frexp(largest)[1]
+    if abs(exponent) > 20:
+        scaled = _scaled(x * 2.0**-exponent, rule, solver, seed)
+        return LowRank(scaled.U, scaled.S * 2.0**exponent, scaled.Vh, scaled.error)
+    if k is not None:
+        return solver(x, k, seed)
+    assert rule.energy is not None
+    ranks = [_energy_rank(matrix, rule.energy) for matrix in x]
+    return _cut(solver(x, max(ranks), seed), ranks)
+
+
+def _zeros(x: Tensor, k: int) -> LowRank:
+    stack, m, n = x.shape
+    return LowRank(x.new_zeros(stack, m, k), x.new_zeros(stack, k), x.new_zeros(stack, k, n))
+
+
+def _energy_rank(x: Tensor, energy: float) -> int:
+    """The smallest rank at which ``x`` ``(m, n)`` keeps a share of its squared singular values."""
+    values = torch.linalg.eigvalsh(x @ x.mT).double().flip(0).clamp_min(0)
+    total = float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
+    # Rounding of the Gram matrix must not turn "all of it" into a rank below that of x.
+    reached = values.cumsum(0) >= energy * total * (1 - 1e-6)
+    return int(reached.to(torch.int8).argmax()) + 1 if bool(reached.any()) else x.shape[0]
+
+
+def _cut(factors: LowRank, ranks: list[int]) -> LowRank:
+    """Set what a matrix of the stack has beyond its own rank to zero."""
+    for index, rank in enumerate(ranks):
+        factors.S[index, rank:] = 0
+        factors.Vh[index, rank:] = 0
+    return factors
+
+
+def _auto(x: Tensor, k: int, seed: int) -> LowRank:
+    """``fast`` where it pays, else ``exact``, for ``x`` ``(stack, m, n)``, ``m <= n``.
+
+    ``fast`` pays for up to an eighth of the full rank. On CPUs, wide matrices and small ones go to
+    ``exact`` all the same: its Gram matrix costs little there and its eigensolver is LAPACK's.
+    """
+    m, n = x.shape[1:]
+    fast = k <= _FAST_SHARE * m
+    if x.device.type == "cpu":
+        fast = fast and m >= _FAST_SIDE and n < _FAST_ASPECT * m
+    return _fast(x, k, seed) if fast else _exact(x, k, seed)
+
+
+def _fast(x: Tensor, k: int, seed: int) -> LowRank:
+    """Relative error at most 1e-3 for ``x`` ``(stack, m, n)``, ``m <= n``, or what `exact` gives.
+
+    On CPUs the matrices of a stack are solved one by one, since batched products gain nothing
+    there; on accelerators all at once.
+    """
+    found = [
+        leading_subspace(part, k, tolerance=FAST_TOLERANCE, seed=seed)
+        for part in (x.split(1) if x.device.type == "cpu" else [x])
+    ]
+    parts = [
+        _exact(part, k, seed) if one is None else _from_left(one.left, one.right, one.error)
+        for part, one in zip(x.split(1) if len(found) > 1 else [x], found, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else _stacked(parts)
+
+
+def _exact(x: Tensor, k: int, _seed: int) -> LowRank:
+    """LAPACK-accurate factors of ``x`` ``(stack, m, n)``, ``m <= n``: error at most 1e-5 in fp32.
+
+    On CPUs the leading eigenvectors of ``x x^T`` come from LAPACK's partial eigensolver (MRRR),
+    at a fraction of the full SVD. The product squares the condition number; where fp32 cannot
+    separate the kept directions from the rest any more, it is formed in fp64.
+    """
+    m = x.shape[1]
+    if x.device.type != "cpu" or k > _PARTIAL_SHARE * m:
+        u, s, vh = torch.linalg.svd(x, full_matrices=False)
+        return LowRank(u[..., :k].contiguous(), s[:, :k], vh[:, :k].contiguous(), 0.0)
+    parts = [_exact_matrix(matrix, k) for matrix in x]
+    return parts[0] if len(parts) == 1 else _stacked(parts)
+
+
+def _exact_matrix(x: Tensor, k: int) -> LowRank:
+    m = x.shape[0]
+    if x.dtype == torch.float32:
+        values, vectors = leading_eigenpairs(_lower_gram(x)[None], k + 1)
+        error = _gram_error(values[0], k, m)
+        if error <= EXACT_TOLERANCE:
+            left = vectors[..., :k]
+            return _from_left(left, left.mT @ x, error)
+    _, vectors = leading_eigenpairs(_lower_gram(x.to(torch.float64))[None], k)
+    left = vectors.to(x.dtype)
+    return _from_left(left, left.mT @ x, torch.finfo(x.dtype).eps)
+
+
+def _lower_gram(x: Tensor) -> Tensor:
+    """Lower triangle of ``x x^T``, above which lies rubbish: 5/8 of the full product's work."""
+    m = x.shape[0]
+    step = max(256, math.ceil(m / 4))
+    gram = x.new_empty(m, m)
+    for start in range(0, m, step):
+        end = min(start + step, m)
+        torch.mm(x[start:end], x[:end].mT, out=gram[start:end, :end])
+    return gram
+
+
+def _gram_error(values: Tensor, k: int, m: int) -> float:
+    """Relative error of the truncated matrix that rounding of an fp32 Gram matrix leads to.
+
+    First-order perturbation: rounding of size ``eps * values[0]``, spread over all directions,
+    turns the last kept eigenvector into the first dropped one by that over their gap.
+
+    Args:
+        values: the ``k + 1`` largest eigenvalues, descending.
+        k: number of directions kept.
+        m: size of the Gram matrix.
+    """
+    kept = values[:k].double().clamp_min(0)
+    rounding = torch.finfo(torch.float32).eps * float(kept[0]) / math.sqrt(m)
+    gap = float(kept[-1] - values[k])
+    if gap <= rounding:
+        return math.inf
+    return rounding / gap * math.sqrt(2 * float(kept[-1]) / float(kept.sum()))
+
+
+def _from_left(left: Tensor, right: Tensor, error: float) -> LowRank:
+    """Factors from singular vectors ``left`` ``(stack, m, k)`` of x, and ``right = left^T x``."""
+    s = torch.linalg.vector_norm(right, dim=-1)
+    return LowRank(left, s, right / s.clamp_min(torch.finfo(s.dtype).tiny)[..., None], error)
+
+
+def _stacked(parts: list[LowRank]) -> LowRank:
+    return LowRank(
+        torch.cat([part.U for part in parts]),
+        torch.cat([part.S for part in parts]),
+        torch.cat([part.Vh for part in parts]),
+        max(part.error for part in parts),
+    )
+
+
+SOLVERS: dict[str, Solver] = {"auto": _auto, "exact": _exact, "fast": _fast}

@@ -1,0 +1,353 @@
+"""CART on one weight and on whole state dicts: centre, truncate, recombine.
+
+For fine-tuned weights ``W_1 .. W_T`` of one tensor (arXiv 2412.12153, section 4)::
+
+    centre = sum_t w_t W_t / sum_t w_t
+    merged = centre + lambda * sum_t (w_t / mean(w)) * SVD_k(W_t - centre)
+
+Tensors that are not decomposed end at the centre: the centred task vectors sum to zero.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cart_plugin.errors import CartError, CartWarning
+from cart_plugin.lowrank import SOLVERS, RankRule, truncated_svd
+
+# Tables that are looked up by token or position, whatever the architecture calls them, and
+# biases that a stack of experts makes two-dimensional. Their rows are not directions of a linear
+# map, so the paper's argument (and the authors' code) leaves them to the average.
+_AVERAGED_NAME = re.compile(
+    r"(?:^|\.)(?:"
+    r"embed_tokens|tok_embeddings|word_embeddings|token_embeddings?|token_type_embeddings|"
+    r"embed_in|embed_out|lm_head|wte|wpe|"
+    r"(?:absolute_)?position_embeddings?|positional_embedding|pos_embed|embed_positions|"
+    r"relative_attention_bias|relative_position_bias_table|rel_pos_[hw]|"
+    r"(?:cls|class|mask|register|distillation)_(?:token|embedding)s?"
+    r")(?:\.|$)"
+    r"|^(?:\w+\.)?shared\.weight$"
+    r"|bias$"
+)
+_CONVOLUTION_NAME = re.compile(r"conv", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class CartSettings:
+    """The parameters of CART that hold for all models.
+
+    Attributes:
+        rule: how many singular directions to keep (`RankRule`; default: 8 % of the full rank).
+        lambda_: scale of the sum of truncated task vectors.
+        center: ``"average"``, the weighted mean of the fine-tuned weights, or ``"base"``, the base
+            model (the paper's uncentred ablation).
+        svd: solver, one of `cart_plugin.lowrank.SOLVERS`.
+        seed: start of the randomised solvers, mixed with each tensor's name.
+
+    Raises:
+        CartError: a value out of range.
+    """
+
+    rule: RankRule = field(default_factory=RankRule)
+    lambda_: float = 1.0
+    center: Literal["average", "base"] = "average"
+    svd: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.lambda_):
+            raise CartError(f"lambda must be a finite number, got {self.lambda_}")
+        if self.center not in ("average", "base"):
+            raise CartError(f"center must be 'average' or 'base', got {self.center!r}")
+        if self.svd not in SOLVERS:
+            raise CartError(f"svd must be one of {', '.join(SOLVERS)}, got {self.svd!r}")
+
+
+def is_decomposed(name: str | None, shape: Sequence[int]) -> bool:
+    """Whether CART decomposes a tensor, rather than averaging it.
+
+    Args:
+        name: the tensor's name in its checkpoint; None if it has none (its shape decides).
+        shape: the tensor's shape.
+
+    Returns:
+        True for matrices, stacks of matrices (experts) and convolution kernels; False for
+        vocabulary and position tables, biases, norms and whatever has no two sides above 1.
+    """
+    if name is not None and _AVERAGED_NAME.search(name):
+        return False
+    return len(shape) >= 2 and 0 not in shape and min(_matrix_shape(name, shape)[1:]) > 1
+
+
+def merge_tensors(
+    tensors: Sequence[Tensor],
+    settings: CartSettings | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    base: Tensor | None = None,
+    name: str | None = None,
+    models: Sequence[str] | None = None,
+    decompose: bool | None = None,
+) -> Tensor:
+    """Merge the versions of one tensor that several fine-tuned models hold.
+
+    Peak memory beyond the inputs is four copies of one tensor in fp32, for any number of models.
+
+    Args:
+        tensors: one a model, all of one shape, on one device. At least two.
+        settings: parameters of the method; the defaults if None.
+        weights: one a model: weights of the mean, and, scaled to mean 1, of each model's low-rank
+            term. None means equal.
+        base: the base model's tensor; needed by ``center="base"`` only.
+        name: the tensor's name: decides what it is (see `is_decomposed`) and appears in errors.
+        models: the models' names, for errors; their numbers if None.
+        decompose: overrides `is_decomposed`.
+
+    Returns:
+        The merged tensor, in the dtype to which the inputs promote.
+
+    Raises:
+        CartError: fewer than two tensors, shapes that differ, values that are not finite or not
+            floating point, weights that sum to nothing, a missing base, or a result that the
+            inputs' dtype cannot hold.
+    """
+    settings = settings or CartSettings()
+    models = list(models) if models is not None else [str(i) for i in range(len(tensors))]
+    where = f"tensor {name!r}" if name is not None else "tensor"
+    _check_inputs(tensors, models, base, settings, where)
+    shares = _normalised(weights, len(tensors), where)
+    dtype = tensors[0].dtype
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    if tensors[0].numel() == 0:
+        return tensors[0].to(dtype, copy=True)
+    if decompose is None:
+        decompose = is_decomposed(name, tensors[0].shape)
+    if settings.rule.keeps_nothing:
+        decompose = False
+
+    with torch.no_grad():
+        work = torch.promote_types(dtype, torch.float32)
+        if decompose and settings.center == "base":
+            assert base is not None
+            _check_finite(base, ["the base model"], [base], where)
+            centre = base.to(work, copy=True)
+        else:
+            centre = _weighted_mean(tensors, shares, work)
+            _check_finite(centre, models, tensors, where)
+        if decompose:
+            merged = _add_low_rank(tensors, centre, shares, settings, name, models, where)
+        else:
+            merged = centre
+        result = merged.to(dtype)
+        if not bool(torch.isfinite(result.sum(dtype=work))):
+            raise CartError(
+                f"{where}: the merged values leave the range of {dtype}; use a wider dtype "
+                "(float32 or bfloat16), or a smaller lambda"
+            )
+        return result
+
+
+def merge_state_dicts(
+    state_dicts: Mapping[str, Mapping[str, Tensor]] | Sequence[Mapping[str, Tensor]],
+    settings: CartSettings | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    base: Mapping[str, Tensor] | None = None,
+    decompose: Callable[[str, torch.Size], bool] = is_decomposed,
+) -> dict[str, Tensor]:
+    """Merge whole state dicts, one tensor at a time.
+
+    Args:
+        state_dicts: one a model, or a mapping from the models' names to them; all with the same
+            tensors. Lazily loading mappings work: each tensor is asked for once, when it is due.
+        settings: parameters of the method; the defaults if None.
+        weights: one a model, as in `merge_tensors`.
+        base: the base model's state dict; needed by ``center="base"`` only.
+        decompose: which tensors to decompose, by name and shape.
+
+    Returns:
+        The merged tensors, in the order of the first model. Integer tensors (buffers) are copied
+        if all models agree on them.
+
+    Raises:
+        CartError: as `merge_tensors`, and for tensors that a model lacks.
+    """
+    named = (
+        dict(state_dicts)
+        if isinstance(state_dicts, Mapping)
+        else {str(i): state_dict for i, state_dict in enumerate(state_dicts)}
+    )
+    models = list(named)
+    if not models:
+        raise CartError("CART needs at least two fine-tuned models, got none")
+    settings = settings or CartSettings()
+    holders = dict(named)
+    if settings.center == "base" and base is not None:
+        holders["the base model"] = base
+    _check_same_tensors(holders)
+    merged = {}
+    for name in named[models[0]]:
+        tensors = [named[model][name] for model in models]
+        if not any(tensor.is_floating_point() for tensor in tensors):
+            merged[name] = _agreed_buffer(tensors, models, name)
+            continue
+        merged[name] = merge_tensors(
+            tensors,
+            settings,
+            weights=weights,
+            base=base[name] if base is not None and settings.center == "base" else None,
+            name=name,
+            models=models,
+            decompose=decompose(name, tensors[0].shape),
+        )
+    return merged
+
+
+def _add_low_rank(
+    tensors: Sequence[Tensor],
+    centre: Tensor,
+    shares: Sequence[float],
+    settings: CartSettings,
+    name: str | None,
+    models: Sequence[str],
+    where: str,
+) -> Tensor:
+    """``centre + lambda * T * sum_t share_t SVD_k(W_t - centre)``, for shares that sum to 1."""
+    shape = _matrix_shape(name, centre.shape)
+    if settings.center == "average":
+        _, m, n = shape
+        if settings.rule.fixed_rank(m, n) == min(m, n):
+            # At full rank nothing is truncated, and the weighted sum is zero.
+            return centre
+        if len(tensors) == 2:
+            warnings.warn(
+                "with two models CART is plain averaging: their centred task vectors are "
+                "opposite and cancel at any rank and lambda; use three or more, or center: base",
+                CartWarning,
+                stacklevel=4,
+            )
+    # The same start on every machine and in every order, but another one for each tensor.
+    seed = settings.seed + zlib.crc32((name or "").encode())
+    merged = centre.clone()
+    sums = merged.view(shape)
+    for tensor, share, model in zip(tensors, shares, models, strict=True):
+        if share == 0:
+            continue
+        delta = tensor - centre
+        if settings.center == "base":
+            _check_finite(delta, [model], [tensor], where)
+        factors = truncated_svd(delta.view(shape), settings.rule, svd=settings.svd, seed=seed)
+        factors.add_to_(sums, settings.lambda_ * len(tensors) * share)
+        del delta
+    return merged
+
+
+def _matrix_shape(name: str | None, shape: Sequence[int]) -> tuple[int, int, int]:
+    """Shape ``(stack, m, n)`` of the matrices that a tensor of two or more dimensions holds.
+
+    Convolution kernels ``(out, in, ...)`` are one matrix ``(out, in * ...)``; what else has three
+    dimensions is a stack, such as the experts of a mixture.
+    """
+    if len(shape) == 2:
+        return 1, shape[0], shape[1]
+    if len(shape) == 3 and not (name is not None and _CONVOLUTION_NAME.search(name)):
+        return shape[0], shape[1], shape[2]
+    return 1, shape[0], math.prod(shape[1:])
+
+
+def _weighted_mean(tensors: Sequence[Tensor], shares: Sequence[float], work: torch.dtype) -> Tensor:
+    """Weighted mean, summed in the working precision: fp16 values may overflow in fp16."""
+    mean = torch.zeros(tensors[0].shape, dtype=work, device=tensors[0].device)
+    for tensor, share in zip(tensors, shares, strict=True):
+        mean.add_(tensor, alpha=share)
+    return mean
+
+
+def _normalised(weights: Sequence[float] | None, count: int, where: str) -> list[float]:
+    if weights is None:
+        return [1 / count] * count
+    if len(weights) != count:
+        raise CartError(f"{where}: {count} models but {len(weights)} weights")
+    total = math.fsum(weights)
+    if not math.isfinite(total) or total <= 0:
+        raise CartError(f"{where}: weights must sum to more than 0, got {list(weights)}")
+    return [weight / total for weight in weights]
+
+
+def _check_inputs(
+    tensors: Sequence[Tensor],
+    models: Sequence[str],
+    base: Tensor | None,
+    settings: CartSettings,
+    where: str,
+) -> None:
+    if len(tensors) < 2:
+        raise CartError(
+            f"CART needs at least two fine-tuned models (three to gain from it); "
+            f"{where} comes from {len(tensors)}: {', '.join(models) or 'none'}"
+        )
+    if settings.center == "base" and base is None:
+        raise CartError(f"{where}: center is 'base' but there is no base model; give one")
+    named = list(zip(models, tensors, strict=True))
+    if base is not None and settings.center == "base":
+        named.append(("the base model", base))
+    for model, tensor in named:
+        if not tensor.is_floating_point():
+            raise CartError(
+                f"{where} of {model} is {tensor.dtype}; quantised or integer weights cannot be "
+                "averaged, convert them to a floating-point checkpoint first"
+            )
+        if tensor.shape != tensors[0].shape:
+            raise CartError(
+                f"{where} is {tuple(tensors[0].shape)} in {models[0]} but {tuple(tensor.shape)} in "
+                f"{model}; merged models must have the same architecture (leave heads of different "
+                "sizes out, and align vocabularies)"
+            )
+
+
+def _check_finite(
+    total: Tensor, models: Sequence[str], tensors: Sequence[Tensor], where: str
+) -> None:
+    """Name the model whose tensor makes ``total``, a sum of them all, infinite or NaN."""
+    # A sum is not finite if any term is not: one cheap reduction covers all models.
+    if bool(torch.isfinite(total.sum())):
+        return
+    for model, tensor in zip(models, tensors, strict=True):
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise CartError(
+                f"{where} of {model} holds {bad} NaN or infinite values out of {tensor.numel()}; "
+                "the checkpoint is broken, or was trained in too narrow a dtype"
+            )
+
+
+def _check_same_tensors(holders: Mapping[str, Mapping[str, Tensor]]) -> None:
+    union = set().union(*holders.values())
+    for model, state_dict in holders.items():
+        missing = sorted(union - set(state_dict))
+        if missing:
+            listed = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+            raise CartError(
+                f"{model} lacks {len(missing)} tensors that other models have: {listed}; merged "
+                "models must have the same architecture (leave task heads out)"
+            )
+
+
+def _agreed_buffer(tensors: Sequence[Tensor], models: Sequence[str], name: str) -> Tensor:
+    for model, tensor in zip(models, tensors, strict=True):
+        if tensor.shape != tensors[0].shape or not torch.equal(tensor, tensors[0]):
+            raise CartError(
+                f"tensor {name!r} holds integers that differ between {models[0]} and {model}; "
+                "only buffers on which all models agree can be kept"
+            )
+    return tensors[0].clone()
