@@ -19,21 +19,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import scipy.linalg
 import torch
 from torch import Tensor
+
+from cart_plugin.gram import LeftVectors, leading_left
 
 # Small blocks reach a given accuracy with the smallest basis, large ones run faster a column: a
 # quarter of k did best, against a third and a half. In whole vector registers.
 _BLOCKS_PER_RANK = 4
 # Basis at the first test of convergence, in units of k: enough for decaying spectra.
-_FIRST_BASIS = 2.75
+_FIRST_BASIS = 3.25
 _MIN_STEPS = 4
 # A larger basis costs more than the alternatives.
 _MAX_BASIS_SHARE = 0.55
-# The projected problem squares the condition number: where its diagonal falls below this share of
-# its largest entry, it is solved in fp64.
-_DOUBLE_BELOW = 1e-3
 _PROBES = 4
 # Relative error that fp32 rounding leaves in any case.
 _ROUNDING = 2e-6
@@ -80,8 +78,9 @@ def leading_subspace(x: Tensor, k: int, *, tolerance: float, seed: int) -> Subsp
     basis, image = x.new_empty(stack, 0, m), x.new_empty(stack, 0, n)
     while True:
         basis, image, rows, residual = _extend(x, basis, image, rows, steps)
-        ritz = _rayleigh_ritz(image, k, block)
-        error = _estimated_error(ritz, residual)
+        # Rayleigh-Ritz: singular vectors of x within the basis.
+        ritz = leading_left(image, k, tolerance=tolerance / 4)
+        error = _estimated_error(ritz, image[:, -block:], residual)
         if error <= tolerance:
             break
         if not math.isfinite(error):
@@ -93,15 +92,7 @@ def leading_subspace(x: Tensor, k: int, *, tolerance: float, seed: int) -> Subsp
             return None
     if _misses_direction(x, basis, ritz, generator):
         return None
-    vectors = ritz.vectors.to(x.dtype)
-    return Subspace(basis.mT @ vectors, vectors.mT @ image, error)
-
-
-class _Ritz(NamedTuple):
-    values: Tensor  # (stack, k), descending: approximate squared singular values
-    vectors: Tensor  # (stack, p, k), in the basis
-    next_value: Tensor  # (stack,): the largest one that is not kept
-    last_block: Tensor  # (stack,): mean Rayleigh quotient of the newest block
+    return Subspace(basis.mT @ ritz.vectors, ritz.vectors.mT @ image, error)
 
 
 def _extend(
@@ -167,49 +158,7 @@ def _norms(rows: Tensor) -> Tensor:
     return rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
 
 
-def _rayleigh_ritz(image: Tensor, k: int, block: int) -> _Ritz:
-    """Leading eigenpairs of ``x x^T`` within the basis, from ``image`` ``(stack, p, n)``."""
-    gram = image @ image.mT
-    quotients = gram.diagonal(dim1=-2, dim2=-1)
-    last_block = quotients[:, -block:].mean(-1)
-    if bool((last_block < _DOUBLE_BELOW * quotients.amax(-1)).any()):
-        gram = image.double() @ image.double().mT
-    values, vectors = leading_eigenpairs(gram, k + 1)
-    return _Ritz(values[:, :k], vectors[..., :k], values[:, k], last_block)
-
-
-def leading_eigenpairs(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The largest eigenvalues of symmetric matrices, descending, with their eigenvectors.
-
-    Args:
-        gram: ``(stack, p, p)``, positive semidefinite; only the lower triangles are read, and
-            all of it may be overwritten.
-        count: how many, at most ``p``.
-
-    Returns:
-        Values ``(stack, count)`` and vectors ``(stack, p, count)``.
-    """
-    p = gram.shape[-1]
-    if gram.device.type != "cpu":
-        values, vectors = torch.linalg.eigh(gram)
-        return values[:, p - count :].flip(-1), vectors[..., p - count :].flip(-1)
-    pairs = [
-        scipy.linalg.eigh(
-            matrix.mT.numpy(),  # Fortran order, as LAPACK wants it: no copy
-            lower=False,
-            subset_by_index=(p - count, p - 1),
-            driver="evr",
-            overwrite_a=True,
-            check_finite=False,
-        )
-        for matrix in gram
-    ]
-    values = torch.stack([torch.from_numpy(pair[0]) for pair in pairs])
-    vectors = torch.stack([torch.from_numpy(pair[1]) for pair in pairs])
-    return values.flip(-1), vectors.flip(-1)
-
-
-def _estimated_error(ritz: _Ritz, residual: Tensor) -> float:
+def _estimated_error(ritz: LeftVectors, newest: Tensor, residual: Tensor) -> float:
     """Relative error of the truncated matrix, to first order in the residuals.
 
     A Ritz vector with value ``t`` and residual of norm ``r`` deviates by ``r / (t - d)`` towards
@@ -217,19 +166,28 @@ def _estimated_error(ritz: _Ritz, residual: Tensor) -> float:
     ``r^2 (t + d) / (t - d)^2`` to the squared error. For ``d`` stands the middle between the
     largest value not kept and the mean over the newest block, which keeps the estimate within a
     factor of three of the truth on all spectra of the benchmark. Rounding adds its part.
+
+    Args:
+        ritz: vectors in the basis.
+        newest: image of the newest block, ``(stack, b, n)``.
+        residual: what its ``x x^T`` has outside the basis, ``(stack, b, m)``.
     """
-    kept = ritz.values.double().clamp_min(0)
-    last = ritz.vectors[:, -residual.shape[1] :].to(residual.dtype)
+    k = ritz.vectors.shape[-1]
+    kept = ritz.values[:, :k].double()
+    quotient = newest.square().sum(-1).mean(-1).double()
+    outside = ((ritz.values[:, k] + quotient) / 2)[:, None]
+    last = ritz.vectors[:, -residual.shape[1] :]
     residuals = (last.mT @ residual).double().square().sum(-1)
-    outside = ((ritz.next_value + ritz.last_block).double() / 2)[:, None]
-    total = kept.sum(-1)
     gap = (kept - outside).clamp_min(torch.finfo(torch.float32).eps * kept[:, :1]).square()
+    total = kept.sum(-1)
     squared = (residuals * (kept + outside) / gap).sum(-1) / total
-    squared = torch.where(total > 0, squared, 0.0) + _ROUNDING**2
-    return float(squared.max().sqrt())
+    squared = torch.where(total > 0, squared, 0.0)
+    return math.sqrt(float(squared.max()) + ritz.error**2 + _ROUNDING**2)
 
 
-def _misses_direction(x: Tensor, basis: Tensor, ritz: _Ritz, generator: torch.Generator) -> bool:
+def _misses_direction(
+    x: Tensor, basis: Tensor, ritz: LeftVectors, generator: torch.Generator
+) -> bool:
     """Whether a direction that should be kept lies outside the basis.
 
     A Krylov space holds at most a block of vectors of each singular value, so that values repeated
@@ -243,7 +201,7 @@ def _misses_direction(x: Tensor, basis: Tensor, ritz: _Ritz, generator: torch.Ge
         probes = ((probes / _norms(probes)) @ x) @ x.mT
     probes = _project_out(probes, basis)
     outside = ((probes / _norms(probes)) @ x).square().sum(-1).amax(-1)
-    smallest = ritz.values[:, -1]
+    smallest = ritz.values[:, -2]
     rounding = (10 * torch.finfo(x.dtype).eps) ** 2 * ritz.values[:, 0]
     return bool((outside > 0.95 * smallest + rounding).any())
 

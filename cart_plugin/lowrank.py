@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from cart_plugin.errors import CartError
-from cart_plugin.krylov import full_precision, leading_eigenpairs, leading_subspace
+from cart_plugin.gram import leading_left
+from cart_plugin.krylov import full_precision, leading_subspace
 
 DEFAULT_RANK_RATIO = 0.08
 
@@ -64,7 +65,7 @@ class RankRule:
             object.__setattr__(self, "rank_ratio", DEFAULT_RANK_RATIO)
         if self.rank_ratio is not None and not 0 <= self.rank_ratio <= 1:
             raise CartError(f"rank_ratio must lie between 0 and 1, got {self.rank_ratio}")
-        if self.rank is not None and self.rank < 0:
+        if self.rank is not None and not (self.rank >= 0 and self.rank % 1 == 0):
             raise CartError(f"rank must be 0 or a positive whole number, got {self.rank}")
         if self.energy is not None and not 0 < self.energy <= 1:
             raise CartError(f"energy must be above 0 and at most 1, got {self.energy}")
@@ -170,7 +171,7 @@ def _scaled(x: Tensor, rule: RankRule, solver: Solver, seed: int) -> LowRank:
     largest = max(-float(low), float(high))
     if largest == 0:
         return _zeros(x, k or 1)
-    exponent = math.frexp(largest)[1]
+    exponent = max(math.frexp(largest)[1], -126)  # 2**127 is the largest power that fp32 holds
     if abs(exponent) > 20:
         scaled = _scaled(x * 2.0**-exponent, rule, solver, seed)
         return LowRank(scaled.U, scaled.S * 2.0**exponent, scaled.Vh, scaled.error)
@@ -244,51 +245,12 @@ def _exact(x: Tensor, k: int, _seed: int) -> LowRank:
     if x.device.type != "cpu" or k > _PARTIAL_SHARE * m:
         u, s, vh = torch.linalg.svd(x, full_matrices=False)
         return LowRank(u[..., :k].contiguous(), s[:, :k], vh[:, :k].contiguous(), 0.0)
-    parts = [_exact_matrix(matrix, k) for matrix in x]
-    return parts[0] if len(parts) == 1 else _stacked(parts)
-
-
-def _exact_matrix(x: Tensor, k: int) -> LowRank:
-    m = x.shape[0]
-    if x.dtype == torch.float32:
-        values, vectors = leading_eigenpairs(_lower_gram(x)[None], k + 1)
-        error = _gram_error(values[0], k, m)
-        if error <= EXACT_TOLERANCE:
-            left = vectors[..., :k]
-            return _from_left(left, left.mT @ x, error)
-    _, vectors = leading_eigenpairs(_lower_gram(x.to(torch.float64))[None], k)
-    left = vectors.to(x.dtype)
-    return _from_left(left, left.mT @ x, torch.finfo(x.dtype).eps)
-
-
-def _lower_gram(x: Tensor) -> Tensor:
-    """Lower triangle of ``x x^T``, above which lies rubbish: 5/8 of the full product's work."""
-    m = x.shape[0]
-    step = max(256, math.ceil(m / 4))
-    gram = x.new_empty(m, m)
-    for start in range(0, m, step):
-        end = min(start + step, m)
-        torch.mm(x[start:end], x[:end].mT, out=gram[start:end, :end])
-    return gram
-
-
-def _gram_error(values: Tensor, k: int, m: int) -> float:
-    """Relative error of the truncated matrix that rounding of an fp32 Gram matrix leads to.
-
-    First-order perturbation: rounding of size ``eps * values[0]``, spread over all directions,
-    turns the last kept eigenvector into the first dropped one by that over their gap.
-
-    Args:
-        values: the ``k + 1`` largest eigenvalues, descending.
-        k: number of directions kept.
-        m: size of the Gram matrix.
-    """
-    kept = values[:k].double().clamp_min(0)
-    rounding = torch.finfo(torch.float32).eps * float(kept[0]) / math.sqrt(m)
-    gap = float(kept[-1] - values[k])
-    if gap <= rounding:
-        return math.inf
-    return rounding / gap * math.sqrt(2 * float(kept[-1]) / float(kept.sum()))
+    parts = [leading_left(part, k, tolerance=EXACT_TOLERANCE) for part in x.split(1)]
+    solved = [
+        _from_left(part.vectors, part.vectors.mT @ matrix, part.error)
+        for matrix, part in zip(x.split(1), parts, strict=True)
+    ]
+    return solved[0] if len(solved) == 1 else _stacked(solved)
 
 
 def _from_left(left: Tensor, right: Tensor, error: float) -> LowRank:

@@ -16,6 +16,7 @@ merged otherwise.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Hashable, Sequence
 from typing import Annotated, Any, Literal
@@ -32,7 +33,7 @@ from mergekit.merge_methods import (
     TensorGroup,
 )
 from mergekit.merge_methods.base import ParameterSpec
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator
 
 from cart_plugin.errors import CartError
 from cart_plugin.lowrank import RankRule
@@ -48,9 +49,12 @@ def _number_named(name: str) -> BeforeValidator:
         try:
             if isinstance(value, bool):
                 raise TypeError
-            return float(value)
+            number = float(value)
         except (TypeError, ValueError):
             raise CartError(f"{name} must be a number, got {value!r}") from None
+        if not math.isfinite(number):
+            raise CartError(f"{name} must be a finite number, got {value!r}")
+        return number
 
     return BeforeValidator(check)
 
@@ -88,7 +92,7 @@ Energy = Annotated[
 Lambda = Annotated[
     float, _number_named("lambda"), _checked_by(lambda value: CartSettings(lambda_=value))
 ]
-Weight = Annotated[float, _number_named("weight"), Field(allow_inf_nan=False)]
+Weight = Annotated[float, _number_named("weight")]
 
 SPEC = MergeMethodSpec(
     name="cart",

@@ -149,7 +149,8 @@ def merge_tensors(
         else:
             merged = centre
         result = merged.to(dtype)
-        if not bool(torch.isfinite(result.sum(dtype=work))):
+        # The sum alone is cheaper, but may overflow where no value does.
+        if not bool(torch.isfinite(result.sum(dtype=work)) or torch.isfinite(result).all()):
             raise CartError(
                 f"{where}: the merged values leave the range of {dtype}; use a wider dtype "
                 "(float32 or bfloat16), or a smaller lambda"
@@ -238,7 +239,7 @@ def _add_low_rank(
             )
     # The same start on every machine and in every order, but another one for each tensor.
     seed = settings.seed + zlib.crc32((name or "").encode())
-    merged = centre.clone()
+    merged = centre.clone(memory_format=torch.contiguous_format)
     sums = merged.view(shape)
     for tensor, share, model in zip(tensors, shares, models, strict=True):
         if share == 0:
@@ -246,7 +247,7 @@ def _add_low_rank(
         delta = tensor - centre
         if settings.center == "base":
             _check_finite(delta, [model], [tensor], where)
-        factors = truncated_svd(delta.view(shape), settings.rule, svd=settings.svd, seed=seed)
+        factors = truncated_svd(delta.reshape(shape), settings.rule, svd=settings.svd, seed=seed)
         factors.add_to_(sums, settings.lambda_ * len(tensors) * share)
         del delta
     return merged
@@ -278,7 +279,7 @@ def _normalised(weights: Sequence[float] | None, count: int, where: str) -> list
         return [1 / count] * count
     if len(weights) != count:
         raise CartError(f"{where}: {count} models but {len(weights)} weights")
-    total = math.fsum(weights)
+    total = sum(weights)
     if not math.isfinite(total) or total <= 0:
         raise CartError(f"{where}: weights must sum to more than 0, got {list(weights)}")
     return [weight / total for weight in weights]
