@@ -14,6 +14,11 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+# Where the partial eigensolver beats the full one by more than it costs to wake scipy's threads
+# beside torch's, which get into each other's way: few directions of large matrices.
+_PARTIAL_SIDE = 768
+_PARTIAL_SHARE = 0.2
+
 
 class LeftVectors(NamedTuple):
     """Leading left singular vectors of a stack of matrices.
@@ -40,10 +45,10 @@ def leading_left(x: Tensor, k: int, *, tolerance: float) -> LeftVectors:
         tolerance: relative error of the truncated matrix above which fp32 is not enough.
     """
     energies = torch.linalg.vector_norm(x, dim=(1, 2), dtype=torch.float64).square()
-    values, vectors = _leading(x, k)
-    error = float(_rounding_error(values, energies, x.shape[1]).max())
+    values, vectors, noise = _leading(x, k)
+    error = float(_rounding_error(values, energies, x.shape[1], noise).max())
     if error > tolerance and x.dtype != torch.float64:
-        values, vectors = _leading(x.to(torch.float64), k)
+        values, vectors, _ = _leading(x.to(torch.float64), k)
         error = torch.finfo(x.dtype).eps
     return LeftVectors(values.to(x.dtype), vectors.to(x.dtype), error)
 
@@ -59,41 +64,49 @@ def _gram(x: Tensor) -> Tensor:
     return gram
 
 
-def _leading(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Leading eigenpairs of the Gram matrices of ``x`` ``(stack, m, n)``."""
+def _leading(x: Tensor, k: int) -> tuple[Tensor, Tensor, float]:
+    """Leading eigenpairs of the Gram matrices of ``x`` ``(stack, m, n)``, and the solver's noise.
+
+    Noise is the size of rounding errors in units of ``eps * values[0] / sqrt(m)``, as measured.
+    """
     m = x.shape[1]
-    count = min(k + 1, m)
     gram = _gram(x)
-    pairs = []
-    if gram.device.type == "cpu":
-        # LAPACK's partial eigensolver (MRRR); torch has only the full one.
-        pairs = [
-            scipy.linalg.eigh(
-                matrix.mT.numpy(),  # Fortran order, as LAPACK wants it: no copy
-                lower=False,
-                subset_by_index=(m - count, m - 1),
-                driver="evr",
-                overwrite_a=True,
-                check_finite=False,
-            )
-            for matrix in gram
-        ]
-    if pairs and all(len(pair[0]) == count for pair in pairs):
-        values = torch.stack([torch.from_numpy(pair[0]) for pair in pairs])
-        vectors = torch.stack([torch.from_numpy(pair[1]) for pair in pairs])
+    partial = x.device.type == "cpu" and m >= _PARTIAL_SIDE and k < _PARTIAL_SHARE * m
+    found = [_partial_eigh(matrix, k + 1) for matrix in gram] if partial else []
+    if partial and all(len(values) == k + 1 for values, _ in found):
+        values = torch.stack([values for values, _ in found])
+        vectors = torch.stack([vectors for _, vectors in found])
+        noise = 1.0
     else:
-        # Also where the partial one loses some of a cluster of equal eigenvalues, as it may.
-        values, vectors = torch.linalg.eigh(_gram(x) if pairs else gram)
+        values, vectors = torch.linalg.eigh(_gram(x) if partial else gram)
+        noise = 4.0
     values = values.flip(-1)[:, : k + 1].clamp_min(0)
     if k == m:
         values = torch.cat([values, torch.zeros_like(values[:, :1])], 1)
-    return values, vectors.flip(-1)[..., :k]
+    return values, vectors.flip(-1)[..., :k], noise
 
 
-def _rounding_error(values: Tensor, energies: Tensor, m: int) -> Tensor:
+def _partial_eigh(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """LAPACK's partial eigensolver (MRRR), which torch lacks, on the lower triangle of a matrix.
+
+    Of a cluster of equal eigenvalues it may lose some, and then returns fewer than ``count``.
+    """
+    m = gram.shape[0]
+    values, vectors = scipy.linalg.eigh(
+        gram.mT.numpy(),  # Fortran order, as LAPACK wants it: no copy
+        lower=False,
+        subset_by_index=(m - count, m - 1),
+        driver="evr",
+        overwrite_a=True,
+        check_finite=False,
+    )
+    return torch.from_numpy(values), torch.from_numpy(vectors)
+
+
+def _rounding_error(values: Tensor, energies: Tensor, m: int, noise: float) -> Tensor:
     """Relative error of the truncated matrices that rounding of their Gram matrices leads to.
 
-    First-order perturbation: rounding of size ``r = eps * values[0] / sqrt(m)`` between any two
+    First-order perturbation: rounding ``r = noise * eps * values[0] / sqrt(m)`` between any two
     directions turns kept eigenvectors (value ``t``) towards dropped ones (value ``d``) by
     ``r / (t - d)``, which adds ``r^2 (t + d) / (t - d)^2`` to the squared error. Two sums matter:
     the last kept against the first dropped, and all kept against the mass of small ones, on which
@@ -103,11 +116,12 @@ def _rounding_error(values: Tensor, energies: Tensor, m: int) -> Tensor:
         values: the ``k + 1`` largest eigenvalues, descending, ``(stack, k + 1)``.
         energies: sums of all eigenvalues, ``(stack,)``.
         m: size of the Gram matrices.
+        noise: see `_leading`.
     """
     k = values.shape[-1] - 1
     if k == m:
         return torch.zeros_like(energies)
-    size = torch.finfo(values.dtype).eps * values[:, 0].double() / math.sqrt(m)
+    size = noise * torch.finfo(values.dtype).eps * values[:, 0].double() / math.sqrt(m)
     kept, dropped = values[:, :k].double(), values[:, k:].double()
     total = kept.sum(-1)
     mean = ((energies - total).clamp_min(0) / (m - k))[:, None].minimum(dropped)

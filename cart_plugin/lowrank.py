@@ -29,12 +29,12 @@ DEFAULT_RANK_RATIO = 0.08
 EXACT_TOLERANCE = 1e-5
 FAST_TOLERANCE = 5e-4
 
-# Above this share of the short side a partial eigensolver saves nothing over the full SVD.
-_PARTIAL_SHARE = 0.6
+# Above this share of the short side the Gram matrix saves little over the full SVD.
+_GRAM_SHARE = 0.6
 
 # Where `fast` beats `exact` (`make bench-solvers`): few directions of large matrices, not too wide.
 _FAST_SHARE = 1 / 8
-_FAST_ASPECT = 3
+_FAST_ASPECT = 6
 _FAST_SIDE = 512
 
 
@@ -237,12 +237,12 @@ def _fast(x: Tensor, k: int, seed: int) -> LowRank:
 def _exact(x: Tensor, k: int, _seed: int) -> LowRank:
     """LAPACK-accurate factors of ``x`` ``(stack, m, n)``, ``m <= n``: error at most 1e-5 in fp32.
 
-    On CPUs the leading eigenvectors of ``x x^T`` come from LAPACK's partial eigensolver (MRRR),
-    at a fraction of the full SVD. The product squares the condition number; where fp32 cannot
-    separate the kept directions from the rest any more, it is formed in fp64.
+    On CPUs the leading eigenvectors of ``x x^T`` cost a fraction of the full SVD. The product
+    squares the condition number; where fp32 cannot separate the kept directions from the rest any
+    more, it is formed in fp64 (`cart_plugin.gram`).
     """
     m = x.shape[1]
-    if x.device.type != "cpu" or k > _PARTIAL_SHARE * m:
+    if x.device.type != "cpu" or k > _GRAM_SHARE * m:
         u, s, vh = torch.linalg.svd(x, full_matrices=False)
         return LowRank(u[..., :k].contiguous(), s[:, :k], vh[:, :k].contiguous(), 0.0)
     parts = [leading_left(part, k, tolerance=EXACT_TOLERANCE) for part in x.split(1)]

@@ -1,0 +1,102 @@
+"""What a check found, and how it is printed: a mark, a short fact, and what to do about it."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from rich.console import Console
+from rich.text import Text
+
+
+class Level(Enum):
+    """How bad a finding is; the value is the word printed."""
+
+    OK = "ok"
+    WARNING = "warning"
+    PROBLEM = "problem"
+
+
+_STYLES = {Level.OK: "green", Level.WARNING: "yellow", Level.PROBLEM: "bold red"}
+_MARK_WIDTH = max(len(level.value) for level in Level) + 2
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of a report; everything that is not ok carries advice."""
+
+    level: Level
+    fact: str
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Findings under a heading."""
+
+    title: str
+    findings: Sequence[Finding]
+
+
+def ok(fact: str) -> Finding:
+    """A fact that needs no action."""
+    return Finding(Level.OK, fact)
+
+
+def warning(fact: str, advice: str) -> Finding:
+    """Something that works but may not do what is wanted, and what to do about it."""
+    return Finding(Level.WARNING, fact, advice)
+
+
+def problem(fact: str, advice: str) -> Finding:
+    """Something that stops the merge or spoils its result, and what to do about it."""
+    return Finding(Level.PROBLEM, fact, advice)
+
+
+def count(number: int, noun: str) -> str:
+    """The number with its noun, in the plural where it needs one: `1 tensor`, `1,204 tensors`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def some(names: Iterable[object], limit: int = 3) -> str:
+    """The first few names of a list, and how many more there are."""
+    shown = [str(name) for name in names]
+    rest = len(shown) - limit
+    return ", ".join(shown[:limit]) + (f" and {rest:,} more" if rest > 0 else "")
+
+
+def first_line(error: BaseException) -> str:
+    """An error as one line without a traceback: its type and the start of its message."""
+    message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def console() -> Console:
+    """Standard output at the terminal's width; not wrapped in files and pipes (logs, grep)."""
+    terminal = Console(highlight=False)
+    return terminal if terminal.is_terminal else Console(highlight=False, width=10_000)
+
+
+def print_section(out: Console, section: Section) -> None:
+    """Print a heading and its findings, wrapped under themselves."""
+    out.print(Text(section.title, style="bold"))
+    for finding in section.findings:
+        mark = Text(f"  {finding.level.value:<{_MARK_WIDTH}}", style=_STYLES[finding.level])
+        _print_wrapped(out, mark, finding.fact)
+        if finding.advice:
+            arrow = Text(" " * (_MARK_WIDTH + 2) + "-> ", style="dim")
+            _print_wrapped(out, arrow, finding.advice)
+
+
+def _print_wrapped(out: Console, head: Text, body: str) -> None:
+    # Wrapped here, not by rich, so that paths and names are never cut and nothing is padded.
+    lines = textwrap.wrap(
+        body,
+        width=max(out.width - len(head), 30),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    for number, line in enumerate(lines):
+        out.print(head if number == 0 else " " * len(head), Text(line), sep="", soft_wrap=True)

@@ -1,0 +1,89 @@
+"""The command as people start it: help, laziness, exit codes, and what the terminal shows."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+from cart_plugin.cli import findings, main
+from tests.cli.conftest import Report
+from tests.cli.tiny import write_recipe
+
+
+def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_help_imports_neither_torch_nor_mergekit() -> None:
+    process = run_python(
+        "import sys\n"
+        "from cart_plugin.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print([name for name in ('torch', 'mergekit', 'transformers') if name in sys.modules])\n"
+    )
+    assert process.stdout.splitlines()[-1] == "[]"
+    assert "doctor  Check the installation" in process.stdout
+
+
+def test_unknown_subcommand_is_an_error() -> None:
+    result = CliRunner().invoke(main, ["doktor"])
+    assert result.exit_code == 2
+    assert "doktor" in result.output
+
+
+def test_doctor_as_a_process_checks_installation_and_recipe(
+    llamas: list[str], tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path / "cart.yaml", llamas, parameters={"rank_rati": 0.1})
+    code = "from cart_plugin.cli import main; main()"
+    process = run_python(code, "doctor", str(recipe))
+    assert process.returncode == 1, process.stderr
+    assert process.stderr == ""
+    assert "self-test: relative error" in process.stdout
+    assert "did you mean rank_ratio?" in process.stdout
+    assert process.stdout.splitlines()[-1].startswith("1 problem, ")
+
+
+def test_recipe_is_not_checked_where_mergekit_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("cart_plugin.cli.environment.check_environment", lambda show: False)
+    result = CliRunner().invoke(main, ["doctor", str(tmp_path / "cart.yaml")])
+    assert "The recipe was not checked" in result.output
+
+
+def test_an_error_of_the_check_itself_is_a_problem_without_traceback(
+    doctor: Callable[..., Report], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("surprise")
+
+    monkeypatch.setattr("cart_plugin.cli.recipe.check_recipe", fail)
+    doctor(tmp_path / "cart.yaml").has_only_problem("KeyError: 'surprise'", "report this")
+
+
+def test_lines_are_wrapped_under_themselves_and_never_cut(capsys: pytest.CaptureFixture) -> None:
+    path = "/a/very/long/path/" + "x" * 60
+    finding = findings.problem(f"the model at {path} cannot be read by anybody", "copy it again")
+    findings.print_section(Console(width=60), findings.Section("Inputs", [finding]))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["Inputs", "  problem  the model at"]
+    assert lines[2] == " " * 11 + path
+    assert lines[-1] == "           -> copy it again"
+
+
+def test_output_that_is_piped_is_not_wrapped(capsys: pytest.CaptureFixture) -> None:
+    finding = findings.warning("word " * 60 + "end", "do this")
+    findings.print_section(findings.console(), findings.Section("Inputs", [finding]))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[1].endswith("end")
