@@ -20,7 +20,8 @@ from torch import Tensor
 
 from cart_plugin.errors import CartError
 from cart_plugin.gram import leading_left
-from cart_plugin.krylov import full_precision, leading_subspace
+from cart_plugin.krylov import leading_subspace
+from cart_plugin.precision import full_precision
 
 DEFAULT_RANK_RATIO = 0.08
 
@@ -189,10 +190,13 @@ def _zeros(x: Tensor, k: int) -> LowRank:
 
 def _energy_rank(x: Tensor, energy: float) -> int:
     """The smallest rank at which ``x`` ``(m, n)`` keeps a share of its squared singular values."""
+    # fp32 tells shares apart by about 1e-6, which is too coarse close to all of them.
+    dtype, slack = (torch.float64, 1e-12) if energy > 1 - 1e-4 else (x.dtype, 1e-6)
+    x = x.to(dtype)
     values = torch.linalg.eigvalsh(x @ x.mT).double().flip(0).clamp_min(0)
     total = float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
     # Rounding of the Gram matrix must not turn "all of it" into a rank below that of x.
-    reached = values.cumsum(0) >= energy * total * (1 - 1e-6)
+    reached = values.cumsum(0) >= energy * total * (1 - slack)
     return int(reached.to(torch.int8).argmax()) + 1 if bool(reached.any()) else x.shape[0]
 
 
