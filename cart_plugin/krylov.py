@@ -137,12 +137,13 @@ def _orthonormal(rows: Tensor, before: Tensor, basis: Tensor) -> Tensor:
     # Rounding of a Gram matrix of b rows of length 1.
     shift = 10 * rows.shape[1] * torch.finfo(rows.dtype).eps
     # The shift leaves directions short that are much weaker than the strongest; the second pass
-    # brings them to length, and what is short even then is rounding.
+    # brings them to length, and what is short even then is rounding. Whatever is lengthened brings
+    # rounding along that lies in the basis: project once more.
     rows = _cholesky_qr(rows, shift)
     rows = _cholesky_qr(_project_out(rows, basis), shift)
     norms = _norms(rows)
     alive = norms > 0.5
-    rows = torch.where(alive, rows / norms, 0.0)
+    rows = _project_out(torch.where(alive, rows / norms, 0.0), basis)
     return _cholesky_qr(rows, (~alive[..., 0]).to(rows.dtype))
 
 
