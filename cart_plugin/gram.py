@@ -18,6 +18,7 @@ from torch import Tensor
 # beside torch's, which get into each other's way: few directions of large matrices.
 _PARTIAL_SIDE = 768
 _PARTIAL_SHARE = 0.2
+_SMALLEST = 1e-150  # its square is no underflow in fp64
 
 
 class LeftVectors(NamedTuple):
@@ -44,41 +45,46 @@ def leading_left(x: Tensor, k: int, *, tolerance: float) -> LeftVectors:
         k: how many, at most ``m``.
         tolerance: relative error of the truncated matrix above which fp32 is not enough.
     """
-    energies = torch.linalg.vector_norm(x, dim=(1, 2), dtype=torch.float64).square()
-    values, vectors, noise = _leading(x, k)
+    energies = torch.linalg.vector_norm(x, dim=2).double().square().sum(1)
+    values, vectors, noise = _leading(x, k, x.dtype)
     error = float(_rounding_error(values, energies, x.shape[1], noise).max())
     if error > tolerance and x.dtype != torch.float64:
-        values, vectors, _ = _leading(x.to(torch.float64), k)
+        values, vectors, _ = _leading(x, k, torch.float64)
         error = torch.finfo(x.dtype).eps
     return LeftVectors(values.to(x.dtype), vectors.to(x.dtype), error)
 
 
-def _gram(x: Tensor) -> Tensor:
-    """Lower triangles of ``x x^T``, above which lies rubbish: 5/8 of the full product's work."""
+def _gram(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Lower triangles of ``x x^T``, above which lies rubbish: 5/8 of the full product's work.
+
+    Blocks of rows are converted to ``dtype`` one by one, so that no copy of ``x`` comes about.
+    """
     stack, m, _ = x.shape
     step = max(256, math.ceil(m / 4))
-    gram = x.new_empty(stack, m, m)
-    for start in range(0, m, step):
-        end = min(start + step, m)
-        gram[:, start:end, :end] = x[:, start:end] @ x[:, :end].mT
+    gram = x.new_empty(stack, m, m, dtype=dtype)
+    for i in range(0, m, step):
+        rows = x[:, i : i + step].to(dtype)
+        for j in range(0, i + 1, step):
+            columns = rows if i == j else x[:, j : j + step].to(dtype)
+            gram[:, i : i + step, j : j + step] = rows @ columns.mT
     return gram
 
 
-def _leading(x: Tensor, k: int) -> tuple[Tensor, Tensor, float]:
+def _leading(x: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
     """Leading eigenpairs of the Gram matrices of ``x`` ``(stack, m, n)``, and the solver's noise.
 
     Noise is the size of rounding errors in units of ``eps * values[0] / sqrt(m)``, as measured.
     """
     m = x.shape[1]
-    gram = _gram(x)
+    gram = _gram(x, dtype)
     partial = x.device.type == "cpu" and m >= _PARTIAL_SIDE and k < _PARTIAL_SHARE * m
     found = [_partial_eigh(matrix, k + 1) for matrix in gram] if partial else []
     if partial and all(len(values) == k + 1 for values, _ in found):
         values = torch.stack([values for values, _ in found])
         vectors = torch.stack([vectors for _, vectors in found])
-        noise = 1.0
+        noise = 0.4
     else:
-        values, vectors = torch.linalg.eigh(_gram(x) if partial else gram)
+        values, vectors = torch.linalg.eigh(_gram(x, dtype) if partial else gram)
         noise = 4.0
     values = values.flip(-1)[:, : k + 1].clamp_min(0)
     if k == m:
@@ -121,15 +127,16 @@ def _rounding_error(values: Tensor, energies: Tensor, m: int, noise: float) -> T
     k = values.shape[-1] - 1
     if k == m:
         return torch.zeros_like(energies)
-    size = noise * torch.finfo(values.dtype).eps * values[:, 0].double() / math.sqrt(m)
+    size = noise * torch.finfo(values.dtype).eps * values[:, :1].double() / math.sqrt(m)
     kept, dropped = values[:, :k].double(), values[:, k:].double()
     total = kept.sum(-1)
     mean = ((energies - total).clamp_min(0) / (m - k))[:, None].minimum(dropped)
 
-    def turned(kept: Tensor, dropped: Tensor) -> Tensor:
-        gap = (kept - dropped).clamp_min(torch.finfo(torch.float64).tiny)
-        return ((kept + dropped) / gap**2).sum(-1)
+    def turned(rounding: Tensor, kept: Tensor, dropped: Tensor) -> Tensor:
+        gap = (kept - dropped).clamp_min(_SMALLEST)
+        # No direction can do more damage than to be lost.
+        return (rounding * (kept + dropped) / gap**2).minimum(2 * (kept + rounding.sqrt())).sum(-1)
 
-    near = size**2 * turned(kept[:, -1:], dropped)
-    far = (size / 2) ** 2 * (m - k) * turned(kept, mean)
+    near = turned(size**2, kept[:, -1:], dropped)
+    far = turned((size / 2) ** 2 * (m - k), kept, mean)
     return torch.where(total > 0, ((near + far) / total).sqrt(), 0.0)

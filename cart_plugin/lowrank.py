@@ -194,7 +194,7 @@ def _energy_rank(x: Tensor, energy: float) -> int:
     dtype, slack = (torch.float64, 1e-12) if energy > 1 - 1e-4 else (x.dtype, 1e-6)
     x = x.to(dtype)
     values = torch.linalg.eigvalsh(x @ x.mT).double().flip(0).clamp_min(0)
-    total = float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2
+    total = float(torch.linalg.vector_norm(x, dim=1).double().square().sum())
     # Rounding of the Gram matrix must not turn "all of it" into a rank below that of x.
     reached = values.cumsum(0) >= energy * total * (1 - slack)
     return int(reached.to(torch.int8).argmax()) + 1 if bool(reached.any()) else x.shape[0]

@@ -136,9 +136,12 @@ class CartMerge(GroupMergeMethod):
         group_name: str | None = None,
     ) -> None:
         """Require two fine-tuned models of a recipe, though optional tensors may come from one."""
+        of_recipe = group_name is None or bool(_RECIPE_GROUP.fullmatch(group_name))
+        if not of_recipe and base_id not in input_ids:
+            base_id = None  # the base lacks an optional tensor, which only center: base needs
         super().validate_inputs(input_ids, base_id, group_name=group_name)
         tuned = [str(model) for model in input_ids if model != base_id]
-        if len(tuned) < 2 and (group_name is None or _RECIPE_GROUP.fullmatch(group_name)):
+        if len(tuned) < 2 and of_recipe:
             raise CartError(
                 "cart needs at least two fine-tuned models beside the base model (three to gain "
                 f"from it), got {len(tuned)}: {', '.join(tuned) or 'none'}"

@@ -1,0 +1,53 @@
+# `make` or `make help` lists the targets. Everything runs in .venv, which each target sets up if need be.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test test-all lint format demo bench-startup bench-memory bench-solvers bench-merge clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+venv: $(STAMP) ## set up .venv with the package (editable) and all it is tested with
+
+# torch first: resolved alone, it takes the exact build that the constraints name before anything else asks for one.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt -e '.[fusion-bench,lm-eval,benchmarks,dev]'
+	touch $@
+
+test: $(STAMP) ## the tests, without the slow ones
+	$(BIN)/python -m pytest
+
+test-all: $(STAMP) ## the tests, slow ones included
+	$(BIN)/python -m pytest -m ''
+
+lint: $(STAMP) ## ruff (rules and format) and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(STAMP) ## let ruff format and fix what it can
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+
+demo: $(STAMP) ## fine-tune, merge and evaluate a small vision suite, and print the table
+	$(BIN)/python -m benchmarks.demo
+
+bench-startup: $(STAMP) ## what the import hook adds to the start of every Python
+	$(BIN)/python -m benchmarks.startup
+
+bench-memory: $(STAMP) ## time and peak memory of mergekit-yaml with cart, beside other methods
+	$(BIN)/python -m benchmarks.merge_memory
+
+bench-solvers: $(STAMP) ## truncated SVDs: time and error of cart's solvers and of others (40 min)
+	$(BIN)/python -m benchmarks.solvers
+
+bench-merge: $(STAMP) ## whole merges: cart beside other methods, and how its time grows (30 min)
+	$(BIN)/python -m benchmarks.merge_speed
+
+clean: ## remove .venv, builds and caches of this folder (not the benchmarks' cache)
+	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
