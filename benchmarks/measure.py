@@ -85,7 +85,9 @@ def measure(
         env=environment,
     )
     if done.returncode:
-        raise CommandError(done.stderr.strip())
+        told = done.stderr.strip()
+        # Empty if a signal ended the process in between: the exit code is its number, negative.
+        raise CommandError(told or f"{command[0]} was not measured: exit code {done.returncode}")
     return Measurement(**json.loads(done.stdout))
 
 

@@ -14,9 +14,10 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-# Where the partial eigensolver beats the full one by more than it costs to wake scipy's threads
-# beside torch's, which get into each other's way: few directions of large matrices.
-_PARTIAL_SIDE = 768
+# Where the partial eigensolver beats the full one clearly: few directions of large matrices. It
+# runs on scipy's threads, which wait for each other thousands of times a matrix; where torch's own
+# or another program's are busy beside them, that can take far longer than the work itself.
+_PARTIAL_SIDE = 1536
 _PARTIAL_SHARE = 0.2
 _SMALLEST = 1e-150  # its square is no underflow in fp64
 

@@ -18,7 +18,7 @@ ROUNDING = 2e-6
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Independent normal entries, the same for a seed in every process."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def with_spectrum(
@@ -71,32 +71,50 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float(difference.norm() / expected.double().norm())
 
 
+class Reference:
+    """The singular value decomposition of a matrix, or of each of a stack, in double precision."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.U, self.S, self.Vh = torch.linalg.svd(x.double(), full_matrices=False)
+
+    def best(self, k: int) -> Tensor:
+        """The best approximation at rank k."""
+        return (self.U[..., :k] * self.S[..., None, :k]) @ self.Vh[..., :k, :]
+
+    def separates(self, k: int) -> bool:
+        """Whether the k-th and the next singular value differ: the best matrix is unique."""
+        if k >= self.S.shape[-1]:
+            return True
+        gaps = self.S[..., k - 1] - self.S[..., k]
+        return bool((gaps > 1e-6 * self.S[..., 0]).all())
+
+    def excess_energy(self, found: Tensor, k: int) -> float:
+        """Energy of the residual beyond the least possible at rank k, in units of the latter.
+
+        What fp32 rounding leaves is not counted. Summed over a stack.
+        """
+        optimal = float(self.S[..., k:].square().sum())
+        residual = self.best(self.S.shape[-1]) - found.double()
+        excess = float(residual.square().sum()) - optimal
+        excess -= ROUNDING**2 * float(self.S.square().sum())
+        if excess <= 0:
+            return 0.0
+        return excess / optimal if optimal > 0 else math.inf
+
+
 def best_approximation(x: Tensor, k: int) -> Tensor:
     """The truncated SVD of a matrix, or of each of a stack, in double precision."""
-    u, s, vh = torch.linalg.svd(x.double(), full_matrices=False)
-    return (u[..., :k] * s[..., None, :k]) @ vh[..., :k, :]
+    return Reference(x).best(k) if k else torch.zeros_like(x, dtype=torch.float64)
 
 
 def excess_energy(x: Tensor, found: Tensor, k: int) -> float:
-    """Energy of the residual beyond the least possible at rank k, in units of the latter.
-
-    What fp32 rounding leaves is not counted. Summed over a stack.
-    """
-    s = torch.linalg.svdvals(x.double())
-    optimal = float(s[..., k:].square().sum())
-    excess = float((x.double() - found.double()).square().sum()) - optimal
-    excess -= ROUNDING**2 * float(s.square().sum())
-    if excess <= 0:
-        return 0.0
-    return excess / optimal if optimal > 0 else math.inf
+    """See `Reference.excess_energy`."""
+    return Reference(x).excess_energy(found, k)
 
 
 def separated(x: Tensor, k: int) -> bool:
-    """Whether the k-th and the next singular value differ, so that the best matrix is unique."""
-    s = torch.linalg.svdvals(x.double())
-    if k >= s.shape[-1]:
-        return True
-    return bool((s[..., k - 1] - s[..., k] > 1e-6 * s[..., 0]).all())
+    """See `Reference.separates`."""
+    return Reference(x).separates(k)
 
 
 def cart_formula(

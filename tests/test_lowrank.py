@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -14,8 +15,8 @@ from cart_plugin.lowrank import FAST_TOLERANCE, SOLVERS, LowRank, RankRule, trun
 from tests.support import (
     ROUNDING,
     SPECTRA,
+    Reference,
     best_approximation,
-    excess_energy,
     low_rank_plus_noise,
     power_law,
     random,
@@ -73,8 +74,16 @@ SHAPED = [
 ]
 
 
-def is_accurate(x: Tensor, k: int, svd: str) -> LowRank:
+@cache
+def case(spectrum: str, shape: tuple[int, int]) -> tuple[Tensor, Reference]:
+    """A matrix, and its decomposition in double precision, which takes longest."""
+    x = with_spectrum(SPECTRA[spectrum](min(shape)), *shape)
+    return x, Reference(x)
+
+
+def is_accurate(x: Tensor, k: int, svd: str, reference: Reference | None = None) -> LowRank:
     """Assert that a solver gives the truncated matrix, or one that is as good."""
+    reference = reference or Reference(x)
     before = x.clone()
     factors = truncated_svd(x, RankRule(rank=k), svd=svd)
     assert torch.equal(x, before)
@@ -83,9 +92,9 @@ def is_accurate(x: Tensor, k: int, svd: str) -> LowRank:
     assert factors.Vh.shape == (*x.shape[:-2], k, x.shape[-1])
     dense = factors.dense()
     bar = EXACT_BAR if svd == "exact" else FAST_BAR
-    if separated(x, k):
-        assert relative_error(dense, best_approximation(x, k)) <= bar, (svd, k)
-    assert excess_energy(x, dense, k) <= 1e-4, (svd, k)
+    if reference.separates(k):
+        assert relative_error(dense, reference.best(k)) <= bar, (svd, k)
+    assert reference.excess_energy(dense, k) <= 1e-4, (svd, k)
     steps = factors.S.diff(dim=-1)
     assert float(steps.max() if k > 1 else 0) <= 1e-6 * float(factors.S.max())
     assert float(factors.S.min()) >= 0
@@ -96,8 +105,9 @@ def is_accurate(x: Tensor, k: int, svd: str) -> LowRank:
 @pytest.mark.parametrize("name", SHAPED)
 def test_any_shape_is_accurate_at_any_rank(svd: str, name: str) -> None:
     x = shaped(name)
+    reference = Reference(x)
     for k in ranks_of(x):
-        is_accurate(x, k, svd)
+        is_accurate(x, k, svd, reference)
 
 
 @pytest.mark.parametrize("svd", SOLVERS)
@@ -106,19 +116,19 @@ def test_any_shape_is_accurate_at_any_rank(svd: str, name: str) -> None:
 def test_any_spectrum_is_accurate_at_any_rank(
     svd: str, shape: tuple[int, int], spectrum: str
 ) -> None:
-    x = with_spectrum(SPECTRA[spectrum](min(shape)), *shape)
+    x, reference = case(spectrum, shape)
     for k in ranks_of(x):
-        is_accurate(x, k, svd)
+        is_accurate(x, k, svd, reference)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("svd", SOLVERS)
-@pytest.mark.parametrize("shape", [(768, 768), (768, 3072), (1536, 600)], ids=str)
+@pytest.mark.parametrize("shape", [(768, 768), (512, 1536), (1100, 600)], ids=str)
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_layers_of_real_size_are_accurate(svd: str, shape: tuple[int, int], spectrum: str) -> None:
-    x = with_spectrum(SPECTRA[spectrum](min(shape)), *shape)
+    x, reference = case(spectrum, shape)
     for ratio in (0.01, 0.08, 0.16, 0.32):
-        is_accurate(x, math.floor(ratio * min(shape)), svd)
+        is_accurate(x, math.floor(ratio * min(shape)), svd, reference)
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
@@ -131,8 +141,7 @@ def test_fast_knows_its_error_within_a_factor_of_ten(spectrum: str, share: float
         return  # left to the exact solver; or with more than one best matrix
     truth = relative_error((subspace.left @ subspace.right)[0], best_approximation(x, k))
     truth = max(truth, ROUNDING)
-    # For steep spectra, what rounding of the Gram matrix does is estimated at its worst.
-    assert truth / 10 <= subspace.error <= (50 if spectrum == "power-2" else 10) * truth
+    assert truth / 10 <= subspace.error <= 10 * truth
     assert subspace.error <= FAST_TOLERANCE
     assert truncated_svd(x, RankRule(rank=k), svd="fast").error == subspace.error
 
@@ -161,8 +170,9 @@ def test_estimated_error_of_exact_is_within_its_promise(svd: str) -> None:
 def test_equal_singular_values_are_all_found(svd: str, multiplicity: int) -> None:
     """LAPACK's partial eigensolver returns too few vectors of a cluster."""
     x = with_spectrum(repeated(200, multiplicity), 200, 200)
+    reference = Reference(x)
     for k in (1, 3, 5, 16, 40, 100, 199):
-        factors = is_accurate(x, k, svd)
+        factors = is_accurate(x, k, svd, reference)
         assert torch.allclose(factors.U.mT @ factors.U, torch.eye(k), atol=1e-5)
 
 
@@ -271,9 +281,7 @@ def test_singular_vectors_are_orthonormal(svd: str, shape: tuple[int, ...], k: i
 
 @pytest.mark.parametrize("svd", SOLVERS)
 @pytest.mark.parametrize("k", [3, 7, 20, 64])
-def test_short_side_vectors_are_orthonormal_beyond_the_rank_of_the_matrix(
-    svd: str, k: int
-) -> None:
+def test_short_side_vectors_are_orthonormal_beyond_the_rank_of_the_matrix(svd: str, k: int) -> None:
     x = with_spectrum(rank_deficient(128), 128, 140)
     assert torch.allclose(
         (u := truncated_svd(x, RankRule(rank=k), svd=svd).U).mT @ u, torch.eye(k), atol=1e-5
@@ -310,8 +318,7 @@ def test_energy_of_one_keeps_the_matrix() -> None:
 
 def test_energy_gives_each_matrix_of_a_stack_its_own_rank() -> None:
     x = torch.stack(
-        [with_spectrum(rank_deficient(40, rank), 40, 50) for rank in (2, 9)]
-        + [torch.zeros(40, 50)]
+        [with_spectrum(rank_deficient(40, rank), 40, 50) for rank in (2, 9)] + [torch.zeros(40, 50)]
     )
     factors = truncated_svd(x, RankRule(energy=0.9999))
     assert (factors.S > 0).sum(-1).tolist() == [2, 9, 0]

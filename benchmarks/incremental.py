@@ -1,0 +1,91 @@
+"""Results that are written case by case, so that an interrupted benchmark goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import machine
+from benchmarks.vision.cache import write_json
+
+
+def conditions(packages: Sequence[str], **others: Any) -> dict[str, Any]:
+    """What has to be equal for figures to be comparable: machine, versions, the plugin's sources.
+
+    Args:
+        packages: distributions that take part; those not installed are recorded as missing.
+        others: whatever else matters, as JSON.
+    """
+    return {
+        # How busy the machine is changes all the time: cases record that themselves.
+        "machine": {name: value for name, value in machine().items() if name != "load_average"},
+        "versions": {name: _version(name) for name in packages},
+        "cart_plugin_sources": _package_digest("cart_plugin"),
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(("OMP_", "MKL_", "OPENBLAS_", "KMP_"))
+        },
+        **others,
+    }
+
+
+class Record:
+    """A JSON file of conditions and cases, whole at any time.
+
+    Args:
+        path: the file.
+        current: the conditions of this run, as `conditions` gives them.
+        resume: keep the cases of a file that was measured under the same conditions.
+
+    Attributes:
+        cases: what is known, by case. Change it through `put`.
+        discarded: why an older file's cases were not kept, if they were not.
+    """
+
+    def __init__(self, path: Path, current: dict[str, Any], resume: bool = True) -> None:
+        self.path = path
+        self.conditions = json.loads(json.dumps(current))
+        self.cases: dict[str, Any] = {}
+        self.discarded: str | None = None
+        if not resume or not path.exists():
+            return
+        older = json.loads(path.read_text())
+        changed = [
+            name
+            for name, value in self.conditions.items()
+            if older["conditions"].get(name) != value
+        ]
+        if changed:
+            self.discarded = f"measured under other conditions: {', '.join(changed)}"
+        else:
+            self.cases = older["cases"]
+
+    def put(self, key: str, value: Any) -> None:
+        """Add or replace a case, in the file too."""
+        self.cases[key] = value
+        write_json(self.path, {"conditions": self.conditions, "cases": self.cases})
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _package_digest(package: str) -> str:
+    spec = find_spec(package)
+    assert spec is not None
+    assert spec.origin is not None
+    root = Path(spec.origin).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,159 @@
+"""Prototype heads: a frozen linear classifier from three images a class, no training.
+
+A trained head would let the pretrained encoder do most of the work, and merging would have little
+to lose. Class prototypes play the part that text embeddings play for CLIP: fixed class directions,
+to which fine-tuning moves the encoder.
+
+The head reads what `transformers.Dinov2ForImageClassification` reads: the class token and the mean
+of the patch tokens, 2 x 384 values. So encoder and head together are that model, and FusionBench's
+DINOv2 pool loads them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from benchmarks.vision.backbone import IMAGE_MEAN, IMAGE_STD
+from benchmarks.vision.cache import new_folder, write_json
+from benchmarks.vision.splits import Split
+
+if TYPE_CHECKING:
+    from transformers import Dinov2Model
+
+HEAD_FILE = "head.safetensors"
+LOGIT_SCALE = 5.0  # a prototype's own logit; 20 makes the first steps ruin the encoder
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear classifier on the encoder's features: weight (classes, 768), bias (classes,)."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits (N, classes) of features (N, 768)."""
+        return torch.nn.functional.linear(features, self.weight, self.bias)
+
+    def digest(self) -> str:
+        """A short hash of the head's values."""
+        values = torch.cat([self.weight, self.bias[:, None]], dim=1)
+        return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
+
+    def save(self, folder: Path) -> None:
+        """Write `head.safetensors` into an existing folder."""
+        from safetensors.torch import save_file
+
+        tensors = {
+            "classifier.weight": self.weight.contiguous(),
+            "classifier.bias": self.bias.contiguous(),
+        }
+        save_file(tensors, folder / HEAD_FILE)
+
+    @staticmethod
+    def load(folder: Path) -> Head:
+        """Read `head.safetensors` of a folder."""
+        from safetensors.torch import load_file
+
+        tensors = load_file(folder / HEAD_FILE)
+        return Head(tensors["classifier.weight"], tensors["classifier.bias"])
+
+
+def pixels(images: np.ndarray) -> torch.Tensor:
+    """uint8 (N, 56, 56, 3) -> normalised fp32 (N, 3, 56, 56), as the saved image processor does."""
+    values = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    mean, std = torch.tensor(IMAGE_MEAN).view(3, 1, 1), torch.tensor(IMAGE_STD).view(3, 1, 1)
+    return (values - mean) / std
+
+
+def features(model: Dinov2Model, images: torch.Tensor) -> torch.Tensor:
+    """Class token beside mean patch token, (N, 2 * width), of normalised images (N, 3, h, w)."""
+    tokens = model(images).last_hidden_state
+    return torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1)
+
+
+@torch.no_grad()
+def all_features(model: Dinov2Model, images: np.ndarray, batch: int = 100) -> torch.Tensor:
+    """Features (N, 2 * width) of uint8 images (N, h, w, 3), in batches."""
+    parts = [
+        features(model, pixels(images[start : start + batch]))
+        for start in range(0, len(images), batch)
+    ]
+    return torch.cat(parts)
+
+
+def prototype_head(model: Dinov2Model, train: Split, classes: int, shots: int) -> Head:
+    """Class means of `shots` training images a class, centred and normalised, as a linear head.
+
+    With c the mean of the prototypes and p_k the unit vector from c to prototype k, the logit of a
+    feature f is `s * p_k . (f - c)`, where s makes a prototype's own logit `LOGIT_SCALE` on
+    average.
+
+    Raises:
+        ValueError: a class has fewer than `shots` images.
+    """
+    positions = []
+    for label in range(classes):
+        own = np.flatnonzero(train.labels == label)[:shots]
+        if len(own) < shots:
+            raise ValueError(
+                f"class {label} has {len(own)} training images; its prototype needs {shots}"
+            )
+        positions.append(own)
+    found = all_features(model, train.images[np.concatenate(positions)])
+    prototypes = found.view(classes, shots, -1).mean(dim=1)
+    centre = prototypes.mean(dim=0)
+    offsets = prototypes - centre
+    lengths = offsets.norm(dim=1, keepdim=True)
+    weight = offsets / lengths * (LOGIT_SCALE / lengths.mean())
+    return Head(weight, -(weight @ centre))
+
+
+def assemble_classifier(encoder: Path, head: Head, folder: Path) -> None:
+    """Write a `Dinov2ForImageClassification` folder from an encoder folder and a head.
+
+    The weights of the encoder are linked, not copied, where the file system can; the head is a
+    second shard. Both `AutoModelForImageClassification` and FusionBench's
+    `Dinov2ForImageClassificationPool` load the folder.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+    from transformers import Dinov2Config
+
+    parts = {
+        "classifier.weight": head.weight.contiguous(),
+        "classifier.bias": head.bias.contiguous(),
+    }
+    with new_folder(folder) as target:
+        config = Dinov2Config.from_pretrained(encoder)
+        config.architectures = ["Dinov2ForImageClassification"]
+        config.id2label = {number: str(number) for number in range(len(head.bias))}
+        config.label2id = {label: number for number, label in config.id2label.items()}
+        config.save_pretrained(target)
+        shutil.copy2(encoder / "preprocessor_config.json", target)
+        shard, own = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+        _link(encoder / "model.safetensors", target / shard)
+        save_file(parts, target / own, metadata={"format": "pt"})
+        with safe_open(target / shard, "pt") as handle:
+            names = list(handle.keys())
+        weight_map = dict.fromkeys(names, shard) | dict.fromkeys(parts, own)
+        size = (target / shard).stat().st_size + (target / own).stat().st_size
+        write_json(
+            target / "model.safetensors.index.json",
+            {"metadata": {"total_size": size}, "weight_map": weight_map},
+        )
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

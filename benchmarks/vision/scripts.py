@@ -1,0 +1,96 @@
+"""The glyph tasks' letters and fonts: the characters that are classes, the packages with fonts.
+
+Debian's fonts come in the release's version; those of npm (Fontsource) are pinned.
+"""
+
+from __future__ import annotations
+
+from benchmarks.vision.sources import Source
+
+
+def apt(*names: str) -> tuple[Source, ...]:
+    """Debian packages by name."""
+    return tuple(Source("apt", name) for name in names)
+
+
+def characters(first: int, last: int, without: str = "") -> str:
+    """All characters between two code points (inclusive), except those of `without`."""
+    letters = (chr(code) for code in range(first, last + 1))
+    return "".join(letter for letter in letters if letter not in without)
+
+
+def _fontsource(pins: str) -> tuple[Source, ...]:
+    """Lines of `name version sha256` as npm packages `@fontsource/<name>`."""
+    rows = [line.split() for line in pins.strip().splitlines()]
+    return tuple(
+        Source("npm", f"@fontsource/{name}", version, digest) for name, version, digest in rows
+    )
+
+
+WIDE_FONTS = apt("fonts-freefont-ttf", "fonts-dejavu-core", "fonts-dejavu-extra")
+
+# The 42 consonants in use today.
+THAI = characters(0x0E01, 0x0E2E, without="ฃฅฤฦ")
+THAI_FONTS = (
+    *apt("fonts-arundina", "fonts-freefont-ttf"),
+    *apt(
+        *(
+            f"fonts-tlwg-{name}-ttf"
+            for name in (
+                *("garuda", "kinnari", "laksaman", "loma", "mono", "norasi", "purisa", "sawasdee"),
+                *("typewriter", "typist", "typo", "umpush", "waree"),
+            )
+        )
+    ),
+    *_fontsource("""
+        anuphan            5.3.0 7902b5f85a4b1f52dc208aeeabaea0b43bda55c3e72d09d216caba5a99ab8da3
+        bai-jamjuree       5.3.0 538344c66c45801563eb0b92a2bbeb09af9c09ae43176d0530311860a1bc69e0
+        chakra-petch       5.3.0 6a98a7d53cc1daedd1ff69490e96efd5c832c0889fc2353b178dcc56004503c8
+        fahkwang           5.3.0 b03cb2ddff3ba0794195adee5f83ec773c76355f8ea77aebf3bb1c2716f93e84
+        ibm-plex-sans-thai 5.3.0 5ca89cc99ea11b8ee264f9b9dc5deae8a448693cbc2a467a3719146230f3ffd4
+        itim               5.3.0 2b6f41d05eae237d51e51e69099993e2864d9c61a0015cb908b73850000f1e2e
+        k2d                5.2.8 78b22c0133ee3fa1d2776747a39d488a739c5efa3b1230d2e02ab8a49875d4fd
+        kanit              5.3.0 12c3e3753d6539a9380ae11252f49a34e7defe5cb07b6e0ec3af18b13268eeb4
+        mali               5.3.0 391b86c08e567a8537c0cf6aad7298f5e4c54e0ab7652d046b44678f01f7fbd0
+        noto-sans-thai     5.3.0 263b3705d8dd9e3a24d267b2a2832d2252c81737f7aa45eec2ae57f87e8ad7aa
+        noto-serif-thai    5.3.0 3f7bccec3fd7d62ba8ac5470c0f10d648d48c58a50c244d91e657ab5150410f2
+        prompt             5.3.0 0f90eb2a11aab61f23ec25135907ac0e4ac8f7c1d5687f24e2ffe3b04055590b
+        sarabun            5.3.0 7b5cca5fc0b9fb2e9ef70e43a55302cbab3308d4bd4b3b8d9a3263e287331686
+        sriracha           5.3.0 934c3629d255c4f86f66b218cdefef90d6328727be5036fc28f953ac53a7b6f4
+        taviraj            5.3.0 46b17315606d768b38961bff02f0b36fd5d7ed8fa694dbe3bfaaed10236fd20e
+    """),
+)
+
+# The 33 letters of the modern alphabet.
+GEORGIAN = characters(0x10D0, 0x10F0)
+GEORGIAN_FONTS = (
+    *apt("fonts-bpg-georgian"),
+    *WIDE_FONTS,
+    *_fontsource(
+        "noto-sans-georgian 5.3.0 9aa744e7482a6a7eb8ed8139208d6e430c62c20637c8eff0ce15358f3b5c3e9c"
+    ),
+)
+
+# The fourteen plain consonants, each with the vowels a and o: 28 syllables.
+HANGUL = "".join(
+    chr(0xAC00 + 588 * consonant + 28 * vowel)
+    for vowel in (0, 8)
+    for consonant in (0, 2, 3, 5, 6, 7, 9, 11, 12, 14, 15, 16, 17, 18)
+)
+HANGUL_FONTS = apt(
+    *("fonts-alee", "fonts-baekmuk", "fonts-lexi-gulim", "fonts-lexi-saebom", "fonts-nanum"),
+    *("fonts-unfonts-core", "fonts-unfonts-extra", "fonts-woowa-bm"),
+)
+
+# The 46 of the traditional table without those out of use, n last.
+HIRAGANA = (
+    "あいうえおかきくけこさしすせそたちつてとなにぬねのはひふへほまみむめもやゆよらりるれろわをん"
+)
+HIRAGANA_FONTS = apt(
+    *("fonts-aoyagi-kouzan-t", "fonts-aoyagi-soseki", "fonts-dejima-mincho", "fonts-horai-umefont"),
+    *("fonts-ipaexfont-gothic", "fonts-ipaexfont-mincho", "fonts-kiloji", "fonts-komatuna"),
+    *("fonts-konatu", "fonts-misaki", "fonts-mona", "fonts-monapo", "fonts-motoya-l-cedar"),
+    *("fonts-motoya-l-maruberi", "fonts-oradano-mincho-gsrr", "fonts-reggae", "fonts-seto"),
+    *("fonts-sawarabi-gothic", "fonts-sawarabi-mincho", "fonts-umeplus", "fonts-vlgothic"),
+    *("fonts-woowa-bm", "fonts-nanum", "fonts-unfonts-core", "fonts-yozvox-yozfont-cute"),
+)

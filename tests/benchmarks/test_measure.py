@@ -1,0 +1,57 @@
+"""The figures of a measured command are the command's own."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.measure import CommandError, measure, run
+
+MB = 1_000_000
+
+
+def hold(megabytes: int) -> list[str]:
+    return [sys.executable, "-S", "-c", f"x = bytearray({megabytes * MB})"]
+
+
+def test_peak_follows_the_command(tmp_path: Path) -> None:
+    small = measure(hold(0), tmp_path / "log").peak
+    large = measure(hold(200), tmp_path / "log").peak
+
+    assert 190 * MB < large - small < 210 * MB
+
+
+def test_peak_leaves_this_process_out(tmp_path: Path) -> None:
+    ballast = bytearray(os.urandom(1 * MB) * 300)
+
+    assert measure(hold(0), tmp_path / "log").peak < 100 * MB
+    assert len(ballast) == 300 * MB
+
+
+def test_output_goes_to_the_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    program = "import sys; print('out'); print('err', file=sys.stderr)"
+    measure([sys.executable, "-c", program], log)
+
+    assert sorted(log.read_text().split()) == ["err", "out"]
+
+
+def test_failing_command_is_reported_with_its_last_words(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import sys; print('last words'); sys.exit(7)"]
+
+    for runner in (measure, lambda c, log: run(c, str(log), os.environ)):
+        with pytest.raises(CommandError, match=r"exited with 7:\nlast words"):
+            runner(command, tmp_path / "log")
+
+
+def test_program_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CommandError, match="no-such-program"):
+        measure(["no-such-program"], tmp_path / "log")
+
+
+def test_environment_is_the_commands(tmp_path: Path) -> None:
+    program = [sys.executable, "-c", "import os; print(os.environ.get('GREETING'))"]
+    measure(program, tmp_path / "log", {**os.environ, "GREETING": "hello"})
+
+    assert (tmp_path / "log").read_text() == "hello\n"
