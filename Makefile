@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-all lint format demo bench-startup bench-memory bench-solvers bench-merge clean
+.PHONY: help venv test test-all lint format demo bench-startup bench-memory bench-solvers bench-merge bench-accuracy readme clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -47,6 +47,12 @@ bench-solvers: $(STAMP) ## truncated SVDs: time and error of cart's solvers and 
 
 bench-merge: $(STAMP) ## whole merges: cart beside other methods, and how its time grows (30 min)
 	$(BIN)/python -m benchmarks.merge_speed
+
+bench-accuracy: $(STAMP) ## accuracy of the demo's merges by cart with svd exact and fast
+	$(BIN)/python -m benchmarks.fast_accuracy
+
+readme: $(STAMP) ## copy result tables into README.md
+	$(BIN)/python -m benchmarks.readme
 
 clean: ## remove .venv, builds and caches of this folder (not the benchmarks' cache)
 	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from benchmarks.vision.cache import cache_root, read_manifest
 
-# Those of `benchmarks.demo`, whose import would change the environment of what is measured.
 TASKS = ("mnist", "georgian", "hangul", "hiragana")
 MISSING = "the demo's checkpoints are not in the cache: run `make demo` first"
 

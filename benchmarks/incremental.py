@@ -14,6 +14,21 @@ from typing import Any
 from benchmarks.measure import machine
 from benchmarks.vision.cache import write_json
 
+# The files of the plugin that decide what a merge's numbers are and how long it takes.
+DECISIVE = ("gram.py", "krylov.py", "lowrank.py", "mergekit.py", "merging.py", "precision.py")
+
+
+def plugin_digest() -> str:
+    """A hash that changes when a merge by the environment's plugin may give other figures."""
+    spec = find_spec("cart_plugin")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("cart_plugin is not in this environment: run `make venv`")
+    folder = Path(spec.origin).parent
+    digest = hashlib.sha256()
+    for name in DECISIVE:
+        digest.update(name.encode() + (folder / name).read_bytes())
+    return digest.hexdigest()[:16]
+
 
 def conditions(packages: Sequence[str], **others: Any) -> dict[str, Any]:
     """What has to be equal for figures to be comparable: machine, versions, the plugin's sources.
@@ -26,7 +41,7 @@ def conditions(packages: Sequence[str], **others: Any) -> dict[str, Any]:
         # How busy the machine is changes all the time: cases record that themselves.
         "machine": {name: value for name, value in machine().items() if name != "load_average"},
         "versions": {name: _version(name) for name in packages},
-        "cart_plugin_sources": _package_digest("cart_plugin"),
+        "cart_plugin_sources": plugin_digest(),
         "environment": {
             name: value
             for name, value in sorted(os.environ.items())
@@ -78,14 +93,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _package_digest(package: str) -> str:
-    spec = find_spec(package)
-    assert spec is not None
-    assert spec.origin is not None
-    root = Path(spec.origin).parent
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
-    return digest.hexdigest()[:16]

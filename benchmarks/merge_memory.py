@@ -56,6 +56,7 @@ def main(runs: int) -> None:
     versions = {name: version(name) for name in ("cart-plugin", "mergekit", "torch")}
     result = {"machine": where, "versions": versions, "runs": runs, "methods": rows}
     write_json(RESULTS / "merge_memory.json", result)
+    (RESULTS / "merge_memory.md").write_text(markdown(result))
     table = Table(title=f"mergekit-yaml, 4 models of 103 M parameters, medians of {runs}")
     for column in ("method", "wall", "CPU", "peak memory", "peaks of the runs"):
         table.add_column(column, justify="left" if column == "method" else "right")
@@ -65,6 +66,23 @@ def main(runs: int) -> None:
     console.print(table)
     if rows["cart"]["peak_mb"] > rows["ties"]["peak_mb"]:
         sys.exit(1)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result as a Markdown table, with a line that says what was merged and how."""
+    runs, where = result["runs"], result["machine"]
+    how = "one merge with each method" if runs == 1 else f"medians of {runs} merges a method"
+    lines = [
+        f"`mergekit-yaml` on {TUNED} Llama-shaped models of 103 M parameters in bf16, {how}, "
+        f"{where['cores']} cores ({where['processor']}). Made by `make bench-memory`.",
+        "",
+        "| method | wall s | CPU s | peak MB |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for name, row in result["methods"].items():
+        figures = f"{row['wall_s']:.1f} | {row['cpu_s']:.1f} | {row['peak_mb']:.0f}"
+        lines.append(f"| {name} | {figures} |")
+    return "\n".join(lines) + "\n"
 
 
 def _models(console: Console) -> list[Path]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from benchmarks.incremental import plugin_digest
 from benchmarks.measure import CommandError, measure
 from benchmarks.vision.cache import (
     MANIFEST,
@@ -80,7 +79,7 @@ def merge(
     """Run `mergekit-yaml` on the candidate's recipe, unless the cache holds the result.
 
     The cache knows a merge by its recipe (whose paths name settings and seeds of the inputs) and
-    the versions of mergekit and, for `cart`, of this plugin's files.
+    the versions of mergekit and, for `cart`, of this plugin's core.
 
     Raises:
         MergeError: mergekit is not installed, failed, or lost tensors.
@@ -88,7 +87,7 @@ def merge(
     recipe = candidate.recipe(models, base)
     identity = {"recipe": recipe, "seed": SEED, "mergekit": importlib.metadata.version("mergekit")}
     if candidate.method == "cart":
-        identity["cart_plugin"] = _package_digest("cart_plugin")
+        identity["cart_plugin"] = plugin_digest()
     folder = cache_root() / "merges" / f"{candidate.method}-{settings_hash(identity)}"
     record = None if fresh else read_manifest(folder)
     if record is None:
@@ -100,22 +99,6 @@ def merge(
             record = {"seconds": seconds, "peak_mb": peak_mb, "tensors": tensors}
             write_json(target / MANIFEST, record)
     return Merge(folder / MERGED, record["seconds"], record["peak_mb"], record["tensors"])
-
-
-def _package_digest(package: str) -> str:
-    """A hash over the source files of an installed package, so that a changed plugin merges anew.
-
-    Raises:
-        MergeError: the package is not installed.
-    """
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise MergeError(f"{package} is not installed in this environment: run `make venv`")
-    digest = hashlib.sha256()
-    root = Path(spec.origin).parent
-    for path in sorted(root.rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def run_mergekit(recipe: Path, out: Path) -> tuple[float, float]:

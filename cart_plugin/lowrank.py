@@ -47,10 +47,11 @@ class RankRule:
         rank_ratio: share of the full rank, ``k = max(1, floor(rank_ratio * min(m, n)))`` (the
             paper's rule); 0 keeps nothing. The default rule, at 0.08, when none is given.
         rank: ``k`` itself, cut at ``min(m, n)``; 0 keeps nothing.
-        energy: the smallest ``k`` whose squared singular values reach this share of their sum.
+        energy: the smallest ``k`` whose squared singular values reach this share of their sum; 0
+            keeps nothing.
 
     Raises:
-        CartError: a value out of range, or two rules at once.
+        CartError: a value that is no number or out of range, or two rules at once.
     """
 
     rank_ratio: float | None = None
@@ -64,24 +65,29 @@ class RankRule:
             raise CartError(f"{listed} are two rank rules at once; give one of them")
         if not given:
             object.__setattr__(self, "rank_ratio", DEFAULT_RANK_RATIO)
+        for name, value in given.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise CartError(f"{name} must be a number, got {value!r}")
         if self.rank_ratio is not None and not 0 <= self.rank_ratio <= 1:
             raise CartError(f"rank_ratio must lie between 0 and 1, got {self.rank_ratio}")
-        if self.rank is not None and not (self.rank >= 0 and self.rank % 1 == 0):
-            raise CartError(f"rank must be 0 or a positive whole number, got {self.rank}")
-        if self.energy is not None and not 0 < self.energy <= 1:
-            raise CartError(f"energy must be above 0 and at most 1, got {self.energy}")
+        if self.energy is not None and not 0 <= self.energy <= 1:
+            raise CartError(f"energy must lie between 0 and 1, got {self.energy}")
+        if self.rank is not None:
+            if not (self.rank >= 0 and self.rank % 1 == 0):
+                raise CartError(f"rank must be 0 or a positive whole number, got {self.rank}")
+            object.__setattr__(self, "rank", int(self.rank))
 
     @property
     def keeps_nothing(self) -> bool:
         """Whether the rule asks for rank 0, that is, for plain averaging."""
-        return self.rank_ratio == 0 or self.rank == 0
+        return 0 in (self.rank_ratio, self.rank, self.energy)
 
     def fixed_rank(self, m: int, n: int) -> int | None:
         """The rank kept of an ``(m, n)`` matrix, or None if that depends on its spectrum."""
-        if self.energy is not None:
-            return None
         if self.keeps_nothing:
             return 0
+        if self.energy is not None:
+            return None
         if self.rank is not None:
             return min(self.rank, m, n)
         assert self.rank_ratio is not None
@@ -95,7 +101,8 @@ class LowRank:
     Attributes:
         U: left singular vectors, ``(m, k)``.
         S: singular values in descending order, ``(k,)``.
-        Vh: right singular vectors, ``(k, n)``. Rows of singular values that are zero are zero.
+        Vh: right singular vectors, ``(k, n)``. Where a singular value is zero, one of its two
+            vectors may be zero.
         error: estimated relative error (Frobenius) of the truncated matrix, the worst of a stack.
     """
 
@@ -116,14 +123,20 @@ class LowRank:
 
     def dense(self) -> Tensor:
         """The truncated matrices, ``(m, n)`` each."""
-        return (self.U * self.S[..., None, :]) @ self.Vh
+        with full_precision(self.U.device):
+            return (self.U * self.S[..., None, :]) @ self.Vh
 
     def add_to_(self, out: Tensor, scale: float = 1.0) -> Tensor:
         """Add ``scale`` times the truncated matrices to ``out`` in place, without forming them."""
-        left = self.U * self.S[..., None, :]
-        if out.ndim == 2:
-            return out.addmm_(left, self.Vh, alpha=scale)
-        return out.baddbmm_(left, self.Vh, alpha=scale)
+        with full_precision(out.device):
+            left = self.U * self.S[..., None, :]
+            if out.ndim == 2:
+                return out.addmm_(left, self.Vh, alpha=scale)
+            return out.baddbmm_(left, self.Vh, alpha=scale)
+
+    def to(self, device: torch.device) -> LowRank:
+        """The factors on a device."""
+        return LowRank(self.U.to(device), self.S.to(device), self.Vh.to(device), self.error)
 
 
 def truncated_svd(x: Tensor, rule: RankRule, *, svd: str = "auto", seed: int = 0) -> LowRank:
@@ -146,6 +159,8 @@ def truncated_svd(x: Tensor, rule: RankRule, *, svd: str = "auto", seed: int = 0
         raise CartError(f"truncated_svd takes matrices, got a tensor of shape {tuple(x.shape)}")
     if svd not in SOLVERS:
         raise CartError(f"svd must be one of {', '.join(SOLVERS)}, got {svd!r}")
+    if x.device.type == "mps":  # it has no fp64, which the solvers need for their estimates
+        return truncated_svd(x.cpu(), rule, svd=svd, seed=seed).to(x.device)
     with torch.no_grad():
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         # One orientation inside: a stack whose rows are the short side.

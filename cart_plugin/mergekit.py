@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Hashable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from mergekit import merge_methods
@@ -33,87 +33,89 @@ from mergekit.merge_methods import (
     TensorGroup,
 )
 from mergekit.merge_methods.base import ParameterSpec
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import BeforeValidator
 
 from cart_plugin.errors import CartError
 from cart_plugin.lowrank import RankRule
-from cart_plugin.merging import CartSettings, is_decomposed, merge_tensors
+from cart_plugin.merging import CartSettings, check_finite, is_decomposed, merge_tensors
 
 
-def _number_named(name: str) -> BeforeValidator:
-    """Say which parameter is not a number: mergekit's errors do not name the parameter."""
+def _named(name: str, convert: Callable[[Any], Any], kind: str, *, optional: bool = False) -> Any:
+    """Convert a recipe's value or say which parameter it is: mergekit's errors do not name it."""
 
     def check(value: Any) -> Any:
-        if value is None:
+        if value is None and optional:
             return None
         try:
-            if isinstance(value, bool):
+            if value is None or isinstance(value, bool):
                 raise TypeError
-            number = float(value)
+            return convert(value)
+        except CartError:
+            raise
+        except OverflowError:
+            raise CartError(f"{name} must be a finite number, got {value!r}") from None
         except (TypeError, ValueError):
-            raise CartError(f"{name} must be a number, got {value!r}") from None
-        if not math.isfinite(number):
-            raise CartError(f"{name} must be a finite number, got {value!r}")
-        return number
+            raise CartError(f"{name} must be {kind}, got {value!r}") from None
 
-    return BeforeValidator(check)
+    return Annotated[Any, BeforeValidator(check)]
 
 
-def _checked_by(check: Callable[[Any], object]) -> AfterValidator:
-    """Let the core's own checks reject a value while mergekit still plans the merge."""
-
-    def validate(value: Any) -> Any:
-        if value is not None:
-            check(value)
-        return value
-
-    return AfterValidator(validate)
+def _number(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise OverflowError
+    return number
 
 
-def _whole(value: float | None) -> int | None:
-    # Gradients interpolate, so that a rank between two layers' ranks need not be whole.
-    return None if value is None else int(value)
+def _rank(value: Any) -> int:
+    # Gradients interpolate, so that a rank between two layers' ranks need not be whole; only 0
+    # itself means "average".
+    number = _number(value)
+    if number < 0:
+        raise CartError(f"rank must be 0 or a positive whole number, got {value}")
+    return 0 if number == 0 else max(1, int(number))
 
 
-RankRatio = Annotated[
-    float | None,
-    _number_named("rank_ratio"),
-    _checked_by(lambda value: RankRule(rank_ratio=value)),
-]
-Rank = Annotated[
-    float | None,
-    _number_named("rank"),
-    _checked_by(lambda value: RankRule(rank=int(value))),
-    AfterValidator(_whole),
-]
-Energy = Annotated[
-    float | None, _number_named("energy"), _checked_by(lambda value: RankRule(energy=value))
-]
-Lambda = Annotated[
-    float, _number_named("lambda"), _checked_by(lambda value: CartSettings(lambda_=value))
-]
-Weight = Annotated[float, _number_named("weight")]
+def _rank_ratio(value: Any) -> float | None:
+    return RankRule(rank_ratio=_number(value)).rank_ratio
+
+
+def _energy(value: Any) -> float | None:
+    return RankRule(energy=_number(value)).energy
+
+
+def _whole(value: Any) -> int:
+    if _number(value) != int(value):
+        raise ValueError
+    return int(value)
+
+
+def _shared(name: str, value_type: Any, default: Any) -> ParameterSpec:
+    return ParameterSpec(name, value_type, ParameterScope.SHARED, default=default)
+
 
 SPEC = MergeMethodSpec(
     name="cart",
     pretty_name="CART",
     reference_url="https://arxiv.org/abs/2412.12153",
     parameters=(
-        ParameterSpec("rank_ratio", RankRatio, ParameterScope.SHARED, default=None),
-        ParameterSpec("rank", Rank, ParameterScope.SHARED, default=None),
-        ParameterSpec("energy", Energy, ParameterScope.SHARED, default=None),
-        ParameterSpec("lambda", Lambda, ParameterScope.SHARED, default=1.0),
-        ParameterSpec(
-            "center", Literal["average", "base"], ParameterScope.SHARED, default="average"
+        _shared("rank_ratio", _named("rank_ratio", _rank_ratio, "a number", optional=True), None),
+        _shared("rank", _named("rank", _rank, "a number", optional=True), None),
+        _shared("energy", _named("energy", _energy, "a number", optional=True), None),
+        _shared("lambda", _named("lambda", _number, "a number"), 1.0),
+        _shared(
+            "center",
+            _named("center", lambda value: CartSettings(center=value).center, "a word"),
+            "average",
         ),
+        _shared("svd", _named("svd", lambda value: CartSettings(svd=value).svd, "a word"), "auto"),
+        _shared("seed", _named("seed", _whole, "a whole number"), 0),
         ParameterSpec(
-            "svd",
-            Annotated[str, _checked_by(lambda value: CartSettings(svd=value))],
-            ParameterScope.SHARED,
-            default="auto",
+            "weight",
+            _named("weight", _number, "a number"),
+            ParameterScope.NON_BASE,
+            default=1.0,
         ),
-        ParameterSpec("seed", int, ParameterScope.SHARED, default=0),
-        ParameterSpec("weight", Weight, ParameterScope.NON_BASE, default=1.0),
     ),
     contract=InputContract(base=BasePolicy.OPTIONAL),
     optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_SINGLETON,
@@ -161,29 +163,28 @@ class CartMerge(GroupMergeMethod):
             CartError: input that cannot be merged.
         """
         settings = CartSettings(
-            rule=RankRule(
-                rank_ratio=parameters["rank_ratio"],
-                rank=parameters["rank"],
-                energy=parameters["energy"],
-            ),
+            rank_ratio=parameters["rank_ratio"],
+            rank=parameters["rank"],
+            energy=parameters["energy"],
             lambda_=parameters["lambda"],
             center=parameters["center"],
             svd=parameters["svd"],
             seed=parameters["seed"],
         )
-        tuned = group.non_base
+        tuned, name = group.non_base, group.metadata.name
+        tensors, models = [entry.tensor for entry in tuned], [str(entry.id) for entry in tuned]
         if len(tuned) == 1:
-            return tuned[0].tensor
-        name = group.metadata.name
+            check_finite(tensors[0], models, tensors, f"tensor {name!r}")
+            return tensors[0]
         return merge_tensors(
-            [entry.tensor for entry in tuned],
+            tensors,
             settings,
             weights=parameters["weight"].values_for(tuned),
             base=group.base.tensor if group.base is not None else None,
             name=name,
-            models=[str(entry.id) for entry in tuned],
+            models=models,
             decompose=group.metadata.vocabulary_axis is None
-            and is_decomposed(name, tuned[0].tensor.shape),
+            and is_decomposed(name, tensors[0].shape),
         )
 
 

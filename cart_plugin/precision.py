@@ -1,42 +1,51 @@
-"""Full fp32 products on CUDA, whatever the process has chosen for its own."""
+"""Full fp32 products, whatever the process has chosen for its own."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 _lock = threading.Lock()
 _users = 0
-_before: object = None
+_before: list[object] = []
 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Keep CUDA from rounding the factors of products to TF32 (10 bits) meanwhile.
+    """Keep products of fp32 tensors from being rounded to TF32 or bf16, and autocast out.
 
-    The switch is the process's, so its users are counted: mergekit works each GPU in a thread.
+    CUDA does the former where a program allows it for speed, and so do CPUs with bf16 units after
+    `torch.set_float32_matmul_precision("medium")`: it costs 3e-3 of accuracy. The switches are the
+    process's, so their users are counted: mergekit works each GPU in a thread.
     """
     global _users, _before
-    if device.type != "cuda":
-        yield
-        return
-    matmul = torch.backends.cuda.matmul
-    # torch 2.9 renamed the switch, and refuses to read the old name once the new one is in use.
-    name, full = (
-        ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
-    )
+    switches = _switches()
     with _lock:
         if _users == 0:
-            _before = getattr(matmul, name)
-            setattr(matmul, name, full)
+            _before = [getattr(owner, name) for owner, name, _ in switches]
+            for owner, name, full in switches:
+                setattr(owner, name, full)
         _users += 1
     try:
-        yield
+        with torch.autocast(device.type, enabled=False):
+            yield
     finally:
         with _lock:
             _users -= 1
             if _users == 0:
-                setattr(matmul, name, _before)
+                for (owner, name, _), value in zip(switches, _before, strict=True):
+                    setattr(owner, name, value)
+
+
+def _switches() -> list[tuple[Any, str, object]]:
+    """Owner, name and full value of each switch."""
+    backends: Any = torch.backends
+    if hasattr(backends.cuda.matmul, "fp32_precision"):
+        # torch 2.9 renamed them, and refuses to read the old ones once the new are in use.
+        owners = (backends.cuda.matmul, backends.mkldnn.matmul)
+        return [(owner, "fp32_precision", "ieee") for owner in owners]
+    return [(backends.cuda.matmul, "allow_tf32", False)]

@@ -2,7 +2,8 @@
 
     folder = finetune_task("thai", seed=0)  # trained once, then found again
 
-The folder holds the encoder (what is merged), and `head/` with the head. A finished folder carries
+The folder holds the encoder, which is what gets merged; `head/` holds the head alone, `classifier/`
+both as a `Dinov2ForImageClassification` (its encoder weights are a link). A finished folder carries
 a manifest with its settings; other settings, data or seed give another folder.
 """
 
@@ -28,7 +29,14 @@ from benchmarks.vision.cache import (
     write_json,
 )
 from benchmarks.vision.evaluate import load_encoder
-from benchmarks.vision.heads import LOGIT_SCALE, Head, features, pixels, prototype_head
+from benchmarks.vision.heads import (
+    LOGIT_SCALE,
+    Head,
+    assemble_classifier,
+    features,
+    pixels,
+    prototype_head,
+)
 from benchmarks.vision.splits import Split
 from benchmarks.vision.tasks import prepare_task, task, training_sample
 
@@ -102,6 +110,7 @@ def finetune_task(name: str, seed: int, settings: FineTuning | None = None, row:
         save_encoder(model, target)
         (target / "head").mkdir()
         head.save(target / "head")
+        assemble_classifier(target, head, target / "classifier")
         write_json(target / MANIFEST, _identity(name, seed, settings) | {"epoch_losses": losses})
     return folder
 

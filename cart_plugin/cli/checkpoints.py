@@ -16,7 +16,8 @@ from cart_plugin.cli.findings import Finding, first_line, ok, problem, some, war
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
-# safetensors' names of dtypes; what is missing here (F8_*, packed 4-bit types) has no arithmetic.
+# safetensors' names of dtypes. Packed types (4 and 6 bits, bare scales) are missing: None stands
+# for them. The 8-bit floats are there to be named, though they cannot be merged either.
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -52,8 +53,13 @@ class TensorInfo:
 
     @property
     def is_floating(self) -> bool:
-        """Whether its values can be averaged."""
+        """Whether its values can be averaged: 8-bit floats cannot, the core rejects them."""
         return self.dtype is not None and self.dtype.is_floating_point and self.dtype.itemsize > 1
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether it holds floats of 8 bits, which mean little without scales of their own."""
+        return self.dtype is not None and self.dtype.is_floating_point and self.dtype.itemsize == 1
 
 
 @dataclass
@@ -125,7 +131,7 @@ def locate(path: str, kind: str) -> tuple[Path | None, list[Finding]]:
 def check_model_card(path: str) -> list[Finding]:
     """Find paths that mergekit's model card takes for hub ids, which fails offline."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id
 
     if not is_offline() or os.path.isabs(path) or path.count("/") > 1:
         return []
@@ -218,15 +224,19 @@ def check_dtypes(checkpoint: Checkpoint) -> list[Finding]:
     weights = [
         name
         for name, info in checkpoint.tensors.items()
-        if not info.is_floating and len(info.shape) >= 2 and not name.endswith("_ids")
+        if info.is_float8
+        or (not info.is_floating and len(info.shape) >= 2 and not name.endswith("_ids"))
     ]
     if not weights:
         return []
     kinds = sorted({str(checkpoint.tensors[name].dtype or "packed") for name in weights})
+    what = "quantised"
+    if all(checkpoint.tensors[name].is_float8 for name in weights):
+        what = "float8"
     return [
         problem(
             f"model {checkpoint.label} holds {', '.join(kinds)} weights ({some(weights)}); "
-            "quantised weights cannot be merged",
+            f"{what} weights cannot be merged",
             "merge the original model, or dequantise this one and save it as bfloat16",
         )
     ]

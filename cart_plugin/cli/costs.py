@@ -19,17 +19,21 @@ from cart_plugin.cli.result import Merge
 
 # Python, torch, transformers and mergekit, before anything is loaded.
 _PROGRAM_BYTES = 0.45e9
-# Copies of one tensor in fp32 that `cart_plugin.merging.merge_tensors` holds beside its inputs.
-_COPIES_DECOMPOSED = 4
+# Upper bounds of the copies of one tensor in fp32 that a merge holds beside its inputs: measured at
+# 2048x2048, 4 to 5 while few directions are kept, up to 13 (full SVD) beyond and with `energy`.
+_COPIES_FEW_DIRECTIONS = 6
+_FEW_DIRECTIONS = 1 / 8  # of the full rank
+_COPIES_MANY_DIRECTIONS = 13
 _COPIES_AVERAGED = 2
 
 
 def check_memory(merges: Sequence[Merge], config: Recipe) -> Iterator[Finding]:
-    """Estimate the main memory that a merge with `cart` takes on the CPU, at most.
+    """Estimate the main memory that a merge with `cart` takes on the CPU: an upper bound.
 
-    The sum of: the program; all inputs of the largest tensor, in the dtype they are merged in; its
-    copies in fp32, four if it is decomposed and two if it is averaged; and the finished tensors
-    that wait until their shard of the result is full, 5 GB of them unless --out-shard-size is set.
+    The sum of: the program; all inputs of the tensor that needs most, in the dtype they are merged
+    in; its copies in fp32, six if at most an eighth of its full rank is kept, thirteen if more is
+    or may be (`energy`), two if it is averaged; and the finished tensors that wait until their
+    shard of the result is full, 5 GB of them unless --out-shard-size is set.
     Files that the system keeps in memory because they were read are not counted: it gives that
     memory back.
     """
@@ -37,10 +41,7 @@ def check_memory(merges: Sequence[Merge], config: Recipe) -> Iterator[Finding]:
     largest = max(merges, key=lambda merge: _peak(merge, config))
     shard = min(_result_bytes(merges, config), MergeOptions().out_shard_size)
     needed = _PROGRAM_BYTES + shard + _peak(largest, config)
-    fact = (
-        f"memory needed on the CPU: up to about {size(needed)}; "
-        f"the largest tensor is {largest.planned.name}"
-    )
+    fact = f"memory needed on the CPU: up to about {size(needed)}; most for {largest.planned.name}"
     free = available_memory()
     if free is None or needed <= free:
         yield ok(fact)
@@ -88,7 +89,11 @@ def _peak(merge: Merge, config: Recipe) -> float:
     """Bytes of one tensor's inputs and working copies."""
     elements = next(iter(merge.inputs.values())).elements
     inputs = len(merge.inputs) * elements * _merge_dtype(merge, config).itemsize
-    copies = _COPIES_DECOMPOSED if merge.is_decomposed else _COPIES_AVERAGED
+    copies = _COPIES_AVERAGED
+    if merge.is_decomposed:
+        share = merge.rank_share
+        few = share is not None and share <= _FEW_DIRECTIONS
+        copies = _COPIES_FEW_DIRECTIONS if few else _COPIES_MANY_DIRECTIONS
     return inputs + copies * 4 * elements
 
 

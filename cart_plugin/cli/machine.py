@@ -23,7 +23,12 @@ def check_devices(torch: Any) -> list[Finding]:
             )
     elif torch.backends.mps.is_available():
         limit = size(torch.mps.recommended_max_memory())
-        findings.append(ok(f"mps: Apple GPU, up to {limit} (mergekit: --device mps)"))
+        findings.append(
+            ok(
+                f"mps: Apple GPU, up to {limit} (mergekit: --device mps); it has no fp64, so that "
+                "tensors are decomposed on the CPU"
+            )
+        )
     else:
         findings.append(ok("GPU: none that torch can use; merging works on the CPU"))
     return findings

@@ -6,17 +6,23 @@ each such setting is found here, at whatever level it was written.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from difflib import get_close_matches
 
 from mergekit import merge_methods
-from mergekit.config import ParameterSetting
+from mergekit.config import ConditionalParameter, ParameterSetting
 from mergekit.merge_methods.base import BasePolicy, MergeMethod, ParameterScope, ParameterSpec
 
 from cart_plugin.cli.findings import Finding, count, problem, some, warning
 from cart_plugin.cli.layout import Group, Place, Recipe, conditions, groups, places, scalars
+from cart_plugin.lowrank import RankRule
 
-_RANK_RULES = ("rank_ratio", "rank", "energy")
+# The parameters of which a tensor may have one.
+RANK_RULES = tuple(rule.name for rule in fields(RankRule))
+
+_LOW_LAMBDA = 0.5
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -48,6 +54,9 @@ def check_settings(config: Recipe, method: MergeMethod) -> list[Finding]:
             findings += _check_setting(place, name, setting, method)
         if method.spec.name == "cart":
             findings += _check_rank_rules(place)
+            findings += _check_rank(place)
+            if not _is_around_base(config):
+                findings += _check_lambda(place)
     return findings
 
 
@@ -76,12 +85,7 @@ def check_groups(config: Recipe, method: MergeMethod) -> list[Finding]:
 
 def _check_cart_group(group: Group, config: Recipe) -> Iterator[Finding]:
     tuned = len([model for model in group.models if model != group.base])
-    around_base = any(
-        value == "base"
-        for place in places(config)
-        if place.model is None and "center" in place.settings
-        for value in scalars(place.settings["center"])
-    )
+    around_base = _is_around_base(config)
     if tuned < 2:
         yield problem(
             f"{group.label}: {count(tuned, 'fine-tuned model')}; cart needs at least two "
@@ -98,6 +102,16 @@ def _check_cart_group(group: Group, config: Recipe) -> Iterator[Finding]:
             f"{group.label}: center is base, but there is no base model",
             "add `base_model:` to the recipe, or delete `center`",
         )
+
+
+def _is_around_base(config: Recipe) -> bool:
+    """Whether the recipe sets `center: base` anywhere."""
+    return any(
+        value == "base"
+        for place in places(config)
+        if place.model is None and "center" in place.settings
+        for value in scalars(place.settings["center"])
+    )
 
 
 def _check_setting(
@@ -171,7 +185,7 @@ def _check_rank_rules(place: Place) -> Iterator[Finding]:
     # Filtered ones may be meant for different tensors; the plan of the merge tells.
     given = [
         name
-        for name in _RANK_RULES
+        for name in RANK_RULES
         if place.model is None and name in place.settings and not conditions(place.settings[name])
     ]
     if len(given) > 1:
@@ -179,3 +193,48 @@ def _check_rank_rules(place: Place) -> Iterator[Finding]:
             f"{place.name(given[0])}: {' and '.join(given)} are two rank rules at once",
             "keep one of them",
         )
+
+
+def _check_rank(place: Place) -> Iterator[Finding]:
+    """Report ranks that are no numbers of directions; most of them are ratios."""
+    if place.model is not None or "rank" not in place.settings:
+        return
+    for value in _odd_ranks(place.settings["rank"]):
+        yield problem(
+            f"{place.name('rank')}: a rank is a whole number of directions, got {value!r}",
+            "did you mean rank_ratio?" if 0 < value < 1 else f"write {int(value)}",
+        )
+
+
+def _odd_ranks(setting: ParameterSetting) -> Iterator[float]:
+    """The ranks that are not whole, but for those of gradients: layers in between have such."""
+    for values, is_gradient in _alternatives(setting):
+        for value in values:
+            if 0 < value < 1 or (value > 1 and value % 1 and not is_gradient):
+                yield value
+
+
+def _check_lambda(place: Place) -> Iterator[Finding]:
+    """Report a lambda that was chosen for another method: weak along the whole gradient."""
+    if place.model is not None:
+        return
+    for values, _ in _alternatives(place.settings.get("lambda", [])):
+        if values and 0 < max(values) < _LOW_LAMBDA:
+            yield warning(
+                f"{place.name('lambda')}: {max(values):g} leaves little but the plain average",
+                f"a lambda of {max(values):g} fits task_arithmetic; CART's usual values are 1 to 3",
+            )
+
+
+def _alternatives(setting: ParameterSetting) -> Iterator[tuple[list[float], bool]]:
+    """For each filter, or for all tensors: the finite numbers, and whether they are a gradient."""
+    for choice in conditions(setting) or [setting]:
+        inner = choice.value if isinstance(choice, ConditionalParameter) else choice
+        numbers = [
+            value
+            for value in scalars(inner)
+            if isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and math.isfinite(value)
+        ]
+        yield numbers, isinstance(inner, list)

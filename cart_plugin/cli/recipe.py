@@ -42,6 +42,13 @@ def check_recipe(path: Path, out: Path | None, show: Callable[[Section], None]) 
         _check_document(document, part, made, out, show)
 
 
+def example_recipes() -> Path:
+    """The folder of the recipes that people copy: wheels carry it, clones have it at their top."""
+    package = Path(__file__).parents[1]
+    carried = package / "configs" / "mergekit"
+    return carried if carried.is_dir() else package.parent / "configs" / "mergekit"
+
+
 def _load(path: Path) -> tuple[list[dict[str, Any]], list[Finding]]:
     try:
         documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
@@ -56,7 +63,7 @@ def _load(path: Path) -> tuple[list[dict[str, Any]], list[Finding]]:
         return [], [
             problem(
                 "not a recipe: it must be a mapping with `merge_method:` and `models:`",
-                "start from one of the recipes in configs/mergekit",
+                f"start from one of the recipes in {example_recipes()}",
             )
         ]
     return documents, []

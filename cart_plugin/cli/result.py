@@ -14,12 +14,12 @@ from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 from cart_plugin.cli.checkpoints import Checkpoint, TensorInfo
 from cart_plugin.cli.findings import Finding, Level, count, ok, problem, some, warning
 from cart_plugin.cli.layout import Recipe, conditions, groups, places
+from cart_plugin.cli.parameters import RANK_RULES
 from cart_plugin.cli.planning import FLAT, PlannedTensor, source, unreached
 from cart_plugin.lowrank import RankRule
-from cart_plugin.merging import is_decomposed
+from cart_plugin.merging import _matrix_shape, is_decomposed
 
-_RANK_RULES = ("rank_ratio", "rank", "energy")
-_MATRIX_PARAMETERS = {*_RANK_RULES, "lambda", "center", "svd", "seed"}  # without effect elsewhere
+_MATRIX_PARAMETERS = {*RANK_RULES, "lambda", "center", "svd", "seed"}  # without effect elsewhere
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,13 @@ class Merge:
         return self.can_be_decomposed and not RankRule(**self.rank_rules).keeps_nothing
 
     @property
+    def rank_share(self) -> float | None:
+        """The share of the full rank that is kept, or None if that depends on the values."""
+        _, m, n = _matrix_shape(self.planned.name, self.shape)
+        rank = RankRule(**self.rank_rules).fixed_rank(m, n)
+        return None if rank is None else rank / min(m, n)
+
+    @property
     def can_be_decomposed(self) -> bool:
         """Whether the tensor is one that `cart` decomposes, as its mergekit adapter decides it."""
         return (
@@ -61,9 +68,14 @@ class Merge:
         return [label for label in self.inputs if label != self.planned.base]
 
     @property
+    def counting(self) -> list[str]:
+        """The merged inputs whose weight for this tensor is not 0."""
+        return [label for label in self.tuned if self.planned.weights.get(label, 1.0) != 0]
+
+    @property
     def rank_rules(self) -> dict[str, Any]:
         """The rank rules that the recipe sets for this tensor; one or none, if it is right."""
-        given = {name: self.planned.parameters[name] for name in _RANK_RULES}
+        given = {name: self.planned.parameters[name] for name in RANK_RULES}
         return {name: value for name, value in given.items() if value is not None}
 
 
@@ -102,7 +114,7 @@ def check_plan(
     findings += _check_filters(merges, config, method)
     if method.spec.name == "cart":
         conflicts = [*_check_rank_rules(merges), *_check_weights(merges)]
-        findings += conflicts or _summary(merges)
+        findings += conflicts or [*_check_counting(merges), *_summary(merges)]
     else:
         findings.append(ok(f"{count(len(merges), 'tensor')} merged with {method.spec.name}"))
     return findings
@@ -269,6 +281,25 @@ def _check_weights(merges: Sequence[Merge]) -> Iterator[Finding]:
             f"the models' weights sum to 0 or less for {count(len(names), 'tensor')}: "
             f"{some(names)}",
             "give at least one model a positive weight for every tensor",
+        )
+
+
+def _check_counting(merges: Sequence[Merge]) -> Iterator[Finding]:
+    """Report decomposed tensors for which weights of 0 leave less than three models."""
+    names = [
+        merge.planned.name
+        for merge in merges
+        if merge.is_decomposed
+        and merge.planned.parameters["center"] == "average"
+        and len(merge.counting) < 3
+        # Two models in the recipe or in the files are reported there.
+        and len(merge.tuned) >= 3
+    ]
+    if names:
+        yield warning(
+            f"weights of 0 leave fewer than three models for {count(len(names), 'tensor')} "
+            f"({some(names)}): there cart is plain averaging, at any rank and lambda",
+            "give three models a weight that is not 0, or set rank_ratio: 0 for these tensors",
         )
 
 

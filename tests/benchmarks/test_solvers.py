@@ -9,15 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import demo, demo_models, solvers, solvers_report
+from benchmarks import solvers, solvers_report
 from benchmarks.incremental import Record
 from benchmarks.matrices import REAL, SPECTRA, MatrixMaker, Reference
 
 REPOSITORY = Path(__file__).parents[2]
-
-
-def test_the_demo_merges_the_models_that_are_looked_for() -> None:
-    assert demo_models.TASKS == demo.TASKS
 
 
 @pytest.mark.parametrize("shape", [(40, 60), (60, 40)])

@@ -48,7 +48,7 @@ def test_fine_tuning_learns_the_task_and_leaves_a_whole_folder(tiny_suite):
     pretrained = load_file(tiny_suite / "model.safetensors")
     assert pretrained.keys() == load_file(folder / "model.safetensors").keys()
     head = {"blocks": load_head("blocks", 0, QUICK)}
-    assert evaluate_encoder(folder, head, "test")["blocks"] >= 0.9
+    assert evaluate_encoder(folder, head, "test")["blocks"] >= 0.8
 
 
 def test_a_finished_task_is_not_trained_again(tiny_suite, monkeypatch):
@@ -107,35 +107,39 @@ def test_an_encoder_that_lacks_tensors_is_not_evaluated(tiny_suite, tmp_path):
         load_encoder(tmp_path)
 
 
-def test_encoder_and_head_together_are_a_classifier(tiny_suite, tmp_path):
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-    prepare_task("blocks")
+def check_classifier(model, folder):
+    """The classifier's logits are those of encoder and head."""
     data = load_split("blocks", "test")
-    encoder = load_encoder(tiny_suite)
-    head = heads.prototype_head(encoder, training_sample("blocks", 6, 0), classes=2, shots=3)
-    heads.assemble_classifier(tiny_suite, head, tmp_path / "classifier")
-    model = AutoModelForImageClassification.from_pretrained(tmp_path / "classifier").eval()
-    processor = AutoImageProcessor.from_pretrained(tmp_path / "classifier")
-    values = processor(list(data.images), return_tensors="pt")["pixel_values"]
-    assert torch.allclose(values, heads.pixels(data.images), atol=1e-5)
     with torch.no_grad():
-        logits = model(pixel_values=values).logits
-    expected = head(heads.all_features(encoder, data.images))
+        found = model(pixel_values=heads.pixels(data.images))
+    expected = load_head("blocks", 0, QUICK)(heads.all_features(load_encoder(folder), data.images))
+    logits = found if isinstance(found, torch.Tensor) else found.logits
     assert torch.allclose(logits, expected, atol=1e-4)
 
 
-def test_fusion_bench_loads_encoder_and_head(tiny_suite, tmp_path, monkeypatch):
+def test_encoder_and_head_together_are_a_classifier(tiny_suite):
+    from transformers import AutoModelForImageClassification
+
+    folder = finetune_task("blocks", 0, QUICK)
+    model = AutoModelForImageClassification.from_pretrained(folder / "classifier").eval()
+    check_classifier(model, folder)
+
+
+def test_the_saved_processor_does_what_training_did(tiny_suite):
+    from transformers import AutoImageProcessor
+
+    folder = finetune_task("blocks", 0, QUICK)
+    images = load_split("blocks", "test").images
+    for place in (folder, folder / "classifier"):
+        processor = AutoImageProcessor.from_pretrained(place)
+        values = processor(list(images), return_tensors="pt")["pixel_values"]
+        assert torch.allclose(values, heads.pixels(images), atol=1e-5)
+
+
+def test_fusion_bench_loads_encoder_and_head(tiny_suite, monkeypatch):
     pools = pytest.importorskip("fusion_bench.modelpool")
     # FusionBench 0.2.33 takes `override` from typing, which has it from Python 3.12 on.
     monkeypatch.setattr(typing, "override", typing_extensions.override, raising=False)
-    prepare_task("blocks")
-    data = load_split("blocks", "test")
-    encoder = load_encoder(tiny_suite)
-    head = heads.prototype_head(encoder, training_sample("blocks", 6, 0), classes=2, shots=3)
-    heads.assemble_classifier(tiny_suite, head, tmp_path / "classifier")
-    pool = pools.Dinov2ForImageClassificationPool({"blocks": str(tmp_path / "classifier")})
-    model = pool.load_model("blocks").eval()
-    with torch.no_grad():
-        logits = model(heads.pixels(data.images))
-    assert torch.allclose(logits, head(heads.all_features(encoder, data.images)), atol=1e-4)
+    folder = finetune_task("blocks", 0, QUICK)
+    pool = pools.Dinov2ForImageClassificationPool({"blocks": str(folder / "classifier")})
+    check_classifier(pool.load_model("blocks").eval(), folder)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
 from cart_plugin.cli import main
-from tests.cli.tiny import save_models
+from tests.cli.tiny import save_models, write_recipe
 
 
 @pytest.fixture(scope="session")
@@ -103,3 +104,13 @@ def doctor(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Report]:
         return Report(CliRunner().invoke(main, ["doctor", *map(str, arguments)]))
 
     return run
+
+
+@pytest.fixture
+def check(doctor: Callable[..., Report], tmp_path: Path) -> Callable[..., Report]:
+    """Doctor on a recipe for models in the given folders."""
+
+    def check(folders: list[str], *options: object, **recipe: Any) -> Report:
+        return doctor(write_recipe(tmp_path / "cart.yaml", folders, **recipe), *options)
+
+    return check

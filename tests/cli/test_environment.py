@@ -234,7 +234,9 @@ def test_apple_gpu_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 16_000_000_000)
-    assert "16 GB (mergekit: --device mps)" in machine.check_devices(torch)[1].fact
+    fact = machine.check_devices(torch)[1].fact
+    assert "16 GB (mergekit: --device mps)" in fact
+    assert "decomposed on the CPU" in fact
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,10 @@ import yaml
 from click.testing import CliRunner
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 
+from cart_plugin.cli import result
+from cart_plugin.cli.parameters import RANK_RULES
+from cart_plugin.cli.recipe import example_recipes
+from cart_plugin.mergekit import SPEC
 from tests.cli.conftest import Report
 from tests.cli.tiny import write_recipe
 
@@ -57,7 +61,7 @@ def test_invalid_yaml_names_the_line(doctor: Callable[..., Report], tmp_path: Pa
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "cart"])
 def test_yaml_that_is_no_recipe(text: str, doctor: Callable[..., Report], tmp_path: Path) -> None:
     (tmp_path / "cart.yaml").write_text(text)
-    doctor(tmp_path / "cart.yaml").has_only_problem("not a recipe", "configs/mergekit")
+    doctor(tmp_path / "cart.yaml").has_only_problem("not a recipe", str(example_recipes()))
 
 
 def test_mergekits_own_refusal_is_passed_on(check: Callable[..., Report]) -> None:
@@ -199,7 +203,7 @@ def test_weight_of_the_base_model(check: Callable[..., Report], llamas: list[str
         ({"rank_ratio": [0.1, 3]}, "correct the value 3"),
         ({"rank_ratio": [{"filter": "mlp", "value": [0, 7]}]}, "correct the value 7"),
         ({"rank": -2}, "rank must be"),
-        ({"energy": 1.5}, "energy must be"),
+        ({"energy": 1.5}, "energy must lie between 0 and 1"),
         ({"lambda": "x"}, "lambda must be a number"),
         ({"center": "mean"}, "'average' or 'base'"),
         ({"svd": "slow"}, "svd must be one of"),
@@ -210,6 +214,59 @@ def test_values_out_of_range(
     parameters: dict[str, Any], text: str, check: Callable[..., Report]
 ) -> None:
     check(parameters=parameters).has_only_problem(text, "correct the value")
+
+
+@pytest.mark.parametrize(
+    ("rank", "advice"),
+    [
+        (0.08, "did you mean rank_ratio?"),
+        ([{"filter": "mlp", "value": 0.5}, {"value": 4}], "did you mean rank_ratio?"),
+        ([0, 0.16, 0], "did you mean rank_ratio?"),
+        (2.5, "write 2"),
+        ([{"filter": "mlp", "value": 2.5}, {"value": 4}], "write 2"),
+    ],
+)
+def test_rank_that_is_no_number_of_directions(
+    rank: object, advice: str, check: Callable[..., Report]
+) -> None:
+    report = check(parameters={"rank": rank})
+    report.has_only_problem("parameters.rank: a rank is a whole number of directions", advice)
+
+
+@pytest.mark.parametrize("rank", [0, 4, 4.0, [1, 4], [1, 2.5, 4], [{"filter": "mlp", "value": 3}]])
+def test_whole_ranks_and_gradients_between_them_are_fine(
+    rank: object, check: Callable[..., Report]
+) -> None:
+    assert check(parameters={"rank": rank}).problems == []
+
+
+@pytest.mark.parametrize(
+    "scale", [0.3, [0.1, 0.3], [{"filter": "mlp", "value": 0.3}, {"value": 1.0}]]
+)
+def test_lambda_of_another_method(scale: object, check: Callable[..., Report]) -> None:
+    report = check(parameters={"lambda": scale})
+    report.has_only_warning(
+        "parameters.lambda: 0.3 leaves little but the plain average",
+        "a lambda of 0.3 fits task_arithmetic; CART's usual values are 1 to 3",
+    )
+
+
+@pytest.mark.parametrize("scale", [0.5, 1, 2.3, 0, -1, [0, 0.3, 1]])
+def test_other_lambdas_pass(scale: object, check: Callable[..., Report]) -> None:
+    check(parameters={"lambda": scale}).is_clean()
+
+
+def test_small_lambdas_suit_the_base_as_centre(
+    check: Callable[..., Report], llamas: list[str]
+) -> None:
+    parameters = {"lambda": 0.3, "center": "base"}
+    check(models=entries(llamas[:2]), base_model=llamas[2], parameters=parameters).is_clean()
+
+
+def test_the_rank_rules_are_the_cores() -> None:
+    assert {"rank_ratio", "rank", "energy"} <= set(RANK_RULES)
+    assert set(RANK_RULES) <= {parameter.name for parameter in SPEC.parameters}
+    assert result.RANK_RULES is RANK_RULES
 
 
 def test_weight_that_is_no_number(check: Callable[..., Report], llamas: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import transformers
 import yaml
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -96,3 +98,11 @@ def change_config(folder: str | Path, **changes: Any) -> None:
     file = Path(folder) / "config.json"
     config = {**json.loads(file.read_text()), **changes}
     file.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def edit_weights(folder: str, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the tensors of a model in place."""
+    file = Path(folder) / "model.safetensors"
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file, {"format": "pt"})
