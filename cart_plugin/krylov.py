@@ -221,6 +221,5 @@ def _misses_direction(
         probes = _times_transposed((probes / _norms(probes)) @ x, x)
     probes = _project_out(probes, basis)
     outside = ((probes / _norms(probes)) @ x).square().sum(-1).amax(-1)
-    smallest = ritz.values[:, -2]
-    rounding = (100 * torch.finfo(x.dtype).eps) ** 2 * ritz.values[:, 0]
-    return bool((outside > 0.95 * smallest + rounding).any())
+    rounding = (10 * torch.finfo(x.dtype).eps) ** 2 * ritz.values[:, 0]
+    return bool((outside > 0.95 * ritz.values[:, -2] + rounding).any())

@@ -242,15 +242,15 @@ def _fast(x: Tensor, k: int, seed: int) -> LowRank:
     On CPUs the matrices of a stack are solved one by one, since batched products gain nothing
     there; on accelerators all at once.
     """
-    found = [
-        leading_subspace(part, k, tolerance=FAST_TOLERANCE, seed=seed)
-        for part in (x.split(1) if x.device.type == "cpu" else [x])
-    ]
-    parts = [
-        _exact(part, k, seed) if one is None else _from_left(one.left, one.right, one.error)
-        for part, one in zip(x.split(1) if len(found) > 1 else [x], found, strict=True)
-    ]
-    return parts[0] if len(parts) == 1 else _stacked(parts)
+    stack = x.shape[0]
+    if stack == 1 or x.device.type != "cpu":
+        found = leading_subspace(x, k, tolerance=FAST_TOLERANCE, seed=seed)
+        if found is not None:
+            return _from_left(found.left, found.right, found.error)
+        if stack == 1:
+            return _exact(x, k, seed)
+    # Also where one matrix of a stack keeps all others from being solved together.
+    return _stacked([_fast(part, k, seed) for part in x.split(1)])
 
 
 def _exact(x: Tensor, k: int, _seed: int) -> LowRank:

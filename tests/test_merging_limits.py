@@ -100,17 +100,23 @@ def test_tables_by_other_names_are_averaged(name: str) -> None:
     assert not is_decomposed(name, (64, 32))
 
 
-def test_a_zero_or_low_rank_matrix_does_not_spoil_the_stack_it_is_in() -> None:
+def test_a_zero_matrix_does_not_spoil_the_stack_it_is_in() -> None:
     from cart_plugin.krylov import leading_subspace
 
     good = with_spectrum(power_law(320, 0.8), 320, 400)
+    found = leading_subspace(
+        torch.stack([good, torch.zeros_like(good)]), 25, tolerance=5e-4, seed=0
+    )
+    assert found is not None
+    exact = truncated_svd(good, RankRule(rank=25), svd="exact").dense()
+    assert relative_error(found.left[0] @ found.right[0], exact.double()) < 1e-3
+    assert not (found.left[1] @ found.right[1]).any()
+
+
+def test_a_matrix_of_low_rank_in_a_stack_is_right() -> None:
+    good = with_spectrum(power_law(320, 0.8), 320, 400)
     low = random(320, 4) @ random(4, 400, seed=1) / 100
-    for other in (torch.zeros_like(good), low):
-        found = leading_subspace(torch.stack([good, other]), 25, tolerance=5e-4, seed=0)
-        assert found is not None
-        for matrix, left, right in zip([good, other], found.left, found.right, strict=True):
-            alone = truncated_svd(matrix, RankRule(rank=25), svd="exact").dense()
-            if matrix.any():
-                assert relative_error(left @ right, alone.double()) < 1e-3
-            else:
-                assert not (left @ right).any()
+    found = truncated_svd(torch.stack([good, low]), RankRule(rank=25), svd="fast").dense()
+    exact = truncated_svd(good, RankRule(rank=25), svd="exact").dense()
+    assert relative_error(found[0], exact.double()) < 1e-3
+    assert relative_error(found[1], low.double()) < 1e-5
