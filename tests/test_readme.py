@@ -69,3 +69,14 @@ def test_the_python_example_runs() -> None:
     namespace: dict = dict(states)
     exec(example, namespace)  # noqa: S102
     assert namespace["merged"]["layer.weight"].shape == (16, 24)
+
+
+def test_the_rule_of_auto_is_the_one_in_the_code() -> None:
+    from cart_plugin import lowrank
+
+    assert "at most an eighth of the full rank" in README
+    assert lowrank._FAST_SHARE == 1 / 8
+    assert f"short sides of {lowrank._FAST_SIDE} or more" in README
+    assert "below\nsix times that" in README
+    assert lowrank._FAST_ASPECT == 6
+    assert f"Above {lowrank._GRAM_SHARE:.0%}".replace("%", " %") in README
