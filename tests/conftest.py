@@ -1,8 +1,20 @@
 """What every test needs."""
 
 import os
+import sys
+from collections.abc import Iterator
+
+import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any test imports a hub client: no test may reach out
 # Small matrices gain nothing from threads, and lose much to them on a machine that is busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def as_many_threads_as_before() -> Iterator[None]:
+    """Take back what a command under test has set for its process: torch's threads."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

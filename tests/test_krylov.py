@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cart_plugin.krylov import Subspace, leading_subspace
+from cart_plugin.lowrank import RankRule, truncated_svd
 from tests.support import (
     ROUNDING,
     SPECTRA,
@@ -171,3 +172,14 @@ def test_left_vectors_are_orthonormal_and_rows_descend(spectrum: str) -> None:
     assert torch.allclose(left.mT @ left, torch.eye(12), atol=1e-5)
     norms = found.right[0].norm(dim=-1)
     assert float(norms.diff().max()) <= 1e-6 * float(norms[0])
+
+
+def test_a_zero_matrix_does_not_spoil_the_stack_it_is_in() -> None:
+    good = with_spectrum(power_law(320, 0.8), 320, 400)
+    found = leading_subspace(
+        torch.stack([good, torch.zeros_like(good)]), 25, tolerance=5e-4, seed=0
+    )
+    assert found is not None
+    exact = truncated_svd(good, RankRule(rank=25), svd="exact").dense()
+    assert relative_error(found.left[0] @ found.right[0], exact.double()) < 1e-3
+    assert not (found.left[1] @ found.right[1]).any()
