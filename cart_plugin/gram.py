@@ -18,7 +18,7 @@ from torch import Tensor
 # runs on scipy's threads, which wait for each other thousands of times a matrix; where torch's own
 # or another program's are busy beside them, that can take far longer than the work itself.
 _PARTIAL_SIDE = 1536
-_PARTIAL_SHARE = 0.2
+_PARTIAL_SHARE = 0.25
 _SMALLEST = 1e-150  # its square is no underflow in fp64
 
 
@@ -38,21 +38,88 @@ class LeftVectors(NamedTuple):
     error: float
 
 
+class Approximation(NamedTuple):
+    """What eigenvectors of fp32 Gram matrices say, before anyone asks how good they are.
+
+    Attributes:
+        values: squared singular values, descending, ``(stack, count + 1)``, for some ``count`` of
+            at least ``k``.
+        vectors: left singular vectors, ``(stack, m, count)``.
+        noise: see `_leading`.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    noise: float
+
+
 def leading_left(x: Tensor, k: int, *, tolerance: float) -> LeftVectors:
-    """The k leading left singular vectors of ``x`` ``(stack, m, n)``, by its Gram matrices.
+    """The k leading left singular vectors of ``x`` ``(m, n)`` or a stack, by its Gram matrices.
 
     Args:
         x: fp32 or fp64, entries of moderate size.
         k: how many, at most ``m``.
         tolerance: relative error of the truncated matrix above which fp32 is not enough.
     """
-    energies = torch.linalg.vector_norm(x, dim=2).double().square().sum(1)
-    values, vectors, noise = _leading(x, k, x.dtype)
-    error = float(_rounding_error(values, energies, x.shape[1], noise).max())
-    if error > tolerance and x.dtype != torch.float64:
-        values, vectors, _ = _leading(x, k, torch.float64)
+    return refined(x, k, approximate_left(x, k), tolerance=tolerance)
+
+
+def approximate_left(x: Tensor, k: int) -> Approximation:
+    """The first half of `leading_left`."""
+    # More vectors than asked for, so that a power step can correct these where fp32 is not enough:
+    # twice as many where the eigensolver returns all of them anyhow.
+    extra = max(8, k // 4 if _solved_partially(x, k) else k)
+    return Approximation(*_leading(x, min(x.shape[-2], k + extra), x.dtype))
+
+
+def refined(x: Tensor, k: int, found: Approximation, *, tolerance: float) -> LeftVectors:
+    """The second half of `leading_left`: correct the vectors where their error asks for it."""
+    m = x.shape[-2]
+    values, vectors, noise = found
+    energies = torch.linalg.vector_norm(x, dim=-1).double().square().sum(-1)
+    kept, last = values[..., : k + 1], vectors[..., :k]
+    error = float(_rounding_error(kept, energies, m, noise).max())
+    if error <= tolerance or x.dtype == torch.float64:
+        return LeftVectors(kept, last, error)
+    for count in (min(k + max(8, k // 4), vectors.shape[-1]), vectors.shape[-1]):
+        error = float(_corrected_error(values[..., : count + 1], energies, k, m, noise).max())
+        if error <= tolerance:
+            kept, last = _corrected(x, vectors[..., :count], k)
+            break
+    else:
+        kept, last, _ = _leading(x, k, torch.float64)
         error = torch.finfo(x.dtype).eps
-    return LeftVectors(values.to(x.dtype), vectors.to(x.dtype), error)
+    return LeftVectors(kept.to(x.dtype), last.to(x.dtype), error)
+
+
+def _corrected(x: Tensor, vectors: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """One power step, on ``x`` itself, and a Rayleigh-Ritz projection in fp64.
+
+    Rounding of the power step costs as much as the condition number of the kept directions, not
+    its square: the vectors go in and come out nearly orthogonal, and each is scaled by itself.
+
+    Args:
+        x: ``(m, n)``.
+        vectors: more than k approximate left singular vectors, ``(m, count)``.
+        k: how many to return, and one value more.
+    """
+    rows = (x @ (vectors.mT @ x).mT).mT
+    rows = _orthonormal(_orthonormal(rows).double())
+    # Blocks of columns are converted one by one, so that no copy of `x` comes about.
+    gram = rows.new_zeros(*rows.shape[:-1], rows.shape[-2])
+    for columns in x.split(max(256, math.ceil(x.shape[-1] / 4)), dim=-1):
+        image = rows @ columns.double()
+        gram += image @ image.mT
+    values, within = torch.linalg.eigh(gram)
+    values = values.flip(-1)[..., : k + 1].clamp_min(0)
+    return values, rows.mT @ within.flip(-1)[..., :k]
+
+
+def _orthonormal(rows: Tensor) -> Tensor:
+    """Cholesky QR of rows that are nearly orthogonal, of any length."""
+    rows = rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    factor, _ = torch.linalg.cholesky_ex(rows @ rows.mT)
+    return torch.linalg.solve_triangular(factor, rows, upper=False)
 
 
 def _gram(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -60,14 +127,14 @@ def _gram(x: Tensor, dtype: torch.dtype) -> Tensor:
 
     Blocks of rows are converted to ``dtype`` one by one, so that no copy of ``x`` comes about.
     """
-    stack, m, _ = x.shape
+    m = x.shape[-2]
     step = max(256, math.ceil(m / 4))
-    gram = x.new_empty(stack, m, m, dtype=dtype)
+    gram = x.new_empty(*x.shape[:-1], m, dtype=dtype)
     for i in range(0, m, step):
-        rows = x[:, i : i + step].to(dtype)
+        rows = x[..., i : i + step, :].to(dtype)
         for j in range(0, i + 1, step):
-            columns = rows if i == j else x[:, j : j + step].to(dtype)
-            gram[:, i : i + step, j : j + step] = rows @ columns.mT
+            columns = rows if i == j else x[..., j : j + step, :].to(dtype)
+            gram[..., i : i + step, j : j + step] = rows @ columns.mT
     return gram
 
 
@@ -76,21 +143,26 @@ def _leading(x: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, flo
 
     Noise is the size of rounding errors in units of ``eps * values[0] / sqrt(m)``, as measured.
     """
-    m = x.shape[1]
+    m = x.shape[-2]
     gram = _gram(x, dtype)
-    partial = x.device.type == "cpu" and m >= _PARTIAL_SIDE and k < _PARTIAL_SHARE * m
-    found = [_partial_eigh(matrix, k + 1) for matrix in gram] if partial else []
+    partial = _solved_partially(x, k)
+    found = [_partial_eigh(matrix, k + 1) for matrix in gram.view(-1, m, m)] if partial else []
     if partial and all(len(values) == k + 1 for values, _ in found):
-        values = torch.stack([values for values, _ in found])
-        vectors = torch.stack([vectors for _, vectors in found])
+        values = torch.stack([values for values, _ in found]).view(*x.shape[:-2], k + 1)
+        vectors = torch.stack([vectors for _, vectors in found]).view(*x.shape[:-1], k + 1)
         noise = 0.4
     else:
         values, vectors = torch.linalg.eigh(_gram(x, dtype) if partial else gram)
         noise = 4.0
-    values = values.flip(-1)[:, : k + 1].clamp_min(0)
+    values = values.flip(-1)[..., : k + 1].clamp_min(0)
     if k == m:
-        values = torch.cat([values, torch.zeros_like(values[:, :1])], 1)
+        values = torch.cat([values, torch.zeros_like(values[..., :1])], -1)
     return values, vectors.flip(-1)[..., :k], noise
+
+
+def _solved_partially(x: Tensor, k: int) -> bool:
+    m = x.shape[-2]
+    return x.device.type == "cpu" and m >= _PARTIAL_SIDE and k < _PARTIAL_SHARE * m
 
 
 def _partial_eigh(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -128,16 +200,52 @@ def _rounding_error(values: Tensor, energies: Tensor, m: int, noise: float) -> T
     k = values.shape[-1] - 1
     if k == m:
         return torch.zeros_like(energies)
-    size = noise * torch.finfo(values.dtype).eps * values[:, :1].double() / math.sqrt(m)
-    kept, dropped = values[:, :k].double(), values[:, k:].double()
+    size = _rounding(values, m, noise)
+    kept, dropped = values[..., :k].double(), values[..., k:].double()
     total = kept.sum(-1)
-    mean = ((energies - total).clamp_min(0) / (m - k))[:, None].minimum(dropped)
+    mean = ((energies - total).clamp_min(0) / (m - k))[..., None].minimum(dropped)
 
     def turned(rounding: Tensor, kept: Tensor, dropped: Tensor) -> Tensor:
         gap = (kept - dropped).clamp_min(_SMALLEST)
         # No direction can do more damage than to be lost.
         return (rounding * (kept + dropped) / gap**2).minimum(2 * (kept + rounding.sqrt())).sum(-1)
 
-    near = turned(size**2, kept[:, -1:], dropped)
+    near = turned(size**2, kept[..., -1:], dropped)
     far = turned((size / 2) ** 2 * (m - k), kept, mean)
     return torch.where(total > 0, ((near + far) / total).sqrt(), 0.0)
+
+
+def _rounding(values: Tensor, m: int, noise: float) -> Tensor:
+    """Size of rounding between two directions of Gram matrices of size m, ``(stack, 1)``."""
+    return noise * torch.finfo(values.dtype).eps * values[..., :1].double() / math.sqrt(m)
+
+
+def _corrected_error(values: Tensor, energies: Tensor, k: int, m: int, noise: float) -> Tensor:
+    """What `_rounding_error` becomes by `_corrected`; infinite where it cannot help.
+
+    The power step multiplies what lies outside the ``count`` vectors by ``d / t`` for eigenvalues
+    ``t`` and ``d`` of a kept direction and one outside, and adds rounding of its own; within the
+    vectors fp64 leaves nothing.
+
+    Args:
+        values: the ``count + 1`` largest eigenvalues.
+        energies: sums of all eigenvalues.
+        k: number of kept directions.
+        m: size of the Gram matrices.
+        noise: see `_leading`.
+    """
+    size = _rounding(values, m, noise)
+    kept, first = values[..., :k].double(), values[..., 0].double()
+    edge = values[..., -1:].double() + size
+    rest = (energies - values[..., :-1].double().sum(-1)).clamp_min(0)[..., None] + size
+    # What lies outside has eigenvalues up to the edge: for all of them stands one in between.
+    outside = (edge + rest / (m - values.shape[-1] + 1)) / 2
+    turned = (kept + outside) * outside * rest / (kept * (kept - outside).clamp_min(_SMALLEST)) ** 2
+    far = ((size / 2) ** 2 * turned).sum(-1)
+    rounded = k * torch.finfo(values.dtype).eps ** 2 * first
+    error = ((far + rounded) / kept.sum(-1)).sqrt()
+    # Perturbation theory of the first order has to hold, and the power step needs a direction of
+    # each vector.
+    noise_level = math.sqrt(m) * size
+    sound = (kept - edge > 16 * noise_level).all(-1) & (values[..., -2] > 4 * noise_level[..., 0])
+    return torch.where(sound, error, math.inf)

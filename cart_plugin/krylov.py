@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cart_plugin.gram import LeftVectors, leading_left
+from cart_plugin.gram import Approximation, LeftVectors, approximate_left, refined
 
 # Small blocks reach a given accuracy with the smallest basis, large ones run faster a column: a
 # quarter of k did best, against a third and a half. In whole vector registers.
@@ -32,6 +32,8 @@ _MAX_BASIS_SHARE = 0.55
 _PROBES = 4
 # Relative error that fp32 rounding leaves in any case.
 _ROUNDING = 2e-6
+# Largest inner product of two rows of an orthonormal basis.
+_DEFECT = 1e-5
 # Energy of the residual beyond the least possible, in units of the latter.
 _EXCESS = 1e-4
 
@@ -64,26 +66,28 @@ def leading_subspace(x: Tensor, k: int, *, tolerance: float, seed: int) -> Subsp
         the result cannot be trusted (repeated singular values).
     """
     stack, m, n = x.shape
-    block = 8 * math.ceil(k / _BLOCKS_PER_RANK / 8)
+    block = max(8, 8 * math.ceil(k / _BLOCKS_PER_RANK / 8 - 0.15))
     limit = int(_MAX_BASIS_SHARE * m) // block
     steps = max(_MIN_STEPS, math.ceil(_FIRST_BASIS * k / block))
     if steps > limit or steps * block <= k:
         return None
+    if stack == 1:
+        x = x[0]  # products of plain matrices start sooner
     generator = torch.Generator(device=x.device).manual_seed(seed)
     # Rows of `basis` are orthonormal and span the Krylov space; `image` is `basis @ x`.
     start = torch.randn(block, n, generator=generator, device=x.device, dtype=x.dtype)
-    rows = _times_transposed(start.expand(stack, block, n), x)
-    rows = _orthonormal(rows, rows.norm(dim=-1, keepdim=True), rows[:, :0])
-    basis, image = x.new_empty(stack, 0, m), x.new_empty(stack, 0, n)
-    energies = torch.linalg.vector_norm(x, dim=2).double().square().sum(1)
+    rows = _times_transposed(start.expand(*x.shape[:-2], block, n), x)
+    basis, image = rows[..., :0, :], start.expand(*x.shape[:-2], block, n)[..., :0, :]
+    rows = _orthonormal(rows, basis)
+    energies = torch.linalg.vector_norm(x, dim=-1).double().square().sum(-1)
     while True:
         basis, image, rows, residual = _extend(x, basis, image, rows, steps)
+        if not _is_orthonormal(basis):
+            basis, image = _repaired(x, basis)
         # Rayleigh-Ritz: singular vectors of x within the basis.
-        ritz = leading_left(image, k, tolerance=tolerance / 4)
-        goal = _needed_error(ritz, energies, tolerance)
-        if ritz.error > goal.min() / 2:
-            ritz = leading_left(image, k, tolerance=float(goal.min()) / 4)
-        error = _estimated_error(ritz, image[:, -block:], residual)
+        found = approximate_left(image, k)
+        goal = _needed_error(found.values[..., :k], energies, tolerance)
+        error = _estimated_error(found, k, image[..., -block:, :], residual)
         to_go = float((error / goal).max().log())
         if to_go <= 0:
             break
@@ -91,11 +95,14 @@ def leading_subspace(x: Tensor, k: int, *, tolerance: float, seed: int) -> Subsp
             return None
         # Convergence starts slowly and accelerates; fitted to the spectra of the benchmark.
         steps = math.ceil(to_go * (0.5 + 0.2 * to_go))
-        if basis.shape[1] // block + steps > limit:
+        if basis.shape[-2] // block + steps > limit:
             return None
+    ritz = refined(image, k, found, tolerance=float(goal.min()) / 16)
     if _misses_direction(x, basis, ritz, generator):
         return None
-    return Subspace(basis.mT @ ritz.vectors, ritz.vectors.mT @ image, float(error.max()))
+    error = (error.square().max() + ritz.error**2).sqrt()
+    left, right = basis.mT @ ritz.vectors, ritz.vectors.mT @ image
+    return Subspace(left.view(stack, m, k), right.view(stack, k, n), float(error))
 
 
 def _extend(
@@ -104,54 +111,59 @@ def _extend(
     """Take ``steps`` blocks into the basis, the first of which is ``rows``.
 
     Returns:
-        Basis ``(stack, p, m)``, image ``(stack, p, n)``, the block that would come next
-        ``(stack, b, m)``, and the same before it was made orthonormal: what the last block's
-        ``x x^T`` has outside the basis.
+        Basis ``(p, m)``, image ``(p, n)``, the block that would come next ``(b, m)``, and the same
+        before it was made orthonormal: what the last block's ``x x^T`` has outside the basis.
     """
-    block, have = rows.shape[1], basis.shape[1]
-    size = have + steps * block
-    basis = torch.cat([basis, basis.new_empty(basis.shape[0], size - have, basis.shape[2])], 1)
-    image = torch.cat([image, image.new_empty(image.shape[0], size - have, image.shape[2])], 1)
-    for p in range(have + block, size + 1, block):
-        basis[:, p - block : p] = rows
-        torch.matmul(rows, x, out=image[:, p - block : p])
-        residual = _times_transposed(image[:, p - block : p], x)
-        before = _norms(residual)
+    block, have = rows.shape[-2], basis.shape[-2]
+    more = (*rows.shape[:-2], steps * block)
+    basis = torch.cat([basis, rows.new_empty(*more, basis.shape[-1])], -2)
+    image = torch.cat([image, rows.new_empty(*more, image.shape[-1])], -2)
+    for p in range(have + block, have + steps * block + 1, block):
+        basis[..., p - block : p, :] = rows
+        newest = torch.matmul(rows, x, out=image[..., p - block : p, :])
         # In exact arithmetic only the last two blocks overlap with the new one.
-        residual = _project_out(residual, basis[:, max(0, p - 2 * block) : p])
-        rows = _orthonormal(residual, before, basis[:, :p])
+        recent = basis[..., max(0, p - 2 * block) : p, :]
+        residual = _project_out_(_times_transposed(newest, x), recent)
+        rows = _orthonormal(residual, basis[..., :p, :])
     return basis, image, rows, residual
 
 
-def _orthonormal(rows: Tensor, before: Tensor, basis: Tensor) -> Tensor:
-    """Orthonormal rows that span ``rows`` less what lies in ``basis``; exhausted ones become zero.
+def _orthonormal(rows: Tensor, basis: Tensor) -> Tensor:
+    """Orthonormal rows ``(b, m)`` that span ``rows`` less what lies in ``basis`` ``(p, m)``.
 
-    Args:
-        rows: ``(stack, b, m)``, roughly orthogonal to the basis.
-        before: their norms ``(stack, b, 1)`` before they were made so: what is left of them below
-            1e-5 of it is rounding.
-        basis: ``(stack, p, m)`` with orthonormal or zero rows.
+    Directions of ``rows`` that are exhausted turn into rounding noise of unit length, which does
+    no harm in a basis, unless it overlaps with it: whoever uses the rows has to check.
     """
-    norms = _norms(rows)
-    rows = torch.where(norms > 1e-5 * before, rows / norms, 0.0)
-    # Rounding of a Gram matrix of b rows of length 1.
-    shift = 10 * rows.shape[1] * torch.finfo(rows.dtype).eps
-    # The shift leaves directions short that are much weaker than the strongest; the second pass
-    # brings them to length, and what is short even then is rounding. Whatever is lengthened brings
-    # rounding along that lies in the basis: project once more.
-    rows = _cholesky_qr(rows, shift)
-    rows = _cholesky_qr(_project_out(rows, basis), shift)
-    norms = _norms(rows)
-    alive = norms > 0.5
-    rows = _project_out(torch.where(alive, rows / norms, 0.0), basis)
-    return _cholesky_qr(rows, (~alive[..., 0]).to(rows.dtype))
+    # The first shift, above the rounding of the Gram matrix, leaves directions short that are much
+    # weaker than the strongest; the second pass brings them to length. Projected in
+    # between, since whatever is lengthened brings rounding along that lies in the basis.
+    eps = torch.finfo(rows.dtype).eps
+    rows = _cholesky_qr(rows, 10 * rows.shape[-2] * eps)
+    return _cholesky_qr(_project_out_(rows, basis), eps)
 
 
-def _cholesky_qr(rows: Tensor, shift: float | Tensor) -> Tensor:
+def _cholesky_qr(rows: Tensor, shift: float) -> Tensor:
+    """Cholesky QR with a shift relative to each row's squared norm."""
     gram = rows @ rows.mT
-    gram.diagonal(dim1=-2, dim2=-1).add_(shift)
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    diagonal.mul_(1 + shift).add_(torch.finfo(rows.dtype).tiny)
     factor, _ = torch.linalg.cholesky_ex(gram)
     return torch.linalg.solve_triangular(factor, rows, upper=False)
+
+
+def _is_orthonormal(basis: Tensor) -> bool:
+    overlap = basis @ basis.mT
+    overlap.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return bool(overlap.abs().amax() < _DEFECT)
+
+
+def _repaired(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """An orthonormal basis that spans ``basis``, and its image; Householder's QR needs no luck.
+
+    Krylov spaces of matrices whose rank is below the size of the basis need it.
+    """
+    rows = torch.linalg.qr(basis.nan_to_num(0, 0, 0).mT)[0].mT.contiguous()
+    return rows, rows @ x
 
 
 def _times_transposed(rows: Tensor, x: Tensor) -> Tensor:
@@ -159,26 +171,27 @@ def _times_transposed(rows: Tensor, x: Tensor) -> Tensor:
     return (x @ rows.mT).mT.contiguous()
 
 
-def _project_out(rows: Tensor, basis: Tensor) -> Tensor:
-    return rows - (rows @ basis.mT) @ basis
+def _project_out_(rows: Tensor, basis: Tensor) -> Tensor:
+    add_product = Tensor.addmm_ if rows.ndim == 2 else Tensor.baddbmm_
+    return add_product(rows, rows @ basis.mT, basis, alpha=-1)
 
 
 def _norms(rows: Tensor) -> Tensor:
     return rows.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny)
 
 
-def _needed_error(ritz: LeftVectors, energies: Tensor, tolerance: float) -> Tensor:
+def _needed_error(kept: Tensor, energies: Tensor, tolerance: float) -> Tensor:
     """Relative errors to stop at, ``(stack,)``: ``tolerance``, or less where little is left out.
 
     The residual's excess energy is at most the squared error times the kept energy.
     """
-    kept = ritz.values[:, :-1].double().sum(-1)
-    share = (energies - kept).clamp_min(0) / kept
+    total = kept.double().sum(-1)
+    share = (energies - total).clamp_min(0) / total
     needed = (_EXCESS * share).sqrt().clamp(2 * _ROUNDING, tolerance)
-    return torch.where(kept > 0, needed, tolerance)
+    return torch.where(total > 0, needed, tolerance)
 
 
-def _estimated_error(ritz: LeftVectors, newest: Tensor, residual: Tensor) -> Tensor:
+def _estimated_error(found: Approximation, k: int, newest: Tensor, residual: Tensor) -> Tensor:
     """Relative errors of the truncated matrices ``(stack,)``, to first order in the residuals.
 
     A Ritz vector with value ``t`` and residual of norm ``r`` deviates by ``r / (t - d)`` towards
@@ -188,21 +201,21 @@ def _estimated_error(ritz: LeftVectors, newest: Tensor, residual: Tensor) -> Ten
     factor of three of the truth on all spectra of the benchmark. Rounding adds its part.
 
     Args:
-        ritz: vectors in the basis.
+        found: Ritz vectors in the basis.
+        k: how many of them are kept.
         newest: image of the newest block, ``(stack, b, n)``.
         residual: what its ``x x^T`` has outside the basis, ``(stack, b, m)``.
     """
-    k = ritz.vectors.shape[-1]
-    kept = ritz.values[:, :k].double()
+    kept = found.values[..., :k].double()
     quotient = newest.square().sum(-1).mean(-1).double()
-    outside = ((ritz.values[:, k] + quotient) / 2)[:, None]
-    last = ritz.vectors[:, -residual.shape[1] :]
+    outside = ((found.values[..., k] + quotient) / 2)[..., None]
+    last = found.vectors[..., -residual.shape[-2] :, :k]
     residuals = (last.mT @ residual).double().square().sum(-1)
-    gap = (kept - outside).clamp_min(torch.finfo(torch.float32).eps * kept[:, :1]).square()
+    gap = (kept - outside).clamp_min(torch.finfo(torch.float32).eps * kept[..., :1]).square()
     total = kept.sum(-1)
     squared = (residuals * (kept + outside) / gap).sum(-1) / total
     squared = torch.where(total > 0, squared, 0.0)
-    return (squared + ritz.error**2 + _ROUNDING**2).sqrt()
+    return (squared + _ROUNDING**2).sqrt()
 
 
 def _misses_direction(
@@ -214,12 +227,12 @@ def _misses_direction(
     more often look converged while some of their directions are missing. Two power steps on random
     vectors orthogonal to the basis find those.
     """
-    shape = (x.shape[0], _PROBES, x.shape[1])
+    shape = (*x.shape[:-2], _PROBES, x.shape[-2])
     probes = torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype)
     for _ in range(2):
-        probes = _project_out(probes, basis)
+        probes = _project_out_(probes, basis)
         probes = _times_transposed((probes / _norms(probes)) @ x, x)
-    probes = _project_out(probes, basis)
+    probes = _project_out_(probes, basis)
     outside = ((probes / _norms(probes)) @ x).square().sum(-1).amax(-1)
-    rounding = (10 * torch.finfo(x.dtype).eps) ** 2 * ritz.values[:, 0]
-    return bool((outside > 0.95 * ritz.values[:, -2] + rounding).any())
+    rounding = (10 * torch.finfo(x.dtype).eps) ** 2 * ritz.values[..., 0]
+    return bool((outside > 0.95 * ritz.values[..., -2] + rounding).any())
