@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cart_plugin.gram import Approximation, LeftVectors, approximate_left, refined
+from cart_plugin.gram import Approximation, LeftVectors, approximate_left, energy, refined
 
 # Small blocks reach a given accuracy with the smallest basis, large ones run faster a column: a
 # quarter of k did best, against a third and a half. In whole vector registers.
@@ -79,7 +79,7 @@ def leading_subspace(x: Tensor, k: int, *, tolerance: float, seed: int) -> Subsp
     rows = _times_transposed(start.expand(*x.shape[:-2], block, n), x)
     basis, image = rows[..., :0, :], start.expand(*x.shape[:-2], block, n)[..., :0, :]
     rows = _orthonormal(rows, basis)
-    energies = torch.linalg.vector_norm(x, dim=-1).double().square().sum(-1)
+    energies = energy(x)
     while True:
         basis, image, rows, residual = _extend(x, basis, image, rows, steps)
         if not _is_orthonormal(basis):
@@ -168,6 +168,8 @@ def _repaired(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 
 def _times_transposed(rows: Tensor, x: Tensor) -> Tensor:
     """``rows @ x^T``, in the order that BLAS runs up to twice as fast for few rows."""
+    if x.stride(-1) != 1:
+        return rows @ x.mT
     return (x @ rows.mT).mT.contiguous()
 
 
