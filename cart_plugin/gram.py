@@ -22,7 +22,7 @@ _PARTIAL_SHARE = 0.25
 _SMALLEST = 1e-150  # its square is no underflow in fp64
 
 
-def energy(x: Tensor) -> Tensor:
+def total_energy(x: Tensor) -> Tensor:
     """Sums of squares of matrices ``(stack, m, n)`` to more digits than fp32 has, ``(stack,)``."""
     # Along what is contiguous: a transposed view would take ten times as long.
     lines = torch.linalg.vector_norm(x, dim=-1 if x.stride(-1) == 1 else -2)
@@ -83,7 +83,7 @@ def refined(x: Tensor, k: int, found: Approximation, *, tolerance: float) -> Lef
     """The second half of `leading_left`: correct the vectors where their error asks for it."""
     m = x.shape[-2]
     values, vectors, noise = found
-    energies = energy(x)
+    energies = total_energy(x)
     kept, last = values[..., : k + 1], vectors[..., :k]
     error = float(_rounding_error(kept, energies, m, noise).max())
     if error <= tolerance or x.dtype == torch.float64:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cart_plugin.gram import Approximation, LeftVectors, approximate_left, energy, refined
+from cart_plugin.gram import Approximation, LeftVectors, approximate_left, refined, total_energy
 
 # Small blocks reach a given accuracy with the smallest basis, large ones run faster a column: a
 # quarter of k did best, against a third and a half. In whole vector registers.
@@ -79,7 +79,7 @@ def leading_subspace(x: Tensor, k: int, *, tolerance: float, seed: int) -> Subsp
     rows = _times_transposed(start.expand(*x.shape[:-2], block, n), x)
     basis, image = rows[..., :0, :], start.expand(*x.shape[:-2], block, n)[..., :0, :]
     rows = _orthonormal(rows, basis)
-    energies = energy(x)
+    energies = total_energy(x)
     while True:
         basis, image, rows, residual = _extend(x, basis, image, rows, steps)
         if not _is_orthonormal(basis):

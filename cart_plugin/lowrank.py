@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cart_plugin.errors import CartError
-from cart_plugin.gram import energy, leading_left
+from cart_plugin.gram import leading_left, total_energy
 from cart_plugin.krylov import leading_subspace
 from cart_plugin.precision import full_precision
 
@@ -209,7 +209,7 @@ def _energy_rank(x: Tensor, energy: float) -> int:
     dtype, slack = (torch.float64, 1e-12) if energy > 1 - 1e-4 else (x.dtype, 1e-6)
     x = x.to(dtype)
     values = torch.linalg.eigvalsh(x @ x.mT).double().flip(0).clamp_min(0)
-    total = float(energy(x))
+    total = float(total_energy(x))
     # Rounding of the Gram matrix must not turn "all of it" into a rank below that of x.
     reached = values.cumsum(0) >= energy * total * (1 - slack)
     return int(reached.to(torch.int8).argmax()) + 1 if bool(reached.any()) else x.shape[0]
