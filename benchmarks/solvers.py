@@ -32,6 +32,7 @@ from benchmarks.matrices import REAL, SPECTRA, MatrixMaker, Reference
 from benchmarks.measure import RESULTS
 from benchmarks.vision.cache import cache_root
 from cart_plugin import RankRule, truncated_svd
+from cart_plugin.gram import PARTIAL_SIDE
 
 SHAPES = (
     (384, 384),
@@ -47,7 +48,6 @@ SHAPES = (
 )
 REAL_SHAPES = ((384, 384), (384, 1536))
 RATIOS = (0.01, 0.08, 0.16, 0.32)
-SCIPY_SIDE = 1536  # from here on `exact` uses scipy, too
 QUICK_SHAPES = ((384, 384), (384, 1536), (768, 768))
 QUICK_RATIOS = (0.08, 0.32)
 
@@ -313,7 +313,7 @@ def _timed(solver: Callable[[Tensor, int], Factors], x: Tensor, k: int) -> tuple
     found = solver(x, k)
     elapsed = time.perf_counter() - start
     gc.enable()
-    if solver in (_svds, _randomized_svd) or min(x.shape) >= SCIPY_SIDE:
+    if solver in (_svds, _randomized_svd) or min(x.shape) >= PARTIAL_SIDE:  # `exact` uses scipy
         _settle()
     return elapsed, found
 

@@ -24,6 +24,7 @@ BAR_SHAPES = tuple(tuple(map(int, name.split("x"))) for name in SPEED_BARS["exac
 ERROR_BARS = {"exact": 1e-5, "fast": 1e-3}
 EXCESS_BARS = {"fast": 1e-4}
 ESTIMATE_BAR = 10.0  # estimated / true error lies between a tenth and ten
+ROUNDING = 4e-6  # errors below it are rounding, which nobody can estimate
 ESTIMATING = ("exact", "fast", "auto")
 
 STYLES = {  # colour, marker
@@ -53,7 +54,7 @@ def trust(case: Case, solver: str) -> float | None:
     figures = case["solvers"][solver]
     if figures["estimate"] is None:
         return None
-    return figures["estimate"] / max(figures["error"], 1e-12)
+    return figures["estimate"] / max(figures["error"], ROUNDING)
 
 
 @dataclass(frozen=True)

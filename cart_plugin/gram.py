@@ -18,7 +18,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 # Where the partial eigensolver beats the full one clearly: few directions of large matrices. It
 # runs on scipy's threads, which wait for each other thousands of times a matrix; where torch's own
 # or another program's are busy beside them, that can take far longer than the work itself.
-_PARTIAL_SIDE = 1536
+PARTIAL_SIDE = 1536
 _PARTIAL_SHARE = 0.25
 _SMALLEST = 1e-150  # its square is no underflow in fp64
 
@@ -198,7 +198,7 @@ def _eigh_otherwise(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 def _solved_partially(x: Tensor, k: int) -> bool:
     m = x.shape[-2]
-    return x.device.type == "cpu" and m >= _PARTIAL_SIDE and k < _PARTIAL_SHARE * m
+    return x.device.type == "cpu" and m >= PARTIAL_SIDE and k < _PARTIAL_SHARE * m
 
 
 def _partial_eigh(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
