@@ -158,7 +158,7 @@ def test_partial_eigensolver_of_large_matrices_is_as_accurate(
     spectrum: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It returns too few vectors of a cluster of equal values, which has to be noticed."""
-    monkeypatch.setattr(gram, "_PARTIAL_SIDE", 1)
+    monkeypatch.setattr(gram, "PARTIAL_SIDE", 1)
     for shape in [(160, 200), (200, 200), (70, 300)]:
         x, reference = case(spectrum, shape)
         for k in (1, 3, 5, 12, 30):
