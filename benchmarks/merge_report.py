@@ -162,7 +162,7 @@ def markdown(conditions: dict[str, Any], cases: Cases) -> str:
         f"{_models(cases)}An exponent is fitted to the time beyond that of a merge of tiny models.",
     ]
     for title, (heading, rows) in _contents(conditions, cases):
-        parts += [f"## {title}", _table(heading, rows)]
+        parts += [f"### {title}", _table(heading, rows)]
     return "\n\n".join(parts) + "\n"
 
 

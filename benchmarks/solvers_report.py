@@ -24,6 +24,7 @@ BAR_SHAPES = tuple(tuple(map(int, name.split("x"))) for name in SPEED_BARS["exac
 ERROR_BARS = {"exact": 1e-5, "fast": 1e-3}
 EXCESS_BARS = {"fast": 1e-4}
 ESTIMATE_BAR = 10.0  # estimated / true error lies between a tenth and ten
+ROUNDING = 4e-6  # errors below it are rounding, which nobody can estimate
 ESTIMATING = ("exact", "fast", "auto")
 
 STYLES = {  # colour, marker
@@ -53,7 +54,7 @@ def trust(case: Case, solver: str) -> float | None:
     figures = case["solvers"][solver]
     if figures["estimate"] is None:
         return None
-    return figures["estimate"] / max(figures["error"], 1e-12)
+    return figures["estimate"] / max(figures["error"], ROUNDING)
 
 
 @dataclass(frozen=True)
@@ -214,8 +215,16 @@ def console_tables(cases: Sequence[Case]) -> list[Table]:
     return tables
 
 
-def markdown(conditions: dict[str, Any], cases: Sequence[Case]) -> str:
-    """The same as Markdown, with what a reader needs to place the figures."""
+def markdown(
+    conditions: dict[str, Any], cases: Sequence[Case], ratios: Sequence[float] | None = None
+) -> str:
+    """The same as Markdown, with what a reader needs to place the figures.
+
+    Args:
+        conditions: what the figures were measured under.
+        cases: the figures.
+        ratios: rank ratios to give an overview of; None means all.
+    """
     versions = ", ".join(f"{name} {number}" for name, number in conditions["versions"].items())
     machine = conditions["machine"]
     omitted = sum(len(case["omitted"]) for case in cases)
@@ -225,11 +234,11 @@ def markdown(conditions: dict[str, Any], cases: Sequence[Case]) -> str:
         "computed in fp64; excess is residual energy beyond the optimum's, relative to it. "
         f"Left out as too slow: {omitted} of {sum(len(STYLES) for _ in cases)} "
         "(`omitted` in `results.json`; – below).",
-        f"## Bars, at rank ratio {RATIO:g}",
+        f"### Bars, at rank ratio {RATIO:g}",
         _table(*_bar_rows(cases)),
     ]
-    for ratio in _ratios(cases):
-        parts += [f"## {_overview_title(ratio)}", _table(*_overview_rows(cases, ratio))]
+    for ratio in _ratios(cases) if ratios is None else ratios:
+        parts += [f"### {_overview_title(ratio)}", _table(*_overview_rows(cases, ratio))]
     return "\n\n".join(parts) + "\n"
 
 

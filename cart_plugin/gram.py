@@ -13,11 +13,12 @@ from typing import NamedTuple
 import scipy.linalg
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 # Where the partial eigensolver beats the full one clearly: few directions of large matrices. It
 # runs on scipy's threads, which wait for each other thousands of times a matrix; where torch's own
 # or another program's are busy beside them, that can take far longer than the work itself.
-_PARTIAL_SIDE = 1536
+PARTIAL_SIDE = 1536
 _PARTIAL_SHARE = 0.25
 _SMALLEST = 1e-150  # its square is no underflow in fp64
 
@@ -66,13 +67,13 @@ def leading_left(x: Tensor, k: int, *, tolerance: float) -> LeftVectors:
     Args:
         x: fp32 or fp64, entries of moderate size.
         k: how many, at most ``m``.
-        tolerance: relative error of the truncated matrix above which fp32 is not enough.
+        tolerance: relative error of the truncated matrix that fp32 may not exceed; see `refined`.
     """
     return refined(x, k, approximate_left(x, k), tolerance=tolerance)
 
 
 def approximate_left(x: Tensor, k: int) -> Approximation:
-    """The first half of `leading_left`."""
+    """Leading eigenvectors of Gram matrices in the precision of ``x``, without a judgement."""
     # More vectors than asked for, so that a power step can correct these where fp32 is not enough:
     # twice as many where the eigensolver returns all of them anyhow.
     extra = max(8, k // 4 if _solved_partially(x, k) else k)
@@ -80,17 +81,21 @@ def approximate_left(x: Tensor, k: int) -> Approximation:
 
 
 def refined(x: Tensor, k: int, found: Approximation, *, tolerance: float) -> LeftVectors:
-    """The second half of `leading_left`: correct the vectors where their error asks for it."""
+    """The vectors of `approximate_left`, corrected or found anew where their error asks for it.
+
+    The estimates are those of a typical matrix, and the truth was up to three times as large: they
+    have to stay below a third of the tolerance, or half of it after a correction.
+    """
     m = x.shape[-2]
     values, vectors, noise = found
     energies = total_energy(x)
     kept, last = values[..., : k + 1], vectors[..., :k]
     error = float(_rounding_error(kept, energies, m, noise).max())
-    if error <= tolerance or x.dtype == torch.float64:
+    if error <= tolerance / 3 or x.dtype == torch.float64:
         return LeftVectors(kept, last, error)
     for count in (min(k + max(8, k // 4), vectors.shape[-1]), vectors.shape[-1]):
         error = float(_corrected_error(values[..., : count + 1], energies, k, m, noise).max())
-        if error <= tolerance:
+        if error <= tolerance / 2:
             kept, last = _corrected(x, vectors[..., :count], k)
             break
     else:
@@ -117,7 +122,7 @@ def _corrected(x: Tensor, vectors: Tensor, k: int) -> tuple[Tensor, Tensor]:
     for columns in x.split(max(256, math.ceil(x.shape[-1] / 4)), dim=-1):
         image = rows @ columns.double()
         gram += image @ image.mT
-    values, within = torch.linalg.eigh(gram)
+    values, within = eigh(gram)
     values = values.flip(-1)[..., : k + 1].clamp_min(0)
     return values, rows.mT @ within.flip(-1)[..., :k]
 
@@ -159,7 +164,7 @@ def _leading(x: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, flo
         vectors = torch.stack([vectors for _, vectors in found]).view(*x.shape[:-1], k + 1)
         noise = 0.4
     else:
-        values, vectors = torch.linalg.eigh(_gram(x, dtype) if partial else gram)
+        values, vectors = eigh(_gram(x, dtype) if partial else gram)
         noise = 4.0
     values = values.flip(-1)[..., : k + 1].clamp_min(0)
     if k == m:
@@ -167,9 +172,33 @@ def _leading(x: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, flo
     return values, vectors.flip(-1)[..., :k], noise
 
 
+def eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors of symmetric matrices ``(stack, m, m)``.
+
+    Only lower triangles are read. LAPACK's divide and conquer, which torch calls, gives up on some
+    matrices of which most rows are zero, or returns NaN; its other solvers do not.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(gram)
+    except LinAlgError:
+        return _eigh_otherwise(gram)
+    return (values, vectors) if bool(values.isfinite().all()) else _eigh_otherwise(gram)
+
+
+def _eigh_otherwise(gram: Tensor) -> tuple[Tensor, Tensor]:
+    m = gram.shape[-1]
+    found = [
+        scipy.linalg.eigh(matrix, lower=True, driver="evr", check_finite=False)
+        for matrix in gram.double().cpu().reshape(-1, m, m).numpy()
+    ]
+    values = torch.stack([torch.from_numpy(values) for values, _ in found])
+    vectors = torch.stack([torch.from_numpy(vectors) for _, vectors in found])
+    return values.view(gram.shape[:-1]).to(gram), vectors.view(gram.shape).to(gram)
+
+
 def _solved_partially(x: Tensor, k: int) -> bool:
     m = x.shape[-2]
-    return x.device.type == "cpu" and m >= _PARTIAL_SIDE and k < _PARTIAL_SHARE * m
+    return x.device.type == "cpu" and m >= PARTIAL_SIDE and k < _PARTIAL_SHARE * m
 
 
 def _partial_eigh(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:

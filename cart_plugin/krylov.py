@@ -34,6 +34,8 @@ _PROBES = 4
 _ROUNDING = 2e-6
 # Largest inner product of two rows of an orthonormal basis.
 _DEFECT = 1e-5
+# Squared singular values this close may be one that is repeated.
+_CLUSTER = 0.99
 # Energy of the residual beyond the least possible, in units of the latter.
 _EXCESS = 1e-4
 
@@ -97,8 +99,8 @@ def leading_subspace(x: Tensor, k: int, *, tolerance: float, seed: int) -> Subsp
         steps = math.ceil(to_go * (0.5 + 0.2 * to_go))
         if basis.shape[-2] // block + steps > limit:
             return None
-    ritz = refined(image, k, found, tolerance=float(goal.min()) / 16)
-    if _misses_direction(x, basis, ritz, generator):
+    ritz = refined(image, k, found, tolerance=float(goal.min()) / 5)
+    if _repeats(ritz.values[..., :k], block) or _misses_direction(x, basis, ritz, generator):
         return None
     error = (error.square().max() + ritz.error**2).sqrt()
     left, right = basis.mT @ ritz.vectors, ritz.vectors.mT @ image
@@ -131,8 +133,8 @@ def _extend(
 def _orthonormal(rows: Tensor, basis: Tensor) -> Tensor:
     """Orthonormal rows ``(b, m)`` that span ``rows`` less what lies in ``basis`` ``(p, m)``.
 
-    Directions of ``rows`` that are exhausted turn into rounding noise of unit length, which does
-    no harm in a basis, unless it overlaps with it: whoever uses the rows has to check.
+    Directions of ``rows`` that are exhausted turn into rounding noise of unit length. That does no
+    harm in a basis unless it overlaps with it, which `leading_subspace` checks.
     """
     # The first shift, above the rounding of the Gram matrix, leaves directions short that are much
     # weaker than the strongest; the second pass brings them to length. Projected in
@@ -211,6 +213,8 @@ def _estimated_error(found: Approximation, k: int, newest: Tensor, residual: Ten
     kept = found.values[..., :k].double()
     quotient = newest.square().sum(-1).mean(-1).double()
     outside = ((found.values[..., k] + quotient) / 2)[..., None]
+    if bool((newest.square().sum(-1).amax(-1) <= _noise(found.values)).all()):
+        return torch.full_like(quotient, _ROUNDING)  # the basis holds all that x has
     last = found.vectors[..., -residual.shape[-2] :, :k]
     residuals = (last.mT @ residual).double().square().sum(-1)
     gap = (kept - outside).clamp_min(torch.finfo(torch.float32).eps * kept[..., :1]).square()
@@ -220,21 +224,42 @@ def _estimated_error(found: Approximation, k: int, newest: Tensor, residual: Ten
     return (squared + _ROUNDING**2).sqrt()
 
 
+def _repeats(kept: Tensor, block: int) -> bool:
+    """Whether a block of kept values ``(stack, k)`` are equal, or nearly so.
+
+    A Krylov space holds at most a block of directions of one singular value. Where it has that
+    many, there may be more, which look as if they did not exist.
+    """
+    if kept.shape[-1] < block:
+        return False  # any of the equal ones will do
+    first, last = kept[..., : kept.shape[-1] - block + 1], kept[..., block - 1 :]
+    return bool(((last > _CLUSTER * first) & (last > _noise(kept)[..., None])).any())
+
+
+def _noise(values: Tensor) -> Tensor:
+    """Squared singular values that are rounding, ``(stack,)``."""
+    return (10 * torch.finfo(values.dtype).eps) ** 2 * values[..., 0]
+
+
 def _misses_direction(
     x: Tensor, basis: Tensor, ritz: LeftVectors, generator: torch.Generator
 ) -> bool:
     """Whether a direction that should be kept lies outside the basis.
 
-    A Krylov space holds at most a block of vectors of each singular value, so that values repeated
-    more often look converged while some of their directions are missing. Two power steps on random
-    vectors orthogonal to the basis find those.
+    Two power steps on random vectors orthogonal to it find one that stands out from the others
+    there.
     """
     shape = (*x.shape[:-2], _PROBES, x.shape[-2])
     probes = torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype)
     for _ in range(2):
-        probes = _project_out_(probes, basis)
-        probes = _times_transposed((probes / _norms(probes)) @ x, x)
+        probes = _times_transposed(_outside(probes, basis) @ x, x)
+    outside = (_outside(probes, basis) @ x).square().sum(-1).amax(-1)
+    return bool((outside > 0.95 * ritz.values[..., -2] + _noise(ritz.values)).any())
+
+
+def _outside(probes: Tensor, basis: Tensor) -> Tensor:
+    """Unit vectors of what the probes have outside the basis; zero where that is rounding."""
+    rounding = 100 * torch.finfo(probes.dtype).eps * _norms(probes)
     probes = _project_out_(probes, basis)
-    outside = ((probes / _norms(probes)) @ x).square().sum(-1).amax(-1)
-    rounding = (10 * torch.finfo(x.dtype).eps) ** 2 * ritz.values[..., 0]
-    return bool((outside > 0.95 * ritz.values[..., -2] + rounding).any())
+    probes = torch.where(_norms(probes) > rounding, probes / _norms(probes), 0.0)
+    return _project_out_(probes, basis)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cart_plugin.errors import CartError
-from cart_plugin.gram import leading_left, total_energy
+from cart_plugin.gram import eigh, leading_left, total_energy
 from cart_plugin.krylov import leading_subspace
 from cart_plugin.precision import full_precision
 
@@ -102,7 +102,8 @@ class LowRank:
         U: left singular vectors, ``(m, k)``.
         S: singular values in descending order, ``(k,)``.
         Vh: right singular vectors, ``(k, n)``. Where a singular value is zero, one of its two
-            vectors may be zero.
+            vectors may be zero. The vectors of the longer side are ``X^T u / s``: of length 1, and
+            orthogonal up to rounding of ``S[0]``, so that those of tiny values may overlap.
         error: estimated relative error (Frobenius) of the truncated matrix, the worst of a stack.
     """
 
@@ -145,12 +146,13 @@ def truncated_svd(x: Tensor, rule: RankRule, *, svd: str = "auto", seed: int = 0
     Args:
         x: ``(m, n)`` or ``(stack, m, n)``, floating point, finite. Not modified.
         rule: how many directions to keep. With ``energy``, each matrix of a stack has its own
-            rank; the factors are then padded with zeros to the largest.
+            rank; ``S`` and ``Vh`` are then padded with zeros to the largest.
         svd: name of a solver, one of `SOLVERS`.
         seed: start of the randomised solvers.
 
     Returns:
-        The factors, in fp32 (fp64 if ``x`` is fp64), on the device of ``x``.
+        The factors, in fp32 (fp64 if ``x`` is fp64), on the device of ``x``. Where the k-th and the
+        next singular value (almost) coincide, there are several best approximations: one of them.
 
     Raises:
         CartError: ``x`` is not a matrix or a stack of them, or ``svd`` does not name a solver.
@@ -187,7 +189,8 @@ def _scaled(x: Tensor, rule: RankRule, solver: Solver, seed: int) -> LowRank:
     largest = max(-float(low), float(high))
     if largest == 0:
         return _zeros(x, k or 1)
-    exponent = max(math.frexp(largest)[1], -126)  # 2**127 is the largest power that fp32 holds
+    # fp32 holds the powers from -126 to 127.
+    exponent = min(max(math.frexp(largest)[1], -126), 126)
     if abs(exponent) > 20:
         scaled = _scaled(x * 2.0**-exponent, rule, solver, seed)
         return LowRank(scaled.U, scaled.S * 2.0**exponent, scaled.Vh, scaled.error)
@@ -206,9 +209,9 @@ def _zeros(x: Tensor, k: int) -> LowRank:
 def _energy_rank(x: Tensor, energy: float) -> int:
     """The smallest rank at which ``x`` ``(m, n)`` keeps a share of its squared singular values."""
     # fp32 tells shares apart by about 1e-6, which is too coarse close to all of them.
-    dtype, slack = (torch.float64, 1e-12) if energy > 1 - 1e-4 else (x.dtype, 1e-6)
+    dtype, slack = (torch.float64, 1e-12) if energy > 1 - 1e-3 else (x.dtype, 1e-6)
     x = x.to(dtype)
-    values = torch.linalg.eigvalsh(x @ x.mT).double().flip(0).clamp_min(0)
+    values = eigh(x @ x.mT)[0].double().flip(0).clamp_min(0)
     total = float(total_energy(x))
     # Rounding of the Gram matrix must not turn "all of it" into a rank below that of x.
     reached = values.cumsum(0) >= energy * total * (1 - slack)
@@ -254,7 +257,10 @@ def _fast(x: Tensor, k: int, seed: int) -> LowRank:
 
 
 def _exact(x: Tensor, k: int, _seed: int) -> LowRank:
-    """LAPACK-accurate factors of ``x`` ``(stack, m, n)``, ``m <= n``: error at most 1e-5 in fp32.
+    """LAPACK-accurate factors of ``x`` ``(stack, m, n)``, ``m <= n``.
+
+    The error is at most 1e-5 in fp32 where LAPACK's own is: not for singular values k and k + 1
+    that are closer than rounding can tell apart.
 
     On CPUs the leading eigenvectors of ``x x^T`` cost a fraction of the full SVD. The product
     squares the condition number; where fp32 cannot separate the kept directions from the rest any
@@ -263,7 +269,8 @@ def _exact(x: Tensor, k: int, _seed: int) -> LowRank:
     m = x.shape[1]
     if x.device.type != "cpu" or k > _GRAM_SHARE * m:
         u, s, vh = torch.linalg.svd(x, full_matrices=False)
-        return LowRank(u[..., :k].contiguous(), s[:, :k], vh[:, :k].contiguous(), 0.0)
+        error = 10 * torch.finfo(x.dtype).eps  # of LAPACK's, where the singular values lie apart
+        return LowRank(u[..., :k].contiguous(), s[:, :k], vh[:, :k].contiguous(), error)
     parts = [leading_left(part, k, tolerance=EXACT_TOLERANCE) for part in x.split(1)]
     solved = [
         _from_left(part.vectors, part.vectors.mT @ matrix, part.error)

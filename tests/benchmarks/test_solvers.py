@@ -144,5 +144,6 @@ def test_the_quick_benchmark_writes_its_results(tmp_path: Path) -> None:
                 trust = solvers_report.trust(case, name)
                 assert trust is not None
                 assert 0.1 <= trust <= 10, (name, where)
-    assert "## Bars" in (tmp_path / "table.md").read_text()
+    assert "### Bars" in (tmp_path / "table.md").read_text()
+    assert "### Bars" in (tmp_path / "summary.md").read_text()
     assert (tmp_path / "time_error.png").stat().st_size > 10_000

@@ -158,7 +158,7 @@ def test_partial_eigensolver_of_large_matrices_is_as_accurate(
     spectrum: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It returns too few vectors of a cluster of equal values, which has to be noticed."""
-    monkeypatch.setattr(gram, "_PARTIAL_SIDE", 1)
+    monkeypatch.setattr(gram, "PARTIAL_SIDE", 1)
     for shape in [(160, 200), (200, 200), (70, 300)]:
         x, reference = case(spectrum, shape)
         for k in (1, 3, 5, 12, 30):
@@ -190,3 +190,58 @@ def test_short_side_vectors_are_orthonormal_beyond_the_rank_of_the_matrix(svd: s
     assert torch.allclose(
         (u := truncated_svd(x, RankRule(rank=k), svd=svd).U).mT @ u, torch.eye(k), atol=1e-5
     )
+
+
+@pytest.mark.parametrize("svd", SOLVERS)
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.3])
+def test_matrices_with_few_rows_that_are_not_zero_are_solved(svd: str, share: float) -> None:
+    """LAPACK's divide and conquer gives up on some: partly frozen layers, in bf16."""
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        x = random(300, 300, seed=seed) * (torch.rand(300, 1, generator=generator) < share)
+        reference = Reference(x)
+        for k in (4, 12):
+            is_accurate(x, k, svd, reference)
+        assert truncated_svd(x, RankRule(energy=0.5), svd=svd).rank > 1
+
+
+@pytest.mark.parametrize(
+    ("multiplicity", "decay", "k"), [(24, 0.1, 24), (33, 0.3, 33), (9, 0.3, 9)]
+)
+def test_values_repeated_more_often_than_a_block_holds_are_found(
+    multiplicity: int, decay: float, k: int
+) -> None:
+    values = (1 + torch.arange(400, dtype=torch.float64) // multiplicity) ** -decay
+    x = with_spectrum(values, 400, 440)
+    assert separated(x, k)
+    is_accurate(x, k, "fast", Reference(x))
+
+
+@pytest.mark.parametrize("k", [8, 20, 45])
+def test_fast_solves_the_differences_of_merged_adapters_itself(k: int) -> None:
+    """Models with merged LoRA adapters differ by matrices of exactly low rank."""
+    x = with_spectrum(power_law(400, 0.5) * (torch.arange(400) < 64), 400, 440)
+    found = leading_subspace(x[None], k, tolerance=FAST_TOLERANCE, seed=0)
+    assert found is not None
+    truth = best_approximation(x, k)
+    assert relative_error((found.left @ found.right)[0], truth) <= FAST_TOLERANCE
+
+
+def test_fast_solves_matrices_of_lower_rank_than_asked_for() -> None:
+    x = with_spectrum(rank_deficient(400, 16), 400, 440)
+    found = leading_subspace(x[None], 40, tolerance=FAST_TOLERANCE, seed=0)
+    assert found is not None
+    assert relative_error((found.left @ found.right)[0], x) <= 10 * ROUNDING
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_steep_head_over_a_slow_tail_is_as_exact_as_promised(seed: int) -> None:
+    number = torch.arange(1, 401, dtype=torch.float64)
+    x = with_spectrum(number**-1 + 10 ** (-number / 2), 400, 480, seed=seed)
+    is_accurate(x, 30, "exact", Reference(x))
+
+
+def test_values_close_to_the_largest_number_are_solved() -> None:
+    x = random(50, 60)
+    x[0, 0] = 2e38
+    assert truncated_svd(x, RankRule(rank=1)).S[0] == pytest.approx(2e38, rel=1e-5)
