@@ -281,3 +281,62 @@ def test_one_pattern_may_be_a_string() -> None:
     decide = selection("*.mlp.*", ["h.0.mlp.c_fc.weight", "wte.weight"])
     assert decide("h.0.mlp.c_fc.weight", torch.Size([4, 4]))
     assert not decide("wte.weight", torch.Size([4, 4]))
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+def test_causal_language_models_are_merged(checkpoints: dict[str, str], lazily: bool) -> None:
+    from fusion_bench.modelpool.causal_lm.causal_lm import CausalLMPool
+    from transformers import AutoModelForCausalLM
+
+    pool = CausalLMPool(dict(checkpoints), tokenizer=None, enable_lazy_loading=lazily)
+    merged = CartAlgorithm(rank=2).run(pool)
+    whole = {
+        name: AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        for name, folder in checkpoints.items()
+    }
+    assert close(merged, merge_state_dicts(whole, CartSettings(rank=2)))
+
+
+@pytest.fixture
+def classifiers(tmp_path: Path) -> dict[str, str]:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    folders = {}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        config = BertConfig(
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            vocab_size=32,
+            num_labels=2 + seed // 2,
+        )
+        folders[f"task{seed}"] = str(tmp_path / f"classifier{seed}")
+        BertForSequenceClassification(config).save_pretrained(folders[f"task{seed}"])
+    return folders
+
+
+def sequence_classifiers(folders: dict[str, str]) -> BaseModelPool:
+    from fusion_bench.modelpool.seq_classification_lm import SequenceClassificationModelPool
+
+    target = "transformers.AutoModelForSequenceClassification.from_pretrained"
+    return SequenceClassificationModelPool(
+        {
+            name: {"_target_": target, "pretrained_model_name_or_path": folder}
+            for name, folder in folders.items()
+        },
+        tokenizer=None,
+        model_kwargs={},
+    )
+
+
+def test_sequence_classifiers_are_merged(classifiers: dict[str, str]) -> None:
+    alike = {name: classifiers["task0"] for name in ("a", "b", "c")}
+    pool = sequence_classifiers(alike)
+    assert close(CartAlgorithm().run(pool), pool.load_model("a").state_dict())
+
+
+def test_heads_of_different_sizes_are_named(classifiers: dict[str, str]) -> None:
+    with pytest.raises(CartError, match=r"classifier\.weight.*task0.*task2"):
+        CartAlgorithm().run(sequence_classifiers(classifiers))
