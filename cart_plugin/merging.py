@@ -100,7 +100,7 @@ def is_decomposed(name: str | None, shape: Sequence[int]) -> bool:
     """
     if name is not None and _AVERAGED_NAME.search(name):
         return False
-    return len(shape) >= 2 and 0 not in shape and min(_matrix_shape(name, shape)[1:]) > 1
+    return len(shape) >= 2 and 0 not in shape and min(matrix_shape(name, shape)[1:]) > 1
 
 
 def merge_tensors(
@@ -140,8 +140,7 @@ def merge_tensors(
     settings = settings or CartSettings()
     models = list(models) if models is not None else [str(i) for i in range(len(tensors))]
     where = f"tensor {name!r}" if name is not None else "tensor"
-    _check_inputs(tensors, models, base, settings, where)
-    shares = _normalised(weights, len(tensors), where)
+    check_inputs(tensors, models, base, settings, where)
     dtype = tensors[0].dtype
     for tensor in tensors[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -154,14 +153,12 @@ def merge_tensors(
 
     with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
         work = torch.promote_types(dtype, torch.float32)
+        shares = normalised(weights, len(tensors), where)
         if decompose and settings.center == "base":
             assert base is not None
-            _check_kind([("the base model", base)], tensors[0].shape, models[0], where)
-            check_finite(base, ["the base model"], [base], where)
-            centre = base.to(work, copy=True)
+            centre = checked_base(base, tensors[0].shape, models[0], where).to(work, copy=True)
         else:
-            centre = _weighted_mean(tensors, shares, work)
-            check_finite(centre, models, tensors, where)
+            centre = weighted_mean(tensors, shares, models, where)
         if decompose:
             merged = _add_low_rank(tensors, centre, shares, settings, name, models, where)
         else:
@@ -213,7 +210,7 @@ def merge_state_dicts(
     holders = dict(named)
     if settings.center == "base" and base is not None:
         holders["the base model"] = base
-    _check_same_tensors(holders)
+    check_same_tensors(holders)
     merged = {}
     for name in named[models[0]]:
         tensors = [named[model][name] for model in models]
@@ -242,7 +239,7 @@ def _add_low_rank(
     where: str,
 ) -> Tensor:
     """``centre + lambda * T * sum_t share_t SVD_k(W_t - centre)``, for shares that sum to 1."""
-    shape = _matrix_shape(name, centre.shape)
+    shape = matrix_shape(name, centre.shape)
     if settings.center == "average":
         _, m, n = shape
         if settings.rule.fixed_rank(m, n) == min(m, n):
@@ -256,8 +253,7 @@ def _add_low_rank(
                 CartWarning,
                 stacklevel=4,
             )
-    # The same start in every process and order of work, but another one for each tensor.
-    seed = (settings.seed + zlib.crc32((name or "").encode())) % 2**63
+    seed = tensor_seed(settings, name)
     merged = centre.clone(memory_format=torch.contiguous_format)
     sums = merged.view(shape)
     for tensor, share, model in zip(tensors, shares, models, strict=True):
@@ -272,7 +268,7 @@ def _add_low_rank(
     return merged
 
 
-def _matrix_shape(name: str | None, shape: Sequence[int]) -> tuple[int, int, int]:
+def matrix_shape(name: str | None, shape: Sequence[int]) -> tuple[int, int, int]:
     """Shape ``(stack, m, n)`` of the matrices that a tensor of two or more dimensions holds.
 
     Convolution kernels ``(out, in, ...)`` are one matrix ``(out, in * ...)``; what else has three
@@ -285,15 +281,34 @@ def _matrix_shape(name: str | None, shape: Sequence[int]) -> tuple[int, int, int
     return 1, shape[0], math.prod(shape[1:])
 
 
-def _weighted_mean(tensors: Sequence[Tensor], shares: Sequence[float], work: torch.dtype) -> Tensor:
-    """Weighted mean, summed in the working precision: fp16 values may overflow in fp16."""
+def weighted_mean(
+    tensors: Sequence[Tensor], shares: Sequence[float], models: Sequence[str], where: str
+) -> Tensor:
+    """Weighted mean in fp32 or better (fp16 values may overflow in fp16), checked to be finite."""
+    work = torch.float32
+    for tensor in tensors:
+        work = torch.promote_types(tensor.dtype, work)
     mean = torch.zeros(tensors[0].shape, dtype=work, device=tensors[0].device)
     for tensor, share in zip(tensors, shares, strict=True):
         mean.add_(tensor, alpha=share)
+    check_finite(mean, models, tensors, where)
     return mean
 
 
-def _normalised(weights: Sequence[float] | None, count: int, where: str) -> list[float]:
+def checked_base(base: Tensor, shape: torch.Size, first: str, where: str) -> Tensor:
+    """The base model's tensor, if it fits those of the models."""
+    _check_kind([("the base model", base)], shape, first, where)
+    check_finite(base, ["the base model"], [base], where)
+    return base
+
+
+def tensor_seed(settings: CartSettings, name: str | None) -> int:
+    """The same start in every process and order of work, but another one for each tensor."""
+    return (settings.seed + zlib.crc32((name or "").encode())) % 2**63
+
+
+def normalised(weights: Sequence[float] | None, count: int, where: str) -> list[float]:
+    """Weights that sum to 1; equal ones for None."""
     if weights is None:
         return [1 / count] * count
     if len(weights) != count:
@@ -306,13 +321,14 @@ def _normalised(weights: Sequence[float] | None, count: int, where: str) -> list
     return [weight / total for weight in weights]
 
 
-def _check_inputs(
+def check_inputs(
     tensors: Sequence[Tensor],
     models: Sequence[str],
     base: Tensor | None,
     settings: CartSettings,
     where: str,
 ) -> None:
+    """Refuse fewer than two tensors, unequal shapes, and dtypes that cannot be averaged."""
     if len(tensors) < 2:
         raise CartError(
             f"CART needs at least two fine-tuned models (three to gain from it); "
@@ -359,7 +375,8 @@ def check_finite(
             )
 
 
-def _check_same_tensors(holders: Mapping[str, Mapping[str, Tensor]]) -> None:
+def check_same_tensors(holders: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Refuse models of which one lacks a tensor that another has."""
     union = set().union(*holders.values())
     for model, state_dict in holders.items():
         missing = sorted(union - set(state_dict))

@@ -10,7 +10,7 @@ a manifest with its settings; other settings, data or seed give another folder.
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -116,25 +116,31 @@ def finetune_task(name: str, seed: int, settings: FineTuning | None = None, row:
 
 
 def finetune_all(
-    names: Sequence[str], seed: int, settings: FineTuning | None = None, workers: int = 2
+    names: Sequence[str],
+    seed: int,
+    settings: FineTuning | Mapping[str, FineTuning] | None = None,
+    workers: int = 2,
 ) -> dict[str, Path]:
     """Fine-tune several tasks, `workers` at a time (0: in this process); return their folders.
 
-    Each worker is a process with one thread: faster than one process with two threads, not slowed
-    to a crawl by other work on the machine, and the result does not depend on the number of
-    workers.
+    The settings are those of all tasks, or of each by name. Each worker is a process with one
+    thread: faster than one process with two threads, not slowed to a crawl by other work on the
+    machine, and the result does not depend on the number of workers.
     """
-    settings = settings or FineTuning()
-    folders = {name: encoder_folder(name, seed, settings) for name in names}
+    if not isinstance(settings, Mapping):
+        settings = dict.fromkeys(names, settings or FineTuning())
+    folders = {name: encoder_folder(name, seed, settings[name]) for name in names}
     todo = [name for name, folder in folders.items() if read_manifest(folder) is None]
+    # The longest first: none is left to run alone in the end.
+    todo.sort(key=lambda name: -settings[name].images * settings[name].epochs)
     if workers < 1:
         for name in todo:
-            finetune_task(name, seed, settings)
+            finetune_task(name, seed, settings[name])
     elif todo:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(workers, len(todo)), context, initializer=_one_thread) as pool:
             running = [
-                pool.submit(finetune_task, name, seed, settings, row)
+                pool.submit(finetune_task, name, seed, settings[name], row)
                 for row, name in enumerate(todo)
             ]
             for future in running:

@@ -140,7 +140,7 @@ def assemble_classifier(encoder: Path, head: Head, folder: Path) -> None:
         config.save_pretrained(target)
         shutil.copy2(encoder / "preprocessor_config.json", target)
         shard, own = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-        _link(encoder / "model.safetensors", target / shard)
+        link(encoder / "model.safetensors", target / shard)
         save_file(parts, target / own, metadata={"format": "pt"})
         with safe_open(target / shard, "pt") as handle:
             names = list(handle.keys())
@@ -152,7 +152,8 @@ def assemble_classifier(encoder: Path, head: Head, folder: Path) -> None:
         )
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: str | Path, target: str | Path) -> None:
+    """Another name for a file that is not going to change, or a copy where that is not possible."""
     try:
         os.link(source, target)
     except OSError:

@@ -17,7 +17,7 @@ from cart_plugin.cli.layout import Recipe, conditions, groups, places
 from cart_plugin.cli.parameters import RANK_RULES
 from cart_plugin.cli.planning import FLAT, PlannedTensor, source, unreached
 from cart_plugin.lowrank import RankRule
-from cart_plugin.merging import _matrix_shape, is_decomposed
+from cart_plugin.merging import is_decomposed, matrix_shape
 
 _MATRIX_PARAMETERS = {*RANK_RULES, "lambda", "center", "svd", "seed"}  # without effect elsewhere
 
@@ -48,7 +48,7 @@ class Merge:
     @property
     def rank_share(self) -> float | None:
         """The share of the full rank that is kept, or None if that depends on the values."""
-        _, m, n = _matrix_shape(self.planned.name, self.shape)
+        _, m, n = matrix_shape(self.planned.name, self.shape)
         rank = RankRule(**self.rank_rules).fixed_rank(m, n)
         return None if rank is None else rank / min(m, n)
 

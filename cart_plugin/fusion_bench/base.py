@@ -1,0 +1,221 @@
+"""What FusionBench's CART methods share: their parameters, and a pool's models by tensor."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
+from typing import Any, Literal
+
+import torch
+from fusion_bench import BaseAlgorithm, LazyStateDict, LightningFabricMixin
+from fusion_bench.mixins import SimpleProfilerMixin
+from fusion_bench.modelpool import BaseModelPool
+from fusion_bench.models.utils import get_target_state_dict, load_state_dict_into_target_modules
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from cart_plugin.errors import CartError
+from cart_plugin.fusion_bench.selection import Decision, selection
+from cart_plugin.merging import CartSettings, check_same_tensors
+
+log = logging.getLogger(__name__)
+
+BASE = "the base model"
+Weights = Mapping[str, float] | Iterable[float] | None
+
+
+class CartBase(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
+    """Parameters of all CART methods.
+
+    Args:
+        rank_ratio: share of the singular directions to keep; 0.08 if no rule is given.
+        rank: their number instead.
+        energy: as many as hold this share of the squared singular values instead.
+        scaling_factor: scale of the sum of truncated task vectors, the paper's lambda.
+        weights: a weight per model, as a mapping from names or a list in the pool's order.
+        decompose: a preset or patterns, see `cart_plugin.fusion_bench.selection`.
+        svd: solver, one of `cart_plugin.lowrank.SOLVERS`.
+        seed: start of the randomised solvers.
+    """
+
+    # What task vectors are measured from: `CartSettings.center`.
+    center: Literal["average", "base"] = "average"
+    _config_mapping = BaseAlgorithm._config_mapping | {
+        name: name
+        for name in (
+            *("rank_ratio", "rank", "energy", "scaling_factor"),
+            *("weights", "decompose", "svd", "seed"),
+        )
+    }
+
+    def __init__(
+        self,
+        rank_ratio: float | None = None,
+        rank: int | None = None,
+        energy: float | None = None,
+        scaling_factor: float = 1.0,
+        weights: Weights = None,
+        decompose: str | Iterable[str] = "auto",
+        svd: str = "auto",
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.rank_ratio, self.rank, self.energy = rank_ratio, rank, energy
+        self.scaling_factor, self.weights, self.decompose = scaling_factor, weights, decompose
+        self.svd, self.seed = svd, seed
+        _ = self.settings  # wrong parameters are told before any model is loaded
+
+    @property
+    def settings(self) -> CartSettings:
+        """The core's parameters."""
+        return CartSettings(
+            rank_ratio=self.rank_ratio,
+            rank=self.rank,
+            energy=self.energy,
+            lambda_=self.scaling_factor,
+            center=self.center,
+            svd=self.svd,
+            seed=self.seed,
+        )
+
+    def load(self, modelpool: BaseModelPool | dict[str, nn.Module]) -> Fleet:
+        """All models of a pool, and what to decompose of them.
+
+        Raises:
+            CartError: fewer than two fine-tuned models, no pretrained one where it is needed, or
+                a pattern that matches nothing.
+        """
+        pool = modelpool if isinstance(modelpool, BaseModelPool) else BaseModelPool(modelpool)
+        if len(pool.model_names) < 2:
+            raise CartError(
+                "CART needs at least two fine-tuned models (three to gain from it); the pool has "
+                f"{', '.join(pool.model_names) or 'none'}"
+            )
+        if self.center == "base" and not pool.has_pretrained:
+            raise CartError(
+                "task vectors around the pretrained model need one: give the pool a _pretrained_"
+            )
+        with self.profile("load models"):
+            models = {name: pool.load_model(name) for name in pool.model_names}
+            base = pool.load_pretrained_model() if self.center == "base" else None
+        states = {name: _state_dict(model) for name, model in models.items()}
+        base_state = None if base is None else _state_dict(base)
+        check_same_tensors(states if base_state is None else {**states, BASE: base_state})
+        first = next(iter(states.values()))
+        return Fleet(
+            models=models,
+            states=states,
+            base=base_state,
+            weights=_listed(self.weights, list(models)),
+            decompose=selection(self.decompose, list(first)),
+            device=self.fabric.device,
+            keep=pool.has_instance_models,
+        )
+
+
+class Fleet:
+    """The fine-tuned models of a pool as state dicts.
+
+    Attributes:
+        models: as the pool gives them: modules, or `LazyStateDict`.
+        states: their tensors, by model.
+        base: the pretrained model's tensors, where the method needs them.
+        weights: one a model, or None.
+        decompose: which tensors to decompose.
+    """
+
+    def __init__(
+        self,
+        models: dict[str, Any],
+        states: dict[str, Mapping[str, Tensor]],
+        base: Mapping[str, Tensor] | None,
+        weights: list[float] | None,
+        decompose: Decision,
+        device: torch.device,
+        keep: bool,
+    ) -> None:
+        self.models, self.states, self.base = models, states, base
+        self.weights, self.decompose = weights, decompose
+        self._device, self._keep = device, keep
+
+    @property
+    def names(self) -> list[str]:
+        """The models' names."""
+        return list(self.models)
+
+    def tensors(self, what: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Tensor by tensor: its name, and each model's version of it on the method's device."""
+        first = next(iter(self.states.values()))
+        for name in tqdm(list(first), desc=what, dynamic_ncols=True):
+            yield name, {model: self._moved(state, name) for model, state in self.states.items()}
+
+    def base_tensor(self, name: str) -> Tensor | None:
+        """The pretrained model's version of a tensor, where the method needs it."""
+        return None if self.base is None else self._moved(self.base, name)
+
+    def home(self, name: str) -> torch.device:
+        """Where the models hold a tensor: results go back there."""
+        return next(iter(self.states.values()))[name].device
+
+    def _moved(self, state: Mapping[str, Tensor], name: str) -> Tensor:
+        return state[name].to(self._device)
+
+    def with_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """A fine-tuned model with other tensors: itself, or a copy where the pool holds it.
+
+        Raises:
+            CartError: the pool gives state dicts that know no model class.
+        """
+        model = self.models[name]
+        if isinstance(model, LazyStateDict):
+            # Files leave out tensors that are tied to others; nothing may come on top.
+            module = _module_of(model)
+            unknown = module.load_state_dict(dict(tensors), strict=False).unexpected_keys
+            if unknown:
+                listed = ", ".join(unknown[:3])
+                raise CartError(f"{type(module).__name__} has no place for {listed}")
+            return module
+        if self._keep:
+            model = copied(model)
+        load_state_dict_into_target_modules(model, dict(tensors))
+        return model
+
+
+def _state_dict(model: Any) -> Mapping[str, Tensor]:
+    # A lazy state dict reads each tensor when it is asked for it.
+    return model if isinstance(model, Mapping) else get_target_state_dict(model)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of a model that runs its own weights.
+
+    FusionBench's image-classification pools put a function in the place of ``forward`` that is
+    bound to the original, in copies as well.
+    """
+    copy = deepcopy(model)
+    for name in ("forward", "original_forward"):
+        vars(copy).pop(name, None)
+    return copy
+
+
+def _module_of(lazy: LazyStateDict) -> nn.Module:
+    if lazy.meta_module_class is None:
+        raise CartError(
+            f"the merged weights of {lazy.checkpoint} need a model to go into: give its entry in "
+            "the pool a meta_module_class, such as transformers.AutoModelForCausalLM"
+        )
+    # FusionBench's methods empty the meta module instead, which leaves buffers that no checkpoint
+    # holds (rotary frequencies) without values.
+    return lazy.meta_module_class.from_pretrained(lazy.checkpoint, dtype=lazy.dtype)
+
+
+def _listed(weights: Weights, names: list[str]) -> list[float] | None:
+    if weights is None:
+        return None
+    if isinstance(weights, Mapping):
+        if set(weights) != set(names):
+            raise CartError(f"weights are for {sorted(weights)}, the pool has {sorted(names)}")
+        return [float(weights[name]) for name in names]
+    return [float(weight) for weight in weights]

@@ -1,0 +1,127 @@
+"""CART-Indexing: each fine-tuned model as the common centre and a difference of low rank.
+
+The paper's compression (arXiv 2412.12153, section 4): keep the average once, and of every task its
+own truncated difference; at inference task t runs on ``centre + lambda * SVD_k(W_t - centre)``.
+What is not decomposed (norms, biases, embeddings) keeps its whole difference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cart_plugin.lowrank import LowRank, truncated_svd
+from cart_plugin.merging import (
+    CartSettings,
+    check_finite,
+    check_inputs,
+    checked_base,
+    is_decomposed,
+    matrix_shape,
+    normalised,
+    tensor_seed,
+    weighted_mean,
+)
+
+
+@dataclass(frozen=True)
+class IndexedTensor:
+    """One tensor of several models: what they share, and what each has of its own.
+
+    Attributes:
+        centre: the shared part, in fp32 (fp64 for fp64 inputs).
+        differences: one a model: factors of its truncated difference, or the whole difference
+            where the tensor is not decomposed.
+    """
+
+    centre: Tensor
+    differences: tuple[LowRank | Tensor, ...]
+
+    def difference(self, index: int) -> Tensor:
+        """What a model adds to the centre, dense, in the centre's shape and dtype."""
+        found = self.differences[index]
+        if isinstance(found, LowRank):
+            return found.dense().view(self.centre.shape)
+        return found
+
+    def restored(self, index: int, lambda_: float = 1.0) -> Tensor:
+        """A model's tensor, ``centre + lambda * difference``.
+
+        What is not decomposed has its whole difference, so that it comes back as it was.
+        """
+        exact = isinstance(self.differences[index], Tensor)
+        return self.centre + (1.0 if exact else lambda_) * self.difference(index)
+
+    @property
+    def stored(self) -> int:
+        """Numbers to store for all models: the centre, and each difference in its smaller form."""
+        dense = self.centre.numel()
+        total = dense
+        for found in self.differences:
+            if isinstance(found, LowRank):
+                total += min(dense, found.U.numel() + found.Vh.numel())
+            else:
+                total += dense
+        return total
+
+
+def index_tensors(
+    tensors: Sequence[Tensor],
+    settings: CartSettings | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    base: Tensor | None = None,
+    name: str | None = None,
+    models: Sequence[str] | None = None,
+    decompose: bool | None = None,
+) -> IndexedTensor:
+    """Split the versions of one tensor into a shared centre and a difference each.
+
+    Args:
+        tensors: one a model, all of one shape, on one device. At least two.
+        settings: rank rule, centre and solver; the defaults if None. ``lambda_`` belongs to
+            `IndexedTensor.restored`.
+        weights: one a model, of the mean; equal if None.
+        base: the base model's tensor; needed by ``center="base"`` only.
+        name: the tensor's name: decides what it is (`merging.is_decomposed`) and its seed.
+        models: the models' names, for errors.
+        decompose: overrides `merging.is_decomposed`.
+
+    Returns:
+        The centre and the differences; at rank 0 every model ends at the centre.
+
+    Raises:
+        CartError: as `merging.merge_tensors`.
+    """
+    settings = settings or CartSettings()
+    models = list(models) if models is not None else [str(i) for i in range(len(tensors))]
+    where = f"tensor {name!r}" if name is not None else "tensor"
+    check_inputs(tensors, models, base, settings, where)
+    if decompose is None:
+        decompose = is_decomposed(name, tensors[0].shape)
+    decompose = decompose and tensors[0].numel() > 0
+    differences: list[LowRank | Tensor] = []
+    with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+        centre = weighted_mean(tensors, normalised(weights, len(tensors), where), models, where)
+        if settings.center == "base":
+            assert base is not None
+            centre = checked_base(base, tensors[0].shape, models[0], where).to(centre.dtype)
+        for tensor, model in zip(tensors, models, strict=True):
+            delta = tensor - centre
+            check_finite(delta, [model], [tensor], where)
+            if not decompose:
+                differences.append(delta)
+                continue
+            shape, seed = matrix_shape(name, delta.shape), tensor_seed(settings, name)
+            delta = delta.reshape(shape)
+            differences.append(truncated_svd(delta, settings.rule, svd=settings.svd, seed=seed))
+    return IndexedTensor(centre, tuple(differences))
+
+
+def stored_share(stored: int, models: int, numbers: int) -> float:
+    """Stored numbers as a share of ``models`` full models of ``numbers`` each."""
+    return stored / (models * numbers) if numbers else math.nan
