@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-all lint format demo bench-startup bench-memory bench-solvers bench-merge bench-accuracy bench-vision readme clean
+.PHONY: help venv test test-all lint format demo bench-startup bench-memory bench-solvers bench-merge bench-accuracy bench-profile bench-vision readme clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -44,6 +44,9 @@ bench-memory: $(STAMP) ## time and peak memory of mergekit-yaml with cart, besid
 
 bench-solvers: $(STAMP) ## truncated SVDs: time and error of cart's solvers and of others (40 min)
 	$(BIN)/python -m benchmarks.solvers
+
+bench-profile: $(STAMP) ## where the fast solver's time goes, and its floor
+	$(BIN)/python -m benchmarks.solver_profile
 
 bench-merge: $(STAMP) ## whole merges: cart beside other methods, and how its time grows (30 min)
 	$(BIN)/python -m benchmarks.merge_speed

@@ -267,13 +267,14 @@ def _exact(x: Tensor, k: int, _seed: int) -> LowRank:
     more, it is formed in fp64 (`cart_plugin.gram`).
     """
     m = x.shape[1]
+    # Whatever the error of the vectors, products with them are rounded.
+    rounding = 10 * torch.finfo(x.dtype).eps
     if x.device.type != "cpu" or k > _GRAM_SHARE * m:
         u, s, vh = torch.linalg.svd(x, full_matrices=False)
-        error = 10 * torch.finfo(x.dtype).eps  # of LAPACK's, where the singular values lie apart
-        return LowRank(u[..., :k].contiguous(), s[:, :k], vh[:, :k].contiguous(), error)
+        return LowRank(u[..., :k].contiguous(), s[:, :k], vh[:, :k].contiguous(), rounding)
     parts = [leading_left(part, k, tolerance=EXACT_TOLERANCE) for part in x.split(1)]
     solved = [
-        _from_left(part.vectors, part.vectors.mT @ matrix, part.error)
+        _from_left(part.vectors, part.vectors.mT @ matrix, max(part.error, rounding))
         for matrix, part in zip(x.split(1), parts, strict=True)
     ]
     return solved[0] if len(solved) == 1 else _stacked(solved)
