@@ -332,7 +332,7 @@ def sequence_classifiers(folders: dict[str, str]) -> BaseModelPool:
 
 
 def test_sequence_classifiers_are_merged(classifiers: dict[str, str]) -> None:
-    alike = {name: classifiers["task0"] for name in ("a", "b", "c")}
+    alike = dict.fromkeys(("a", "b", "c"), classifiers["task0"])
     pool = sequence_classifiers(alike)
     assert close(CartAlgorithm().run(pool), pool.load_model("a").state_dict())
 
