@@ -12,6 +12,7 @@ pytest.importorskip("fusion_bench")
 
 from fusion_bench import BaseModelPool
 from fusion_bench.modelpool.lazy_state_dict_pool import LazyStateDictPool
+from omegaconf import DictConfig
 
 from cart_plugin import CartError, CartSettings, merge_state_dicts
 from cart_plugin.fusion_bench.algorithm import (
@@ -327,7 +328,7 @@ def sequence_classifiers(folders: dict[str, str]) -> BaseModelPool:
             for name, folder in folders.items()
         },
         tokenizer=None,
-        model_kwargs={},
+        model_kwargs=DictConfig({}),
     )
 
 
