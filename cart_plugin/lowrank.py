@@ -155,10 +155,13 @@ def truncated_svd(x: Tensor, rule: RankRule, *, svd: str = "auto", seed: int = 0
         next singular value (almost) coincide, there are several best approximations: one of them.
 
     Raises:
-        CartError: ``x`` is not a matrix or a stack of them, or ``svd`` does not name a solver.
+        CartError: ``x`` is not a matrix or a stack of them, ``rule`` is no rule, or ``svd`` names
+            no solver.
     """
     if x.ndim not in (2, 3):
         raise CartError(f"truncated_svd takes matrices, got a tensor of shape {tuple(x.shape)}")
+    if not isinstance(rule, RankRule):
+        raise CartError(f"rule must be a RankRule, such as RankRule(rank=8), got {rule!r}")
     if svd not in SOLVERS:
         raise CartError(f"svd must be one of {', '.join(SOLVERS)}, got {svd!r}")
     if x.device.type == "mps":  # it has no fp64, which the solvers need for their estimates

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cart_plugin import gram
+from cart_plugin import CartError, gram
 from cart_plugin.krylov import leading_subspace
 from cart_plugin.lowrank import FAST_TOLERANCE, SOLVERS, RankRule, truncated_svd
 from tests.lowrank.helpers import EXACT_BAR, is_accurate
@@ -245,3 +245,8 @@ def test_values_close_to_the_largest_number_are_solved() -> None:
     x = random(50, 60)
     x[0, 0] = 2e38
     assert truncated_svd(x, RankRule(rank=1)).S[0] == pytest.approx(2e38, rel=1e-5)
+
+
+def test_a_number_in_the_place_of_a_rule_is_refused() -> None:
+    with pytest.raises(CartError, match=r"RankRule\(rank=8\)"):
+        truncated_svd(random(6, 8), 8)  # type: ignore[arg-type]
