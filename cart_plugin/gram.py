@@ -185,6 +185,15 @@ def eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
     return (values, vectors) if bool(values.isfinite().all()) else _eigh_otherwise(gram)
 
 
+def eigvalsh(gram: Tensor) -> Tensor:
+    """The eigenvalues of `eigh` alone, at a fraction of its price."""
+    try:
+        values = torch.linalg.eigvalsh(gram)
+    except LinAlgError:
+        return _eigh_otherwise(gram)[0]
+    return values if bool(values.isfinite().all()) else _eigh_otherwise(gram)[0]
+
+
 def _eigh_otherwise(gram: Tensor) -> tuple[Tensor, Tensor]:
     m = gram.shape[-1]
     found = [

@@ -14,17 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cart_plugin.lowrank import LowRank, truncated_svd
+from cart_plugin.lowrank import LowRank
 from cart_plugin.merging import (
     CartSettings,
+    centre_of,
     check_finite,
     check_inputs,
-    checked_base,
     is_decomposed,
-    matrix_shape,
     normalised,
-    tensor_seed,
-    weighted_mean,
+    truncated,
 )
 
 
@@ -106,19 +104,13 @@ def index_tensors(
     decompose = decompose and tensors[0].numel() > 0
     differences: list[LowRank | Tensor] = []
     with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
-        centre = weighted_mean(tensors, normalised(weights, len(tensors), where), models, where)
-        if settings.center == "base":
-            assert base is not None
-            centre = checked_base(base, tensors[0].shape, models[0], where).to(centre.dtype)
+        shares = normalised(weights, len(tensors), where)
+        around = base if settings.center == "base" else None
+        centre = centre_of(tensors, shares, around, models, where)
         for tensor, model in zip(tensors, models, strict=True):
             delta = tensor - centre
             check_finite(delta, [model], [tensor], where)
-            if not decompose:
-                differences.append(delta)
-                continue
-            shape, seed = matrix_shape(name, delta.shape), tensor_seed(settings, name)
-            delta = delta.reshape(shape)
-            differences.append(truncated_svd(delta, settings.rule, svd=settings.svd, seed=seed))
+            differences.append(truncated(delta, settings, name) if decompose else delta)
     return IndexedTensor(centre, tuple(differences))
 
 

@@ -78,8 +78,9 @@ def leading_subspace(x: Tensor, k: int, *, tolerance: float, seed: int) -> Subsp
     generator = torch.Generator(device=x.device).manual_seed(seed)
     # Rows of `basis` are orthonormal and span the Krylov space; `image` is `basis @ x`.
     start = torch.randn(block, n, generator=generator, device=x.device, dtype=x.dtype)
-    rows = _times_transposed(start.expand(*x.shape[:-2], block, n), x)
-    basis, image = rows[..., :0, :], start.expand(*x.shape[:-2], block, n)[..., :0, :]
+    start = start.expand(*x.shape[:-2], block, n)
+    rows = _times_transposed(start, x)
+    basis, image = rows[..., :0, :], start[..., :0, :]
     rows = _orthonormal(rows, basis)
     energies = total_energy(x)
     while True:
@@ -137,8 +138,8 @@ def _orthonormal(rows: Tensor, basis: Tensor) -> Tensor:
     harm in a basis unless it overlaps with it, which `leading_subspace` checks.
     """
     # The first shift, above the rounding of the Gram matrix, leaves directions short that are much
-    # weaker than the strongest; the second pass brings them to length. Projected in
-    # between, since whatever is lengthened brings rounding along that lies in the basis.
+    # weaker than the strongest; the second pass brings them to length. Projected in between, since
+    # whatever is lengthened brings rounding along that lies in the basis.
     eps = torch.finfo(rows.dtype).eps
     rows = _cholesky_qr(rows, 10 * rows.shape[-2] * eps)
     return _cholesky_qr(_project_out_(rows, basis), eps)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cart_plugin.errors import CartError
-from cart_plugin.gram import eigh, leading_left, total_energy
+from cart_plugin.gram import eigvalsh, leading_left, total_energy
 from cart_plugin.krylov import leading_subspace
 from cart_plugin.precision import full_precision
 
@@ -214,7 +214,7 @@ def _energy_rank(x: Tensor, energy: float) -> int:
     # fp32 tells shares apart by about 1e-6, which is too coarse close to all of them.
     dtype, slack = (torch.float64, 1e-12) if energy > 1 - 1e-3 else (x.dtype, 1e-6)
     x = x.to(dtype)
-    values = eigh(x @ x.mT)[0].double().flip(0).clamp_min(0)
+    values = eigvalsh(x @ x.mT).double().flip(0).clamp_min(0)
     total = float(total_energy(x))
     # Rounding of the Gram matrix must not turn "all of it" into a rank below that of x.
     reached = values.cumsum(0) >= energy * total * (1 - slack)

@@ -10,6 +10,7 @@ Tensors that are not decomposed end at the centre: the centred task vectors sum 
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import warnings
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from cart_plugin.errors import CartError, CartWarning
-from cart_plugin.lowrank import SOLVERS, RankRule, truncated_svd
+from cart_plugin.lowrank import SOLVERS, LowRank, RankRule, truncated_svd
 
 # Tables that are looked up by token or position, whatever the architecture calls them, and
 # biases that a stack of experts makes two-dimensional. Their rows are not directions of a linear
@@ -141,9 +142,7 @@ def merge_tensors(
     models = list(models) if models is not None else [str(i) for i in range(len(tensors))]
     where = f"tensor {name!r}" if name is not None else "tensor"
     check_inputs(tensors, models, base, settings, where)
-    dtype = tensors[0].dtype
-    for tensor in tensors[1:]:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+    dtype = _common_dtype(tensors)
     if tensors[0].numel() == 0:
         return tensors[0].to(dtype, copy=True)
     if decompose is None:
@@ -152,20 +151,16 @@ def merge_tensors(
         decompose = False
 
     with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
-        work = torch.promote_types(dtype, torch.float32)
         shares = normalised(weights, len(tensors), where)
-        if decompose and settings.center == "base":
-            assert base is not None
-            centre = checked_base(base, tensors[0].shape, models[0], where).to(work, copy=True)
-        else:
-            centre = weighted_mean(tensors, shares, models, where)
+        around = base if decompose and settings.center == "base" else None
+        centre = centre_of(tensors, shares, around, models, where)
         if decompose:
             merged = _add_low_rank(tensors, centre, shares, settings, name, models, where)
         else:
             merged = centre
         result = merged.to(dtype)
         # The sum alone is cheaper, but may overflow where no value does.
-        if not bool(torch.isfinite(result.sum(dtype=work)) or torch.isfinite(result).all()):
+        if not bool(torch.isfinite(result.sum(dtype=merged.dtype)) or torch.isfinite(result).all()):
             raise CartError(
                 f"{where}: the merged values leave the range of {dtype}; use a wider dtype "
                 "(float32 or bfloat16), or a smaller lambda"
@@ -253,7 +248,6 @@ def _add_low_rank(
                 CartWarning,
                 stacklevel=4,
             )
-    seed = tensor_seed(settings, name)
     merged = centre.clone(memory_format=torch.contiguous_format)
     sums = merged.view(shape)
     for tensor, share, model in zip(tensors, shares, models, strict=True):
@@ -262,7 +256,7 @@ def _add_low_rank(
         delta = tensor - centre
         if settings.center == "base":
             check_finite(delta, [model], [tensor], where)
-        factors = truncated_svd(delta.reshape(shape), settings.rule, svd=settings.svd, seed=seed)
+        factors = truncated(delta, settings, name)
         factors.add_to_(sums, settings.lambda_ * len(tensors) * share)
         del delta
     return merged
@@ -281,13 +275,26 @@ def matrix_shape(name: str | None, shape: Sequence[int]) -> tuple[int, int, int]
     return 1, shape[0], math.prod(shape[1:])
 
 
-def weighted_mean(
-    tensors: Sequence[Tensor], shares: Sequence[float], models: Sequence[str], where: str
+def _common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    return functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
+
+
+def centre_of(
+    tensors: Sequence[Tensor],
+    shares: Sequence[float],
+    base: Tensor | None,
+    models: Sequence[str],
+    where: str,
 ) -> Tensor:
-    """Weighted mean in fp32 or better (fp16 values may overflow in fp16), checked to be finite."""
-    work = torch.float32
-    for tensor in tensors:
-        work = torch.promote_types(tensor.dtype, work)
+    """The base model's tensor if there is one, else the weighted mean; checked to be finite.
+
+    In fp32 or better: fp16 values may overflow in a sum in fp16.
+    """
+    work = torch.promote_types(_common_dtype(tensors), torch.float32)
+    if base is not None:
+        _check_kind([("the base model", base)], tensors[0].shape, models[0], where)
+        check_finite(base, ["the base model"], [base], where)
+        return base.to(work, copy=True)
     mean = torch.zeros(tensors[0].shape, dtype=work, device=tensors[0].device)
     for tensor, share in zip(tensors, shares, strict=True):
         mean.add_(tensor, alpha=share)
@@ -295,16 +302,12 @@ def weighted_mean(
     return mean
 
 
-def checked_base(base: Tensor, shape: torch.Size, first: str, where: str) -> Tensor:
-    """The base model's tensor, if it fits those of the models."""
-    _check_kind([("the base model", base)], shape, first, where)
-    check_finite(base, ["the base model"], [base], where)
-    return base
-
-
-def tensor_seed(settings: CartSettings, name: str | None) -> int:
-    """The same start in every process and order of work, but another one for each tensor."""
-    return (settings.seed + zlib.crc32((name or "").encode())) % 2**63
+def truncated(delta: Tensor, settings: CartSettings, name: str | None) -> LowRank:
+    """The low-rank part of a task vector, as factors of its matrices (`matrix_shape`)."""
+    # The same start in every process and order of work, but another one for each tensor.
+    seed = (settings.seed + zlib.crc32((name or "").encode())) % 2**63
+    matrices = delta.reshape(matrix_shape(name, delta.shape))
+    return truncated_svd(matrices, settings.rule, svd=settings.svd, seed=seed)
 
 
 def normalised(weights: Sequence[float] | None, count: int, where: str) -> list[float]:

@@ -6,7 +6,7 @@ to low entropy of the predictions on unlabelled test batches. Eight CLIP models:
     fusion_bench method=cart/adamerging method.decompose=clip method.rank_ratio=0.12 \
         method.scaling_factor=2.0 \
         modelpool=CLIPVisionModelPool/clip-vit-base-patch32_TA8 \
-        taskpool=CLIPVisionModelTaskPool/clip-vit-classification_TA8
+        taskpool=cart/clip-vit-classification_TA8
 
 One coefficient a task rather than one a task and parameter: ``method.granularity=task``. The
 adapted coefficients again, without adaptation::

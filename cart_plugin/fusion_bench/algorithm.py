@@ -5,7 +5,7 @@ Merge eight CLIP models and evaluate them::
     fusion_bench method=cart method.decompose=clip method.rank_ratio=0.12 \
         method.scaling_factor=2.0 \
         modelpool=CLIPVisionModelPool/clip-vit-base-patch32_TA8 \
-        taskpool=CLIPVisionModelTaskPool/clip-vit-classification_TA8
+        taskpool=cart/clip-vit-classification_TA8
 
 The paper's ablation, low-rank task arithmetic around the pretrained model::
 

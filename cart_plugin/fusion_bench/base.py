@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any, Literal
@@ -18,8 +17,6 @@ from tqdm.auto import tqdm
 from cart_plugin.errors import CartError
 from cart_plugin.fusion_bench.selection import Decision, selection
 from cart_plugin.merging import CartSettings, check_same_tensors
-
-log = logging.getLogger(__name__)
 
 BASE = "the base model"
 Weights = Mapping[str, float] | Iterable[float] | None

@@ -250,3 +250,9 @@ def test_values_close_to_the_largest_number_are_solved() -> None:
 def test_a_number_in_the_place_of_a_rule_is_refused() -> None:
     with pytest.raises(CartError, match=r"RankRule\(rank=8\)"):
         truncated_svd(random(6, 8), 8)  # type: ignore[arg-type]
+
+
+def test_exact_never_claims_less_than_rounding() -> None:
+    x = with_spectrum(power_law(60, 0.5), 60, 80)
+    for k in (2, 20, 50, 60):
+        assert truncated_svd(x, RankRule(rank=k), svd="exact").error >= 1e-6
