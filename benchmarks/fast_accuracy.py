@@ -21,6 +21,7 @@ from benchmarks.demo_models import MISSING, TASKS, find_demo_models
 from benchmarks.incremental import conditions
 from benchmarks.measure import RESULTS
 from benchmarks.recipes import MergeError, merge
+from benchmarks.tables import markdown_table
 from benchmarks.vision.cache import write_json
 
 LIMIT = 0.3  # points between the means that are allowed
@@ -125,7 +126,8 @@ def markdown(result: dict[str, Any]) -> str:
     """The result as a Markdown table, with a line that says how it was made."""
     names = [*result["tasks"], "mean"]
     heading = ["setting", "svd", *result["tasks"].values(), "mean"]
-    lines = [heading, ["---", "---", *["---:"] * len(names)]]
+    ruler = ["---", "---", *["---:"] * len(names)]
+    lines = []
     for setting in result["settings"]:
         lines += [
             [setting["setting"], solver, *(f"{setting[solver][name]:.1f}" for name in names)]
@@ -133,7 +135,7 @@ def markdown(result: dict[str, Any]) -> str:
         ]
         differences = (f"{setting['difference'][name]:+.2f}" for name in names)
         lines.append([setting["setting"], "difference", *differences])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = markdown_table(heading, lines, ruler)
     apart = "; ".join(
         f"{setting['weights']['differ']} tensors by up to {setting['weights']['largest']:.0e} "
         f"({setting['setting']})"

@@ -22,6 +22,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.measure import RESULTS, Measurement, machine, measure
+from benchmarks.tables import markdown_table
 from benchmarks.vision.cache import MANIFEST, cache_root, new_folder, read_manifest, write_json
 
 TUNED = 4
@@ -72,17 +73,16 @@ def markdown(result: dict[str, Any]) -> str:
     """The result as a Markdown table, with a line that says what was merged and how."""
     runs, where = result["runs"], result["machine"]
     how = "one merge with each method" if runs == 1 else f"medians of {runs} merges a method"
-    lines = [
-        f"`mergekit-yaml` on {TUNED} Llama-shaped models of 103 M parameters in bf16, {how}, "
-        f"{where['cores']} cores ({where['processor']}). Made by `make bench-memory`.",
-        "",
-        "| method | wall s | CPU s | peak MB |",
-        "| --- | ---: | ---: | ---: |",
+    rows = [
+        [name, f"{row['wall_s']:.1f}", f"{row['cpu_s']:.1f}", f"{row['peak_mb']:.0f}"]
+        for name, row in result["methods"].items()
     ]
-    for name, row in result["methods"].items():
-        figures = f"{row['wall_s']:.1f} | {row['cpu_s']:.1f} | {row['peak_mb']:.0f}"
-        lines.append(f"| {name} | {figures} |")
-    return "\n".join(lines) + "\n"
+    heading, ruler = ["method", "wall s", "CPU s", "peak MB"], ["---", "---:", "---:", "---:"]
+    return (
+        f"`mergekit-yaml` on {TUNED} Llama-shaped models of 103 M parameters in bf16, {how}, "
+        f"{where['cores']} cores ({where['processor']}). Made by `make bench-memory`.\n\n"
+        f"{markdown_table(heading, rows, ruler)}\n"
+    )
 
 
 def _models(console: Console) -> list[Path]:

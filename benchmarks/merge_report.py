@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+
+from benchmarks.tables import markdown_table
 
 Cases = dict[str, Any]
 
@@ -162,7 +163,7 @@ def markdown(conditions: dict[str, Any], cases: Cases) -> str:
         f"{_models(cases)}An exponent is fitted to the time beyond that of a merge of tiny models.",
     ]
     for title, (heading, rows) in _contents(conditions, cases):
-        parts += [f"### {title}", _table(heading, rows)]
+        parts += [f"### {title}", markdown_table(heading, rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -174,11 +175,6 @@ def _models(cases: Cases) -> str:
         f"The Llama models: {size['models']} of {size['hidden']} hidden, {size['layers']} layers, "
         "bf16. "
     )
-
-
-def _table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [heading, ["---"] * len(heading), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def save_plot(cases: Cases, path: Path) -> None:

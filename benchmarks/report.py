@@ -13,6 +13,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.tables import markdown_table
+
 MERGED_COLOR, CART_COLOR, LIMIT_COLOR = "#9aa5b1", "#1f6feb", "#3d4852"
 
 
@@ -93,16 +95,16 @@ def markdown(result: dict[str, Any]) -> str:
     heading = columns(result)
     ruler = ["---" if name in ("method", "setting") else "---:" for name in heading]
     best = best_merged(result)
-    lines = [heading, ruler]
-    for row, line in zip(result["rows"], cells(result), strict=True):
-        lines.append([f"**{cell}**" if row is best and cell else cell for cell in line])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    lines = [
+        [f"**{cell}**" if row is best and cell else cell for cell in line]
+        for row, line in zip(result["rows"], cells(result), strict=True)
+    ]
     counts = result["counts"]
     return (
         f"Test accuracy in per cent, {counts['test']} images a task. `fine-tuned` is one model a "
         f"task; every other row is one model for all {len(result['tasks'])} tasks. Each method's "
         f"setting was picked from those in `results.json` on {counts['validation']} validation "
-        f"images a task. Made by `make demo`.\n\n{table}\n"
+        f"images a task. Made by `make demo`.\n\n{markdown_table(heading, lines, ruler)}\n"
     )
 
 

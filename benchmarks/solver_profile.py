@@ -24,6 +24,7 @@ from benchmarks.incremental import conditions
 from benchmarks.matrices import MatrixMaker
 from benchmarks.measure import RESULTS
 from benchmarks.solvers_report import BAR_SHAPES, RATIO
+from benchmarks.tables import markdown_table
 from benchmarks.vision.cache import write_json
 from cart_plugin import RankRule, krylov, truncated_svd
 
@@ -108,12 +109,10 @@ def main(out: Path) -> None:
     current = conditions(("cart-plugin", "torch"), threads=torch.get_num_threads())
     write_json(out / "profile.json", {"conditions": current, "cases": cases})
     heading, rows = rows_of(cases)
-    lines = [heading, ["---"] * len(heading), *rows]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     (out / "profile.md").write_text(
         f"`fast` at ratio {RATIO:g}, {SPECTRUM}, on {current['threads']} threads (`make "
         "bench-profile`). Floor: the products with the matrix alone, two a block of the basis. "
-        f"Shares of the time by torch's profiler.\n\n{text}\n"
+        f"Shares of the time by torch's profiler.\n\n{markdown_table(heading, rows)}\n"
     )
     table = Table(title="Where `fast` spends its time", title_justify="left")
     for name in heading:

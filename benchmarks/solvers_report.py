@@ -11,6 +11,8 @@ from typing import Any
 
 from rich.table import Table
 
+from benchmarks.tables import markdown_table
+
 Case = dict[str, Any]
 
 RATIO = 0.08  # of the bars
@@ -235,16 +237,11 @@ def markdown(
         f"Left out as too slow: {omitted} of {sum(len(STYLES) for _ in cases)} "
         "(`omitted` in `results.json`; – below).",
         f"### Bars, at rank ratio {RATIO:g}",
-        _table(*_bar_rows(cases)),
+        markdown_table(*_bar_rows(cases)),
     ]
     for ratio in _ratios(cases) if ratios is None else ratios:
-        parts += [f"### {_overview_title(ratio)}", _table(*_overview_rows(cases, ratio))]
+        parts += [f"### {_overview_title(ratio)}", markdown_table(*_overview_rows(cases, ratio))]
     return "\n\n".join(parts) + "\n"
-
-
-def _table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [heading, ["---"] * len(heading), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def save_plot(cases: Sequence[Case], path: Path) -> None:

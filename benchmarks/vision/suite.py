@@ -26,7 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads must not spi
 from benchmarks.incremental import Record, conditions
 from benchmarks.measure import RESULTS
 from benchmarks.vision.cache import write_json
-from benchmarks.vision.suite_jobs import Case, Job, run_all
+from benchmarks.vision.suite_jobs import Case, Job, mean, run_all
 from benchmarks.vision.suite_methods import (
     BY_TASKS,
     HEAT,
@@ -184,11 +184,6 @@ class Run:
 def _grid(method: Method, pools: tuple[str, ...]) -> Iterator[Job]:
     for point, scales in method.groups():
         yield Job(method, point, pools, tuple(scales))
-
-
-def mean(case: Case) -> float:
-    """Mean accuracy over the tasks."""
-    return sum(case["accuracy"].values()) / len(case["accuracy"])
 
 
 def short(name: str) -> str:

@@ -18,6 +18,11 @@ from benchmarks.vision.suite_program import between, command, evaluate, merge
 Case = dict[str, Any]
 
 
+def mean(case: Case) -> float:
+    """Mean accuracy over the tasks."""
+    return sum(case["accuracy"].values()) / len(case["accuracy"])
+
+
 @dataclass(frozen=True)
 class Job:
     """One merge, or two that give a line of merged models, and the evaluation of each.

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.tables import markdown_table
+from benchmarks.vision.suite_jobs import mean
 from benchmarks.vision.suite_methods import BY_TASKS, HEAT, INDIVIDUAL, METHODS, MOST_POINTS
 from benchmarks.vision.suite_program import command
 from benchmarks.vision.tasks import TASKS
@@ -51,7 +53,7 @@ def _row(run: Run, key: str, method: Any, point: dict[str, Any]) -> dict[str, An
         for seed in run.plan.seeds
     ]
     cases = [run.record.cases[line] for line in commands]
-    means = [_mean(case["accuracy"]) for case in cases if "error" not in case]
+    means = [mean(case) for case in cases if "error" not in case]
     return {
         "key": key,
         "title": method.title,
@@ -69,8 +71,7 @@ def _row(run: Run, key: str, method: Any, point: dict[str, Any]) -> dict[str, An
 
 def _tried(run: Run, key: str) -> list[dict[str, Any]]:
     return [
-        {"setting": point}
-        | ({"error": case["error"]} if "error" in case else {"mean": _mean(case["accuracy"])})
+        {"setting": point} | ({"error": case["error"]} if "error" in case else {"mean": mean(case)})
         for point, case in run.tried(key)
     ]
 
@@ -78,7 +79,7 @@ def _tried(run: Run, key: str) -> list[dict[str, Any]]:
 def _curves(run: Run) -> dict[str, Any]:
     validation = run.plan.pools("validation")
     heat = [
-        {**point, "mean": _mean(case["accuracy"])}
+        {**point, "mean": mean(case)}
         for point in HEAT.points()
         if "error" not in (case := run.case(HEAT, point, validation))
     ]
@@ -95,22 +96,18 @@ def _curves(run: Run) -> dict[str, Any]:
                 continue
             case = run.case(method, point, pools)
             if "error" not in case:
-                by_tasks.setdefault(method.title, []).append([count, _mean(case["accuracy"])])
+                by_tasks.setdefault(method.title, []).append([count, mean(case)])
     indexing = [
         {
             "rank_ratio": point["rank_ratio"],
             "share": case["storage"]["share"],
-            "mean": _mean(case["accuracy"]),
+            "mean": mean(case),
             "command": command([*method.overrides(point), *pools]),
         }
         for method, point, pools in run.indexing()
         if "error" not in (case := run.case(method, point, pools))
     ]
     return {"rank_and_lambda": heat, "by_tasks": by_tasks, "indexing": indexing}
-
-
-def _mean(accuracy: dict[str, float]) -> float:
-    return sum(accuracy.values()) / len(accuracy)
 
 
 def _mean_of(values: Sequence[float]) -> float | None:
@@ -135,7 +132,8 @@ def markdown(result: dict[str, Any]) -> str:
     """The table as Markdown, with what it needs to be read."""
     tasks, images = result["tasks"], result["images"]
     heading = ["method", *tasks.values(), "mean", "of individual", "merge s", "needs", "setting"]
-    lines = [heading, ["---", *["---:"] * (len(tasks) + 3), "---", "---"]]
+    ruler = ["---", *["---:"] * (len(tasks) + 3), "---", "---"]
+    lines = []
     best = max(
         (row for row in result["rows"] if not row["keeps"] and row["mean"] is not None),
         key=lambda row: row["mean"],
@@ -145,7 +143,7 @@ def markdown(result: dict[str, Any]) -> str:
             continue
         cells = _cells(row, tasks, limit(result))
         lines.append([f"**{cell}**" if row is best and cell else cell for cell in cells])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    table = markdown_table(heading, lines, ruler)
     seeds = len(result["seeds"])
     failed = "".join(f"\n- {title}: `{error}`" for title, error in result["failed"].items())
     spread = " (± its standard error)" if seeds > 1 else ""

@@ -204,10 +204,8 @@ def checkpoints(tmp_path: Path) -> dict[str, str]:
     return folders
 
 
-def test_lazy_state_dicts_are_merged(checkpoints: dict[str, str]) -> None:
-    from transformers import AutoModelForCausalLM
-
-    pool = LazyStateDictPool(
+def lazy(checkpoints: dict[str, str]) -> LazyStateDictPool:
+    return LazyStateDictPool(
         {
             name: {
                 "_target_": "fusion_bench.LazyStateDict",
@@ -217,6 +215,12 @@ def test_lazy_state_dicts_are_merged(checkpoints: dict[str, str]) -> None:
             for name, folder in checkpoints.items()
         }
     )
+
+
+def test_lazy_state_dicts_are_merged(checkpoints: dict[str, str]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    pool = lazy(checkpoints)
     merged = CartAlgorithm(rank=2).run(pool)
     whole = {
         name: AutoModelForCausalLM.from_pretrained(folder).state_dict()
@@ -254,16 +258,7 @@ def test_mergekit_and_fusionbench_give_the_same_weights(
         str(out),
         MergeOptions(write_model_card=False),
     )
-    pool = LazyStateDictPool(
-        {
-            name: {
-                "_target_": "fusion_bench.LazyStateDict",
-                "checkpoint": folder,
-                "meta_module_class": "transformers.AutoModelForCausalLM",
-            }
-            for name, folder in checkpoints.items()
-        }
-    )
+    pool = lazy(checkpoints)
     merged = CartAlgorithm(rank_ratio=0.25, scaling_factor=1.5).run(pool).state_dict()
     written = load_file(out / "model.safetensors")
     compared = [name for name in merged if name in written]
