@@ -1,7 +1,7 @@
 """Two tasks of coloured drawings: from which theme is an icon, and to which group belongs an emoji.
 
 An icon's name is what is held out: `document-open` of all themes is in one split. So is an emoji
-with its variants (skin tone, woman, man), in both drawing styles. Drawings that look the same are
+with its variants (skin tone, woman, man), in all drawing styles. Drawings that look the same are
 one group, too; the same drawing under two labels is dropped.
 """
 
@@ -20,24 +20,26 @@ from PIL import Image
 from benchmarks.vision.splits import SPLITS, Split, assign_groups, merge_groups
 
 SIZE = 56
-MOST_ICONS = 700  # of one theme
+MOST_ICONS = 1000  # of one theme
 
 # Theme -> its package and where its icons of about 48 pixels are.
 THEMES = {
     "breeze": ("breeze-icon-theme", "usr/share/icons/breeze/*/48/*.svg"),
     "elementary": ("elementary-xfce-icon-theme", "usr/share/icons/elementary-xfce/*/48/*.png"),
     "faenza": ("faenza-icon-theme", "usr/share/icons/Faenza/*/48/*.png"),
-    "gnome": ("gnome-icon-theme", "usr/share/icons/gnome/48x48/*/*.png"),
     "numix": ("numix-icon-theme", "usr/share/icons/Numix/48/*/*.svg"),
-    "nuovext": ("lxde-icon-theme", "usr/share/icons/nuoveXT2/48x48/*/*.png"),
     "suru": ("suru-icon-theme", "usr/share/icons/suru/*/scalable/*.svg"),
 }
-EMOJI_SETS = ("@iconify-json/noto", "@iconify-json/fluent-emoji-flat")
+EMOJI_SETS = (  # the first says which emoji are in which group
+    "@iconify-json/noto",
+    "@iconify-json/fluent-emoji-flat",
+    "@iconify-json/noto-v1",
+    "@iconify-json/twemoji",
+)
+# Without activities and objects: what of a new emoji makes it one of them is not to be seen.
 EMOJI_GROUPS = (
-    "Activities",
     "Animals & Nature",
     "Food & Drink",
-    "Objects",
     "People & Body",
     "Smileys & Emotion",
     "Symbols",
@@ -61,11 +63,11 @@ def themes(folders: dict[str, Path], rng: np.random.Generator) -> dict[str, Spli
 
 def emoji_groups(folders: dict[str, Path], rng: np.random.Generator) -> dict[str, Split]:
     """The Unicode group of an emoji; emoji are held out with all their variants."""
+    first = folders[EMOJI_SETS[0]] / "package"
+    categories = json.loads((first / "metadata.json").read_text())["categories"]
     items = []
     for package in EMOJI_SETS:
-        folder = folders[package] / "package"
-        drawings = json.loads((folder / "icons.json").read_text())
-        categories = json.loads((folder / "metadata.json").read_text())["categories"]
+        drawings = json.loads((folders[package] / "package" / "icons.json").read_text())
         for label, group in enumerate(EMOJI_GROUPS):
             for name in sorted(categories[group]):
                 icon = drawings["icons"].get(name)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from benchmarks.vision.finetune import FineTuning
 
-USUAL = FineTuning(images=3000, epochs=2)
+USUAL = FineTuning(images=1600, epochs=2)
 BY_TASK: dict[str, FineTuning] = {
+    "georgian": FineTuning(images=1600, epochs=3),
     "hiragana": FineTuning(images=3000, epochs=3),
-    "fashion": FineTuning(images=3000, epochs=4),
-    "thai": FineTuning(images=3000, epochs=5),
-    "themes": FineTuning(images=3000, epochs=6),
-    "emoji": FineTuning(images=3000, epochs=6),
+    "fashion": FineTuning(images=3000, epochs=3),
+    "thai": FineTuning(images=3000, epochs=4),
+    "themes": FineTuning(images=3000, epochs=4),
+    "emoji": FineTuning(images=3000, epochs=4),
 }
 
 

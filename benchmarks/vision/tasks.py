@@ -79,6 +79,18 @@ _EMOJI = (
         "1.2.6",
         "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
     ),
+    Source(
+        "npm",
+        "@iconify-json/noto-v1",
+        "1.2.5",
+        "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37",
+    ),
+    Source(
+        "npm",
+        "@iconify-json/twemoji",
+        "1.2.5",
+        "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
+    ),
 )
 
 TASKS: dict[str, Task] = {
