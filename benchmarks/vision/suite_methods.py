@@ -61,7 +61,7 @@ class Method:
 _SCALES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3)
 _LARGE_SCALES = (0.3, 0.5, 0.7, 0.85, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5, 3.0)
 _FEW_SCALES = (0.1, 0.2, 0.3, 0.4, 0.6, 1.0)
-_LAMBDAS = (1.0, 2.0, 3.0, 4.0)
+_LAMBDAS = (1.0, 2.0, 4.0, 6.0)
 _OWN = "benchmarks.vision.suite_extra"
 # AdaMerging on encoders: heads from the task pool, images that need no processing.
 _ADAPTING = (
@@ -73,7 +73,8 @@ _ADAPTING = (
     "method.batch_size=8",
 )
 _UNLABELLED = "unlabelled images"
-_RATES = (0.003, 0.01)
+_RATES = (0.01, 0.03)
+_CART_RATES = (0.03, 0.1)  # its coefficients are ten times as large
 
 METHODS: dict[str, Method] = {
     "average": Method("simple average", "simple_average"),
@@ -170,7 +171,7 @@ METHODS: dict[str, Method] = {
         "CART + AdaMerging",
         "cart/adamerging_image",
         (*_ADAPTING, "method.rank_ratio=0.16"),
-        {"scaling_factor": (2.0, 3.0), "lr": _RATES},
+        {"scaling_factor": (2.0, 4.0), "lr": _CART_RATES},
         data=_UNLABELLED,
     ),
     "emr": Method("EMR", "emr_merging/emr_merging", keeps="a mask a task"),

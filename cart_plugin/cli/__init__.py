@@ -11,7 +11,7 @@ from importlib import import_module
 import click
 
 # subcommand -> the module of this package that defines it, under the same name
-_COMMANDS = {"doctor": "doctor"}
+_COMMANDS = {"compare": "compare", "doctor": "doctor"}
 
 
 class LazyGroup(click.Group):

@@ -28,7 +28,7 @@ def check_recipe(path: Path, out: Path | None, show: Callable[[Section], None]) 
         show: receives the sections.
     """
     title = f"Recipe {path}"
-    documents, findings = _load(path)
+    documents, findings = load(path)
     if findings:
         show(Section(title, findings))
         return
@@ -49,7 +49,8 @@ def example_recipes() -> Path:
     return carried if carried.is_dir() else package.parent / "configs" / "mergekit"
 
 
-def _load(path: Path) -> tuple[list[dict[str, Any]], list[Finding]]:
+def load(path: Path) -> tuple[list[dict[str, Any]], list[Finding]]:
+    """Read a YAML file of one recipe or several; none, and the reason, if it is no such file."""
     try:
         documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError) as error:

@@ -204,9 +204,9 @@ def language_pools(folder: Path) -> Path:
     return configs
 
 
-def save_language_model(folder: Path) -> Path:
+def save_language_model(folder: Path, seed: int = 0) -> Path:
     """A Llama with its tokenizer."""
-    random_model("LlamaForCausalLM", 0).save_pretrained(folder)
+    random_model("LlamaForCausalLM", seed).save_pretrained(folder)
     return save_tokenizer(folder)
 
 

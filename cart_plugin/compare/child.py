@@ -1,0 +1,63 @@
+"""Runs a function in a process that ends when its parent does.
+
+    python -m cart_plugin.compare.child PACKAGE.MODULE:FUNCTION ARGUMENTS
+
+A merge or an evaluation that outlived a killed comparison would write beside its successor.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def run(function: str, arguments: Sequence[str], log: Path) -> str:
+    """Run a function in a child process until it ends.
+
+    Args:
+        function: `package.module:function`, which reads `sys.argv`, as console scripts are.
+        arguments: its command line.
+        log: receives what it prints.
+
+    Returns:
+        The last line of its traceback or output if it fails; empty if it ends well.
+    """
+    command = [sys.executable, "-m", __name__, function, *arguments]
+    with log.open("w") as output:
+        # The pipe is never written to: it closes when this process ends, however it ends.
+        child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            code = child.wait()
+        except BaseException:
+            child.kill()
+            child.wait()
+            raise
+    return "" if code == 0 else _last_line(log) or f"ended with exit code {code}"
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").replace("\r", "\n").splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def _end_with_parent() -> None:
+    os.read(sys.stdin.fileno(), 1)  # unbuffered: a lock held at exit would be fatal
+    os._exit(1)
+
+
+def _main() -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    sys.argv = sys.argv[1:]
+    module, _, function = sys.argv[0].partition(":")
+    getattr(importlib.import_module(module), function)()
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,184 @@
+"""Evaluators, run in a process of their own by `child`: `judge:main REQUEST RESULT`.
+
+A request is a JSON file: an lm-eval call or a Python function, and the model's folder. The result
+is one too: `{"metrics": {name: {"value", "stderr", "metric", "higher_is_better"}}}`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cart_plugin.errors import CartError
+
+Metrics = dict[str, dict[str, Any]]
+
+
+def evaluate(request: Mapping[str, Any], model: str) -> Metrics:
+    """Evaluate one model folder.
+
+    Args:
+        request: `{"kind": "lm-eval", ...}` or `{"kind": "function", "name": "package.module:f"}`.
+        model: the folder.
+
+    Raises:
+        CartError: the evaluator's answer is of no use.
+    """
+    if request["kind"] == "lm-eval":
+        return _lm_eval(request, model)
+    return numbers(find_function(request["name"])(model))
+
+
+def find_function(name: str) -> Any:
+    """The function that `package.module:function` names; the current folder is looked at, too.
+
+    Raises:
+        CartError: there is none.
+    """
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise CartError(f"evaluator {name!r} is not of the form package.module:function")
+    sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise CartError(f"evaluator {name} cannot be found: {error}") from error
+    if not callable(function):
+        raise CartError(f"evaluator {name} is not a function")
+    return function
+
+
+def numbers(answer: object) -> Metrics:
+    """What an evaluator function returned: `{metric: number}`, with `metric_stderr` beside it.
+
+    Raises:
+        CartError: it is something else, or a number is not finite.
+    """
+    if not isinstance(answer, Mapping) or not answer:
+        raise CartError(
+            f"the evaluator returned {type(answer).__name__}, not a mapping of names to numbers"
+        )
+    values: dict[str, float] = {}
+    for name, value in answer.items():
+        try:
+            values[str(name)] = float(value)
+        except (TypeError, ValueError):
+            raise CartError(f"the evaluator's {name} is no number: {value!r}") from None
+        if not math.isfinite(values[str(name)]):
+            raise CartError(f"the evaluator's {name} is {value}")
+    return {
+        name: {
+            "value": value,
+            "stderr": values.get(f"{name}_stderr"),
+            "metric": "",
+            "higher_is_better": True,
+        }
+        for name, value in values.items()
+        if not (name.endswith("_stderr") and name.removesuffix("_stderr") in values)
+    }
+
+
+def _task_manager(request: Mapping[str, Any]) -> Any:
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise CartError(
+            f"lm-eval cannot be used ({error}): pip install 'cart-plugin[lm-eval]', or name an "
+            "--evaluator"
+        ) from error
+    return TaskManager(include_path=request.get("include_path"))
+
+
+def check(request: Mapping[str, Any]) -> None:
+    """Find what would make every evaluation fail, before the first merge.
+
+    Raises:
+        CartError: an unknown task, or a function that cannot be imported.
+    """
+    if request["kind"] == "function":
+        find_function(request["name"])
+        return
+    manager = _task_manager(request)
+    unknown = [name for name in request["tasks"] if not manager.match_tasks([name])]
+    if unknown:
+        raise CartError(
+            f"lm-eval does not know {', '.join(unknown)}; `lm-eval ls tasks` lists its tasks, "
+            "--include-path adds your own"
+        )
+
+
+def _lm_eval(request: Mapping[str, Any], model: str) -> Metrics:
+    import lm_eval
+    import torch
+
+    options = dict(request.get("options", {}))
+    # lm-eval 0.4.13 takes "cuda" if no device is given, and fails where there is none.
+    options.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
+    arguments = {"pretrained": model, **request.get("model_args", {})}
+    answer = lm_eval.simple_evaluate(
+        model="hf",
+        model_args=arguments,
+        tasks=list(request["tasks"]),
+        task_manager=_task_manager(request),
+        log_samples=False,
+        **options,
+    )
+    if answer is None:
+        raise CartError("lm-eval returned nothing")
+    rows = {**answer["results"], **answer.get("groups", {})}
+    directions = answer.get("higher_is_better", {})
+    wanted = [name for pattern in request["tasks"] for name in _expand(request, pattern)]
+    return {name: _main_metric(name, rows[name], directions.get(name, {})) for name in wanted}
+
+
+def _expand(request: Mapping[str, Any], pattern: str) -> list[str]:
+    return list(_task_manager(request).match_tasks([pattern])) if "*" in pattern else [pattern]
+
+
+def _main_metric(
+    task: str, row: Mapping[str, Any], directions: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A task's first metric, as its YAML lists them."""
+    for key, value in row.items():
+        metric, _, chosen_filter = key.partition(",")
+        if metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        if metric in ("alias", "sample_len", "sample_count"):
+            continue
+        stderr = row.get(f"{metric}_stderr,{chosen_filter}")
+        return {
+            "value": float(value),
+            "stderr": float(stderr) if isinstance(stderr, int | float) else None,
+            "metric": key,
+            "higher_is_better": bool(directions.get(metric, True)),
+            "all": {name: entry for name, entry in row.items() if isinstance(entry, int | float)},
+        }
+    raise CartError(f"lm-eval gives no number for {task}")
+
+
+def main() -> None:
+    """Answer the request file of the command line by a result file, which holds any error."""
+    request, result = sys.argv[1:3]
+    asked = json.loads(Path(request).read_text())
+    answer: dict[str, Any]
+    try:
+        if asked["model"] is None:
+            check(asked)
+            answer = {}
+        else:
+            answer = {"metrics": evaluate(asked, asked["model"])}
+    except CartError as error:
+        answer = {"error": str(error)}
+    except Exception as error:  # whatever an evaluator raises is a row of the report
+        import traceback
+
+        traceback.print_exc()
+        message = str(error).strip().splitlines()
+        answer = {"error": f"{type(error).__name__}: {message[0] if message else ''}".rstrip(": ")}
+    Path(result).write_text(json.dumps(answer, indent=1))

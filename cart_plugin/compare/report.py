@@ -1,0 +1,209 @@
+"""The comparison's report: `report.json`, and from it alone `report.md` and `report.html`."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cart_plugin.compare.steps import Comparison, Row, versions
+
+_KINDS = {"base": "base model", "model": "fine-tuned", "merged": ""}
+
+
+def report(comparison: Comparison, rows: Sequence[Row], recipe: Path) -> dict[str, Any]:
+    """Everything that the report says, as plain data."""
+    return {
+        "recipe": recipe.name,
+        "evaluator": {key: value for key, value in comparison.request.items() if key != "sources"},
+        "versions": versions(),
+        "tasks": tasks(rows),
+        "rows": [asdict(row) | {"model": _model(row), "mean": row.mean} for row in rows],
+    }
+
+
+def _model(row: Row) -> str | None:
+    """The folder of the model, if it was kept."""
+    if not Path(row.model).is_dir():
+        return None
+    return row.model if row.kind != "merged" else f"{row.name}/{Path(row.model).name}"
+
+
+def tasks(rows: Sequence[Row]) -> list[str]:
+    """The names of all metrics, in the evaluator's order."""
+    return list(dict.fromkeys(name for row in rows for name in row.metrics))
+
+
+def write_report(found: Mapping[str, Any], out: Path) -> None:
+    """Write `report.json`, `report.md` and `report.html` into a folder."""
+    (out / "report.json").write_text(json.dumps(found, indent=1) + "\n")
+    (out / "report.md").write_text(markdown(found))
+    (out / "report.html").write_text(html(found))
+
+
+def title(row: Mapping[str, Any]) -> str:
+    """A row's name as a reader wants it."""
+    return str(row["name"]).removeprefix("input-")
+
+
+def settings(row: Mapping[str, Any]) -> str:
+    """A row's settings in one line."""
+    return ", ".join(f"{name} {_value(value)}" for name, value in row["settings"].items())
+
+
+def _value(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value).strip('"')
+
+
+def number(entry: Mapping[str, Any] | None) -> str:
+    """A metric with its standard error."""
+    if entry is None:
+        return ""
+    text = f"{entry['value']:.3f}"
+    return text if entry["stderr"] is None else f"{text} ± {entry['stderr']:.3f}"
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """The table as Markdown, failures below."""
+    header = ["model", "mean", *found["tasks"], "settings", "merge s", "evaluate s"]
+    lines = [
+        _line(header),
+        _line(["---", *["---:"] * (1 + len(found["tasks"])), "---", "---:", "---:"]),
+    ]
+    for row in found["rows"]:
+        mean = "" if row["mean"] is None else f"{row['mean']:.3f}"
+        cells = [
+            f"[{title(row)}]({row['name']}/recipe.yaml)"
+            if row["kind"] == "merged"
+            else f"{title(row)} ({_KINDS[row['kind']]})"
+        ]
+        cells += ["failed" if row["error"] else mean]
+        cells += [number(row["metrics"].get(task)) for task in found["tasks"]]
+        cells += [settings(row), _seconds(row["merge_seconds"]), _seconds(row["evaluate_seconds"])]
+        lines.append(_line(cells))
+    text = [f"# {found['recipe']}: methods compared", "", *lines, ""]
+    for row in found["rows"]:
+        said = [_say(kind, row[kind]) for kind in ("error", "note") if row[kind]]
+        text += [f"- {title(row)}: {line}" for line in said]
+    text += ["", f"Metrics: {_metrics(found)}", f"Made with {_versions(found)}.", ""]
+    return "\n".join(text)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _say(kind: str, text: str) -> str:
+    return f"failed: {text}" if kind == "error" else f"merged tensor by tensor: {text}"
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def _metrics(found: Mapping[str, Any]) -> str:
+    names = {
+        task: entry["metric"]
+        + ("" if entry["higher_is_better"] else " (lower is better, not in the mean)")
+        for row in found["rows"]
+        for task, entry in row["metrics"].items()
+    }
+    return ", ".join(f"{task} {metric}".rstrip() for task, metric in names.items()) + "."
+
+
+def _versions(found: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+
+
+def html(found: Mapping[str, Any]) -> str:
+    """One self-contained page: a sortable table and the plots, nothing from the network."""
+    from jinja2 import Environment, PackageLoader, select_autoescape
+
+    environment = Environment(
+        loader=PackageLoader("cart_plugin.compare", "."),
+        autoescape=select_autoescape(default=True, default_for_string=True),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    template = environment.get_template("report.html.j2")
+    return template.render(
+        found=found,
+        title=title,
+        settings=settings,
+        number=number,
+        kinds=_KINDS,
+        say=_say,
+        metrics=_metrics(found),
+        versions=_versions(found),
+        plots=plots(found),
+    )
+
+
+def plots(found: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Means as bars, and all tasks as a heat map, as SVG."""
+    rows = [row for row in found["rows"] if row["mean"] is not None]
+    if not rows:
+        return []
+    drawn = [{"title": "Mean over the tasks", "svg": _bars(rows)}]
+    if len(found["tasks"]) > 1:
+        drawn.append({"title": "By task", "svg": _heat(rows, found["tasks"])})
+    return drawn
+
+
+def _bars(rows: Sequence[Mapping[str, Any]]) -> str:
+    from matplotlib.figure import Figure
+
+    ordered = sorted(rows, key=lambda row: row["mean"])
+    figure = Figure(figsize=(6.4, 0.6 + 0.3 * len(ordered)), layout="constrained")
+    axes = figure.subplots()
+    colours = {"base": "#b0b7c3", "model": "#8fa3bf", "merged": "#2f6fb0"}
+    bars = axes.barh(
+        [_short(title(row)) for row in ordered],
+        [row["mean"] for row in ordered],
+        color=["#d1632b" if row["method"] == "cart" else colours[row["kind"]] for row in ordered],
+    )
+    axes.bar_label(bars, fmt="%.3f", padding=3, fontsize=8)
+    axes.margins(x=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)
+
+
+def _heat(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    from matplotlib.figure import Figure
+
+    values = [
+        [
+            row["metrics"][name]["value"] if name in row["metrics"] else float("nan")
+            for name in names
+        ]
+        for row in rows
+    ]
+    figure = Figure(figsize=(1.6 + 0.62 * len(names), 1.0 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(values, aspect="auto", cmap="Blues", vmin=0)
+    axes.set_xticks(range(len(names)), [_short(name) for name in names], rotation=40, ha="right")
+    axes.set_yticks(range(len(rows)), [_short(title(row)) for row in rows])
+    top = max(max(value for value in line if value == value) for line in values)
+    for y, line in enumerate(values):
+        for x, value in enumerate(line):
+            colour = "white" if value > 0.6 * top else "black"
+            axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
+    return _svg(figure)
+
+
+def _short(text: str, most: int = 32) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _svg(figure: Any) -> str:
+    from matplotlib import rc_context
+
+    written = io.StringIO()
+    with rc_context({"svg.hashsalt": "cart-plugin"}):  # the same plot, the same bytes
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(written, format="svg", metadata=nothing, transparent=True)
+    text = written.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,324 @@
+"""The comparison as steps that are done once: merge each variant, judge each model, keep records.
+
+A finished step is a JSON file beside its log, with the fingerprint of all that decides its result:
+recipe, inputs, versions, evaluator. The same comparison started again finds it and goes on after
+it; anything else is done anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from cart_plugin.compare import child, merge
+from cart_plugin.compare.variants import Variant
+from cart_plugin.errors import CartError
+
+Keep = Literal["none", "best", "all"]
+PACKAGES = ("cart-plugin", "mergekit", "torch", "transformers", "safetensors", "lm-eval")
+MODEL = "model"  # a variant's merged folder
+
+
+@dataclass
+class Row:
+    """One line of the comparison: an input model or a merged one.
+
+    Attributes:
+        name: of the line, and of its folder under the output.
+        kind: what it is.
+        model: the folder that is evaluated.
+        method: merge method, empty for inputs.
+        settings: the method's settings that hold for the whole recipe.
+        state: what is happening to it: waiting, merging, evaluating, done or failed.
+        metrics: by task, from the evaluator.
+        error: why it failed.
+        note: what a reader should know, such as a merge tensor by tensor.
+        merge_seconds: duration of mergekit's process.
+        evaluate_seconds: duration of the evaluator's process.
+    """
+
+    name: str
+    kind: Literal["base", "model", "merged"]
+    model: str
+    method: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    state: str = "waiting"
+    metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    error: str = ""
+    note: str = ""
+    merge_seconds: float | None = None
+    evaluate_seconds: float | None = None
+
+    @property
+    def mean(self) -> float | None:
+        """Mean over the tasks whose metric is better when higher; None if there is none."""
+        values = [entry["value"] for entry in self.metrics.values() if entry["higher_is_better"]]
+        return sum(values) / len(values) if values else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What to compare.
+
+    Attributes:
+        inputs: the recipe's models.
+        variants: what to merge.
+        request: the evaluator and its options, for `judge`.
+        out: the folder of all results.
+        keep: which merged models stay on the disk.
+        options: further options of mergekit's command line.
+    """
+
+    inputs: merge.Inputs
+    variants: Sequence[Variant]
+    request: Mapping[str, Any]
+    out: Path
+    keep: Keep = "none"
+    options: Sequence[str] = ()
+
+    def rows(self) -> list[Row]:
+        """The lines of the table in their order: base model, fine-tuned models, merged ones."""
+        base = self.inputs.config.base_model
+        labels = list(self.inputs.checkpoints)
+        labels.sort(key=lambda label: label != str(base))
+        names = _short_names(labels)
+        rows = [
+            Row(
+                f"input-{names[label]}",
+                "base" if label == str(base) else "model",
+                str(self.inputs.checkpoints[label].path.resolve()),
+            )
+            for label in labels
+            if "+" not in label  # a base and an adapter are no folder that could be evaluated
+        ]
+        for variant in self.variants:
+            folder = self.out / variant.name / MODEL
+            rows.append(Row(variant.name, "merged", str(folder), variant.method, variant.settings))
+        return rows
+
+    def run(self, rows: Sequence[Row], show: Callable[[], None]) -> None:
+        """Do all steps that are not done; a failed one fails its row only.
+
+        Args:
+            rows: from `rows`; filled in.
+            show: called when a row has changed.
+        """
+        variants = {variant.name: variant for variant in self.variants}
+        for row in rows:
+            try:
+                self._do(row, variants.get(row.name), rows, show)
+                row.state = "done"
+            except CartError as error:
+                row.state, row.error = "failed", str(error)
+            show()
+        for row in self._kept(rows):  # an earlier run may have kept less
+            if row.state == "done":
+                self._merge(row, self.out / row.name, self._merge_key(variants[row.name]), show)
+                row.state = "done"
+                show()
+
+    def _do(
+        self, row: Row, variant: Variant | None, rows: Sequence[Row], show: Callable[[], None]
+    ) -> None:
+        folder = self.out / row.name
+        folder.mkdir(parents=True, exist_ok=True)
+        merged = ""
+        if variant is not None:
+            recipe = folder / "recipe.yaml"
+            _write(recipe, yaml.safe_dump(dict(variant.recipe), sort_keys=False))
+            if variant.error:
+                raise CartError(variant.error)
+            merged = self._merge_key(variant)
+            known = _finished(folder / "merge.json", merged) or {}
+            row.note, row.merge_seconds = known.get("note", ""), known.get("seconds")
+        judged = {
+            "request": dict(self.request),
+            "model": merged or _identity(row.model),
+            "versions": versions(),
+        }
+        key = _digest(judged)
+        done = _finished(folder / "evaluation.json", key)
+        if done is None:
+            if variant is not None:
+                self._merge(row, folder, merged, show)
+            row.state = "evaluating"
+            show()
+            done = self._judge(row, folder, key)
+        row.metrics, row.evaluate_seconds = done["metrics"], done["seconds"]
+        if variant is not None:
+            self._tidy(rows)
+
+    def _merge_key(self, variant: Variant) -> str:
+        return _digest(
+            {
+                "recipe": dict(variant.recipe),
+                "inputs": {
+                    label: _identity(str(checkpoint.path))
+                    for label, checkpoint in self.inputs.checkpoints.items()
+                },
+                "adapters": [
+                    _identity(label.partition("+")[2])
+                    for label in map(str, self.inputs.config.referenced_models())
+                    if "+" in label
+                ],
+                "versions": versions(),
+                "options": list(self.options),
+            }
+        )
+
+    def _merge(self, row: Row, folder: Path, key: str, show: Callable[[], None]) -> None:
+        model = folder / MODEL
+        if _finished(folder / "merge.json", key) is not None and model.is_dir():
+            return
+        row.state = "merging"
+        show()
+        shutil.rmtree(model, ignore_errors=True)
+        for left in folder.glob(".merging-*"):  # of a run that was cut off
+            shutil.rmtree(left, ignore_errors=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".merging-", dir=folder))
+        try:
+            started = time.perf_counter()
+            row.note = merge.merge(
+                folder / "recipe.yaml", scratch / MODEL, self.options, folder / "merge.log"
+            )
+            row.merge_seconds = round(time.perf_counter() - started, 2)
+            (scratch / MODEL).rename(model)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        _write_json(
+            folder / "merge.json", {"key": key, "note": row.note, "seconds": row.merge_seconds}
+        )
+
+    def _judge(self, row: Row, folder: Path, key: str) -> dict[str, Any]:
+        started = time.perf_counter()
+        answer = ask(self.request, row.model, folder)
+        done = {
+            "key": key,
+            "metrics": answer["metrics"],
+            "seconds": round(time.perf_counter() - started, 2),
+        }
+        _write_json(folder / "evaluation.json", done)
+        return done
+
+    def _tidy(self, rows: Sequence[Row]) -> None:
+        """Remove the merged models that are not to be kept."""
+        kept = [row.name for row in self._kept(rows)]
+        for row in rows:
+            if row.kind == "merged" and row.metrics and row.name not in kept:
+                shutil.rmtree(row.model, ignore_errors=True)
+
+    def _kept(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows whose merged models stay."""
+        merged = [row for row in rows if row.kind == "merged" and row.mean is not None]
+        if self.keep == "best":
+            return sorted(merged, key=lambda row: row.mean or 0.0)[-1:]
+        return merged if self.keep == "all" else []
+
+
+def ask(request: Mapping[str, Any], model: str | None, folder: Path) -> dict[str, Any]:
+    """Have a child process judge a model, or, with None for it, check the evaluator.
+
+    Raises:
+        CartError: it failed; the message is one line.
+    """
+    asked, answer = folder / "request.json", folder / "answer.json"
+    answer.unlink(missing_ok=True)
+    _write_json(asked, {**request, "model": model})
+    log = folder / "evaluation.log"
+    error = child.run("cart_plugin.compare.judge:main", [str(asked), str(answer)], log)
+    try:
+        found: dict[str, Any] = json.loads(answer.read_text())
+    except (OSError, ValueError):
+        raise CartError(f"the evaluator ended: {error} (see {log})") from None
+    finally:
+        asked.unlink(missing_ok=True)
+        answer.unlink(missing_ok=True)
+    if "error" in found:
+        raise CartError(found["error"])
+    return found
+
+
+def with_sources(request: Mapping[str, Any]) -> dict[str, Any]:
+    """A request with the digest of the files that decide its answers beside the model."""
+    paths: list[Path] = []
+    if request["kind"] == "function":
+        spec = importlib.util.find_spec(request["name"].partition(":")[0].partition(".")[0])
+        # The module's own file: what it imports is the evaluator's business.
+        module = request["name"].partition(":")[0]
+        spec = importlib.util.find_spec(module) if spec is not None else None
+        if spec is not None and spec.origin:
+            paths.append(Path(spec.origin))
+    elif request.get("include_path"):
+        paths = [path for path in Path(request["include_path"]).rglob("*") if path.is_file()]
+    contents = hashlib.sha256()
+    for path in sorted(paths):
+        contents.update(path.name.encode() + path.read_bytes())
+    return {**request, "sources": contents.hexdigest()[:16]}
+
+
+def versions() -> dict[str, str]:
+    """The versions of what merges and evaluates."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def needed_bytes(comparison: Comparison) -> int:
+    """Disk space for the merged models that exist at one time, and one that is being written."""
+    at_once = {"none": 1, "best": 2, "all": len(comparison.variants)}[comparison.keep]
+    return at_once * comparison.inputs.bytes
+
+
+def _identity(path: str) -> list[Any]:
+    """What changes when a model folder changes: names, sizes and times of its files."""
+    files = sorted(entry for entry in Path(path).iterdir() if entry.is_file())
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def _short_names(labels: Sequence[str]) -> dict[str, str]:
+    """The shortest ends of paths that tell the models apart."""
+    parts = {label: label.rstrip("/").split("/") for label in labels}
+    for length in range(1, max(map(len, parts.values()), default=1) + 1):
+        names = {label: "_".join(steps[-length:]) for label, steps in parts.items()}
+        if len(set(names.values())) == len(names):
+            break
+    return names
+
+
+def _digest(value: object) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _finished(path: Path, key: str) -> dict[str, Any] | None:
+    try:
+        record: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return record if record.get("key") == key else None
+
+
+def _write_json(path: Path, value: object) -> None:
+    _write(path, json.dumps(value, indent=1) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    scratch = path.with_name(f".{path.name}.new")
+    scratch.write_text(text)
+    scratch.replace(path)

@@ -1,0 +1,287 @@
+"""The recipes that one recipe implies: the same models and settings, another merge method.
+
+A setting that a method does not know is left out; one that it needs and the recipe lacks gets the
+method's default. All of a method's parameters end up in its recipe, so that the file says what ran.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import yaml
+from mergekit import merge_methods
+from mergekit.merge_methods import BasePolicy, MergeMethod
+from mergekit.merge_methods.base import ParameterScope, ParameterSpec
+
+from cart_plugin.cli.parameters import RANK_RULES, did_you_mean
+from cart_plugin.errors import CartError
+from cart_plugin.lowrank import RankRule
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the comparison before it is merged.
+
+    Attributes:
+        name: of its folder and row, such as `cart` or `cart-rank_ratio=0.16`.
+        method: mergekit's name of the method.
+        recipe: for mergekit-yaml.
+        settings: the method's parameters that hold for the whole recipe, or for all models alike.
+        error: why the method cannot take these models; empty if it can.
+    """
+
+    name: str
+    method: str
+    recipe: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """`METHOD.PARAMETER=VALUE[,VALUE...]` of the command line."""
+
+    method: str
+    parameter: str
+    values: tuple[Any, ...]
+
+
+def parse_assignment(text: str, *, single: bool) -> Assignment:
+    """Read `ties.density=0.3`, or `cart.lambda=1,2` unless `single`.
+
+    Raises:
+        CartError: it has another form, or names no method or parameter that there is.
+    """
+    target, equals, value = text.partition("=")
+    name, dot, parameter = target.strip().partition(".")
+    if not equals or not dot or not value.strip():
+        form = "METHOD.PARAMETER=VALUE" + ("" if single else ",VALUE...")
+        raise CartError(f"{text!r} is not of the form {form}, such as ties.density=0.3")
+    specs = {spec.name: spec for spec in find_method(name).spec.parameters}
+    if parameter not in specs:
+        hint = did_you_mean(parameter, specs) or f"it has {', '.join(specs) or 'none'}"
+        raise CartError(f"{name} has no parameter {parameter!r}; {hint}")
+    parts = [value] if single else value.split(",")
+    values = tuple(_valid(name, specs[parameter], part.strip()) for part in parts)
+    return Assignment(name, parameter, values)
+
+
+def _valid(method: str, spec: ParameterSpec, text: str) -> Any:
+    value = yaml.safe_load(text)
+    try:
+        return spec.validate(value)
+    except ValueError as error:
+        details = getattr(error, "errors", None)
+        reason = str(details()[0]["msg"]).removeprefix("Value error, ") if details else str(error)
+        raise CartError(f"{method}.{spec.name}={text} is refused: {reason}") from None
+
+
+def find_method(name: str) -> MergeMethod:
+    """Mergekit's method of this name.
+
+    Raises:
+        CartError: there is none; the message lists those that there are.
+    """
+    known = {method.spec.name: method for method in merge_methods.registered_methods()}
+    if name not in known:
+        hint = did_you_mean(name, known) or f"known methods: {', '.join(sorted(known))}"
+        raise CartError(f"unknown method {name!r}; {hint}")
+    return known[name]
+
+
+def variants(
+    document: Mapping[str, Any],
+    methods: Sequence[str],
+    fixed: Sequence[Assignment] = (),
+    grids: Sequence[Assignment] = (),
+) -> list[Variant]:
+    """The variants of a recipe, method by method, the points of a grid one after another.
+
+    Args:
+        document: the recipe, as its YAML says; left unchanged.
+        methods: names of mergekit methods.
+        fixed: settings that replace the recipe's.
+        grids: settings of which every combination is tried; those of one method multiply.
+
+    Raises:
+        CartError: unknown methods, a setting for a method that is not compared, or two values for
+            one parameter.
+    """
+    for name in methods:
+        find_method(name)
+    for number, line in enumerate((*fixed, *grids)):
+        if line.method not in methods:
+            raise CartError(
+                f"{line.method}.{line.parameter} is set, but {line.method} is not compared; "
+                f"add it to --methods"
+            )
+        if any(
+            (line.method, line.parameter) == (other.method, other.parameter)
+            for other in (*fixed, *grids)[:number]
+        ):
+            raise CartError(f"{line.method}.{line.parameter} is given twice")
+    return [
+        _variant(document, find_method(name), fixed_values | point, point)
+        for name in dict.fromkeys(methods)
+        for fixed_values in [{line.parameter: line.values[0] for line in _of(fixed, name)}]
+        for point in _points(_of(grids, name))
+    ]
+
+
+def absolute(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe whose local model paths are absolute, so that it runs from any folder."""
+    changed: dict[str, Any] = _absolute(copy.deepcopy(dict(document)))
+    return changed
+
+
+def _absolute(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_absolute(entry) for entry in node]
+    if not isinstance(node, dict):
+        return node
+    return {
+        key: _local(value)
+        if key in ("model", "base_model") and isinstance(value, str)
+        else _absolute(value)
+        for key, value in node.items()
+    }
+
+
+def _local(reference: str) -> str:
+    """`model` or `model+lora` with the parts that are local folders made absolute."""
+    return "+".join(
+        os.path.abspath(part) if os.path.isdir(part) else part for part in reference.split("+")
+    )
+
+
+def _of(lines: Sequence[Assignment], method: str) -> list[Assignment]:
+    return [line for line in lines if line.method == method]
+
+
+def _points(grids: Sequence[Assignment]) -> Iterator[Settings]:
+    for values in product(*(line.values for line in grids)):
+        yield dict(zip((line.parameter for line in grids), values, strict=True))
+
+
+def _variant(
+    document: Mapping[str, Any], method: MergeMethod, overrides: Settings, point: Settings
+) -> Variant:
+    recipe = copy.deepcopy(dict(document))
+    recipe.pop("name", None)
+    recipe["merge_method"] = method.spec.name
+    specs = {spec.name: spec for spec in method.spec.parameters}
+    given = _reduce(recipe, specs, overrides)
+    count = len(_models(recipe))
+    top = recipe.pop("parameters", None) or {}
+    for name, value in _defaults(specs, given | set(overrides), count).items():
+        top.setdefault(name, value)
+    top |= overrides
+    if top:
+        recipe["parameters"] = top
+    if method.spec.contract.base is BasePolicy.IGNORED:
+        recipe.pop("base_model", None)
+    label = "-".join([method.spec.name, *(f"{key}={value}" for key, value in point.items())])
+    return Variant(label.replace("/", "_"), method.spec.name, recipe, top, _refusal(recipe, method))
+
+
+def _reduce(node: Any, specs: Mapping[str, ParameterSpec], overrides: Settings) -> set[str]:
+    """Take off what the method does not know or is overridden; return the names of the rest."""
+    kept: set[str] = set()
+    replaced = set(overrides)
+    if replaced & set(RANK_RULES):
+        replaced |= set(RANK_RULES)
+    if isinstance(node, dict):
+        parameters = node.get("parameters")
+        if isinstance(parameters, dict):
+            left = {
+                name: value
+                for name, value in parameters.items()
+                if name in specs and name not in replaced
+            }
+            kept |= set(left)
+            if left:
+                node["parameters"] = left
+            else:
+                del node["parameters"]
+        for key, value in node.items():
+            if key != "parameters":
+                kept |= _reduce(value, specs, overrides)
+    elif isinstance(node, list):
+        for entry in node:
+            kept |= _reduce(entry, specs, overrides)
+    return kept
+
+
+def _defaults(specs: Mapping[str, ParameterSpec], given: set[str], models: int) -> dict[str, Any]:
+    """What the recipe leaves open. mergekit has no default for `weight`: equal ones of sum 1."""
+    values: dict[str, Any] = {}
+    if "rank_ratio" in specs and not given & set(RANK_RULES):
+        values["rank_ratio"] = RankRule().rank_ratio
+    for name, spec in specs.items():
+        if name in given or name in RANK_RULES:
+            continue
+        if not spec.required:
+            if spec.default is not None:
+                values[name] = spec.default
+        elif name == "weight":
+            values[name] = round(1 / max(models, 1), 6)
+    return values
+
+
+def _refusal(recipe: Mapping[str, Any], method: MergeMethod) -> str:
+    contract = method.spec.contract
+    base = recipe.get("base_model")
+    if contract.base is BasePolicy.REQUIRED and base is None and "slices" not in recipe:
+        return f"{method.spec.name} needs a base_model, which the recipe lacks"
+    models = _models(recipe)
+    missing = [
+        spec.name
+        for spec in method.spec.parameters
+        if spec.required
+        and spec.name not in (recipe.get("parameters") or {})
+        and spec.scope is ParameterScope.SHARED
+        and not _sets(recipe, spec.name)
+    ]
+    if missing:
+        return (
+            f"{method.spec.name} needs {', '.join(missing)}, for which mergekit has no default; "
+            f"add --set {method.spec.name}.{missing[0]}=VALUE"
+        )
+    try:
+        method.validate_inputs([*models, *([base] if base and base not in models else [])], base)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _sets(node: Any, name: str) -> bool:
+    if isinstance(node, dict):
+        return name in (node.get("parameters") or {}) or any(
+            _sets(value, name) for value in node.values()
+        )
+    return isinstance(node, list) and any(_sets(entry, name) for entry in node)
+
+
+def _models(recipe: Mapping[str, Any]) -> list[str]:
+    """The models of the recipe but the base, once each."""
+    found: dict[str, None] = {}
+
+    def walk(node: Any) -> None:
+        if isinstance(node, dict):
+            if isinstance(node.get("model"), str | dict):
+                found[str(node["model"])] = None
+            for value in node.values():
+                walk(value)
+        elif isinstance(node, list):
+            for entry in node:
+                walk(entry)
+
+    walk({key: recipe.get(key) for key in ("models", "slices", "modules")})
+    return [model for model in found if model != str(recipe.get("base_model"))]

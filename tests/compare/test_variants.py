@@ -1,0 +1,161 @@
+"""The recipes that a recipe implies for other methods."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mergekit.config import MergeConfiguration
+
+from cart_plugin.compare.variants import Variant, absolute, parse_assignment, variants
+from cart_plugin.errors import CartError
+
+RECIPE: dict[str, Any] = {
+    "merge_method": "ties",
+    "base_model": "base",
+    "models": [
+        {"model": "a", "parameters": {"weight": 0.6, "density": 0.5}},
+        {"model": "b", "parameters": {"weight": 0.4}},
+        {"model": "c", "parameters": {"weight": 0.2}},
+    ],
+    "parameters": {"lambda": 0.8, "int8_mask": True},
+    "dtype": "float32",
+}
+
+
+def one(recipe: dict[str, Any], method: str, **sets: Any) -> Variant:
+    fixed = [parse_assignment(f"{method}.{k}={v}", single=True) for k, v in sets.items()]
+    (variant,) = variants(recipe, [method], fixed)
+    return variant
+
+
+def test_the_recipes_own_method_keeps_its_settings() -> None:
+    made = one(RECIPE, "ties").recipe
+    assert made["models"] == RECIPE["models"]
+    assert made["parameters"]["lambda"] == 0.8
+    assert made["parameters"]["int8_mask"] is True
+    # What the recipe left to mergekit is written down.
+    assert made["parameters"]["normalize"] is True
+    assert "weight" not in made["parameters"]
+
+
+def test_settings_that_a_method_lacks_are_left_out() -> None:
+    made = one(RECIPE, "cart").recipe
+    assert [entry["parameters"] for entry in made["models"]] == [
+        {"weight": 0.6},
+        {"weight": 0.4},
+        {"weight": 0.2},
+    ]
+    assert made["parameters"]["lambda"] == 0.8
+    assert made["parameters"]["rank_ratio"] == 0.08
+    assert not {"density", "int8_mask", "rank", "energy"} & set(made["parameters"])
+
+
+def test_a_weight_that_the_recipe_lacks_is_equal_and_sums_to_one() -> None:
+    plain = {**RECIPE, "models": [{"model": name} for name in "abcd"]}
+    assert one(plain, "task_arithmetic").settings["weight"] == 0.25
+    assert one(plain, "cart").settings["weight"] == 1.0  # cart's own default
+
+
+def test_a_method_that_ignores_the_base_gets_none() -> None:
+    made = one(RECIPE, "linear").recipe
+    assert "base_model" not in made
+    assert made["parameters"] == {"normalize": True}
+
+
+def test_set_replaces_the_recipes_settings_of_single_models_too() -> None:
+    made = one(RECIPE, "ties", density=0.3).recipe
+    assert made["parameters"]["density"] == 0.3
+    assert made["models"][0]["parameters"] == {"weight": 0.6}
+
+
+def test_a_rank_rule_replaces_another_one() -> None:
+    recipe = {**RECIPE, "merge_method": "cart", "parameters": {"rank_ratio": 0.2}}
+    made = one(recipe, "cart", rank=4).recipe
+    assert made["parameters"]["rank"] == 4
+    assert "rank_ratio" not in made["parameters"]
+
+
+def test_grids_of_a_method_multiply() -> None:
+    grids = [
+        parse_assignment(text, single=False)
+        for text in ("cart.rank_ratio=0.1,0.2", "cart.lambda=1,2")
+    ]
+    made = variants(RECIPE, ["cart", "linear"], grids=grids)
+    assert [variant.name for variant in made] == [
+        "cart-rank_ratio=0.1-lambda=1.0",
+        "cart-rank_ratio=0.1-lambda=2.0",
+        "cart-rank_ratio=0.2-lambda=1.0",
+        "cart-rank_ratio=0.2-lambda=2.0",
+        "linear",
+    ]
+    assert [variant.recipe["parameters"].get("lambda") for variant in made] == [1, 2, 1, 2, None]
+
+
+def test_every_recipe_is_one_that_mergekit_reads() -> None:
+    methods = ["cart", "linear", "ties", "dare_ties", "della", "breadcrumbs", "model_stock", "sce"]
+    for variant in variants(RECIPE, methods):
+        assert not variant.error
+        assert MergeConfiguration.model_validate(dict(variant.recipe)).merge_method in methods
+
+
+@pytest.mark.parametrize(
+    ("method", "recipe", "reason"),
+    [
+        ("ties", {k: v for k, v in RECIPE.items() if k != "base_model"}, "needs a base_model"),
+        ("slerp", RECIPE, "slerp needs t"),
+        ("arcee_fusion", RECIPE, "requires exactly 2 inputs; got 4"),
+    ],
+)
+def test_a_method_that_cannot_take_the_models_says_why(
+    method: str, recipe: dict[str, Any], reason: str
+) -> None:
+    assert reason in one(recipe, method).error
+
+
+def test_the_given_recipe_is_not_changed() -> None:
+    before = repr(RECIPE)
+    variants(RECIPE, ["cart", "linear"])
+    assert repr(RECIPE) == before
+
+
+def test_local_models_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    recipe = {
+        "models": [{"model": "a"}, {"model": "org/name"}, {"model": "a+a"}],
+        "base_model": "a",
+    }
+    made = absolute(recipe)
+    assert made["base_model"] == f"{tmp_path}/a"
+    assert [entry["model"] for entry in made["models"]] == [
+        f"{tmp_path}/a",
+        "org/name",
+        f"{tmp_path}/a+{tmp_path}/a",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("cart", "is not of the form"),
+        ("cart.lambda", "is not of the form"),
+        ("cart.lambda=", "is not of the form"),
+        ("crat.lambda=1", "did you mean cart?"),
+        ("cart.lamda=1", "did you mean lambda?"),
+        ("cart.rank_ratio=2", "must lie between 0 and 1"),
+        ("ties.density=much", "is refused"),
+    ],
+)
+def test_wrong_assignments_are_named(text: str, reason: str) -> None:
+    with pytest.raises(CartError, match=reason.replace("?", r"\?")):
+        parse_assignment(text, single=True)
+
+
+def test_settings_for_methods_that_are_not_compared_are_named() -> None:
+    fixed = [parse_assignment("ties.density=0.3", single=True)]
+    with pytest.raises(CartError, match="ties is not compared"):
+        variants(RECIPE, ["cart"], fixed)
+    with pytest.raises(CartError, match="given twice"):
+        variants(RECIPE, ["ties"], fixed, fixed)
