@@ -54,7 +54,7 @@ bench-merge: $(STAMP) ## whole merges: cart beside other methods, and how its ti
 bench-accuracy: $(STAMP) ## accuracy of the demo's merges by cart with svd exact and fast
 	$(BIN)/python -m benchmarks.fast_accuracy
 
-bench-vision: $(STAMP) ## merging methods on eight image tasks, tuned alike (not run in full yet)
+bench-vision: $(STAMP) ## 18 merging methods on eight image tasks, tuned alike (two hours; 45 min from cached encoders)
 	$(BIN)/python -m benchmarks.vision.suite
 
 readme: $(STAMP) ## copy result tables into README.md

@@ -73,8 +73,6 @@ _ADAPTING = (
     "method.batch_size=8",
 )
 _UNLABELLED = "unlabelled images"
-_RATES = (0.01, 0.03)
-_CART_RATES = (0.03, 0.1)  # its coefficients are ten times as large
 
 METHODS: dict[str, Method] = {
     "average": Method("simple average", "simple_average"),
@@ -130,7 +128,7 @@ METHODS: dict[str, Method] = {
         "WUDI",
         "wudi/wudi",
         (f"method._target_={_OWN}.GramWUDI",),
-        {"iter_num": (100, 300)},
+        {"iter_num": (300, 1000)},
     ),
     "regmean": Method(
         "RegMean",
@@ -143,14 +141,14 @@ METHODS: dict[str, Method] = {
         "AdaMerging, task-wise",
         "cart/plain_adamerging_image",
         (*_ADAPTING, "method.granularity=task"),
-        {"init_values": (0.15, 0.3), "lr": _RATES},
+        {"init_values": (0.15, 0.3), "lr": (0.003,)},
         data=_UNLABELLED,
     ),
     "adamerging_layer": Method(
         "AdaMerging, layer-wise",
         "cart/plain_adamerging_image",
         _ADAPTING,
-        {"init_values": (0.15, 0.3), "lr": _RATES},
+        {"init_values": (0.15, 0.3), "lr": (0.003,)},
         data=_UNLABELLED,
     ),
     "low_rank": Method(
@@ -171,7 +169,7 @@ METHODS: dict[str, Method] = {
         "CART + AdaMerging",
         "cart/adamerging_image",
         (*_ADAPTING, "method.rank_ratio=0.16"),
-        {"scaling_factor": (2.0, 4.0), "lr": _CART_RATES},
+        {"scaling_factor": (2.0,), "lr": (0.003, 0.01)},
         data=_UNLABELLED,
     ),
     "emr": Method("EMR", "emr_merging/emr_merging", keeps="a mask a task"),
