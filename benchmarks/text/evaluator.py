@@ -11,10 +11,10 @@ import math
 from pathlib import Path
 
 import torch
-from benchmarks.text.tasks import TASKS, load_split
 
 from benchmarks.text.encoder import all_features, load_encoder, load_tokenizer
 from benchmarks.text.finetune import FineTuning, task_head
+from benchmarks.text.tasks import TASKS, load_split
 
 VALIDATION_TEXTS = 200
 TEST_TEXTS = 1000

@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from benchmarks.text.backbone import prepare_backbone
-from benchmarks.text.tasks import load_split, prepare_task, task, training_sample
 
+from benchmarks.text.backbone import SOURCE, prepare_backbone
 from benchmarks.text.encoder import TOKENS, all_features, features, load_encoder, load_tokenizer
+from benchmarks.text.tasks import load_split, prepare_task, task, training_sample
 from benchmarks.training import in_processes, train_model
 from benchmarks.vision.cache import (
     MANIFEST,
@@ -65,7 +65,7 @@ def _identity(name: str, seed: int, settings: FineTuning) -> dict[str, object]:
     return asdict(settings) | {
         "task": name,
         "data": prepare_task(name).name,
-        "pretrained": prepare_backbone().name,
+        "pretrained": f"{SOURCE.name}-{SOURCE.version}",
         "seed": seed,
         "logit_scale": LOGIT_SCALE,
         "tokens": TOKENS,
