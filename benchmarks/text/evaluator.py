@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.text.encoder import all_features, load_encoder, load_tokenizer
 from benchmarks.text.finetune import FineTuning, task_head
-from benchmarks.text.tasks import TASKS, load_split
+from benchmarks.text.tasks import SUITE, load_split
 
 VALIDATION_TEXTS = 200
 TEST_TEXTS = 1000
@@ -33,7 +33,7 @@ def test(model: str) -> dict[str, float]:
 def _accuracies(model: str, split: str, most: int) -> dict[str, float]:
     encoder, tokenizer = load_encoder(Path(model)), load_tokenizer(Path(model))
     found = {}
-    for name in TASKS:
+    for name in SUITE:
         data = load_split(name, split).head(most)
         logits = task_head(name, FineTuning())(all_features(encoder, tokenizer, data.texts))
         share = (logits.argmax(dim=1) == torch.from_numpy(data.labels)).double().mean().item()

@@ -24,12 +24,11 @@ import yaml
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes from local folders
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from benchmarks.text.backbone import prepare_backbone
-from benchmarks.text.tasks import TASKS, prepare_task
-
 from benchmarks.measure import RESULTS
 from benchmarks.tables import markdown_table
+from benchmarks.text.backbone import prepare_backbone
 from benchmarks.text.finetune import FineTuning, finetune_all
+from benchmarks.text.tasks import SUITE, TASKS, prepare_task
 from benchmarks.vision.cache import cache_root, write_json
 
 # What each method may choose from on the validation split: at most twelve points. The weights are
@@ -204,7 +203,7 @@ def write_report(results: Mapping[str, Any], out: Path) -> None:
 
 
 @click.command()
-@click.option("--tasks", default=",".join(TASKS), help="Tasks, by name; all by default.")
+@click.option("--tasks", default=",".join(SUITE), help="Tasks, by name.")
 @click.option("--seeds", default="0,1,2", show_default=True, help="Of the fine-tuning.")
 @click.option("--methods", default=",".join(GRIDS), help="Merge methods; all by default.")
 @click.option("--workers", default=2, show_default=True, help="Processes that fine-tune.")

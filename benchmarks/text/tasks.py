@@ -141,6 +141,12 @@ TASKS: dict[str, Task] = {
     ),
 }
 
+# The suite's eight: different kinds of texts and questions, no two from one source but WordNet's.
+SUITE = (
+    *("newsgroups", "reviews", "domains", "parts_of_speech"),
+    *("topics", "eras", "countries", "molecules"),
+)
+
 
 def task(name: str) -> Task:
     """The task of this name.
