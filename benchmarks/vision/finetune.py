@@ -9,16 +9,15 @@ a manifest with its settings; other settings, data or seed give another folder.
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm.auto import tqdm
 
+from benchmarks.training import in_processes, train_model
 from benchmarks.vision.backbone import prepare_backbone, save_encoder
 from benchmarks.vision.cache import (
     MANIFEST,
@@ -123,9 +122,7 @@ def finetune_all(
 ) -> dict[str, Path]:
     """Fine-tune several tasks, `workers` at a time (0: in this process); return their folders.
 
-    The settings are those of all tasks, or of each by name. Each worker is a process with one
-    thread: faster than one process with two threads, not slowed to a crawl by other work on the
-    machine, and the result does not depend on the number of workers.
+    The settings are those of all tasks, or of each by name.
     """
     if not isinstance(settings, Mapping):
         settings = dict.fromkeys(names, settings or FineTuning())
@@ -133,23 +130,11 @@ def finetune_all(
     todo = [name for name, folder in folders.items() if read_manifest(folder) is None]
     # The longest first: none is left to run alone in the end.
     todo.sort(key=lambda name: -settings[name].images * settings[name].epochs)
-    if workers < 1:
-        for name in todo:
-            finetune_task(name, seed, settings[name])
-    elif todo:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(todo)), context, initializer=_one_thread) as pool:
-            running = [
-                pool.submit(finetune_task, name, seed, settings[name], row)
-                for row, name in enumerate(todo)
-            ]
-            for future in running:
-                future.result()
+    in_processes(
+        [partial(finetune_task, name, seed, settings[name], row) for row, name in enumerate(todo)],
+        workers,
+    )
     return folders
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def load_head(name: str, seed: int, settings: FineTuning | None = None) -> Head:
@@ -170,34 +155,10 @@ def train_encoder(
 
     The order of the images depends on `seed` only, and nothing else is random.
     """
-    generator = torch.Generator().manual_seed(seed)
     images, labels = pixels(train.images), torch.from_numpy(train.labels)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
-    steps = settings.epochs * -(-len(labels) // settings.batch)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / settings.warmup, 1 - step / steps)
-    )
-    model.train()
-    losses = []
-    with tqdm(
-        total=steps, desc=f"fine-tune {title}", unit="step", leave=False, position=row
-    ) as bar:
-        for _ in range(settings.epochs):
-            total = 0.0
-            for chosen in torch.randperm(len(labels), generator=generator).split(settings.batch):
-                loss = torch.nn.functional.cross_entropy(
-                    head(features(model, images[chosen])), labels[chosen]
-                )
-                optimizer.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-                optimizer.step()
-                schedule.step()
-                total += loss.item() * len(chosen)
-                bar.update()
-                bar.set_postfix(loss=f"{loss.item():.2f}")
-            losses.append(total / len(labels))
-    model.eval()
-    return losses
+
+    def loss(chosen: torch.Tensor) -> torch.Tensor:
+        logits = head(features(model, images[chosen]))
+        return torch.nn.functional.cross_entropy(logits, labels[chosen])
+
+    return train_model(model, loss, len(labels), settings, seed, title=title, row=row)

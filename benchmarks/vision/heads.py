@@ -100,16 +100,29 @@ def prototype_head(model: Dinov2Model, train: Split, classes: int, shots: int) -
     Raises:
         ValueError: a class has fewer than `shots` images.
     """
+    found = all_features(model, train.images[first_of_each(train.labels, classes, shots)])
+    return head_of(found.view(classes, shots, -1).mean(dim=1))
+
+
+def first_of_each(labels: np.ndarray, classes: int, shots: int) -> np.ndarray:
+    """Positions of the first `shots` examples of each class, class by class.
+
+    Raises:
+        ValueError: a class has fewer.
+    """
     positions = []
     for label in range(classes):
-        own = np.flatnonzero(train.labels == label)[:shots]
+        own = np.flatnonzero(labels == label)[:shots]
         if len(own) < shots:
             raise ValueError(
-                f"class {label} has {len(own)} training images; its prototype needs {shots}"
+                f"class {label} has {len(own)} training examples; its prototype needs {shots}"
             )
         positions.append(own)
-    found = all_features(model, train.images[np.concatenate(positions)])
-    prototypes = found.view(classes, shots, -1).mean(dim=1)
+    return np.concatenate(positions)
+
+
+def head_of(prototypes: torch.Tensor) -> Head:
+    """The head of class prototypes (classes, width); see `prototype_head` for the formula."""
     centre = prototypes.mean(dim=0)
     offsets = prototypes - centre
     lengths = offsets.norm(dim=1, keepdim=True)

@@ -94,3 +94,49 @@ HIRAGANA_FONTS = apt(
     *("fonts-sawarabi-gothic", "fonts-sawarabi-mincho", "fonts-umeplus", "fonts-vlgothic"),
     *("fonts-woowa-bm", "fonts-nanum", "fonts-unfonts-core", "fonts-yozvox-yozfont-cute"),
 )
+
+# Both cases of the modern alphabet, without the final sigma: 48 letters.
+GREEK = characters(0x0391, 0x03A9, without="\u03a2") + characters(0x03B1, 0x03C9, without="ς")
+# Both cases of the Russian alphabet without yo: 64 letters.
+CYRILLIC = characters(0x0410, 0x044F)
+EUROPEAN_FONTS = (
+    *WIDE_FONTS,
+    *apt(
+        *("fonts-cmu", "fonts-comfortaa", "fonts-ebgaramond", "fonts-fantasque-sans"),
+        *("fonts-firacode", "fonts-gfs-artemisia", "fonts-gfs-didot", "fonts-gfs-neohellenic"),
+        *("fonts-go", "fonts-hack", "fonts-jetbrains-mono", "fonts-jura", "fonts-junicode"),
+        *("fonts-liberation", "fonts-linuxlibertine", "fonts-mononoki", "fonts-open-sans"),
+        *("fonts-oldstandard", "fonts-paratype", "fonts-play", "fonts-roboto-unhinted"),
+        *("fonts-sil-charis", "fonts-sil-gentium", "fonts-tuffy", "fonts-vollkorn"),
+    ),
+)
+
+# As HIRAGANA, in the other syllabary, of which the same fonts have both.
+KATAKANA = (
+    "アイウエオカキクケコサシスセソタチツテトナニヌネノハヒフヘホマミムメモヤユヨラリルレロワヲン"
+)
+
+# The 22 letters and the five final forms.
+HEBREW = characters(0x05D0, 0x05EA)
+HEBREW_FONTS = (*WIDE_FONTS, *apt("culmus", "culmus-fancy", "fonts-sil-ezra"))
+
+# The 36 consonants.
+MALAYALAM = characters(0x0D15, 0x0D39, without="ഩ")
+MALAYALAM_FONTS = apt(
+    *(
+        f"fonts-smc-{name}"
+        for name in (
+            *("anjalioldlipi", "chilanka", "dyuthi", "gayathri", "karumbi", "keraleeyam"),
+            *("manjari", "meera", "rachana", "raghumalayalamsans", "suruma", "uroob"),
+        )
+    ),
+    *("fonts-lohit-mlym", "fonts-samyak-mlym", "fonts-freefont-ttf"),
+)
+
+# The 33 consonants.
+DEVANAGARI = characters(0x0915, 0x0939, without="ऩऱळऴऺऻ")
+DEVANAGARI_FONTS = apt(
+    *("fonts-deva-extra", "fonts-gargi", "fonts-kalapi", "fonts-lohit-deva", "fonts-nakula"),
+    *("fonts-sahadeva", "fonts-samyak-deva", "fonts-sarai", "fonts-sil-annapurna"),
+    *("fonts-freefont-ttf", "fonts-aksharyogini2", "fonts-yrsa-rasa"),
+)

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.training import one_thread
 from benchmarks.vision.suite_methods import Method, Point
 from benchmarks.vision.suite_program import between, command, evaluate, merge
 
@@ -106,18 +107,11 @@ def _results(jobs: Sequence[Job], workers: int) -> Iterator[dict[str, Case]]:
     if workers < 1 or not jobs:
         yield from map(run, jobs)
         return
-    # One thread each: faster than two threads in one process, and repeatable.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=one_thread) as pool:
         waiting: list[Future[dict[str, Case]]] = [pool.submit(run, job) for job in jobs]
         try:
             for future in as_completed(waiting):
                 yield future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _one_thread() -> None:
-    import torch
-
-    torch.set_num_threads(1)

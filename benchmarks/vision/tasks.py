@@ -110,6 +110,13 @@ TASKS: dict[str, Task] = {
         "icon name",
     ),
     "emoji": Task("Emoji groups", len(icons.EMOJI_GROUPS), _EMOJI, icons.emoji_groups, "emoji"),
+    # Beyond the eight of the suite: `--tasks` takes them.
+    "greek": _script("Greek", scripts.GREEK, scripts.EUROPEAN_FONTS),
+    "cyrillic": _script("Cyrillic", scripts.CYRILLIC, scripts.EUROPEAN_FONTS),
+    "katakana": _script("Katakana", scripts.KATAKANA, scripts.HIRAGANA_FONTS),
+    "hebrew": _script("Hebrew", scripts.HEBREW, scripts.HEBREW_FONTS),
+    "malayalam": _script("Malayalam", scripts.MALAYALAM, scripts.MALAYALAM_FONTS),
+    "devanagari": _script("Devanagari", scripts.DEVANAGARI, scripts.DEVANAGARI_FONTS),
 }
 
 

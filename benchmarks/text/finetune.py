@@ -1,0 +1,132 @@
+"""One MiniLM a text task, fine-tuned from the same start under a frozen prototype head.
+
+    folder = finetune_task("newsgroups", seed=0)  # trained once, then found again
+
+The folder holds the encoder with its tokenizer, which is what gets merged, and the head.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks.text.backbone import SOURCE, prepare_backbone
+from benchmarks.text.encoder import TOKENS, all_features, features, load_encoder, load_tokenizer
+from benchmarks.text.tasks import load_split, prepare_task, task, training_sample
+from benchmarks.training import in_processes, train_model
+from benchmarks.vision.cache import (
+    MANIFEST,
+    cache_root,
+    new_folder,
+    read_manifest,
+    settings_hash,
+    write_json,
+)
+from benchmarks.vision.heads import LOGIT_SCALE, Head, first_of_each, head_of
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """Settings of fine-tuning; as `benchmarks.vision.finetune.FineTuning`, with texts for images.
+
+    Args:
+        texts: training texts of the task.
+        epochs: passes over them.
+        batch: texts a step.
+        learning_rate: AdamW's, at its peak.
+        warmup: steps of the warm-up.
+        clip: largest norm of the gradient.
+        weight_decay: AdamW's.
+        shots: texts a class for the prototypes of the head.
+    """
+
+    texts: int = 4000
+    epochs: int = 2
+    batch: int = 32
+    learning_rate: float = 1e-4
+    warmup: int = 10
+    clip: float = 1.0
+    weight_decay: float = 0.01
+    shots: int = 3
+
+
+def encoder_folder(name: str, seed: int, settings: FineTuning) -> Path:
+    """Where the task's fine-tuned encoder is kept, whether or not it is there."""
+    identity = settings_hash(_identity(name, seed, settings))
+    return cache_root() / "text-encoders" / f"seed{seed}" / f"{name}-{identity}"
+
+
+def _identity(name: str, seed: int, settings: FineTuning) -> dict[str, object]:
+    return asdict(settings) | {
+        "task": name,
+        "data": prepare_task(name).name,
+        "pretrained": f"{SOURCE.name}-{SOURCE.version}",
+        "seed": seed,
+        "logit_scale": LOGIT_SCALE,
+        "tokens": TOKENS,
+    }
+
+
+def task_head(name: str, settings: FineTuning) -> Head:
+    """The frozen head of a task: prototypes of its first training texts, the same for all seeds."""
+    backbone = prepare_backbone()
+    train = load_split(name, "train")
+    classes = task(name).classes
+    chosen = first_of_each(train.labels, classes, settings.shots)
+    texts = [train.texts[position] for position in chosen]
+    found = all_features(load_encoder(backbone), load_tokenizer(backbone), texts)
+    return head_of(found.view(classes, settings.shots, -1).mean(dim=1))
+
+
+def finetune_task(name: str, seed: int, settings: FineTuning | None = None, row: int = 0) -> Path:
+    """Fine-tune the pretrained encoder on a task unless that is done; return the encoder's folder.
+
+    Args:
+        name: the task.
+        seed: draws the training texts and their order.
+        settings: of the training.
+        row: line of the terminal for the progress bar.
+    """
+    settings = settings or FineTuning()
+    folder = encoder_folder(name, seed, settings)
+    if read_manifest(folder) is not None:
+        return folder
+    train = training_sample(name, settings.texts, seed)
+    head = task_head(name, settings)
+    backbone = prepare_backbone()
+    model, tokenizer = load_encoder(backbone), load_tokenizer(backbone)
+    labels = torch.from_numpy(train.labels)
+
+    def loss(chosen: torch.Tensor) -> torch.Tensor:
+        texts = [train.texts[position] for position in chosen.tolist()]
+        logits = head(features(model, tokenizer, texts))
+        return torch.nn.functional.cross_entropy(logits, labels[chosen])
+
+    losses = train_model(model, loss, len(labels), settings, seed, title=task(name).title, row=row)
+    with new_folder(folder) as target:
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+        shutil.copy2(backbone / "config.json", target)  # with its dropout
+        (target / "head").mkdir()
+        head.save(target / "head")
+        write_json(target / MANIFEST, _identity(name, seed, settings) | {"epoch_losses": losses})
+    return folder
+
+
+def finetune_all(
+    names: Sequence[str], seed: int, settings: FineTuning | None = None, workers: int = 2
+) -> dict[str, Path]:
+    """Fine-tune several tasks, `workers` at a time (0: in this process); return their folders."""
+    settings = settings or FineTuning()
+    folders = {name: encoder_folder(name, seed, settings) for name in names}
+    todo = [name for name, folder in folders.items() if read_manifest(folder) is None]
+    in_processes(
+        [partial(finetune_task, name, seed, settings, row) for row, name in enumerate(todo)],
+        workers,
+    )
+    return folders

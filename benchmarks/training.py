@@ -1,0 +1,100 @@
+"""The loop that fine-tunes the encoders of the suites, in processes of one thread."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+
+class Settings(Protocol):
+    """What the loop reads of a suite's settings; see `benchmarks.vision.finetune.FineTuning`."""
+
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def warmup(self) -> int: ...
+    @property
+    def clip(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+
+
+def train_model(
+    model: torch.nn.Module,
+    loss_of: Callable[[Tensor], Tensor],
+    count: int,
+    settings: Settings,
+    seed: int,
+    title: str = "task",
+    row: int = 0,
+) -> list[float]:
+    """Train a model in place by AdamW: a short warm-up, then linear decay to zero.
+
+    Args:
+        model: trained whole; left in eval mode.
+        loss_of: mean loss of the examples at these positions.
+        count: number of examples.
+        settings: see `Settings`.
+        seed: decides the order of the examples; nothing else is random.
+        title: of the progress bar.
+        row: its line of the terminal.
+
+    Returns:
+        Each epoch's mean loss.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    steps = settings.epochs * -(-count // settings.batch)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / settings.warmup, 1 - step / steps)
+    )
+    model.train()
+    losses = []
+    with tqdm(
+        total=steps, desc=f"fine-tune {title}", unit="step", leave=False, position=row
+    ) as bar:
+        for _ in range(settings.epochs):
+            total = 0.0
+            for chosen in torch.randperm(count, generator=generator).split(settings.batch):
+                loss = loss_of(chosen)
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+                optimizer.step()
+                schedule.step()
+                total += loss.item() * len(chosen)
+                bar.update()
+                bar.set_postfix(loss=f"{loss.item():.2f}")
+            losses.append(total / count)
+    model.eval()
+    return losses
+
+
+def in_processes(jobs: Sequence[Callable[[], Any]], workers: int) -> list[Any]:
+    """Do jobs, `workers` at a time (0: in this process); return their results in order.
+
+    Each worker is a process with one thread: faster than one process with two threads, not slowed
+    to a crawl by other work on the machine, and results do not depend on the number of workers.
+    """
+    if workers < 1 or not jobs:
+        return [job() for job in jobs]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=one_thread) as pool:
+        return [running.result() for running in [pool.submit(job) for job in jobs]]
+
+
+def one_thread() -> None:
+    """Keep this process's torch to one thread."""
+    torch.set_num_threads(1)

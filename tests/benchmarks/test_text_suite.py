@@ -1,0 +1,85 @@
+"""The text suite's own parts: grids for the command line, choices, and the table from reports."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mergekit.config import MergeConfiguration
+
+from benchmarks.text import suite
+from cart_plugin.compare.variants import parse_assignment, variants
+
+
+def row(name: str, kind: str, method: str = "", error: str = "", **settings: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "kind": kind,
+        "method": method,
+        "settings": settings,
+        "error": error,
+        "note": "",
+        "merge_seconds": 1.0,
+        "accuracy": {},
+    }
+
+
+def test_every_grid_is_one_that_compare_takes_and_has_at_most_twelve_points() -> None:
+    options = [line.removeprefix("--grid=") for line in suite.grid_options(list(suite.GRIDS))]
+    grids = [parse_assignment(line, single=False) for line in options]
+    recipe = {"base_model": "base", "models": [{"model": name} for name in "abcdefgh"]}
+    made = variants(recipe, list(suite.GRIDS), grids=grids)
+    counts = {name: sum(one.method == name for one in made) for name in suite.GRIDS}
+    assert all(1 <= count <= 12 for count in counts.values()), counts
+    assert not [one.error for one in made if one.error]
+
+
+def test_the_recipe_is_one_for_mergekit(tmp_path: Path) -> None:
+    encoders = {name: tmp_path / name for name in ("a", "b", "c")}
+    made = suite.recipe(encoders, tmp_path / "base", tmp_path / "work")
+    config = MergeConfiguration.model_validate(yaml.safe_load(made.read_text()))
+    assert [str(entry.model) for entry in config.models or ()] == [
+        str(path) for path in encoders.values()
+    ]
+    assert str(config.base_model) == str(tmp_path / "base")
+
+
+def test_the_best_point_of_each_method_is_chosen_and_failed_ones_are_left_out() -> None:
+    rows = [
+        row("cart-1", "merged", "cart", rank_ratio=0.08, **{"lambda": 1.0}) | {"mean": 0.5},
+        row("cart-2", "merged", "cart", rank_ratio=0.16, **{"lambda": 2.0}) | {"mean": 0.7},
+        row("linear", "merged", "linear", normalize=True) | {"mean": 0.4},
+        row("ties-1", "merged", "ties", error="no") | {"mean": None},
+    ]
+    chosen = suite.choose({"rows": rows}, ["cart", "linear", "ties"])
+    assert chosen == {"cart": {"rank_ratio": 0.16, "lambda": 2.0}, "linear": {}}
+
+
+def test_the_table_is_made_from_the_results_alone(tmp_path: Path) -> None:
+    def seed(shift: float) -> list[dict[str, Any]]:
+        both = {"one": 0.5 + shift, "two": 0.6 + shift}
+        return [
+            row("input-model", "base") | {"accuracy": {"one": 0.2, "two": 0.3}},
+            row("input-one-1234", "model") | {"accuracy": {"one": 0.9, "two": 0.1}},
+            row("input-two-5678", "model") | {"accuracy": {"one": 0.2, "two": 0.8}},
+            row("cart", "merged", "cart") | {"accuracy": both},
+            row("ties", "merged", "ties", error="no") | {"accuracy": {}},
+        ]
+
+    results = {
+        "tasks": {"one": "Task one", "two": "Task two"},
+        "seeds": [0, 1],
+        "chosen": {"cart": {"lambda": 2.0}},
+        "test": {"0": seed(0.0), "1": seed(0.1)},
+    }
+    found = {line["name"]: line for line in suite.lines(results)}
+    assert list(found) == ["pretrained", "cart", "fine-tuned"]
+    assert abs(found["fine-tuned"]["mean"] - 0.85) < 1e-9
+    assert abs(found["cart"]["mean"] - 0.6) < 1e-9
+    assert abs(found["cart"]["stderr"] - 0.05) < 1e-9
+
+    suite.write_report(json.loads(json.dumps(results)), tmp_path)
+    table = (tmp_path / "table.md").read_text()
+    assert "| cart | 55.0 | 65.0 | 60.0 ± 5.0 | 71 % | lambda 2 |" in table
