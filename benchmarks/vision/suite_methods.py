@@ -60,8 +60,8 @@ class Method:
 
 _SCALES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3)
 _LARGE_SCALES = (0.3, 0.5, 0.7, 0.85, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5, 3.0)
-_FEW_SCALES = (0.1, 0.2, 0.3, 0.4, 0.6, 1.0)
-_LAMBDAS = (1.0, 2.0, 4.0, 6.0)
+_FEW_SCALES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6)
+_LAMBDAS = (2.0, 3.0, 4.0, 6.0)
 _OWN = "benchmarks.vision.suite_extra"
 # AdaMerging on encoders: heads from the task pool, images that need no processing.
 _ADAPTING = (
@@ -128,7 +128,7 @@ METHODS: dict[str, Method] = {
         "WUDI",
         "wudi/wudi",
         (f"method._target_={_OWN}.GramWUDI",),
-        {"iter_num": (300, 1000)},
+        {"iter_num": (100, 300, 1000)},
     ),
     "regmean": Method(
         "RegMean",
@@ -141,21 +141,21 @@ METHODS: dict[str, Method] = {
         "AdaMerging, task-wise",
         "cart/plain_adamerging_image",
         (*_ADAPTING, "method.granularity=task"),
-        {"init_values": (0.15, 0.3), "lr": (0.003,)},
+        {"init_values": (0.15, 0.3), "lr": (0.003, 0.01, 0.03)},
         data=_UNLABELLED,
     ),
     "adamerging_layer": Method(
         "AdaMerging, layer-wise",
         "cart/plain_adamerging_image",
         _ADAPTING,
-        {"init_values": (0.15, 0.3), "lr": (0.003,)},
+        {"init_values": (0.15, 0.3), "lr": (0.003, 0.01, 0.03)},
         data=_UNLABELLED,
     ),
     "low_rank": Method(
         "uncentred low rank",
         "cart/uncentered",
         (),
-        {"rank_ratio": (0.08, 0.16, 0.32), "scaling_factor": (0.2, 0.4, 0.7, 1.0)},
+        {"rank_ratio": (0.08, 0.16, 0.32), "scaling_factor": (0.05, 0.1, 0.2, 0.4)},
         "scaling_factor",
     ),
     "cart": Method(
@@ -169,7 +169,7 @@ METHODS: dict[str, Method] = {
         "CART + AdaMerging",
         "cart/adamerging_image",
         (*_ADAPTING, "method.rank_ratio=0.16"),
-        {"scaling_factor": (2.0,), "lr": (0.003, 0.01)},
+        {"scaling_factor": (2.0, 3.0, 4.0), "lr": (0.003, 0.01, 0.03, 0.1)},
         data=_UNLABELLED,
     ),
     "emr": Method("EMR", "emr_merging/emr_merging", keeps="a mask a task"),
@@ -177,7 +177,7 @@ METHODS: dict[str, Method] = {
         "CART-Indexing",
         "cart/indexing",
         ("method.switch=true",),
-        {"rank_ratio": (0.08,), "scaling_factor": (1.0, 1.2, 1.4)},
+        {"rank_ratio": (0.04,), "scaling_factor": (1.0, 1.2, 1.4)},
         "scaling_factor",
         keeps="low-rank factors a task",
     ),
