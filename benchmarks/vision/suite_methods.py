@@ -72,7 +72,7 @@ _ADAPTING = (
     "method.max_steps=20",
     "method.batch_size=8",
 )
-_UNLABELLED = "unlabelled images"
+_UNLABELLED = "unlabelled validation images"
 
 METHODS: dict[str, Method] = {
     "average": Method("simple average", "simple_average"),
