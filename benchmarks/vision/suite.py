@@ -26,6 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads must not spi
 from benchmarks.incremental import Record, conditions
 from benchmarks.measure import RESULTS
 from benchmarks.vision.cache import write_json
+from benchmarks.vision.sources import SourceError
 from benchmarks.vision.suite_jobs import Case, Job, mean, run_all
 from benchmarks.vision.suite_methods import (
     BY_TASKS,
@@ -96,6 +97,8 @@ class Run:
 
     def __init__(self, plan: Plan, record: Record, workers: int, console: Console) -> None:
         self.plan, self.record, self.workers, self.console = plan, record, workers, console
+        for name in [name for name, case in record.cases.items() if "error" in case]:
+            del record.cases[name]  # what failed is tried again
 
     def case(self, method: Method, point: Point, pools: Sequence[str]) -> Case:
         """A finished case."""
@@ -246,16 +249,23 @@ def main(
     from benchmarks.vision.suite_report import write_report
 
     console = Console()
+    if only_report and not (out / "results.json").exists():
+        raise click.ClickException(f"{out} has no results.json; run without --report first")
     if not only_report:
         plan = Plan(
             tuple(_known(tasks, TASKS)),
-            tuple(int(seed) for seed in seeds.split(",")),
+            _numbers(seeds),
             validation_images,
             test_images,
             tuple(_known(methods, METHODS)),
             curves,
         )
-        write_json(out / "results.json", run_suite(plan, out, workers, console, fresh))
+        if out == RESULTS / "vision" and plan != Plan():
+            raise click.ClickException("these are not the suite's own settings: name an --out")
+        try:
+            write_json(out / "results.json", run_suite(plan, out, workers, console, fresh))
+        except SourceError as error:
+            raise click.ClickException(str(error)) from None
     write_report(json.loads((out / "results.json").read_text()), out)
     console.print((out / "table.md").read_text(), highlight=False, markup=False, soft_wrap=True)
 
@@ -280,6 +290,13 @@ def run_suite(
     if plan.curves:
         run.curves()
     return results(run)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise click.ClickException(f"--seeds {text} is not a list such as 0,1,2") from None
 
 
 def _known(names: str, table: dict[str, Any]) -> list[str]:

@@ -155,7 +155,7 @@ def wudi(vectors: Tensor, steps: int, rate: float = 1e-5) -> Tensor:
     Returns:
         (rows, columns).
     """
-    norms = vectors.square().sum(dim=(1, 2))
+    norms = vectors.square().sum(dim=(1, 2)).clamp_min(1e-30)  # untrained: no task vector
     gram = torch.zeros(vectors.shape[2], vectors.shape[2])
     target = torch.zeros_like(vectors[0])
     for vector, norm in zip(vectors, norms, strict=True):

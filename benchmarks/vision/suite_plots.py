@@ -34,7 +34,7 @@ def save_plots(result: dict[str, Any], folder: Path) -> None:
 def _save(figure: Any, path: Path) -> None:
     from matplotlib import pyplot as plt
 
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")  # a radar's labels reach over its axes
     plt.close(figure)
 
 
@@ -133,13 +133,14 @@ def rank_and_lambda(result: dict[str, Any]) -> Any:
 def number_of_tasks(result: dict[str, Any]) -> Any:
     """Mean test accuracy over the number of merged tasks."""
     figure, axes = _figure(7, 4.2)
-    lines = result["curves"]["by_tasks"]
-    for (title, points), color in zip(lines.items(), COLORS, strict=False):
+    colors = iter(color for color in COLORS if color not in (CART_COLOR, LIMIT_COLOR))
+    for title, points in result["curves"]["by_tasks"].items():
         style = {"ls": "--"} if title == "individual" else {"marker": "o", "ms": 4}
+        own = {"individual": LIMIT_COLOR, "CART": CART_COLOR}
+        color = own.get(title) or next(colors)
         counts, means = zip(*points, strict=True)
-        color = CART_COLOR if title == "CART" else color if color != CART_COLOR else "#cf5f5f"
         axes.plot(counts, [100 * value for value in means], label=title, color=color, **style)
-    axes.set_xlabel("tasks (settings as chosen for all of them)")
+    axes.set_xlabel("tasks, in one order (one seed; settings as chosen for all of them)")
     axes.set_ylabel("mean test accuracy in per cent")
     axes.set_ylim(0, 100)
     axes.xaxis.get_major_locator().set_params(integer=True)

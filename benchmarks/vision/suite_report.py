@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.tables import markdown_table
+from benchmarks.vision.cache import read_manifest
 from benchmarks.vision.suite_jobs import mean
 from benchmarks.vision.suite_methods import BY_TASKS, HEAT, INDIVIDUAL, METHODS, MOST_POINTS
+from benchmarks.vision.suite_pool import ADAPTING_IMAGES
 from benchmarks.vision.suite_program import command
-from benchmarks.vision.tasks import TASKS
+from benchmarks.vision.tasks import TASKS, prepare_task
 
 if TYPE_CHECKING:
     from benchmarks.vision.suite import Run
@@ -42,6 +44,9 @@ def results(run: Run) -> dict[str, Any]:
         "rows": rows,
         "tuning": {key: _tried(run, key) for key in plan.methods},
         "failed": failed,
+        "sources": {name: _manifest(name) for name in plan.tasks},
+        "adapting_images": ADAPTING_IMAGES,
+        "workers": run.workers,
         "curves": _curves(run) if plan.curves else {},
         "conditions": run.record.conditions,
     }
@@ -70,16 +75,36 @@ def _row(run: Run, key: str, method: Any, point: dict[str, Any]) -> dict[str, An
 
 
 def _tried(run: Run, key: str) -> list[dict[str, Any]]:
+    pools = run.plan.pools("validation")
     return [
-        {"setting": point} | ({"error": case["error"]} if "error" in case else {"mean": mean(case)})
+        {
+            "setting": point,
+            "command": command([*METHODS[key].overrides(point), *pools]),
+            **_found(case),
+        }
         for point, case in run.tried(key)
     ]
+
+
+def _found(case: dict[str, Any]) -> dict[str, Any]:
+    if "error" in case:
+        return {"error": case["error"]}
+    return {"mean": mean(case), "accuracy": case["accuracy"]}
+
+
+def _manifest(name: str) -> dict[str, Any]:
+    """What a task's images were made from: packages with versions and hashes, and their number."""
+    return read_manifest(prepare_task(name)) or {}
 
 
 def _curves(run: Run) -> dict[str, Any]:
     validation = run.plan.pools("validation")
     heat = [
-        {**point, "mean": mean(case)}
+        {
+            **point,
+            "command": command([*HEAT.overrides(point), *validation]),
+            **_found(case),
+        }
         for point in HEAT.points()
         if "error" not in (case := run.case(HEAT, point, validation))
     ]
@@ -124,8 +149,16 @@ def by_task(row: dict[str, Any], task: str) -> float:
 
 
 def limit(result: dict[str, Any]) -> float:
-    """The individual models' mean accuracy."""
-    return next(row["mean"] for row in result["rows"] if row["key"] == "individual")
+    """The individual models' mean accuracy.
+
+    Raises:
+        ValueError: they could not be evaluated; nothing can be compared with them.
+    """
+    row = next(row for row in result["rows"] if row["key"] == "individual")
+    if row["mean"] is None:
+        raise ValueError(f"the individual models failed: {row['seeds'][0].get('error')}")
+    found: float = row["mean"]
+    return found
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -137,6 +170,7 @@ def markdown(result: dict[str, Any]) -> str:
     best = max(
         (row for row in result["rows"] if not row["keeps"] and row["mean"] is not None),
         key=lambda row: row["mean"],
+        default=None,
     )
     for row in result["rows"]:
         if row["mean"] is None:
@@ -150,11 +184,11 @@ def markdown(result: dict[str, Any]) -> str:
     return (
         f"Test accuracy in per cent, {images['test']} images a task, mean of {seeds} fine-tuning "
         f"seed{'s' if seeds > 1 else ''}{spread}. Each setting was chosen on "
-        f"{images['validation']} validation images a task of the first seed, from at most "
-        f"{MOST_POINTS}; `-` is a method without settings. `merge s` is on one core and includes "
-        "loading the models. `needs` is data beyond the weights, or what is kept for each task "
-        "besides one model. Made by `make bench-vision`; commands, grids and every seed are in "
-        f"`results.json`.\n\n{table}\n" + (f"\nDid not run:\n{failed}\n" if failed else "")
+        f"{images['validation']} validation images a task of the first seed (evaluated in bf16), "
+        f"from at most {MOST_POINTS}; `-` is a method without settings. `merge s` is on one core "
+        "and includes loading the models. `needs` is data beyond the weights, or what is kept for "
+        "each task besides one model. Made by `make bench-vision`; commands, grids and every seed "
+        f"are in `results.json`.\n\n{table}\n" + (f"\nDid not run:\n{failed}\n" if failed else "")
     )
 
 
@@ -169,9 +203,16 @@ def _cells(row: dict[str, Any], tasks: dict[str, str], best: float) -> list[str]
         f"{100 * row['mean']:.1f}{spread}",
         f"{100 * row['mean'] / best:.0f} %",
         f"{row['seconds']:.1f}" if merged and row["seconds"] is not None else "",
-        row["data"] or row["keeps"],
+        row["data"] or _kept(row),
         (setting if row["tuned"] else "-") if merged else "",
     ]
+
+
+def _kept(row: dict[str, Any]) -> str:
+    """What a row keeps for each task, with its share of all models where the method says it."""
+    shares = [case["storage"]["share"] for case in row["seeds"] if "storage" in case]
+    share = f": {100 * statistics.fmean(shares):.0f} % of all models" if shares else ""
+    return f"{row['keeps']}{share}"
 
 
 def write_report(result: dict[str, Any], folder: Path) -> None:

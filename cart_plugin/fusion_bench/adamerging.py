@@ -12,7 +12,9 @@ One coefficient a task rather than one a task and parameter: ``method.granularit
 adapted coefficients again, without adaptation::
 
     fusion_bench method=cart/adamerging method.decompose=clip method.rank_ratio=0.12 \
-        method.merging_weights_load_path=/path/to/merging_weights.pt modelpool=... taskpool=...
+        method.merging_weights_load_path=$PWD/merging_weights.pt \
+        modelpool=CLIPVisionModelPool/clip-vit-base-patch32_TA8 \
+        taskpool=cart/clip-vit-classification_TA8
 
 GPT-2 and Flan-T5 on GLUE::
 

@@ -9,11 +9,15 @@ Merge eight CLIP models and evaluate them::
 
 The paper's ablation, low-rank task arithmetic around the pretrained model::
 
-    fusion_bench method=cart/uncentered modelpool=... taskpool=...
+    fusion_bench method=cart/uncentered method.decompose=clip method.scaling_factor=0.3 \
+        modelpool=CLIPVisionModelPool/clip-vit-base-patch32_TA8 \
+        taskpool=cart/clip-vit-classification_TA8
 
 CART-Indexing, the compressed models one by one::
 
-    fusion_bench method=cart/indexing method.rank_ratio=0.04 modelpool=... taskpool=...
+    fusion_bench method=cart/indexing method.decompose=clip method.rank_ratio=0.04 \
+        modelpool=CLIPVisionModelPool/clip-vit-base-patch32_TA8 \
+        taskpool=cart/clip-vit-classification_TA8
 """
 
 from __future__ import annotations
@@ -26,24 +30,40 @@ from fusion_bench.modelpool import BaseModelPool
 from fusion_bench.models.wrappers.switch import SwitchModule
 from torch import Tensor, nn
 
-from cart_plugin.fusion_bench.base import CartBase, Fleet
+from cart_plugin.fusion_bench.base import CartBase, Fleet, copied
 from cart_plugin.indexing import index_tensors, stored_share
-from cart_plugin.merging import merge_state_dicts
+from cart_plugin.merging import CartSettings, merge_state_dicts
 
 
 class CartAlgorithm(CartBase):
     """CART (arXiv 2412.12153): average + scaling_factor * sum of truncated centred task vectors.
 
-    Needs no pretrained model. Parameters: `CartBase`.
+    Needs no pretrained model.
+
+    Args:
+        return_single_task_models: also return each model as the centre plus its own truncated
+            task vector (not scaled), as `TaskSingularVectorMerging` does.
+        **kwargs: parameters of `CartBase`.
     """
 
+    _config_mapping = CartBase._config_mapping | {
+        "return_single_task_models": "return_single_task_models"
+    }
+
+    def __init__(self, return_single_task_models: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.return_single_task_models = return_single_task_models
+
     @torch.no_grad()
-    def run(self, modelpool: BaseModelPool | dict[str, nn.Module]) -> nn.Module:
+    def run(
+        self, modelpool: BaseModelPool | dict[str, nn.Module]
+    ) -> nn.Module | dict[str, nn.Module]:
         """Merge the models of a pool.
 
         Returns:
             A model with the merged weights: the first of the pool, or a copy of it where the pool
-            holds models rather than their places.
+            holds models rather than their places. With ``return_single_task_models``, a
+            dictionary of the models by name, and the merged one as ``merged``.
 
         Raises:
             CartError: see `CartBase.load` and `cart_plugin.merging.merge_state_dicts`.
@@ -51,6 +71,9 @@ class CartAlgorithm(CartBase):
         fleet = self.load(modelpool)
         first = fleet.names[0]
         merged: dict[str, Tensor] = {}
+        single: dict[str, dict[str, Tensor]] = {}
+        if self.return_single_task_models:
+            single = {name: {} for name in fleet.names}
         with self.profile("merge weights"):
             for name, tensors in fleet.tensors("CART"):
                 base = fleet.base_tensor(name)
@@ -62,8 +85,14 @@ class CartAlgorithm(CartBase):
                     decompose=fleet.decompose,
                 )
                 merged[name] = part[name].to(fleet.home(name))
+                if single:
+                    _restore(name, tensors, fleet, self.settings, 1.0, single)
         self.print_profile_summary()
-        return fleet.with_tensors(first, merged)
+        if not single:
+            return fleet.with_tensors(first, merged)
+        whole = copied(fleet.with_tensors(first, merged))
+        models = {name: fleet.with_tensors(name, single.pop(name)) for name in fleet.names}
+        return {**models, "merged": whole}
 
 
 class CartUncenteredAlgorithm(CartAlgorithm):
@@ -107,7 +136,9 @@ class CartIndexingAlgorithm(CartBase):
         stored = numbers = 0
         with self.profile("index weights"):
             for name, tensors in fleet.tensors("CART-Indexing"):
-                stored += self._index(name, tensors, fleet, restored)
+                stored += _restore(
+                    name, tensors, fleet, self.settings, self.scaling_factor, restored
+                )
                 numbers += tensors[fleet.names[0]].numel()
         self.print_profile_summary()
         models = {name: fleet.with_tensors(name, restored.pop(name)) for name in fleet.names}
@@ -120,28 +151,35 @@ class CartIndexingAlgorithm(CartBase):
             return {"indexed": SwitchModule(models), "storage": storage}
         return {**models, "storage": storage}
 
-    def _index(
-        self,
-        name: str,
-        tensors: Mapping[str, Tensor],
-        fleet: Fleet,
-        restored: Mapping[str, dict[str, Tensor]],
-    ) -> int:
-        """Restore one tensor of all models; returns how many numbers it takes."""
-        first = tensors[fleet.names[0]]
-        if not first.is_floating_point():  # buffers: each model keeps its own
-            for model, tensor in tensors.items():
-                restored[model][name] = tensor.to(fleet.home(name))
-            return len(tensors) * first.numel()
-        indexed = index_tensors(
-            list(tensors.values()),
-            self.settings,
-            weights=fleet.weights,
-            name=name,
-            models=list(tensors),
-            decompose=fleet.decompose(name, first.shape),
-        )
-        for index, (model, tensor) in enumerate(tensors.items()):
-            whole = indexed.restored(index, self.scaling_factor)
-            restored[model][name] = whole.to(fleet.home(name), tensor.dtype)
-        return indexed.stored
+
+def _restore(
+    name: str,
+    tensors: Mapping[str, Tensor],
+    fleet: Fleet,
+    settings: CartSettings,
+    scale: float,
+    restored: Mapping[str, dict[str, Tensor]],
+) -> int:
+    """Restore one tensor of all models from the centre and what CART keeps of each.
+
+    Returns:
+        How many numbers centre and differences take.
+    """
+    first = tensors[fleet.names[0]]
+    if not first.is_floating_point():  # buffers: each model keeps its own
+        for model, tensor in tensors.items():
+            restored[model][name] = tensor.to(fleet.home(name))
+        return len(tensors) * first.numel()
+    indexed = index_tensors(
+        list(tensors.values()),
+        settings,
+        weights=fleet.weights,
+        base=fleet.base_tensor(name),
+        name=name,
+        models=list(tensors),
+        decompose=fleet.decompose(name, first.shape),
+    )
+    for index, (model, tensor) in enumerate(tensors.items()):
+        whole = indexed.restored(index, scale)
+        restored[model][name] = whole.to(fleet.home(name), tensor.dtype)
+    return indexed.stored

@@ -32,6 +32,7 @@ class CartBase(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         scaling_factor: scale of the sum of truncated task vectors, the paper's lambda.
         weights: a weight per model, as a mapping from names or a list in the pool's order.
         decompose: a preset or patterns, see `cart_plugin.fusion_bench.selection`.
+        exclude_keys: names or patterns of parameters that are averaged all the same.
         svd: solver, one of `cart_plugin.lowrank.SOLVERS`.
         seed: start of the randomised solvers.
     """
@@ -42,7 +43,7 @@ class CartBase(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         name: name
         for name in (
             *("rank_ratio", "rank", "energy", "scaling_factor"),
-            *("weights", "decompose", "svd", "seed"),
+            *("weights", "decompose", "exclude_keys", "svd", "seed"),
         )
     }
 
@@ -54,6 +55,7 @@ class CartBase(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         scaling_factor: float = 1.0,
         weights: Weights = None,
         decompose: str | Iterable[str] = "auto",
+        exclude_keys: Iterable[str] | None = None,
         svd: str = "auto",
         seed: int = 0,
         **kwargs: Any,
@@ -61,6 +63,7 @@ class CartBase(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         super().__init__(**kwargs)
         self.rank_ratio, self.rank, self.energy = rank_ratio, rank, energy
         self.scaling_factor, self.weights, self.decompose = scaling_factor, weights, decompose
+        self.exclude_keys = list(exclude_keys or ())
         self.svd, self.seed = svd, seed
         _ = self.settings  # wrong parameters are told before any model is loaded
 
@@ -106,7 +109,7 @@ class CartBase(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             states=states,
             base=base_state,
             weights=_listed(self.weights, list(models)),
-            decompose=selection(self.decompose, list(first)),
+            decompose=selection(self.decompose, list(first), self.exclude_keys),
             device=self.fabric.device,
             keep=pool.has_instance_models,
         )

@@ -11,11 +11,13 @@ entropy of the predictions on unlabelled test images::
 
 Plain AdaMerging of the same models: ``method=cart/plain_adamerging_image``, which needs the pool's
 pretrained model. One coefficient a task: ``method.granularity=task``. For pools of encoders, whose
-classifier is an identity, name models that have the heads::
+classifier is an identity, name models that have the heads. `make bench-vision` leaves such a pool
+in ``~/.cache/cart-plugin/suite``::
 
-    fusion_bench method=cart/adamerging_image \
-        'method.heads={mnist: /models/mnist, svhn: /models/svhn, dtd: /models/dtd}' \
-        method.processor=/models/mnist modelpool=... taskpool=...
+    SUITE=~/.cache/cart-plugin/suite
+    fusion_bench --config-name fabric_model_fusion hydra.searchpath=[file://$SUITE/conf] \
+        +experiment=vision method=cart/adamerging_image 'method.heads=${taskpool.heads}' \
+        'method.processor={_target_: torch.nn.Identity}' method.max_steps=20
 """
 
 from __future__ import annotations

@@ -37,32 +37,45 @@ PRESETS: dict[str, Decision] = {
 }
 
 
-def selection(decompose: str | Iterable[str], names: Sequence[str]) -> Decision:
-    """The rule that a method's parameter ``decompose`` stands for.
+def selection(
+    decompose: str | Iterable[str], names: Sequence[str], exclude: Sequence[str] = ()
+) -> Decision:
+    """The rule that a method's parameters ``decompose`` and ``exclude_keys`` stand for.
 
     Args:
         decompose: name of a preset, or patterns as of the shell (``*.mlp.*``, ``*.weight``);
             what matches one of them is decomposed if it is a matrix, a stack of matrices or a
             convolution kernel.
         names: all tensors' names, to check that the patterns mean some of them.
+        exclude: names or patterns of what is not decomposed all the same.
 
     Raises:
         CartError: no such preset, or a pattern that matches nothing.
     """
+    _check(exclude, names, "exclude_keys: {!r} matches")
     if isinstance(decompose, str) and decompose in PRESETS:
-        return PRESETS[decompose]
-    patterns = [decompose] if isinstance(decompose, str) else [str(entry) for entry in decompose]
+        chosen = PRESETS[decompose]
+    else:
+        single = isinstance(decompose, str)
+        patterns = [str(decompose)] if single else [str(entry) for entry in decompose]
+        presets = ", ".join(PRESETS)
+        _check(patterns, names, f"decompose: {{!r}} is no preset ({presets}) and matches")
+
+        def chosen(name: str, shape: torch.Size) -> bool:
+            # Without its name a tensor is judged by its shape alone: the patterns have the say.
+            return _matches(name, patterns) and is_decomposed(None, shape)
+
+    return lambda name, shape: chosen(name, shape) and not _matches(name, exclude)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _check(patterns: Iterable[str], names: Sequence[str], found: str) -> None:
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise CartError(
-                f"decompose: {pattern!r} is no preset ({', '.join(PRESETS)}) and matches none of "
-                f"the {len(names)} parameters, such as {', '.join(list(names)[:3])}"
+                f"{found.format(pattern)} none of the {len(names)} parameters, such as "
+                f"{', '.join(list(names)[:3])}"
             )
-
-    def matches(name: str, shape: torch.Size) -> bool:
-        # Without its name a tensor is judged by its shape alone: the patterns have the say.
-        return any(fnmatchcase(name, pattern) for pattern in patterns) and is_decomposed(
-            None, shape
-        )
-
-    return matches

@@ -129,8 +129,16 @@ class ImageClassificationTaskPool(_ImagePool):
             CartError: the model has no ``classifier``, or gives features that the heads do not
                 take.
         """
-        with _heads_in_place(model, SwitchModule(self._heads)):
+        with _own_forward(model), _heads_in_place(model, SwitchModule(self._heads)):
             return super().evaluate(model, name=name, **kwargs)
+
+    def _evaluate(self, classifier: nn.Module, *args: Any, **kwargs: Any) -> dict[str, float]:
+        # FusionBench 0.2.33 chooses the task of switches only; EMR's models have `set_task`.
+        set_task: Any = getattr(classifier, "set_task", None)
+        if set_task is not None:
+            set_task(kwargs["task_name"])
+        result: dict[str, float] = super()._evaluate(classifier, *args, **kwargs)
+        return result
 
 
 def _load_heads(folders: Mapping[str, str], tasks: Iterable[str]) -> dict[str, TaskHead]:
@@ -183,6 +191,24 @@ def _register(task: str, classes: int) -> None:
             f"the head of task {task!r} has {classes} classes, FusionBench's task of that name "
             f"has {get_num_classes(task)}"
         )
+
+
+@contextmanager
+def _own_forward(model: nn.Module) -> Iterator[None]:
+    """Let every module run its own weights.
+
+    The models of FusionBench 0.2.33's DINOv2 and ConvNeXt pools have a function in the place of
+    ``forward`` that is bound to the model it was made for: a copy, which most methods return, would
+    run the original's weights.
+    """
+    names = ("forward", "original_forward")
+    owners = [module for module in model.modules() if "original_forward" in vars(module)]
+    kept = [{name: vars(owner).pop(name) for name in names} for owner in owners]
+    try:
+        yield
+    finally:
+        for owner, functions in zip(owners, kept, strict=True):
+            vars(owner).update(functions)
 
 
 @contextmanager

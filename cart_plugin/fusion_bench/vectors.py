@@ -22,7 +22,12 @@ from torch import Tensor, nn
 from cart_plugin.errors import CartError
 from cart_plugin.fusion_bench.base import BASE, Fleet
 from cart_plugin.indexing import index_tensors
-from cart_plugin.merging import CartSettings, check_same_tensors, merge_state_dicts
+from cart_plugin.merging import (
+    CartSettings,
+    check_finite,
+    check_same_tensors,
+    merge_state_dicts,
+)
 
 GRANULARITIES = ("layer", "task")
 
@@ -103,7 +108,7 @@ def full_parts(
         start: the coefficients' first value.
 
     Raises:
-        CartError: models or a pretrained model of other architectures.
+        CartError: models or a pretrained model of other architectures, NaN or infinite values.
     """
     states = {task: model.state_dict() for task, model in models.items()}
     check_same_tensors({**states, BASE: pretrained})
@@ -117,7 +122,9 @@ def full_parts(
                     f"{tuple(parameter.shape)} in {task}; merged models must have the same "
                     "architecture"
                 )
-            vector[name] = parameter.detach() - base.to(parameter.device)
+            tensor = parameter.detach()
+            vector[name] = tensor - base.to(parameter.device)
+            check_finite(vector[name], [task, BASE], [tensor, base], f"tensor {name!r}")
     return parts
 
 

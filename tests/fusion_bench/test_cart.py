@@ -120,6 +120,33 @@ def test_a_pattern_that_matches_nothing_is_named() -> None:
         CartAlgorithm(decompose=["2.*", "*.attn.*"]).run(BaseModelPool(models()))
 
 
+def test_excluded_parameters_are_averaged() -> None:
+    held = models()
+    excluding = CartAlgorithm(exclude_keys=["0.weight", "3.*"], rank=1, scaling_factor=5.0)
+    merged = excluding.run(BaseModelPool(held))
+    mean = merge_state_dicts(states(held), CartSettings(rank=0))
+    same = {n for n, t in merged.state_dict().items() if torch.allclose(t, mean[n], atol=1e-6)}
+    assert same == set(mean) - {"2.weight"}
+    with pytest.raises(CartError, match=r"exclude_keys: '\*\.head' matches none"):
+        CartAlgorithm(exclude_keys=["*.head"]).run(BaseModelPool(held))
+
+
+@pytest.mark.parametrize("kind", [CartAlgorithm, CartUncenteredAlgorithm])
+def test_single_task_models_are_the_centre_and_one_truncated_vector(kind: type) -> None:
+    held = models()
+    settings = {"rank": 2, "scaling_factor": 3.0}
+    found = kind(return_single_task_models=True, **settings).run(BaseModelPool(held))
+    assert list(found) == ["task0", "task1", "task2", "task3", "merged"]
+    assert close(found["merged"], kind(**settings).run(BaseModelPool(held)).state_dict())
+    centred = kind is CartAlgorithm
+    mean = merge_state_dicts(states(held), CartSettings(rank=0))
+    centre = mean if centred else held["_pretrained_"].state_dict()
+    for name, one in found.items():
+        difference = one.state_dict()["2.weight"] - centre["2.weight"]
+        rank = torch.linalg.matrix_rank(difference, atol=1e-4)
+        assert rank == (2 if name != "merged" else 8)
+
+
 def test_too_few_models_are_refused() -> None:
     with pytest.raises(CartError, match="at least two"):
         CartAlgorithm().run(BaseModelPool(models(1)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,40 @@ def image_pool(folder: Path, heads: dict[str, int], **changes: Any) -> Any:
 
 def encoder(seed: int = 0, **config: Any) -> nn.Module:
     return pools.random_model("Dinov2ForImageClassification", seed, **config)
+
+
+def test_a_copy_of_a_pools_model_is_judged_by_its_own_weights(tmp_path: Path) -> None:
+    pool = image_pool(tmp_path, {"five-things": 5})
+    first, second = encoder(0), encoder(1)
+    expected = pool.evaluate(second)["five-things"]["loss"]
+    original = first.forward  # as FusionBench's pools do it
+    first.forward = lambda pixel_values, **more: original(pixel_values=pixel_values, **more).logits
+    first.original_forward = original
+    copy = deepcopy(first)
+    copy.load_state_dict(second.state_dict())
+    before = dict(vars(copy))
+
+    assert pool.evaluate(copy)["five-things"]["loss"] == pytest.approx(expected, rel=1e-6)
+    assert {name: vars(copy)[name] for name in ("forward", "original_forward")} == {
+        name: before[name] for name in ("forward", "original_forward")
+    }
+
+
+def test_models_that_are_told_their_task_are_told(tmp_path: Path) -> None:
+    class Told(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.tasks = encoder(), []
+
+        def set_task(self, task: str) -> None:
+            self.tasks.append(task)
+
+        def forward(self, images: torch.Tensor) -> Any:
+            return self.encoder(images)
+
+    model = Told()
+    image_pool(tmp_path, {"five-things": 5, "mnist": 10}).evaluate(model)
+    assert model.tasks == ["five-things", "mnist"]
 
 
 def test_heads_turn_an_encoder_into_a_classifier_of_each_task(tmp_path: Path) -> None:
