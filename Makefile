@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-all lint format demo bench-startup bench-memory bench-solvers bench-merge bench-accuracy bench-profile bench-vision readme clean
+.PHONY: help venv test test-all lint format demo bench-startup bench-memory bench-solvers bench-merge bench-accuracy bench-profile bench-vision bench-text readme clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -54,8 +54,11 @@ bench-merge: $(STAMP) ## whole merges: cart beside other methods, and how its ti
 bench-accuracy: $(STAMP) ## accuracy of the demo's merges by cart with svd exact and fast
 	$(BIN)/python -m benchmarks.fast_accuracy
 
-bench-vision: $(STAMP) ## 18 merging methods on eight image tasks, tuned alike (two hours; 45 min from cached encoders)
+bench-vision: $(STAMP) ## 18 merging methods on eight image tasks, tuned alike (two hours; one from cached encoders)
 	$(BIN)/python -m benchmarks.vision.suite
+
+bench-text: $(STAMP) ## merge methods of mergekit on eight text tasks, by mergekit-cart compare (not run in full yet)
+	$(BIN)/python -m benchmarks.text.suite
 
 readme: $(STAMP) ## copy result tables into README.md
 	$(BIN)/python -m benchmarks.readme
