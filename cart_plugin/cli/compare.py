@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _METHODS = "cart,linear,task_arithmetic,ties,dare_ties,model_stock"
 
 
-@click.command()
+@click.command(short_help="Merge a recipe by several methods, and judge each.")
 @click.argument("recipe", type=click.Path(path_type=Path))
 # `--grid a.b=1,2 c.d=3,4`: click gives an option one value, and what follows is an argument.
 @click.argument("more_grid", nargs=-1, metavar="")

@@ -36,7 +36,7 @@ def test_a_prototype_head_knows_its_own_images(tiny_suite):
 def test_a_class_with_too_few_images_for_a_prototype_is_named(tiny_suite):
     prepare_task("blocks")
     train = training_sample("blocks", 4, 0)
-    with pytest.raises(ValueError, match="class 0 has 2 training images; its prototype needs 3"):
+    with pytest.raises(ValueError, match="class 0 has 2 training examples; its"):
         heads.prototype_head(tiny_encoder(), train, classes=2, shots=3)
 
 
