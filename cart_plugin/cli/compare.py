@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +101,8 @@ def compare(
         _check_disk(comparison)
         out.mkdir(parents=True, exist_ok=True)
         with terminal.status("checking the evaluator"):
-            ask(comparison.request, None, out)
+            sources = ask(comparison.request, None, out)
+        comparison = replace(comparison, request={**comparison.request, **sources})
     except CartError as error:
         raise click.ClickException(str(error)) from None
     rows = comparison.rows()
@@ -116,7 +119,9 @@ def _names(text: str) -> list[str]:
 
 def _request(tasks: str | None, evaluator: str | None, options: dict[str, Any]) -> dict[str, Any]:
     """The evaluator as `cart_plugin.compare.judge` takes it."""
-    given = {name: value for name, value in options.items() if value not in (None, False)}
+    given = {
+        name: value for name, value in options.items() if value is not None and value is not False
+    }
     if (tasks is None) == (evaluator is None):
         raise CartError("give either --tasks (for lm-eval) or --evaluator MODULE:FUNCTION")
     if evaluator is not None:
@@ -129,6 +134,8 @@ def _request(tasks: str | None, evaluator: str | None, options: dict[str, Any]) 
         raise CartError(f"--include-path {include} is not a folder")
     if str(given.get("batch_size", "")).isdigit():
         given["batch_size"] = int(given["batch_size"])
+    if given.get("limit") == 0 or not _names(tasks or ""):
+        raise CartError("--tasks names no task" if given.get("limit") != 0 else "--limit is 0")
     return {
         "kind": "lm-eval",
         "tasks": _names(tasks or ""),
@@ -150,15 +157,19 @@ def _comparison(
 ) -> Comparison:
     from cart_plugin.cli.recipe import load
     from cart_plugin.compare.merge import read_inputs
-    from cart_plugin.compare.steps import Comparison, with_sources
+    from cart_plugin.compare.steps import Comparison
     from cart_plugin.compare.variants import absolute, parse_assignment, variants
 
+    missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
+    if missing:
+        raise CartError(f"{missing[0]} is not installed: pip install 'cart-plugin[compare]'")
     documents, findings = load(recipe)
     if findings:
         raise CartError(f"{recipe}: {findings[0].fact}; {findings[0].advice}")
     if len(documents) > 1:
         raise CartError(f"{recipe} holds several recipes; compare takes one")
     document = absolute(documents[0])
+    inputs = read_inputs({**document, "merge_method": document.get("merge_method", "linear")})
     rows = variants(
         document,
         methods,
@@ -167,8 +178,7 @@ def _comparison(
     )
     if not rows:
         raise CartError("--methods names no method")
-    inputs = read_inputs({**document, "merge_method": document.get("merge_method", methods[0])})
-    return Comparison(inputs, rows, with_sources(request), out, keep, options)
+    return Comparison(inputs, rows, request, out, keep, options)
 
 
 def _check_disk(comparison: Comparison) -> None:

@@ -31,7 +31,12 @@ def run(function: str, arguments: Sequence[str], log: Path) -> str:
     with log.open("w") as output:
         # The pipe is never written to: it closes when this process ends, however it ends.
         child = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT
+            command,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            # mergekit-pytorch goes through a set of names: random methods would draw in its order.
+            env={**os.environ, "PYTHONHASHSEED": "0"},
         )
         try:
             code = child.wait()

@@ -6,12 +6,13 @@ is one too: `{"metrics": {name: {"value", "stderr", "metric", "higher_is_better"
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def find_function(name: str) -> Any:
     sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise CartError(f"evaluator {name} cannot be found: {error}") from error
     if not callable(function):
         raise CartError(f"evaluator {name} is not a function")
@@ -89,21 +90,31 @@ def _task_manager(request: Mapping[str, Any]) -> Any:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise CartError(
-            f"lm-eval cannot be used ({error}): pip install 'cart-plugin[lm-eval]', or name an "
+            f"lm-eval cannot be used ({error}): pip install 'cart-plugin[compare]', or name an "
             "--evaluator"
         ) from error
     return TaskManager(include_path=request.get("include_path"))
 
 
-def check(request: Mapping[str, Any]) -> None:
+def check(request: Mapping[str, Any]) -> str:
     """Find what would make every evaluation fail, before the first merge.
+
+    Returns:
+        A digest of the files that decide the evaluator's answers beside the model: the user's task
+        definitions, or the function's module and what it imports from the current folder.
 
     Raises:
         CartError: an unknown task, or a function that cannot be imported.
     """
     if request["kind"] == "function":
         find_function(request["name"])
-        return
+        here = Path.cwd()
+        files = {Path(getattr(module, "__file__", None) or "") for module in sys.modules.values()}
+        own = sys.modules[request["name"].partition(":")[0]].__file__
+        local = {
+            path for path in files if here in path.parents and "site-packages" not in str(path)
+        }
+        return _digest({*local, Path(own or "")})
     manager = _task_manager(request)
     unknown = [name for name in request["tasks"] if not manager.match_tasks([name])]
     if unknown:
@@ -111,6 +122,18 @@ def check(request: Mapping[str, Any]) -> None:
             f"lm-eval does not know {', '.join(unknown)}; `lm-eval ls tasks` lists its tasks, "
             "--include-path adds your own"
         )
+    if request.get("include_path") is None:
+        return ""
+    found = Path(request["include_path"]).rglob("*")
+    return _digest({path for path in found if "__pycache__" not in path.parts})
+
+
+def _digest(paths: Iterable[Path]) -> str:
+    contents = hashlib.sha256()
+    for path in sorted(path for path in paths if path.is_file()):
+        data = path.read_bytes()
+        contents.update(f"{path} {len(data)}\n".encode() + data)
+    return contents.hexdigest()[:16]
 
 
 def _lm_eval(request: Mapping[str, Any], model: str) -> Metrics:
@@ -133,12 +156,13 @@ def _lm_eval(request: Mapping[str, Any], model: str) -> Metrics:
         raise CartError("lm-eval returned nothing")
     rows = {**answer["results"], **answer.get("groups", {})}
     directions = answer.get("higher_is_better", {})
-    wanted = [name for pattern in request["tasks"] for name in _expand(request, pattern)]
+    members = answer.get("group_subtasks", {})
+    wanted: list[str] = []
+    for pattern in request["tasks"]:
+        for name in _task_manager(request).match_tasks([pattern]):
+            # A tag has no row of its own.
+            wanted += [name] if name in rows else members.get(name) or list(answer["results"])
     return {name: _main_metric(name, rows[name], directions.get(name, {})) for name in wanted}
-
-
-def _expand(request: Mapping[str, Any], pattern: str) -> list[str]:
-    return list(_task_manager(request).match_tasks([pattern])) if "*" in pattern else [pattern]
 
 
 def _main_metric(
@@ -151,12 +175,14 @@ def _main_metric(
             continue
         if metric in ("alias", "sample_len", "sample_count"):
             continue
+        if not math.isfinite(value):
+            raise CartError(f"lm-eval's {key} of {task} is {value}")
         stderr = row.get(f"{metric}_stderr,{chosen_filter}")
         return {
             "value": float(value),
             "stderr": float(stderr) if isinstance(stderr, int | float) else None,
             "metric": key,
-            "higher_is_better": bool(directions.get(metric, True)),
+            "higher_is_better": directions.get(metric) is not False,
             "all": {name: entry for name, entry in row.items() if isinstance(entry, int | float)},
         }
     raise CartError(f"lm-eval gives no number for {task}")
@@ -169,8 +195,7 @@ def main() -> None:
     answer: dict[str, Any]
     try:
         if asked["model"] is None:
-            check(asked)
-            answer = {}
+            answer = {"sources": check(asked)}
         else:
             answer = {"metrics": evaluate(asked, asked["model"])}
     except CartError as error:

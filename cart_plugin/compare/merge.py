@@ -27,6 +27,8 @@ from cart_plugin.compare import child
 from cart_plugin.errors import CartError
 
 # What a model folder holds beside its weights, and what a merge writes about itself.
+# In the doctor's words: what is not the recipe's fault but mergekit's support of the architecture.
+_ARCHITECTURE = ("would silently drop", "that mergekit requires of this architecture")
 _NOT_COPIED = ("README.md", "mergekit_config.yml", "adapter_config.json", "training_args.bin")
 
 
@@ -125,12 +127,18 @@ def _why_not_yaml(inputs: Inputs) -> str:
     plan, findings = planning.plan(inputs.config, inputs.checkpoints)
     if plan is None:
         return findings[0].fact
+    # What else is wrong with a recipe would be wrong tensor by tensor, too.
     method, _ = check_method(inputs.config.merge_method)
     if method is None:  # the caller has checked it
         raise CartError(f"unknown method {inputs.config.merge_method}")
     merges = result.match(plan, inputs.checkpoints)
     findings = result.check_plan(merges, inputs.checkpoints, inputs.config, method)
-    return next((finding.fact for finding in findings if finding.level is Level.PROBLEM), "")
+    problems = [finding for finding in findings if finding.level is Level.PROBLEM]
+    for finding in problems:
+        if any(text in finding.fact for text in _ARCHITECTURE):
+            return finding.fact
+    _stop_at(problems)
+    return ""
 
 
 def _merge_flat(
@@ -146,6 +154,11 @@ def _merge_flat(
         raise CartError(
             "mergekit does not support this architecture, and only whole models can be merged "
             "tensor by tensor: write them under `models:`"
+        )
+    if any(document.get(key) for key in ("tokenizer", "tokenizer_source", "chat_template")):
+        raise CartError(
+            "mergekit does not support this architecture, and tokenizers cannot be merged tensor "
+            "by tensor: delete the recipe's tokenizer settings"
         )
     if any(model.lora is not None for model in references(inputs.config).values()):
         raise CartError(
@@ -189,7 +202,9 @@ def _one_file(checkpoint: Checkpoint, scratch: Path) -> Path:
     from mergekit.io import LazyTensorLoader
 
     loader = LazyTensorLoader(index)
-    save_file({name: loader.get_tensor(name) for name in checkpoint.tensors}, scratch)
+    # Copies: safetensors takes neither views nor tied tensors.
+    tensors = {name: loader.get_tensor(name) for name in checkpoint.tensors}
+    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, scratch)
     return scratch
 
 
@@ -206,6 +221,8 @@ def _check(inputs: Inputs, out: Path, *, flat: bool) -> None:
     if flat:
         tables = [set(checkpoint.tensors) for checkpoint in inputs.checkpoints.values()]
         wanted = set.intersection(*tables)
+        if not wanted:
+            raise CartError("the models have no tensor name in common: nothing was merged")
     else:
         plan, findings = planning.plan(inputs.config, inputs.checkpoints)
         _stop_at(findings)

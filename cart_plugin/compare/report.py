@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cart_plugin.compare.steps import Comparison, Row, versions
+from cart_plugin.compare.steps import Comparison, Row, versions, write
 
 _KINDS = {"base": "base model", "model": "fine-tuned", "merged": ""}
 
@@ -39,9 +39,9 @@ def tasks(rows: Sequence[Row]) -> list[str]:
 
 def write_report(found: Mapping[str, Any], out: Path) -> None:
     """Write `report.json`, `report.md` and `report.html` into a folder."""
-    (out / "report.json").write_text(json.dumps(found, indent=1) + "\n")
-    (out / "report.md").write_text(markdown(found))
-    (out / "report.html").write_text(html(found))
+    write(out / "report.json", json.dumps(found, indent=1) + "\n")
+    write(out / "report.md", markdown(found))
+    write(out / "report.html", html(found))
 
 
 def title(row: Mapping[str, Any]) -> str:
@@ -161,10 +161,11 @@ def _bars(rows: Sequence[Mapping[str, Any]]) -> str:
     axes = figure.subplots()
     colours = {"base": "#b0b7c3", "model": "#8fa3bf", "merged": "#2f6fb0"}
     bars = axes.barh(
-        [_short(title(row)) for row in ordered],
+        range(len(ordered)),
         [row["mean"] for row in ordered],
         color=["#d1632b" if row["method"] == "cart" else colours[row["kind"]] for row in ordered],
     )
+    axes.set_yticks(range(len(ordered)), [_short(title(row)) for row in ordered])
     axes.bar_label(bars, fmt="%.3f", padding=3, fontsize=8)
     axes.margins(x=0.12)
     axes.spines[["top", "right"]].set_visible(False)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import shutil
 import tempfile
@@ -21,12 +20,17 @@ from typing import Any, Literal
 
 import yaml
 
+from cart_plugin.cli.findings import first_line
+from cart_plugin.cli.layout import references
 from cart_plugin.compare import child, merge
 from cart_plugin.compare.variants import Variant
 from cart_plugin.errors import CartError
 
 Keep = Literal["none", "best", "all"]
-PACKAGES = ("cart-plugin", "mergekit", "torch", "transformers", "safetensors", "lm-eval")
+PACKAGES = (
+    *("cart-plugin", "mergekit", "torch", "transformers", "tokenizers", "safetensors", "peft"),
+    *("lm-eval", "datasets"),
+)
 MODEL = "model"  # a variant's merged folder
 
 
@@ -77,7 +81,8 @@ class Comparison:
         request: the evaluator and its options, for `judge`.
         out: the folder of all results.
         keep: which merged models stay on the disk.
-        options: further options of mergekit's command line.
+        options: further options of mergekit's command line; random methods start from seed 0
+            unless they say otherwise.
     """
 
     inputs: merge.Inputs
@@ -119,14 +124,18 @@ class Comparison:
             try:
                 self._do(row, variants.get(row.name), rows, show)
                 row.state = "done"
-            except CartError as error:
-                row.state, row.error = "failed", str(error)
+            except Exception as error:  # a full disk, a broken file: the others go on
+                row.state = "failed"
+                row.error = str(error) if isinstance(error, CartError) else first_line(error)
             show()
+        self._tidy(rows)
         for row in self._kept(rows):  # an earlier run may have kept less
-            if row.state == "done":
+            try:
                 self._merge(row, self.out / row.name, self._merge_key(variants[row.name]), show)
-                row.state = "done"
-                show()
+            except Exception as error:
+                row.note = f"evaluated, but not made again to be kept: {first_line(error)}"
+            row.state = "done"
+            show()
 
     def _do(
         self, row: Row, variant: Variant | None, rows: Sequence[Row], show: Callable[[], None]
@@ -136,7 +145,7 @@ class Comparison:
         merged = ""
         if variant is not None:
             recipe = folder / "recipe.yaml"
-            _write(recipe, yaml.safe_dump(dict(variant.recipe), sort_keys=False))
+            write(recipe, yaml.safe_dump(dict(variant.recipe), sort_keys=False))
             if variant.error:
                 raise CartError(variant.error)
             merged = self._merge_key(variant)
@@ -167,11 +176,11 @@ class Comparison:
                     label: _identity(str(checkpoint.path))
                     for label, checkpoint in self.inputs.checkpoints.items()
                 },
-                "adapters": [
-                    _identity(label.partition("+")[2])
-                    for label in map(str, self.inputs.config.referenced_models())
-                    if "+" in label
-                ],
+                "adapters": {
+                    label: _identity(model.lora.path)
+                    for label, model in references(self.inputs.config).items()
+                    if model.lora is not None
+                },
                 "versions": versions(),
                 "options": list(self.options),
             }
@@ -183,14 +192,18 @@ class Comparison:
             return
         row.state = "merging"
         show()
-        shutil.rmtree(model, ignore_errors=True)
+        (folder / "merge.json").unlink(missing_ok=True)  # it must not vouch for another model
+        _remove(model)
         for left in folder.glob(".merging-*"):  # of a run that was cut off
             shutil.rmtree(left, ignore_errors=True)
         scratch = Path(tempfile.mkdtemp(prefix=".merging-", dir=folder))
         try:
             started = time.perf_counter()
+            options = ["--random-seed", "0", *self.options]
+            if "--lora-merge-cache" not in options:  # mergekit fails without one
+                options += ["--lora-merge-cache", str(scratch / "lora")]
             row.note = merge.merge(
-                folder / "recipe.yaml", scratch / MODEL, self.options, folder / "merge.log"
+                folder / "recipe.yaml", scratch / MODEL, options, folder / "merge.log"
             )
             row.merge_seconds = round(time.perf_counter() - started, 2)
             (scratch / MODEL).rename(model)
@@ -215,15 +228,18 @@ class Comparison:
         """Remove the merged models that are not to be kept."""
         kept = [row.name for row in self._kept(rows)]
         for row in rows:
-            if row.kind == "merged" and row.metrics and row.name not in kept:
-                shutil.rmtree(row.model, ignore_errors=True)
+            # A model that the evaluator failed on waits for a better one.
+            judged = bool(row.metrics) or (self.keep == "none" and row.state == "failed")
+            if row.kind == "merged" and judged and row.name not in kept:
+                _remove(Path(row.model))
 
     def _kept(self, rows: Sequence[Row]) -> list[Row]:
         """The rows whose merged models stay."""
-        merged = [row for row in rows if row.kind == "merged" and row.mean is not None]
-        if self.keep == "best":
-            return sorted(merged, key=lambda row: row.mean or 0.0)[-1:]
-        return merged if self.keep == "all" else []
+        merged = [row for row in rows if row.kind == "merged" and row.metrics]
+        ranked = [row for row in merged if row.mean is not None]
+        if self.keep == "best" and ranked:
+            return sorted(ranked, key=lambda row: row.mean or 0.0)[-1:]
+        return [] if self.keep == "none" else merged  # without a mean none is the best
 
 
 def ask(request: Mapping[str, Any], model: str | None, folder: Path) -> dict[str, Any]:
@@ -249,24 +265,6 @@ def ask(request: Mapping[str, Any], model: str | None, folder: Path) -> dict[str
     return found
 
 
-def with_sources(request: Mapping[str, Any]) -> dict[str, Any]:
-    """A request with the digest of the files that decide its answers beside the model."""
-    paths: list[Path] = []
-    if request["kind"] == "function":
-        spec = importlib.util.find_spec(request["name"].partition(":")[0].partition(".")[0])
-        # The module's own file: what it imports is the evaluator's business.
-        module = request["name"].partition(":")[0]
-        spec = importlib.util.find_spec(module) if spec is not None else None
-        if spec is not None and spec.origin:
-            paths.append(Path(spec.origin))
-    elif request.get("include_path"):
-        paths = [path for path in Path(request["include_path"]).rglob("*") if path.is_file()]
-    contents = hashlib.sha256()
-    for path in sorted(paths):
-        contents.update(path.name.encode() + path.read_bytes())
-    return {**request, "sources": contents.hexdigest()[:16]}
-
-
 def versions() -> dict[str, str]:
     """The versions of what merges and evaluates."""
     found = {}
@@ -288,6 +286,14 @@ def _identity(path: str) -> list[Any]:
     """What changes when a model folder changes: names, sizes and times of its files."""
     files = sorted(entry for entry in Path(path).iterdir() if entry.is_file())
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder so that nothing that is left of it, if this is cut off, looks whole."""
+    if folder.exists():
+        doomed = Path(tempfile.mkdtemp(prefix=".merging-", dir=folder.parent))
+        folder.rename(doomed / folder.name)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _short_names(labels: Sequence[str]) -> dict[str, str]:
@@ -314,10 +320,10 @@ def _finished(path: Path, key: str) -> dict[str, Any] | None:
 
 
 def _write_json(path: Path, value: object) -> None:
-    _write(path, json.dumps(value, indent=1) + "\n")
+    write(path, json.dumps(value, indent=1) + "\n")
 
 
-def _write(path: Path, text: str) -> None:
+def write(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     scratch = path.with_name(f".{path.name}.new")
     scratch.write_text(text)

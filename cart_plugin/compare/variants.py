@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 from mergekit import merge_methods
+from mergekit.common import ModelReference
 from mergekit.merge_methods import BasePolicy, MergeMethod
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 
@@ -69,14 +70,16 @@ def parse_assignment(text: str, *, single: bool) -> Assignment:
         hint = did_you_mean(parameter, specs) or f"it has {', '.join(specs) or 'none'}"
         raise CartError(f"{name} has no parameter {parameter!r}; {hint}")
     parts = [value] if single else value.split(",")
-    values = tuple(_valid(name, specs[parameter], part.strip()) for part in parts)
-    return Assignment(name, parameter, values)
+    values = [_valid(name, specs[parameter], part.strip()) for part in parts]
+    # 1 and 1.0 are one setting.
+    return Assignment(name, parameter, tuple(dict.fromkeys(values)))
 
 
 def _valid(method: str, spec: ParameterSpec, text: str) -> Any:
-    value = yaml.safe_load(text)
     try:
-        return spec.validate(value)
+        return spec.validate(yaml.safe_load(text))
+    except yaml.YAMLError:
+        raise CartError(f"{method}.{spec.name}={text} is not a value") from None
     except ValueError as error:
         details = getattr(error, "errors", None)
         reason = str(details()[0]["msg"]).removeprefix("Value error, ") if details else str(error)
@@ -147,11 +150,16 @@ def _absolute(node: Any) -> Any:
     if not isinstance(node, dict):
         return node
     return {
-        key: _local(value)
-        if key in ("model", "base_model") and isinstance(value, str)
+        key: _local(_reference(value))
+        if key in ("model", "base_model") and isinstance(value, str | dict)
         else _absolute(value)
         for key, value in node.items()
     }
+
+
+def _reference(value: str | dict[str, Any]) -> str:
+    """A model as one line: mergekit also takes a mapping of its parts."""
+    return value if isinstance(value, str) else str(ModelReference.model_validate(value))
 
 
 def _local(reference: str) -> str:
@@ -186,9 +194,16 @@ def _variant(
     if top:
         recipe["parameters"] = top
     if method.spec.contract.base is BasePolicy.IGNORED:
-        recipe.pop("base_model", None)
+        _drop_base(recipe)
     label = "-".join([method.spec.name, *(f"{key}={value}" for key, value in point.items())])
     return Variant(label.replace("/", "_"), method.spec.name, recipe, top, _refusal(recipe, method))
+
+
+def _drop_base(recipe: dict[str, Any]) -> None:
+    """Take the base model off, also where it is listed among the models, as ties recipes do."""
+    base = recipe.pop("base_model", None)
+    if base is not None and isinstance(recipe.get("models"), list):
+        recipe["models"] = [entry for entry in recipe["models"] if entry.get("model") != base]
 
 
 def _reduce(node: Any, specs: Mapping[str, ParameterSpec], overrides: Settings) -> set[str]:

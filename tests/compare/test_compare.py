@@ -325,3 +325,13 @@ def test_lm_eval_judges_as_by_hand(tmp_path: Path, compare: Callable[..., Any]) 
     assert row["metrics"]["tiny_choice"]["metric"] == "acc,none"
     assert row["metrics"]["tiny_choice"]["value"] == by_hand["acc,none"]
     assert row["metrics"]["tiny_choice"]["stderr"] == by_hand["acc_stderr,none"]
+
+
+def test_options_of_lm_eval_are_passed_on_zero_too() -> None:
+    from cart_plugin.cli.compare import _request
+
+    options = {"num_fewshot": 0, "limit": None, "apply_chat_template": False, "dtype": "float32"}
+    request = _request("arc_easy, gsm8k", None, options)
+    assert request["tasks"] == ["arc_easy", "gsm8k"]
+    assert request["options"] == {"num_fewshot": 0}
+    assert request["model_args"] == {"dtype": "float32"}

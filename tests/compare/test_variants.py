@@ -64,6 +64,24 @@ def test_a_method_that_ignores_the_base_gets_none() -> None:
     assert made["parameters"] == {"normalize": True}
 
 
+def test_a_base_among_the_models_is_not_averaged_in() -> None:
+    models = [{"model": "base"}, *RECIPE["models"]]
+    made = one({**RECIPE, "models": models}, "linear").recipe
+    assert [entry["model"] for entry in made["models"]] == ["a", "b", "c"]
+    assert len(one({**RECIPE, "models": models}, "ties").recipe["models"]) == 4
+
+
+def test_models_as_mappings_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    made = absolute({"models": [{"model": {"model": {"path": str(tmp_path / "a")}}}]})
+    assert made["models"] == [{"model": f"{tmp_path}/a"}]
+
+
+def test_a_value_that_is_given_twice_is_one_row() -> None:
+    grid = parse_assignment("cart.lambda=1,1.0,2", single=False)
+    assert len(variants(RECIPE, ["cart"], grids=[grid])) == 2
+
+
 def test_set_replaces_the_recipes_settings_of_single_models_too() -> None:
     made = one(RECIPE, "ties", density=0.3).recipe
     assert made["parameters"]["density"] == 0.3
@@ -144,6 +162,7 @@ def test_local_models_become_absolute(tmp_path: Path, monkeypatch: pytest.Monkey
         ("cart.lambda=", "is not of the form"),
         ("crat.lambda=1", "did you mean cart?"),
         ("cart.lamda=1", "did you mean lambda?"),
+        ("cart.lambda=[1", "is not a value"),
         ("cart.rank_ratio=2", "must lie between 0 and 1"),
         ("ties.density=much", "is refused"),
     ],
