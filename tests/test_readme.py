@@ -52,6 +52,9 @@ def test_recipes_are_mergekit_recipes() -> None:
         document = yaml.safe_load(block)
         if "merge_method" in document:
             MergeConfiguration.model_validate(document)
+        elif "_target_" in document:  # a model pool of FusionBench's
+            assert document["_target_"].startswith("fusion_bench.modelpool.")
+            assert len(document["models"]) >= 3
         else:
             for value in document["parameters"].values():
                 TypeAdapter(ParameterSetting).validate_python(value)

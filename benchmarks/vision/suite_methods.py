@@ -176,7 +176,7 @@ METHODS: dict[str, Method] = {
     "cart_indexing": Method(
         "CART-Indexing",
         "cart/indexing",
-        # Position embeddings too: kept whole, they take as much as three points of rank.
+        # Position embeddings too: kept whole, they take as much as a point and a half of rank.
         ("method.switch=true", 'method.decompose="*"'),
         {"rank_ratio": (0.06,), "scaling_factor": (1.0, 1.2, 1.4)},
         "scaling_factor",

@@ -185,7 +185,11 @@ def _variant(
     recipe.pop("name", None)
     recipe["merge_method"] = method.spec.name
     specs = {spec.name: spec for spec in method.spec.parameters}
-    given = _reduce(recipe, specs, overrides)
+    # A lambda of cart's scales a few directions around the average, any other whole differences
+    # from the base: the value of one says nothing about the other.
+    own = document.get("merge_method")
+    foreign = {"lambda"} if own != method.spec.name and "cart" in (own, method.spec.name) else set()
+    given = _reduce(recipe, {k: v for k, v in specs.items() if k not in foreign}, overrides)
     count = len(_models(recipe))
     top = recipe.pop("parameters", None) or {}
     for name, value in _defaults(specs, given | set(overrides), count).items():

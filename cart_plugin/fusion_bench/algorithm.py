@@ -68,6 +68,8 @@ class CartAlgorithm(CartBase):
         Raises:
             CartError: see `CartBase.load` and `cart_plugin.merging.merge_state_dicts`.
         """
+        if self.return_single_task_models:
+            self.check_not_saved()
         fleet = self.load(modelpool)
         first = fleet.names[0]
         merged: dict[str, Tensor] = {}
@@ -131,6 +133,7 @@ class CartIndexingAlgorithm(CartBase):
         Raises:
             CartError: see `CartBase.load` and `cart_plugin.indexing.index_tensors`.
         """
+        self.check_not_saved()
         fleet = self.load(modelpool)
         restored: dict[str, dict[str, Tensor]] = {name: {} for name in fleet.names}
         stored = numbers = 0

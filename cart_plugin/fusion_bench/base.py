@@ -32,7 +32,8 @@ class CartBase(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         scaling_factor: scale of the sum of truncated task vectors, the paper's lambda.
         weights: a weight per model, as a mapping from names or a list in the pool's order.
         decompose: a preset or patterns, see `cart_plugin.fusion_bench.selection`.
-        exclude_keys: names or patterns of parameters that are averaged all the same.
+        exclude_keys: names or patterns of parameters that are not decomposed all the same: merges
+            average them, CART-Indexing keeps each model's own.
         svd: solver, one of `cart_plugin.lowrank.SOLVERS`.
         seed: start of the randomised solvers.
     """
@@ -79,6 +80,19 @@ class CartBase(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             svd=self.svd,
             seed=self.seed,
         )
+
+    def check_not_saved(self) -> None:
+        """Refuse to start where FusionBench 0.2.33 would fail in the end: it saves single models.
+
+        Raises:
+            CartError: the program is told to save what the method returns.
+        """
+        path = getattr(self._program, "merged_model_save_path", None)
+        if path is not None:
+            raise CartError(
+                f"merged_model_save_path is {path}, but this method returns several models, which "
+                "FusionBench cannot save: leave it out"
+            )
 
     def load(self, modelpool: BaseModelPool | dict[str, nn.Module]) -> Fleet:
         """All models of a pool, and what to decompose of them.

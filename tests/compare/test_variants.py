@@ -47,9 +47,14 @@ def test_settings_that_a_method_lacks_are_left_out() -> None:
         {"weight": 0.4},
         {"weight": 0.2},
     ]
-    assert made["parameters"]["lambda"] == 0.8
     assert made["parameters"]["rank_ratio"] == 0.08
     assert not {"density", "int8_mask", "rank", "energy"} & set(made["parameters"])
+
+
+def test_lambda_is_carried_over_where_it_means_the_same() -> None:
+    assert one(RECIPE, "dare_ties").settings["lambda"] == 0.8
+    assert one(RECIPE, "cart").settings["lambda"] == 1.0
+    assert one({**RECIPE, "merge_method": "cart"}, "ties").settings["lambda"] == 1.0
 
 
 def test_a_weight_that_the_recipe_lacks_is_equal_and_sums_to_one() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from cart_plugin.fusion_bench.algorithm import (
     CartIndexingAlgorithm,
     CartUncenteredAlgorithm,
 )
+from cart_plugin.fusion_bench.base import CartBase
 from cart_plugin.fusion_bench.selection import PRESETS, selection
 
 
@@ -145,6 +147,15 @@ def test_single_task_models_are_the_centre_and_one_truncated_vector(kind: type) 
         difference = one.state_dict()["2.weight"] - centre["2.weight"]
         rank = torch.linalg.matrix_rank(difference, atol=1e-4)
         assert rank == (2 if name != "merged" else 8)
+
+
+@pytest.mark.parametrize(
+    "method", [CartIndexingAlgorithm(), CartAlgorithm(return_single_task_models=True)]
+)
+def test_several_models_are_not_made_where_they_would_fail_to_be_saved(method: CartBase) -> None:
+    method._program = SimpleNamespace(merged_model_save_path="merged")
+    with pytest.raises(CartError, match="merged_model_save_path is merged"):
+        method.run(BaseModelPool(models()))
 
 
 def test_too_few_models_are_refused() -> None:
