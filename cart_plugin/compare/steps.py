@@ -200,7 +200,8 @@ class Comparison:
         try:
             started = time.perf_counter()
             options = ["--random-seed", "0", *self.options]
-            if "--lora-merge-cache" not in options:  # mergekit fails without one
+            if not any(option.startswith("--lora-merge-cache") for option in options):
+                # mergekit fails without one, and takes an old one for a new adapter of its name.
                 options += ["--lora-merge-cache", str(scratch / "lora")]
             row.note = merge.merge(
                 folder / "recipe.yaml", scratch / MODEL, options, folder / "merge.log"

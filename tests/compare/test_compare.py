@@ -335,3 +335,25 @@ def test_options_of_lm_eval_are_passed_on_zero_too() -> None:
     assert request["tasks"] == ["arc_easy", "gsm8k"]
     assert request["options"] == {"num_fewshot": 0}
     assert request["model_args"] == {"dtype": "float32"}
+
+
+@pytest.mark.slow
+def test_adapters_on_one_base_are_merged(
+    llamas: list[str], compare: Callable[..., Any], tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    for seed in range(3):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(llamas[0]), config)
+        model.save_pretrained(tmp_path / f"lora-{seed}")
+    adapted = [f"{llamas[0]}+{tmp_path}/lora-{seed}" for seed in range(3)]
+    recipe = recipe_for([llamas[0], *adapted], tmp_path / "mine.yaml")
+    done = compare(recipe, "--methods", "linear", "--keep-models", "all")
+    assert done.exit_code == 0, done.output
+    merged = load_file(tmp_path / "out" / "linear" / "model" / "model.safetensors")
+    base = load_file(Path(llamas[0]) / "model.safetensors")
+    changed = {name for name in base if not torch.allclose(merged[name], base[name], atol=1e-6)}
+    assert changed == {name for name in base if "q_proj" in name}
