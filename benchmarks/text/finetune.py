@@ -2,7 +2,8 @@
 
     folder = finetune_task("newsgroups", seed=0)  # trained once, then found again
 
-The folder holds the encoder with its tokenizer, which is what gets merged, and the head.
+The folder holds the encoder with its tokenizer, which is what gets merged. The head is the same for
+every seed, and made anew where it is needed (`task_head`).
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,6 +30,9 @@ from benchmarks.vision.cache import (
     write_json,
 )
 from benchmarks.vision.heads import LOGIT_SCALE, Head, first_of_each, head_of
+
+if TYPE_CHECKING:
+    from transformers import BertModel
 
 
 @dataclass(frozen=True)
@@ -74,13 +79,19 @@ def _identity(name: str, seed: int, settings: FineTuning) -> dict[str, object]:
 
 def task_head(name: str, settings: FineTuning) -> Head:
     """The frozen head of a task: prototypes of its first training texts, the same for all seeds."""
-    backbone = prepare_backbone()
     train = load_split(name, "train")
     classes = task(name).classes
     chosen = first_of_each(train.labels, classes, settings.shots)
     texts = [train.texts[position] for position in chosen]
-    found = all_features(load_encoder(backbone), load_tokenizer(backbone), texts)
+    found = all_features(*_pretrained(), texts)
     return head_of(found.view(classes, settings.shots, -1).mean(dim=1))
+
+
+@cache
+def _pretrained() -> tuple[BertModel, Any]:
+    """Encoder and tokenizer for all heads of a process; not to be trained."""
+    backbone = prepare_backbone()
+    return load_encoder(backbone), load_tokenizer(backbone)
 
 
 def finetune_task(name: str, seed: int, settings: FineTuning | None = None, row: int = 0) -> Path:
@@ -112,8 +123,6 @@ def finetune_task(name: str, seed: int, settings: FineTuning | None = None, row:
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
         shutil.copy2(backbone / "config.json", target)  # with its dropout
-        (target / "head").mkdir()
-        head.save(target / "head")
         write_json(target / MANIFEST, _identity(name, seed, settings) | {"epoch_losses": losses})
     return folder
 

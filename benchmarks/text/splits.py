@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.vision.splits import SPLITS, assign_groups, merge_groups
+from benchmarks.vision.splits import SPLITS, assign_groups, check_disjoint, merge_groups
 
 READ_WORDS = 100  # near-copies are judged by their beginning, as an encoder of 128 tokens reads it
 RUN = 3  # words in a row that are compared
@@ -151,14 +151,6 @@ def check_no_leak(splits: dict[str, Split]) -> None:
     Raises:
         ValueError: it names the two splits.
     """
-    names = list(splits)
-    for position, first in enumerate(names):
-        for second in names[position + 1 :]:
-            shared = set(splits[first].groups.tolist()) & set(splits[second].groups.tolist())
-            if shared:
-                raise ValueError(f"{len(shared)} groups are in both {first} and {second}")
-            same = {text_key(text) for text in splits[first].texts} & {
-                text_key(text) for text in splits[second].texts
-            }
-            if same:
-                raise ValueError(f"{len(same)} equal texts are in both {first} and {second}")
+    check_disjoint({name: data.groups.tolist() for name, data in splits.items()}, "groups")
+    keys = {name: map(text_key, data.texts) for name, data in splits.items()}
+    check_disjoint(keys, "equal texts")

@@ -6,8 +6,9 @@ do not depend on the fine-tuning seed: what was test for one seed must not be tu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
@@ -126,12 +127,19 @@ def check_no_leak(splits: dict[str, Split]) -> None:
     Raises:
         ValueError: it names the two splits.
     """
-    names = list(splits)
-    for position, first in enumerate(names):
-        for second in names[position + 1 :]:
-            shared = set(splits[first].groups.tolist()) & set(splits[second].groups.tolist())
-            if shared:
-                raise ValueError(f"{len(shared)} groups are in both {first} and {second}")
-            same = set(image_keys(splits[first].images)) & set(image_keys(splits[second].images))
-            if same:
-                raise ValueError(f"{len(same)} identical images are in both {first} and {second}")
+    check_disjoint({name: data.groups.tolist() for name, data in splits.items()}, "groups")
+    keys = {name: image_keys(data.images) for name, data in splits.items()}
+    check_disjoint(keys, "identical images")
+
+
+def check_disjoint(splits: Mapping[str, Iterable[Hashable]], what: str) -> None:
+    """Fail if two splits share any of their keys.
+
+    Raises:
+        ValueError: it names the two splits, and what they share.
+    """
+    sets = {name: set(keys) for name, keys in splits.items()}
+    for first, second in combinations(sets, 2):
+        shared = sets[first] & sets[second]
+        if shared:
+            raise ValueError(f"{len(shared)} {what} are in both {first} and {second}")

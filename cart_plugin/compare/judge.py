@@ -144,11 +144,12 @@ def _lm_eval(request: Mapping[str, Any], model: str) -> Metrics:
     # lm-eval 0.4.13 takes "cuda" if no device is given, and fails where there is none.
     options.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
     arguments = {"pretrained": model, **request.get("model_args", {})}
+    manager = _task_manager(request)
     answer = lm_eval.simple_evaluate(
         model="hf",
         model_args=arguments,
         tasks=list(request["tasks"]),
-        task_manager=_task_manager(request),
+        task_manager=manager,
         log_samples=False,
         **options,
     )
@@ -159,7 +160,7 @@ def _lm_eval(request: Mapping[str, Any], model: str) -> Metrics:
     members = answer.get("group_subtasks", {})
     wanted: list[str] = []
     for pattern in request["tasks"]:
-        for name in _task_manager(request).match_tasks([pattern]):
+        for name in manager.match_tasks([pattern]):
             # A tag has no row of its own.
             wanted += [name] if name in rows else members.get(name) or list(answer["results"])
     return {name: _main_metric(name, rows[name], directions.get(name, {})) for name in wanted}

@@ -106,12 +106,12 @@ def merge(recipe: Path, out: Path, options: Sequence[str], log: Path) -> str:
     """
     document = yaml.safe_load(recipe.read_text())
     inputs = read_inputs(document)
-    reason = _why_not_yaml(inputs)
+    reason, wanted = _plan(inputs)
     if reason:
         _merge_flat(document, inputs, recipe.with_name("recipe-flat.yaml"), out, options, log)
     else:
         _run("mergekit.scripts.run_yaml:main", [str(recipe), str(out), *options], log)
-    _check(inputs, out, flat=bool(reason))
+    _check(out, wanted)
     _complete(inputs, out)
     return reason
 
@@ -122,11 +122,16 @@ def _run(function: str, arguments: Sequence[str], log: Path) -> None:
         raise CartError(f"mergekit failed: {error} (see {log})")
 
 
-def _why_not_yaml(inputs: Inputs) -> str:
-    """Why mergekit-yaml would not make a whole model of these inputs; empty if it will."""
+def _plan(inputs: Inputs) -> tuple[str, set[str]]:
+    """Why mergekit-yaml would not make a whole model, and the tensors that the merge has to hold.
+
+    The reason is empty if it will; then the tensors are those of its plan, else those that the
+    inputs share.
+    """
+    shared = set.intersection(*(set(held.tensors) for held in inputs.checkpoints.values()))
     plan, findings = planning.plan(inputs.config, inputs.checkpoints)
     if plan is None:
-        return findings[0].fact
+        return findings[0].fact, shared
     # What else is wrong with a recipe would be wrong tensor by tensor, too.
     method, _ = check_method(inputs.config.merge_method)
     if method is None:  # the caller has checked it
@@ -136,9 +141,9 @@ def _why_not_yaml(inputs: Inputs) -> str:
     problems = [finding for finding in findings if finding.level is Level.PROBLEM]
     for finding in problems:
         if any(text in finding.fact for text in _ARCHITECTURE):
-            return finding.fact
+            return finding.fact, shared
     _stop_at(problems)
-    return ""
+    return "", {planned.name for planned in plan if not planned.optional}
 
 
 def _merge_flat(
@@ -208,25 +213,18 @@ def _one_file(checkpoint: Checkpoint, scratch: Path) -> Path:
     return scratch
 
 
-def _check(inputs: Inputs, out: Path, *, flat: bool) -> None:
-    """Compare the tensors of a finished merge with what its inputs share.
+def _check(out: Path, wanted: set[str]) -> None:
+    """Compare the tensors of a finished merge with what it has to hold.
 
     Raises:
-        CartError: some are missing.
+        CartError: some are missing, or there is nothing to hold.
     """
     written, findings = (
         files.read_folder("of the merge", out) if (out / "config.json").is_file() else _headers(out)
     )
     _stop_at(findings)
-    if flat:
-        tables = [set(checkpoint.tensors) for checkpoint in inputs.checkpoints.values()]
-        wanted = set.intersection(*tables)
-        if not wanted:
-            raise CartError("the models have no tensor name in common: nothing was merged")
-    else:
-        plan, findings = planning.plan(inputs.config, inputs.checkpoints)
-        _stop_at(findings)
-        wanted = {planned.name for planned in plan or () if not planned.optional}
+    if not wanted:
+        raise CartError("the models have no tensor name in common: nothing was merged")
     missing = sorted(wanted - set(written.tensors))
     if missing:
         raise CartError(

@@ -263,10 +263,7 @@ def _refusal(recipe: Mapping[str, Any], method: MergeMethod) -> str:
     missing = [
         spec.name
         for spec in method.spec.parameters
-        if spec.required
-        and spec.name not in (recipe.get("parameters") or {})
-        and spec.scope is ParameterScope.SHARED
-        and not _sets(recipe, spec.name)
+        if spec.required and spec.scope is ParameterScope.SHARED and not _sets(recipe, spec.name)
     ]
     if missing:
         return (
