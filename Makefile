@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-all lint format demo bench-startup bench-memory bench-solvers bench-merge bench-accuracy bench-profile bench-vision bench-text readme clean
+.PHONY: help venv test test-all lint format demo bench-startup bench-memory bench-solvers bench-merge bench-accuracy bench-profile bench-vision bench-text bench-llm readme clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -57,8 +57,11 @@ bench-accuracy: $(STAMP) ## accuracy of the demo's merges by cart with svd exact
 bench-vision: $(STAMP) ## 18 merging methods on eight image tasks, tuned alike (two hours; one from cached encoders)
 	$(BIN)/python -m benchmarks.vision.suite
 
-bench-text: $(STAMP) ## merge methods of mergekit on eight text tasks, by mergekit-cart compare (not run in full yet)
+bench-text: $(STAMP) ## merge methods of mergekit on eight text tasks, by mergekit-cart compare
 	$(BIN)/python -m benchmarks.text.suite
+
+bench-llm: $(STAMP) ## merge methods of mergekit on a language model, by mergekit-cart compare and lm-eval
+	$(BIN)/python -m benchmarks.llm.suite
 
 readme: $(STAMP) ## copy result tables into README.md
 	$(BIN)/python -m benchmarks.readme

@@ -17,7 +17,7 @@ from benchmarks.text.finetune import FineTuning, task_head
 from benchmarks.text.tasks import SUITE, load_split
 
 VALIDATION_TEXTS = 200
-TEST_TEXTS = 1000
+TEST_TEXTS = 500
 
 
 def validation(model: str) -> dict[str, float]:

@@ -11,9 +11,8 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,9 +29,6 @@ from benchmarks.vision.cache import (
     write_json,
 )
 from benchmarks.vision.heads import LOGIT_SCALE, Head, first_of_each, head_of
-
-if TYPE_CHECKING:
-    from transformers import BertModel
 
 
 @dataclass(frozen=True)
@@ -78,20 +74,31 @@ def _identity(name: str, seed: int, settings: FineTuning) -> dict[str, object]:
 
 
 def task_head(name: str, settings: FineTuning) -> Head:
-    """The frozen head of a task: prototypes of its first training texts, the same for all seeds."""
+    """The frozen head of a task: prototypes of its first training texts, the same for all seeds.
+
+    Made once, then found again: every evaluation needs all of them.
+    """
+    identity = {"shots": settings.shots} | {
+        key: value
+        for key, value in _identity(name, 0, settings).items()
+        if key in ("task", "data", "pretrained", "logit_scale", "tokens")
+    }
+    folder = cache_root() / "text-heads" / f"{name}-{settings_hash(identity)}"
+    if read_manifest(folder) is None:
+        with new_folder(folder) as target:
+            _prototype_head(name, settings.shots).save(target)
+            write_json(target / MANIFEST, identity)
+    return Head.load(folder)
+
+
+def _prototype_head(name: str, shots: int) -> Head:
     train = load_split(name, "train")
     classes = task(name).classes
-    chosen = first_of_each(train.labels, classes, settings.shots)
-    texts = [train.texts[position] for position in chosen]
-    found = all_features(*_pretrained(), texts)
-    return head_of(found.view(classes, settings.shots, -1).mean(dim=1))
-
-
-@cache
-def _pretrained() -> tuple[BertModel, Any]:
-    """Encoder and tokenizer for all heads of a process; not to be trained."""
+    chosen = first_of_each(train.labels, classes, shots)
     backbone = prepare_backbone()
-    return load_encoder(backbone), load_tokenizer(backbone)
+    texts = [train.texts[position] for position in chosen]
+    found = all_features(load_encoder(backbone), load_tokenizer(backbone), texts)
+    return head_of(found.view(classes, shots, -1).mean(dim=1))
 
 
 def finetune_task(name: str, seed: int, settings: FineTuning | None = None, row: int = 0) -> Path:

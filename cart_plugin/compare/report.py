@@ -182,7 +182,12 @@ def _heat(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
         ]
         for row in rows
     ]
-    figure = Figure(figsize=(1.6 + 0.62 * len(names), 1.0 + 0.3 * len(rows)), layout="constrained")
+    left, below = (
+        0.09 * max(len(_short(text)) for text in texts)  # inches that the labels take
+        for texts in ([title(row) for row in rows], names)
+    )
+    size = (0.3 + left + 0.62 * len(names), 0.3 + 0.7 * below + 0.3 * len(rows))
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     axes.imshow(values, aspect="auto", cmap="Blues", vmin=0)
     axes.set_xticks(range(len(names)), [_short(name) for name in names], rotation=40, ha="right")

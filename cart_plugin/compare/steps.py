@@ -41,7 +41,8 @@ class Row:
     Attributes:
         name: of the line, and of its folder under the output.
         kind: what it is.
-        model: the folder that is evaluated.
+        model: the folder that is evaluated; for an input that is a base and an adapter, one that
+            mergekit makes of them.
         method: merge method, empty for inputs.
         settings: the method's settings that hold for the whole recipe.
         state: what is happening to it: waiting, merging, evaluating, done or failed.
@@ -95,22 +96,41 @@ class Comparison:
     def rows(self) -> list[Row]:
         """The lines of the table in their order: base model, fine-tuned models, merged ones."""
         base = self.inputs.config.base_model
-        labels = list(self.inputs.checkpoints)
-        labels.sort(key=lambda label: label != str(base))
-        names = _short_names(labels)
+        fused = self._adapters()
         rows = [
             Row(
-                f"input-{names[label]}",
+                name,
                 "base" if label == str(base) else "model",
-                str(self.inputs.checkpoints[label].path.resolve()),
+                str(
+                    self.out / name / MODEL
+                    if name in fused
+                    else self.inputs.checkpoints[label].path.resolve()
+                ),
             )
-            for label in labels
-            if "+" not in label  # a base and an adapter are no folder that could be evaluated
+            for label, name in self._input_names().items()
         ]
         for variant in self.variants:
             folder = self.out / variant.name / MODEL
             rows.append(Row(variant.name, "merged", str(folder), variant.method, variant.settings))
         return rows
+
+    def _input_names(self) -> dict[str, str]:
+        """The rows' names of the inputs by label, the base model first."""
+        base = str(self.inputs.config.base_model)
+        labels = sorted(self.inputs.checkpoints, key=lambda label: label != base)
+        return {label: f"input-{name}" for label, name in _short_names(labels).items()}
+
+    def _adapters(self) -> dict[str, Variant]:
+        """Recipes that make a folder of each input that is a base and an adapter, by row."""
+        names = self._input_names()
+        found = {}
+        for label, model in references(self.inputs.config).items():
+            if model.lora is not None:
+                recipe = {"merge_method": "passthrough", "models": [{"model": label}]}
+                if self.inputs.config.dtype is not None:
+                    recipe["dtype"] = self.inputs.config.dtype
+                found[names[label]] = Variant(names[label], "", recipe, {})
+        return found
 
     def run(self, rows: Sequence[Row], show: Callable[[], None]) -> None:
         """Do all steps that are not done; a failed one fails its row only.
@@ -119,7 +139,7 @@ class Comparison:
             rows: from `rows`; filled in.
             show: called when a row has changed.
         """
-        variants = {variant.name: variant for variant in self.variants}
+        variants = {variant.name: variant for variant in self.variants} | self._adapters()
         for row in rows:
             try:
                 self._do(row, variants.get(row.name), rows, show)
@@ -231,7 +251,8 @@ class Comparison:
         for row in rows:
             # A model that the evaluator failed on waits for a better one.
             judged = bool(row.metrics) or (self.keep == "none" and row.state == "failed")
-            if row.kind == "merged" and judged and row.name not in kept:
+            ours = Path(row.model).parent == self.out / row.name  # not an input's own folder
+            if ours and judged and row.name not in kept:
                 _remove(Path(row.model))
 
     def _kept(self, rows: Sequence[Row]) -> list[Row]:

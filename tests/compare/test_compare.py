@@ -341,7 +341,7 @@ def test_options_of_lm_eval_are_passed_on_zero_too() -> None:
 def test_adapters_on_one_base_are_merged(
     llamas: list[str], compare: Callable[..., Any], tmp_path: Path
 ) -> None:
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM
 
     for seed in range(3):
@@ -353,6 +353,20 @@ def test_adapters_on_one_base_are_merged(
     recipe = recipe_for([llamas[0], *adapted], tmp_path / "mine.yaml")
     done = compare(recipe, "--methods", "linear", "--keep-models", "all")
     assert done.exit_code == 0, done.output
+    # An adapter has a row like any other input: what it makes of the base, for the time of judging.
+    from tests.compare.evaluators import mean_sizes
+
+    found = rows(tmp_path / "out")
+    assert list(found) == ["input-llama-0", *(f"input-lora-{seed}" for seed in range(3)), "linear"]
+    fused = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(llamas[0]), str(tmp_path / "lora-1")
+    )
+    fused.merge_and_unload().save_pretrained(tmp_path / "fused")
+    expected = mean_sizes(str(tmp_path / "fused"))["matrices"]
+    assert abs(found["input-lora-1"]["metrics"]["matrices"]["value"] - expected) < 1e-7
+    assert expected != found["input-llama-0"]["metrics"]["matrices"]["value"]
+    assert not (tmp_path / "out" / "input-lora-1" / "model").exists()
+
     merged = load_file(tmp_path / "out" / "linear" / "model" / "model.safetensors")
     base = load_file(Path(llamas[0]) / "model.safetensors")
     changed = {name for name in base if not torch.allclose(merged[name], base[name], atol=1e-6)}

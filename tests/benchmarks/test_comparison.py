@@ -1,4 +1,4 @@
-"""The text suite's own parts: grids for the command line, choices, and the table from reports."""
+"""What the suites that go through compare share: grids, choices, and the table from reports."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from mergekit.config import MergeConfiguration
 
-from benchmarks.text import suite
+from benchmarks import comparison
 from cart_plugin.compare.variants import parse_assignment, variants
 
 
@@ -23,22 +23,23 @@ def row(name: str, kind: str, method: str = "", error: str = "", **settings: Any
         "note": "",
         "merge_seconds": 1.0,
         "accuracy": {},
+        "stderr": {"one": 0.03, "two": 0.04},
     }
 
 
-def test_every_grid_is_one_that_compare_takes_and_has_at_most_twelve_points() -> None:
-    options = [line.removeprefix("--grid=") for line in suite.grid_options(list(suite.GRIDS))]
+def test_every_grid_is_one_that_compare_takes_and_has_at_most_eight_points() -> None:
+    options = [line.removeprefix("--grid=") for line in comparison.grid_options(comparison.GRIDS)]
     grids = [parse_assignment(line, single=False) for line in options]
     recipe = {"base_model": "base", "models": [{"model": name} for name in "abcdefgh"]}
-    made = variants(recipe, list(suite.GRIDS), grids=grids)
-    counts = {name: sum(one.method == name for one in made) for name in suite.GRIDS}
-    assert all(1 <= count <= 12 for count in counts.values()), counts
+    made = variants(recipe, list(comparison.GRIDS), grids=grids)
+    counts = {name: sum(one.method == name for one in made) for name in comparison.GRIDS}
+    assert all(1 <= count <= 8 for count in counts.values()), counts
     assert not [one.error for one in made if one.error]
 
 
 def test_the_recipe_is_one_for_mergekit(tmp_path: Path) -> None:
     encoders = {name: tmp_path / name for name in ("a", "b", "c")}
-    made = suite.recipe(encoders, tmp_path / "base", tmp_path / "work")
+    made = comparison.write_recipe(encoders, tmp_path / "base", tmp_path / "work")
     config = MergeConfiguration.model_validate(yaml.safe_load(made.read_text()))
     assert [str(entry.model) for entry in config.models or ()] == [
         str(path) for path in encoders.values()
@@ -53,7 +54,9 @@ def test_the_best_point_of_each_method_is_chosen_and_failed_ones_are_left_out() 
         row("linear", "merged", "linear", normalize=True) | {"mean": 0.4},
         row("ties-1", "merged", "ties", error="no") | {"mean": None},
     ]
-    chosen = suite.choose({"rows": rows}, ["cart", "linear", "ties"])
+    chosen = comparison.choose(
+        rows, {"cart": comparison.GRIDS["cart"], "linear": {}, "ties": comparison.GRIDS["ties"]}
+    )
     assert chosen == {"cart": {"rank_ratio": 0.16, "lambda": 2.0}, "linear": {}}
 
 
@@ -74,12 +77,26 @@ def test_the_table_is_made_from_the_results_alone(tmp_path: Path) -> None:
         "chosen": {"cart": {"lambda": 2.0}},
         "test": {"0": seed(0.0), "1": seed(0.1)},
     }
-    found = {line["name"]: line for line in suite.lines(results)}
+    found = {line["name"]: line for line in comparison.lines(results)}
     assert list(found) == ["pretrained", "cart", "fine-tuned"]
     assert abs(found["fine-tuned"]["mean"] - 0.85) < 1e-9
     assert abs(found["cart"]["mean"] - 0.6) < 1e-9
     assert abs(found["cart"]["stderr"] - 0.05) < 1e-9
 
-    suite.write_report(json.loads(json.dumps(results)), tmp_path)
+    # One seed: the error is that of the test examples, sqrt(0.03² + 0.04²) / 2.
+    one = {**results, "seeds": [0], "test": {"0": seed(0.0)}}
+    assert (
+        abs({line["name"]: line for line in comparison.lines(one)}["cart"]["stderr"] - 0.025) < 1e-9
+    )
+
+    comparison.write_results(json.loads(json.dumps(results)), "Accuracy.", tmp_path)
     table = (tmp_path / "table.md").read_text()
+    assert table.startswith("Accuracy.\n\n| method |")
+    assert (tmp_path / "methods.png").stat().st_size > 1000
     assert "| cart | 55.0 | 65.0 | 60.0 ± 5.0 | 71 % | lambda 2 |" in table
+
+
+def test_methods_are_dealt_to_processes_by_their_grid_points() -> None:
+    hands = comparison._deal({"a": {"x": (1, 2, 3)}, "b": {}, "c": {"x": (1, 2)}}, 2)
+    assert hands == [["a"], ["c", "b"]]
+    assert comparison._deal({"a": {}}, 5) == [["a"]]

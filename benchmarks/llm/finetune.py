@@ -1,0 +1,170 @@
+"""One SmolLM2 a task, fine-tuned from the same start by LoRA.
+
+tuned = finetune_task("domains", seed=0)  # trained once, then found again
+tuned.adapter, tuned.model  # PEFT's adapter, and the model with the adapter merged in
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.llm.backbone import SOURCE, prepare_backbone
+from benchmarks.llm.tasks import MOST_CHARACTERS, QUESTIONS, training_examples
+from benchmarks.text.tasks import prepare_task
+from benchmarks.training import in_processes, train_model
+from benchmarks.vision.cache import (
+    MANIFEST,
+    cache_root,
+    new_folder,
+    read_manifest,
+    settings_hash,
+    write_json,
+)
+
+IGNORED = -100  # torch's label for positions that do not count
+# Of the attention and the MLP: all matrices of a layer.
+MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """Settings of fine-tuning; the loss counts the answers only.
+
+    Args:
+        examples: training examples of the task.
+        epochs: passes over them.
+        batch: examples a step.
+        learning_rate: AdamW's, at its peak.
+        warmup: steps of the warm-up.
+        clip: largest norm of the gradient.
+        weight_decay: AdamW's.
+        rank: of the adapter's matrices; its scale is 2.
+    """
+
+    examples: int = 2000
+    epochs: int = 1
+    batch: int = 16
+    learning_rate: float = 5e-4
+    warmup: int = 10
+    clip: float = 1.0
+    weight_decay: float = 0.0
+    rank: int = 16
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The two forms of one fine-tuned model: folders of the adapter and of the whole model."""
+
+    adapter: Path
+    model: Path
+
+
+def tuned_folder(name: str, seed: int, settings: FineTuning) -> Path:
+    """Where the task's fine-tuned model is kept, whether or not it is there."""
+    identity = settings_hash(_identity(name, seed, settings))
+    return cache_root() / "llm" / f"seed{seed}" / f"{name}-{identity}"
+
+
+def _identity(name: str, seed: int, settings: FineTuning) -> dict[str, object]:
+    return asdict(settings) | {
+        "task": name,
+        "question": asdict(QUESTIONS[name]),
+        "characters": MOST_CHARACTERS,
+        "data": prepare_task(name).name,
+        "pretrained": f"{SOURCE.name}-{SOURCE.version}",
+        "seed": seed,
+    }
+
+
+def finetune_task(name: str, seed: int, settings: FineTuning | None = None, row: int = 0) -> Tuned:
+    """Fine-tune the pretrained model on a task unless that is done; return its folders.
+
+    Args:
+        name: the task.
+        seed: draws the training examples, their order and the adapter's start.
+        settings: of the training.
+        row: line of the terminal for the progress bar.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    settings = settings or FineTuning()
+    folder = tuned_folder(name, seed, settings)
+    tuned = Tuned(folder / "adapter", folder / "model")
+    if read_manifest(folder) is not None:
+        return tuned
+    base = prepare_backbone()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    frozen = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    torch.manual_seed(seed)  # for the adapter's start
+    lora = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=settings.rank,
+        lora_alpha=2 * settings.rank,
+        target_modules=list(MATRICES),
+    )
+    model = get_peft_model(frozen, lora)
+    data = [
+        encode(tokenizer, prompt, answer)
+        for prompt, answer in training_examples(name, settings.examples, seed)
+    ]
+
+    def loss(chosen: Tensor) -> Tensor:
+        return answer_loss(model, [data[position] for position in chosen.tolist()])
+
+    title = QUESTIONS[name].title
+    losses = train_model(model, loss, len(data), settings, seed, title=title, row=row)
+    with new_folder(folder) as target:
+        model.save_pretrained(str(target / "adapter"))
+        merged: Any = model.merge_and_unload()
+        merged.save_pretrained(target / "model")
+        tokenizer.save_pretrained(target / "model")
+        write_json(target / MANIFEST, _identity(name, seed, settings) | {"epoch_losses": losses})
+    return tuned
+
+
+def encode(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], int]:
+    """Tokens of an example, and how many of them, at the end, are the answer and the line's end.
+
+    Prompt and answer are made into tokens apart, as lm-eval does.
+    """
+    asked = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    said = tokenizer(f" {answer}\n", add_special_tokens=False)["input_ids"]
+    return asked + said, len(said)
+
+
+def answer_loss(model: torch.nn.Module, batch: Sequence[tuple[list[int], int]]) -> Tensor:
+    """Mean cross entropy of the answers' tokens (a scalar) of a batch of `encode`d examples.
+
+    Padding goes in front, so that all answers stand at the end and only their logits are computed:
+    with a vocabulary of 49152 those of whole prompts would cost a quarter of the step.
+    """
+    longest = max(len(tokens) for tokens, _ in batch)
+    last = max(answer for _, answer in batch)
+    tokens = torch.zeros(len(batch), longest, dtype=torch.long)
+    mask = torch.zeros_like(tokens)
+    labels = torch.full((len(batch), last), IGNORED)
+    for line, (example, answer) in enumerate(batch):
+        tokens[line, longest - len(example) :] = torch.tensor(example)
+        mask[line, longest - len(example) :] = 1
+        labels[line, last - answer :] = torch.tensor(example[-answer:])
+    logits = model(input_ids=tokens, attention_mask=mask, logits_to_keep=last + 1).logits
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED
+    )
+
+
+def finetune_all(
+    names: Sequence[str], seed: int, settings: FineTuning | None = None, workers: int = 2
+) -> dict[str, Tuned]:
+    """Fine-tune several tasks, `workers` at a time (0: in this process); return their folders."""
+    settings = settings or FineTuning()
+    jobs = [partial(finetune_task, name, seed, settings, row) for row, name in enumerate(names)]
+    return dict(zip(names, in_processes(jobs, workers), strict=True))

@@ -1,0 +1,123 @@
+"""`python -m benchmarks.llm.suite` (`make bench-llm`): merge methods of mergekit on SmolLM2-135M.
+
+Fine-tunes (or finds) one model a task by LoRA; the rest is `benchmarks.comparison`, which runs
+`mergekit-cart compare` with lm-eval. The methods merge the whole models; at the end, those named by
+`--adapters` merge base and adapters (`model+lora`), which has to give the same.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes from local folders
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from benchmarks.comparison import GRIDS, Suite, share_cores, write_recipe, write_results
+from benchmarks.llm.backbone import prepare_backbone
+from benchmarks.llm.finetune import FineTuning, finetune_all
+from benchmarks.llm.tasks import QUESTIONS, task_name, write_tasks
+from benchmarks.measure import RESULTS
+from benchmarks.vision.cache import cache_root, settings_hash
+
+EXAMPLES = {"validation": 100, "test": 400}
+
+
+def evaluator(tasks: list[str], split: str, examples: int, batch: int = 32) -> list[str]:
+    """The options of `compare` that judge a split by lm-eval."""
+    return [
+        *("--tasks", ",".join(task_name(name, split) for name in tasks)),
+        *("--include-path", str(write_tasks(tasks, split, examples))),
+        *("--batch-size", str(batch), "--dtype", "float32"),
+    ]
+
+
+def suites(
+    tasks: list[str],
+    methods: list[str],
+    settings: FineTuning,
+    examples: dict[str, int],
+    workers: int,
+    most: int | None = None,
+) -> tuple[Suite, Suite]:
+    """Fine-tune what is missing, and write the recipes: of whole models, and of adapters.
+
+    Args:
+        tasks: by name.
+        methods: by name.
+        settings: of the fine-tuning.
+        examples: of each task by split.
+        workers: processes that fine-tune.
+        most: values of each parameter in the grids; all by default.
+    """
+    base = prepare_backbone()
+    tuned = finetune_all(tasks, 0, settings, workers)
+    forms: dict[str, dict[str, str]] = {
+        "models": {name: str(one.model) for name, one in tuned.items()},
+        "adapters": {name: f"{base}+{one.adapter}" for name, one in tuned.items()},
+    }
+    work = cache_root() / "llm-suite" / settings_hash([tasks, asdict(settings), examples])
+
+    def judge(split: str) -> list[str]:
+        return evaluator(tasks, split, examples[split])
+
+    whole, adapters = (
+        Suite(
+            tasks={name: QUESTIONS[name].title for name in tasks},
+            recipes={0: write_recipe(models, base, work / form)},
+            evaluator=judge,
+            work=work / form,
+            grids={
+                method: {name: values[:most] for name, values in GRIDS[method].items()}
+                for method in methods
+            },
+        )
+        for form, models in forms.items()
+    )
+    return whole, adapters
+
+
+@click.command()
+@click.option("--tasks", default=",".join(QUESTIONS), help="Tasks, by name.")
+@click.option("--methods", default=",".join(GRIDS), help="Merge methods; all by default.")
+@click.option("--adapters", default="cart,linear", show_default=True, help="See above.")
+@click.option("--workers", default=2, show_default=True, help="Processes at work at a time.")
+@click.option("--tiny", is_flag=True, help="A few steps and settings, to see that it runs.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=RESULTS / "llm", help="Results' folder."
+)
+def main(tasks: str, methods: str, adapters: str, workers: int, tiny: bool, out: Path) -> None:
+    """Compare mergekit's methods on the LLM suite."""
+    share_cores(workers)
+    settings = FineTuning(examples=32, rank=4) if tiny else FineTuning()
+    examples = {"validation": 4, "test": 8} if tiny else EXAMPLES
+    whole, as_adapters = suites(
+        tasks.split(","),
+        methods.split(","),
+        settings,
+        examples,
+        workers,
+        most=1 if tiny else None,
+    )
+    results = whole.run(workers)
+    again = {name: results["chosen"][name] for name in adapters.split(",")}
+    results |= {
+        "adapters": as_adapters.test(again, workers),
+        "fine_tuning": asdict(settings),
+        "examples": examples,
+    }
+    caption = (
+        f"Test accuracy in per cent ({examples['test']} examples a task, lm-eval), ± standard "
+        "error over the examples. Settings were chosen on the validation split "
+        f"({examples['validation']} examples a task), among at most eight. Made by "
+        "`make bench-llm`."
+    )
+    write_results(results, caption, out)
+    click.echo((out / "table.md").read_text())
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m benchmarks.llm.suite")
