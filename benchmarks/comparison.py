@@ -23,8 +23,8 @@ from typing import Any
 import click
 import yaml
 
+from benchmarks.cache import write_json
 from benchmarks.tables import markdown_table
-from benchmarks.vision.cache import write_json
 from cart_plugin.compare.steps import versions
 
 # The weights are 1/number of models each, but for cart, ties (which normalises) and model_stock

@@ -22,10 +22,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes from local fold
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads must not spin on a busy machine
 
 from benchmarks import report
+from benchmarks.cache import cache_root, read_manifest, settings_hash, write_json
 from benchmarks.demo_models import TASKS
 from benchmarks.recipes import Candidate, Merge, MergeError, merge
-from benchmarks.vision.cache import cache_root, read_manifest, settings_hash, write_json
-from benchmarks.vision.sources import SourceError
+from benchmarks.sources import SourceError
 
 CANDIDATES = (
     Candidate("linear", "average", model_parameters={"weight": 1.0}, needs_base=False),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.vision.cache import cache_root, read_manifest
+from benchmarks.cache import cache_root, read_manifest
 
 TASKS = ("mnist", "georgian", "hangul", "hiragana")
 MISSING = "the demo's checkpoints are not in the cache: run `make demo` first"

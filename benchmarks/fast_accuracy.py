@@ -16,13 +16,13 @@ from typing import Any
 import click
 from rich.console import Console
 
+from benchmarks.cache import write_json
 from benchmarks.demo import CANDIDATES, Evaluator  # keeps to local folders, as the demo does
 from benchmarks.demo_models import MISSING, TASKS, find_demo_models
 from benchmarks.incremental import conditions
 from benchmarks.measure import RESULTS
 from benchmarks.recipes import MergeError, merge
 from benchmarks.tables import markdown_table
-from benchmarks.vision.cache import write_json
 
 LIMIT = 0.3  # points between the means that are allowed
 SOLVERS = ("exact", "fast")

@@ -11,11 +11,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cache import write_json
 from benchmarks.measure import machine
-from benchmarks.vision.cache import write_json
 
 # The files of the plugin that decide what a merge's numbers are and how long it takes.
-DECISIVE = ("gram.py", "krylov.py", "lowrank.py", "mergekit.py", "merging.py", "precision.py")
+DECISIVE = (
+    *("coefficients.py", "gram.py", "indexing.py", "inputs.py", "krylov.py", "lowrank.py"),
+    *("mergekit.py", "merging.py", "precision.py"),
+)
 
 
 def plugin_digest() -> str:

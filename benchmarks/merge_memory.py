@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from benchmarks.cache import MANIFEST, cache_root, new_folder, read_manifest, write_json
 from benchmarks.measure import RESULTS, Measurement, machine, measure
 from benchmarks.tables import markdown_table
-from benchmarks.vision.cache import MANIFEST, cache_root, new_folder, read_manifest, write_json
 
 TUNED = 4
 

@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from benchmarks import merge_report as report
+from benchmarks.cache import MANIFEST, cache_root, new_folder, read_manifest, write_json
 from benchmarks.demo_models import MISSING, find_demo_models
 from benchmarks.incremental import Record, conditions
 from benchmarks.measure import RESULTS, LlamaShape, measure
-from benchmarks.vision.cache import MANIFEST, cache_root, new_folder, read_manifest, write_json
 
 PACKAGES = ("cart-plugin", "mergekit", "torch", "scipy", "transformers", "safetensors")
 TUNED = 4

@@ -12,9 +12,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.incremental import plugin_digest
-from benchmarks.measure import CommandError, measure
-from benchmarks.vision.cache import (
+from benchmarks.cache import (
     MANIFEST,
     cache_root,
     new_folder,
@@ -22,6 +20,8 @@ from benchmarks.vision.cache import (
     settings_hash,
     write_json,
 )
+from benchmarks.incremental import plugin_digest
+from benchmarks.measure import CommandError, measure
 
 MERGED = "merged"  # subfolder of a finished merge that holds the model
 SEED = 0  # for DARE's random masks

@@ -20,12 +20,12 @@ from rich.table import Table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.cache import write_json
 from benchmarks.incremental import conditions
 from benchmarks.matrices import MatrixMaker
 from benchmarks.measure import RESULTS
 from benchmarks.solvers_report import BAR_SHAPES, RATIO
 from benchmarks.tables import markdown_table
-from benchmarks.vision.cache import write_json
 from cart_plugin import RankRule, krylov, truncated_svd
 
 SPECTRUM = "power law 0.5"

@@ -26,11 +26,11 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from torch import Tensor
 
 from benchmarks import solvers_report as report
+from benchmarks.cache import cache_root
 from benchmarks.demo_models import MISSING
 from benchmarks.incremental import Record, conditions
 from benchmarks.matrices import REAL, SPECTRA, MatrixMaker, Reference
 from benchmarks.measure import RESULTS
-from benchmarks.vision.cache import cache_root
 from cart_plugin import RankRule, truncated_svd
 from cart_plugin.gram import PARTIAL_SIDE
 

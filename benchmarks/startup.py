@@ -19,8 +19,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.cache import write_json
 from benchmarks.measure import RESULTS, Measurement, machine, run
-from benchmarks.vision.cache import write_json
 
 LIMIT_MS = 2.0
 START_UP_FILES = ("zzz_cart_plugin.pth", "zzz_cart_plugin.start")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any, Protocol
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+
+from benchmarks.cache import read_manifest
 
 
 class Settings(Protocol):
@@ -27,6 +31,9 @@ class Settings(Protocol):
     def clip(self) -> float: ...
     @property
     def weight_decay(self) -> float: ...
+
+
+S = TypeVar("S", bound=Settings)
 
 
 def train_model(
@@ -80,6 +87,35 @@ def train_model(
             losses.append(total / count)
     model.eval()
     return losses
+
+
+def finetune_missing(
+    finetune_task: Callable[[str, int, S, int], object],
+    folder_of: Callable[[str, int, S], Path],
+    settings: Mapping[str, S],
+    examples: Callable[[S], int],
+    seed: int,
+    workers: int,
+) -> dict[str, Path]:
+    """Fine-tune the tasks that are not done, `workers` at a time; return the folders of all.
+
+    Args:
+        finetune_task: of a suite; takes task, seed, settings and the progress bar's line.
+        folder_of: where a task's result is kept, whether or not it is there.
+        settings: of each task, by name.
+        examples: how many of a task these settings train on.
+        seed: of the fine-tuning.
+        workers: see `in_processes`.
+    """
+    folders = {name: folder_of(name, seed, own) for name, own in settings.items()}
+    todo = [name for name, folder in folders.items() if read_manifest(folder) is None]
+    # The longest first: none is left to run alone in the end.
+    todo.sort(key=lambda name: -examples(settings[name]) * settings[name].epochs)
+    in_processes(
+        [partial(finetune_task, name, seed, settings[name], row) for row, name in enumerate(todo)],
+        workers,
+    )
+    return folders
 
 
 def in_processes(jobs: Sequence[Callable[[], Any]], workers: int) -> list[Any]:

@@ -8,18 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.llm.backbone import SOURCE, prepare_backbone
-from benchmarks.llm.tasks import MOST_CHARACTERS, QUESTIONS, training_examples
-from benchmarks.text.tasks import prepare_task
-from benchmarks.training import in_processes, train_model
-from benchmarks.vision.cache import (
+from benchmarks.cache import (
     MANIFEST,
     cache_root,
     new_folder,
@@ -27,6 +22,10 @@ from benchmarks.vision.cache import (
     settings_hash,
     write_json,
 )
+from benchmarks.llm.backbone import SOURCE, prepare_backbone
+from benchmarks.llm.tasks import MOST_CHARACTERS, QUESTIONS, training_examples
+from benchmarks.text.tasks import prepare_task
+from benchmarks.training import finetune_missing, train_model
 
 IGNORED = -100  # torch's label for positions that do not count
 # Of the attention and the MLP: all matrices of a layer.
@@ -65,6 +64,11 @@ class Tuned:
     adapter: Path
     model: Path
 
+    @classmethod
+    def of(cls, folder: Path) -> Tuned:
+        """Those in a `tuned_folder`."""
+        return cls(folder / "adapter", folder / "model")
+
 
 def tuned_folder(name: str, seed: int, settings: FineTuning) -> Path:
     """Where the task's fine-tuned model is kept, whether or not it is there."""
@@ -97,7 +101,7 @@ def finetune_task(name: str, seed: int, settings: FineTuning | None = None, row:
 
     settings = settings or FineTuning()
     folder = tuned_folder(name, seed, settings)
-    tuned = Tuned(folder / "adapter", folder / "model")
+    tuned = Tuned.of(folder)
     if read_manifest(folder) is not None:
         return tuned
     base = prepare_backbone()
@@ -165,6 +169,8 @@ def finetune_all(
     names: Sequence[str], seed: int, settings: FineTuning | None = None, workers: int = 2
 ) -> dict[str, Tuned]:
     """Fine-tune several tasks, `workers` at a time (0: in this process); return their folders."""
-    settings = settings or FineTuning()
-    jobs = [partial(finetune_task, name, seed, settings, row) for row, name in enumerate(names)]
-    return dict(zip(names, in_processes(jobs, workers), strict=True))
+    chosen = dict.fromkeys(names, settings or FineTuning())
+    folders = finetune_missing(
+        finetune_task, tuned_folder, chosen, lambda own: own.examples, seed, workers
+    )
+    return {name: Tuned.of(folder) for name, folder in folders.items()}

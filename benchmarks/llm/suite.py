@@ -16,12 +16,12 @@ import click
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes from local folders
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from benchmarks.cache import cache_root, settings_hash
 from benchmarks.comparison import GRIDS, Suite, share_cores, write_recipe, write_results
 from benchmarks.llm.backbone import prepare_backbone
 from benchmarks.llm.finetune import FineTuning, finetune_all
 from benchmarks.llm.tasks import QUESTIONS, task_name, write_tasks
 from benchmarks.measure import RESULTS
-from benchmarks.vision.cache import cache_root, settings_hash
 
 EXAMPLES = {"validation": 100, "test": 400}
 

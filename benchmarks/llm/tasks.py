@@ -17,11 +17,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.text.dictionaries import DOMAINS
-from benchmarks.text.places import COUNTRIES
-from benchmarks.text.splits import Split
-from benchmarks.text.tasks import load_split, prepare_task, training_sample
-from benchmarks.vision.cache import (
+from benchmarks.cache import (
     MANIFEST,
     cache_root,
     new_folder,
@@ -29,6 +25,10 @@ from benchmarks.vision.cache import (
     settings_hash,
     write_json,
 )
+from benchmarks.text.dictionaries import DOMAINS
+from benchmarks.text.places import COUNTRIES
+from benchmarks.text.splits import Split
+from benchmarks.text.tasks import load_split, prepare_task, training_sample
 
 
 @dataclass(frozen=True)

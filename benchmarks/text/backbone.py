@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.vision.sources import Source, fetch
+from benchmarks.sources import Source, fetch
 
 SOURCE = Source(
     "pip",

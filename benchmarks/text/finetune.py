@@ -11,16 +11,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks.text.backbone import SOURCE, prepare_backbone
-from benchmarks.text.encoder import TOKENS, all_features, features, load_encoder, load_tokenizer
-from benchmarks.text.tasks import load_split, prepare_task, task, training_sample
-from benchmarks.training import in_processes, train_model
-from benchmarks.vision.cache import (
+from benchmarks.cache import (
     MANIFEST,
     cache_root,
     new_folder,
@@ -28,6 +23,10 @@ from benchmarks.vision.cache import (
     settings_hash,
     write_json,
 )
+from benchmarks.text.backbone import SOURCE, prepare_backbone
+from benchmarks.text.encoder import TOKENS, all_features, features, load_encoder, load_tokenizer
+from benchmarks.text.tasks import load_split, prepare_task, task, training_sample
+from benchmarks.training import finetune_missing, train_model
 from benchmarks.vision.heads import LOGIT_SCALE, Head, first_of_each, head_of
 
 
@@ -138,11 +137,7 @@ def finetune_all(
     names: Sequence[str], seed: int, settings: FineTuning | None = None, workers: int = 2
 ) -> dict[str, Path]:
     """Fine-tune several tasks, `workers` at a time (0: in this process); return their folders."""
-    settings = settings or FineTuning()
-    folders = {name: encoder_folder(name, seed, settings) for name in names}
-    todo = [name for name, folder in folders.items() if read_manifest(folder) is None]
-    in_processes(
-        [partial(finetune_task, name, seed, settings, row) for row, name in enumerate(todo)],
-        workers,
+    chosen = dict.fromkeys(names, settings or FineTuning())
+    return finetune_missing(
+        finetune_task, encoder_folder, chosen, lambda own: own.texts, seed, workers
     )
-    return folders

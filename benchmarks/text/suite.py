@@ -15,13 +15,13 @@ import click
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes from local folders
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from benchmarks.cache import cache_root
 from benchmarks.comparison import GRIDS, Suite, share_cores, write_recipe, write_results
 from benchmarks.measure import RESULTS
 from benchmarks.text.backbone import prepare_backbone
 from benchmarks.text.evaluator import TEST_TEXTS
 from benchmarks.text.finetune import FineTuning, finetune_all
 from benchmarks.text.tasks import SUITE, TASKS, prepare_task
-from benchmarks.vision.cache import cache_root
 
 
 def evaluator(split: str) -> list[str]:

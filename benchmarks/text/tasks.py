@@ -8,50 +8,17 @@ test = load_split("newsgroups", "test")  # texts (N strings), labels (N,)
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from benchmarks.sources import Source
+from benchmarks.tasks import Task, TaskTable
 from benchmarks.text import dictionaries, documents, molecules, passages, places
 from benchmarks.text.splits import Split, check_no_leak
-from benchmarks.vision.cache import (
-    MANIFEST,
-    cache_root,
-    new_folder,
-    read_manifest,
-    settings_hash,
-    write_json,
-)
-from benchmarks.vision.sources import Source, fetch
-from benchmarks.vision.splits import SPLIT_SEED, SPLITS, balanced_order
 
 MOST_TEXTS = {"train": 5000, "validation": 500, "test": 1000}
 DATA_FORMAT = 1  # raise it when a builder changes, so that cached texts are made anew
-
-Builder = Callable[[dict[str, Path], np.random.Generator], dict[str, Split]]
-
-
-@dataclass(frozen=True)
-class Task:
-    """One classification task.
-
-    Args:
-        title: its name in tables.
-        classes: number of classes.
-        sources: what must be fetched.
-        build: makes the three splits from the unpacked sources (by name) and a random generator.
-        unit: what is never torn between splits.
-    """
-
-    title: str
-    classes: int
-    sources: tuple[Source, ...]
-    build: Builder
-    unit: str
-
 
 _ORANGE = Source(
     "pip",
@@ -93,7 +60,7 @@ _WORDNET, _GCIDE, _FOLDOC = (
     Source("apt", name) for name in ("wordnet-base", "dict-gcide", "dict-foldoc")
 )
 
-TASKS: dict[str, Task] = {
+TASKS: dict[str, Task[Split]] = {
     "newsgroups": Task(
         "20 Newsgroups", len(documents.NEWSGROUPS), (_ORANGE,), documents.newsgroups, "thread"
     ),
@@ -148,84 +115,16 @@ SUITE = (
 )
 
 
-def task(name: str) -> Task:
-    """The task of this name.
-
-    Raises:
-        ValueError: there is none; the message lists those that there are.
-    """
-    try:
-        return TASKS[name]
-    except KeyError:
-        raise ValueError(f"unknown task {name!r}; the tasks are {', '.join(TASKS)}") from None
-
-
-def task_folder(name: str) -> Path:
-    """Where the task's texts are kept once they are prepared."""
-    return cache_root() / "text-tasks" / f"{name}-{settings_hash(_settings(name))}"
-
-
-def _settings(name: str) -> dict[str, Any]:
-    sources = [f"{source.kind}:{source.name}:{source.version}" for source in task(name).sources]
-    return {"sources": sources, "seed": SPLIT_SEED, "most": MOST_TEXTS, "format": DATA_FORMAT}
-
-
-def prepare_task(name: str) -> Path:
-    """Fetch and split the task's texts unless they are there; return their folder.
-
-    Raises:
-        SourceError: a download failed.
-        ValueError: unknown task, or its source does not give three splits without leaks.
-    """
-    folder = task_folder(name)
-    if read_manifest(folder) is not None:
-        return folder
-    entry = task(name)
-    folders = fetch(entry.sources)
-    rng = np.random.default_rng([SPLIT_SEED, *name.encode()])
-    splits = {
-        split: data.take(balanced_order(data.labels, rng)[: MOST_TEXTS[split]])
-        for split, data in entry.build(folders, rng).items()
+def _write(path: Path, data: Split) -> None:
+    content = {
+        "texts": data.texts,
+        "labels": data.labels.tolist(),
+        "groups": data.groups.tolist(),
     }
-    check_no_leak(splits)
-    with new_folder(folder) as target:
-        for split, data in splits.items():
-            content = {
-                "texts": data.texts,
-                "labels": data.labels.tolist(),
-                "groups": data.groups.tolist(),
-            }
-            (target / f"{split}.json").write_text(json.dumps(content))
-        counts = {
-            split: {"texts": len(data), "groups": len(np.unique(data.groups))}
-            for split, data in splits.items()
-        }
-        packages = {source.name: read_manifest(source.folder) for source in entry.sources}
-        write_json(
-            target / MANIFEST,
-            {
-                "task": name,
-                "classes": entry.classes,
-                "unit": entry.unit,
-                "counts": counts,
-                "sources": packages,
-            },
-        )
-    return folder
+    path.write_text(json.dumps(content))
 
 
-def load_split(name: str, split: str) -> Split:
-    """Read one split of a prepared task (shuffled; every prefix is nearly balanced by class).
-
-    Raises:
-        ValueError: unknown task or split.
-        FileNotFoundError: the task is not prepared; the message says how.
-    """
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; the splits are {', '.join(SPLITS)}")
-    path = task_folder(name) / f"{split}.json"
-    if not path.exists():
-        raise FileNotFoundError(f"task {name} is not prepared: call `prepare_task({name!r})` first")
+def _read(path: Path) -> Split:
     content = json.loads(path.read_text())
     return Split(
         content["texts"],
@@ -234,8 +133,17 @@ def load_split(name: str, split: str) -> Split:
     )
 
 
-def training_sample(name: str, count: int, seed: int) -> Split:
-    """`count` training texts (or all, if fewer), balanced by class, another draw for each seed."""
-    data = load_split(name, "train")
-    rng = np.random.default_rng([seed, *name.encode()])
-    return data.take(balanced_order(data.labels, rng)[:count])
+TABLE = TaskTable(
+    tasks=TASKS,
+    place="text-tasks",
+    examples="texts",
+    most=MOST_TEXTS,
+    data_format=DATA_FORMAT,
+    suffix=".json",
+    write=_write,
+    read=_read,
+    check_no_leak=check_no_leak,
+    hint="call `prepare_task({name!r})` first",
+)
+task, task_folder, prepare_task = TABLE.task, TABLE.folder, TABLE.prepare
+load_split, training_sample = TABLE.load_split, TABLE.training_sample

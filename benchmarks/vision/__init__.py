@@ -4,9 +4,7 @@
 into a cache (`CART_CACHE`, or `~/.cache/cart-plugin`). The rooms, in the order in which they are
 used:
 
-- `cache`: where things are kept; folders that appear whole or not at all
-- `sources`: downloads from PyPI, npm and Debian
-- `splits`: train, validation and test without leaks
+- `splits`: train, validation and test without leaks, for images
 - `digits`, `glyphs`, `icons`: pictures from those downloads
 - `tasks`: the table of tasks
 - `backbone`: the pretrained encoder

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.vision.splits import Split, assign_groups, image_keys
+from benchmarks.splits import assign_groups
+from benchmarks.vision.splits import Split, image_keys
 
 SIZE = 56
 

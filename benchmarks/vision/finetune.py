@@ -11,15 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.training import in_processes, train_model
-from benchmarks.vision.backbone import prepare_backbone, save_encoder
-from benchmarks.vision.cache import (
+from benchmarks.cache import (
     MANIFEST,
     cache_root,
     new_folder,
@@ -27,6 +24,8 @@ from benchmarks.vision.cache import (
     settings_hash,
     write_json,
 )
+from benchmarks.training import finetune_missing, train_model
+from benchmarks.vision.backbone import prepare_backbone, save_encoder
 from benchmarks.vision.evaluate import load_encoder
 from benchmarks.vision.heads import (
     LOGIT_SCALE,
@@ -126,15 +125,10 @@ def finetune_all(
     """
     if not isinstance(settings, Mapping):
         settings = dict.fromkeys(names, settings or FineTuning())
-    folders = {name: encoder_folder(name, seed, settings[name]) for name in names}
-    todo = [name for name, folder in folders.items() if read_manifest(folder) is None]
-    # The longest first: none is left to run alone in the end.
-    todo.sort(key=lambda name: -settings[name].images * settings[name].epochs)
-    in_processes(
-        [partial(finetune_task, name, seed, settings[name], row) for row, name in enumerate(todo)],
-        workers,
+    chosen = {name: settings[name] for name in names}
+    return finetune_missing(
+        finetune_task, encoder_folder, chosen, lambda own: own.images, seed, workers
     )
-    return folders
 
 
 def load_head(name: str, seed: int, settings: FineTuning | None = None) -> Head:

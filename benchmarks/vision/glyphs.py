@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from benchmarks.vision.splits import SPLITS, Split, assign_groups, merge_groups
+from benchmarks.splits import SPLITS, assign_groups, merge_groups
+from benchmarks.vision.splits import Split
 
 SIZE = 56
 TARGETS = {"train": 3000, "validation": 500, "test": 1000}  # images to render, roughly

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from benchmarks.cache import new_folder, write_json
 from benchmarks.vision.backbone import IMAGE_MEAN, IMAGE_STD
-from benchmarks.vision.cache import new_folder, write_json
 from benchmarks.vision.splits import Split
 
 if TYPE_CHECKING:

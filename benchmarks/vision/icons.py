@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.vision.splits import SPLITS, Split, assign_groups, merge_groups
+from benchmarks.splits import SPLITS, assign_groups, merge_groups
+from benchmarks.vision.splits import Split
 
 SIZE = 56
 MOST_ICONS = 1000  # of one theme

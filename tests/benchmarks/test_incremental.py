@@ -27,7 +27,8 @@ def test_all_that_a_merge_imports_decides() -> None:
     )
     imported = {name.split(".")[1] + ".py" for name in done.stdout.split()}
     without_numbers = {"errors.py", "autoload.py"}
-    assert imported - without_numbers == set(incremental.DECISIVE)
+    compression = {"indexing.py"}  # of the vision suite only
+    assert imported - without_numbers == set(incremental.DECISIVE) - compression
 
 
 @pytest.mark.parametrize(("name", "counts"), [("krylov.py", True), ("cli/doctor.py", False)])

@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
+from benchmarks.cache import read_manifest
 from benchmarks.text import dictionaries, documents, molecules, passages, places, tasks
 from benchmarks.text.splits import Example, Split, at_most, check_no_leak, split_examples
-from benchmarks.vision.cache import read_manifest
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.sources import fetch
 from benchmarks.vision import backbone
-from benchmarks.vision.sources import fetch
 
 
 @pytest.mark.slow

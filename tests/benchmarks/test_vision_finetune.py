@@ -8,8 +8,8 @@ import torch
 import typing_extensions
 from safetensors.torch import load_file, save_file
 
+from benchmarks.cache import read_manifest
 from benchmarks.vision import finetune, heads
-from benchmarks.vision.cache import read_manifest
 from benchmarks.vision.evaluate import accuracy, evaluate_encoder, load_encoder
 from benchmarks.vision.finetune import FineTuning, finetune_task, load_head
 from benchmarks.vision.splits import Split

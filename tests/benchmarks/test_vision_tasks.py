@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from benchmarks.cache import read_manifest
 from benchmarks.vision import tasks
-from benchmarks.vision.cache import read_manifest
 from tests.benchmarks.synthetic import BLOCKS, blocks
 
 

@@ -6,9 +6,9 @@ import zipfile
 
 import pytest
 
-from benchmarks.vision import sources
-from benchmarks.vision.cache import file_sha256, new_folder, read_manifest
-from benchmarks.vision.sources import Source, SourceError, fetch
+from benchmarks import sources
+from benchmarks.cache import file_sha256, new_folder, read_manifest
+from benchmarks.sources import Source, SourceError, fetch
 
 
 @pytest.fixture

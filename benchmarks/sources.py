@@ -21,7 +21,7 @@ from typing import Literal
 
 from tqdm.auto import tqdm
 
-from benchmarks.vision.cache import (
+from benchmarks.cache import (
     MANIFEST,
     cache_root,
     file_sha256,

@@ -3,13 +3,8 @@
 import numpy as np
 import pytest
 
-from benchmarks.vision.splits import (
-    Split,
-    assign_groups,
-    balanced_order,
-    check_no_leak,
-    merge_groups,
-)
+from benchmarks.splits import assign_groups, balanced_order, merge_groups
+from benchmarks.vision.splits import Split, check_no_leak
 
 
 def split_of(images, groups):
