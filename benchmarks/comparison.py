@@ -63,20 +63,29 @@ class Suite:
     def run(self, workers: int) -> dict[str, Any]:
         """Tune and test all methods, `workers` comparisons at a time; return the results."""
         chosen, rows = self.tune(workers)
+        return self.results(chosen, rows, self.test(chosen, workers))
+
+    def results(
+        self,
+        chosen: Mapping[str, Any],
+        validation: Sequence[Mapping[str, Any]],
+        test: Mapping[int, Sequence[Mapping[str, Any]]],
+    ) -> dict[str, Any]:
+        """What `tune` and `test` found, as `write_results` takes it."""
         return {
             "tasks": dict(self.tasks),
             "seeds": list(self.recipes),
             "grids": {method: dict(grid) for method, grid in self.grids.items()},
-            "chosen": chosen,
+            "chosen": dict(chosen),
             "versions": versions(),
-            "validation": rows,
-            "test": self.test(chosen, workers),
+            "validation": list(validation),
+            "test": dict(test),
         }
 
     def tune(self, workers: int) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
         """Judge all grids on the validation split; return the best settings, and the rows."""
         first = next(iter(self.recipes))
-        reports = _in_threads(
+        reports = in_threads(
             [
                 partial(self._compare, first, "validation", methods, self._grid_options(methods))
                 for methods in _deal(self.grids, workers)
@@ -95,7 +104,7 @@ class Suite:
             for method, point in chosen.items()
             for name, value in point.items()
         ]
-        reports = _in_threads(
+        reports = in_threads(
             [partial(self._compare, seed, "test", list(chosen), options) for seed in self.recipes],
             workers,
         )
@@ -188,7 +197,7 @@ def _deal(grids: Mapping[str, Mapping[str, Sequence[float]]], hands: int) -> lis
     return dealt
 
 
-def _in_threads(jobs: Sequence[Callable[[], Any]], workers: int) -> list[Any]:
+def in_threads(jobs: Sequence[Callable[[], Any]], workers: int) -> list[Any]:
     """Run jobs, each of which waits for a process of its own; return their results in order."""
     with ThreadPoolExecutor(max(1, workers)) as pool:
         return [running.result() for running in [pool.submit(job) for job in jobs]]
