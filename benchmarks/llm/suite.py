@@ -40,11 +40,11 @@ GRIDS: dict[str, dict[str, Sequence[float]]] = {
 
 
 def evaluator(tasks: list[str], split: str, examples: int, batch: int = 32) -> list[str]:
-    """The options of `compare` that judge a split by lm-eval."""
+    """The options of `compare` that judge a split by lm-eval, in bf16 as LLMs are run."""
     return [
         *("--tasks", ",".join(task_name(name, split) for name in tasks)),
         *("--include-path", str(write_tasks(tasks, split, examples))),
-        *("--batch-size", str(batch), "--dtype", "float32"),
+        *("--batch-size", str(batch), "--dtype", "bfloat16"),
     ]
 
 
