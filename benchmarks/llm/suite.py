@@ -34,7 +34,6 @@ GRIDS: dict[str, dict[str, Sequence[float]]] = {
     "ties": {"density": (0.2,), "lambda": (0.5, 1, 2, 4)},
     "dare_ties": {"density": (0.5,), "lambda": (1, 2, 3, 4)},
     "model_stock": {},
-    "sce": {"select_topk": (0.1, 0.2, 0.5, 1.0)},
     "cart": {"rank_ratio": (0.08, 0.16), "lambda": (1, 2)},
 }
 
