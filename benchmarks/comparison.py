@@ -130,6 +130,9 @@ class Suite:
         if running.returncode:
             raise click.ClickException(f"the comparison {name} failed")
         report: dict[str, Any] = json.loads((out / "report.json").read_text())
+        failed = [f"{row['name']}: {row['error']}" for row in report["rows"] if row["error"]]
+        if failed:  # a mean over what is left would not say so
+            raise click.ClickException(f"{name}: {'; '.join(failed)}")
         return report
 
     def _slim(self, row: Mapping[str, Any], split: str) -> dict[str, Any]:

@@ -14,16 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cart_plugin.inputs import check_finite, check_inputs, normalised
 from cart_plugin.lowrank import LowRank
-from cart_plugin.merging import (
-    CartSettings,
-    centre_of,
-    check_finite,
-    check_inputs,
-    is_decomposed,
-    normalised,
-    truncated,
-)
+from cart_plugin.merging import CartSettings, centre_of, is_decomposed, truncated
 
 
 @dataclass(frozen=True)
@@ -98,7 +91,7 @@ def index_tensors(
     settings = settings or CartSettings()
     models = list(models) if models is not None else [str(i) for i in range(len(tensors))]
     where = f"tensor {name!r}" if name is not None else "tensor"
-    check_inputs(tensors, models, base, settings, where)
+    check_inputs(tensors, models, base, settings.center, where)
     if decompose is None:
         decompose = is_decomposed(name, tensors[0].shape)
     decompose = decompose and tensors[0].numel() > 0

@@ -1,4 +1,4 @@
-"""CART as the mergekit merge method ``cart``.
+"""CART as the mergekit merge methods ``cart`` and ``cart_auto``.
 
     models:
       - model: org/model-a
@@ -9,6 +9,9 @@
       rank_ratio: 0.08
       lambda: 1.0
 
+``cart_auto`` has no ``lambda``: it combines the truncated differences so that they interfere least
+(`cart_plugin.coefficients`), and needs no setting at all.
+
 Every parameter takes mergekit's filters and layer gradients; ``weight`` is per model, the others
 hold for all models. A base model is optional: it is the centre with ``center: base`` and is not
 merged otherwise.
@@ -18,7 +21,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -36,8 +39,9 @@ from mergekit.merge_methods.base import ParameterSpec
 from pydantic import BeforeValidator
 
 from cart_plugin.errors import CartError
+from cart_plugin.inputs import check_finite
 from cart_plugin.lowrank import RankRule
-from cart_plugin.merging import CartSettings, check_finite, is_decomposed, merge_tensors
+from cart_plugin.merging import CartSettings, is_decomposed, merge_tensors
 
 
 def _named(name: str, convert: Callable[[Any], Any], kind: str, *, optional: bool = False) -> Any:
@@ -94,11 +98,9 @@ def _shared(name: str, value_type: Any, default: Any) -> ParameterSpec:
     return ParameterSpec(name, value_type, ParameterScope.SHARED, default=default)
 
 
-SPEC = MergeMethodSpec(
-    name="cart",
-    pretty_name="CART",
-    reference_url="https://arxiv.org/abs/2412.12153",
-    parameters=(
+_PARAMETERS = {
+    spec.name: spec
+    for spec in (
         _shared("rank_ratio", _named("rank_ratio", _rank_ratio, "a number", optional=True), None),
         _shared("rank", _named("rank", _rank, "a number", optional=True), None),
         _shared("energy", _named("energy", _energy, "a number", optional=True), None),
@@ -116,10 +118,45 @@ SPEC = MergeMethodSpec(
             ParameterScope.NON_BASE,
             default=1.0,
         ),
-    ),
-    contract=InputContract(base=BasePolicy.OPTIONAL),
-    optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_SINGLETON,
+    )
+}
+
+
+def _method(name: str, title: str, parameters: Iterable[ParameterSpec]) -> MergeMethodSpec:
+    return MergeMethodSpec(
+        name=name,
+        pretty_name=title,
+        reference_url="https://arxiv.org/abs/2412.12153",
+        parameters=tuple(parameters),
+        contract=InputContract(base=BasePolicy.OPTIONAL),
+        optional_tensor_policy=OptionalTensorPolicy.PASSTHROUGH_SINGLETON,
+    )
+
+
+SPEC = _method("cart", "CART", _PARAMETERS.values())
+AUTO_SPEC = _method(
+    "cart_auto",
+    "CART without hyperparameters",
+    (spec for name, spec in _PARAMETERS.items() if name != "lambda"),
 )
+
+
+def settings_of(parameters: Mapping[str, Any]) -> CartSettings:
+    """The core's settings for the parameters of ``cart`` or ``cart_auto``.
+
+    Raises:
+        CartError: they cannot be used, such as two rank rules at once.
+    """
+    return CartSettings(
+        rank_ratio=parameters["rank_ratio"],
+        rank=parameters["rank"],
+        energy=parameters["energy"],
+        lambda_=parameters.get("lambda", "auto"),
+        center=parameters["center"],
+        svd=parameters["svd"],
+        seed=parameters["seed"],
+    )
+
 
 # mergekit checks a recipe's inputs once under this name, or none, before it checks each tensor's.
 _RECIPE_GROUP = re.compile(r".*\.slices\[\d+\]")
@@ -145,8 +182,8 @@ class CartMerge(GroupMergeMethod):
         tuned = [str(model) for model in input_ids if model != base_id]
         if len(tuned) < 2 and of_recipe:
             raise CartError(
-                "cart needs at least two fine-tuned models beside the base model (three to gain "
-                f"from it), got {len(tuned)}: {', '.join(tuned) or 'none'}"
+                f"{self.spec.name} needs at least two fine-tuned models beside the base model "
+                f"(three to gain from it), got {len(tuned)}: {', '.join(tuned) or 'none'}"
             )
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
@@ -162,15 +199,7 @@ class CartMerge(GroupMergeMethod):
         Raises:
             CartError: input that cannot be merged.
         """
-        settings = CartSettings(
-            rank_ratio=parameters["rank_ratio"],
-            rank=parameters["rank"],
-            energy=parameters["energy"],
-            lambda_=parameters["lambda"],
-            center=parameters["center"],
-            svd=parameters["svd"],
-            seed=parameters["seed"],
-        )
+        settings = settings_of(parameters)
         tuned, name = group.non_base, group.metadata.name
         tensors, models = [entry.tensor for entry in tuned], [str(entry.id) for entry in tuned]
         if len(tuned) == 1:
@@ -188,11 +217,19 @@ class CartMerge(GroupMergeMethod):
         )
 
 
+class CartAutoMerge(CartMerge):
+    """The same without a lambda."""
+
+    spec = AUTO_SPEC
+
+
 def register() -> None:
-    """Make ``cart`` known to mergekit; again without effect.
+    """Make ``cart`` and ``cart_auto`` known to mergekit; again without effect.
 
     Raises:
-        ValueError: another plugin has registered a method named ``cart``.
+        ValueError: another plugin has registered a method of one of these names.
     """
-    if not any(isinstance(method, CartMerge) for method in merge_methods.registered_methods()):
-        merge_methods.register(CartMerge())
+    known = {type(method) for method in merge_methods.registered_methods()}
+    for method in (CartMerge, CartAutoMerge):
+        if method not in known:
+            merge_methods.register(method())

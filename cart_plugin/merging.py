@@ -5,24 +5,35 @@ For fine-tuned weights ``W_1 .. W_T`` of one tensor (arXiv 2412.12153, section 4
     centre = sum_t w_t W_t / sum_t w_t
     merged = centre + lambda * sum_t (w_t / mean(w)) * SVD_k(W_t - centre)
 
+With ``lambda: auto`` the second term is the one of least interference between the tasks instead
+(`cart_plugin.coefficients`), which has no scale to choose.
 Tensors that are not decomposed end at the centre: the centred task vectors sum to zero.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from cart_plugin.coefficients import AUTO_RANK_RATIO, least_interference
 from cart_plugin.errors import CartError, CartWarning
+from cart_plugin.inputs import (
+    agreed_buffer,
+    check_finite,
+    check_inputs,
+    check_kind,
+    check_same_tensors,
+    common_dtype,
+    normalised,
+)
 from cart_plugin.lowrank import SOLVERS, LowRank, RankRule, truncated_svd
 
 # Tables that are looked up by token or position, whatever the architecture calls them, and
@@ -49,10 +60,12 @@ class CartSettings:
     """The parameters of CART that hold for all models.
 
     Attributes:
-        rank_ratio: share of the singular directions to keep (`RankRule`; 0.08 if no rule is given).
+        rank_ratio: share of the singular directions to keep (`RankRule`). If none is given: 0.08,
+            and 0.16 with ``lambda_="auto"``.
         rank: their number instead.
         energy: as many as hold this share of the squared singular values instead.
-        lambda_: scale of the sum of truncated task vectors.
+        lambda_: scale of the sum of truncated task vectors, or ``"auto"``: they are combined so
+            that they interfere least (`cart_plugin.coefficients.least_interference`).
         center: ``"average"``, the weighted mean of the fine-tuned weights, or ``"base"``, the base
             model (the paper's uncentred ablation).
         svd: solver, one of `cart_plugin.lowrank.SOLVERS`.
@@ -65,7 +78,7 @@ class CartSettings:
     rank_ratio: float | None = None
     rank: int | None = None
     energy: float | None = None
-    lambda_: float = 1.0
+    lambda_: float | Literal["auto"] = 1.0
     center: Literal["average", "base"] = "average"
     svd: str = "auto"
     seed: int = 0
@@ -73,8 +86,8 @@ class CartSettings:
     def __post_init__(self) -> None:
         RankRule(self.rank_ratio, self.rank, self.energy)
         number = isinstance(self.lambda_, (int, float)) and not isinstance(self.lambda_, bool)
-        if not number or not math.isfinite(self.lambda_):
-            raise CartError(f"lambda must be a finite number, got {self.lambda_!r}")
+        if self.lambda_ != "auto" and not (number and math.isfinite(self.lambda_)):
+            raise CartError(f"lambda must be a finite number or 'auto', got {self.lambda_!r}")
         if self.center not in ("average", "base"):
             raise CartError(f"center must be 'average' or 'base', got {self.center!r}")
         if self.svd not in SOLVERS:
@@ -85,6 +98,8 @@ class CartSettings:
     @property
     def rule(self) -> RankRule:
         """The rank rule that is given, or the default one."""
+        if self.lambda_ == "auto" and self.rank_ratio is self.rank is self.energy is None:
+            return RankRule(AUTO_RANK_RATIO)
         return RankRule(self.rank_ratio, self.rank, self.energy)
 
 
@@ -141,8 +156,8 @@ def merge_tensors(
     settings = settings or CartSettings()
     models = list(models) if models is not None else [str(i) for i in range(len(tensors))]
     where = f"tensor {name!r}" if name is not None else "tensor"
-    check_inputs(tensors, models, base, settings, where)
-    dtype = _common_dtype(tensors)
+    check_inputs(tensors, models, base, settings.center, where)
+    dtype = common_dtype(tensors)
     if tensors[0].numel() == 0:
         return tensors[0].to(dtype, copy=True)
     if decompose is None:
@@ -210,7 +225,7 @@ def merge_state_dicts(
     for name in named[models[0]]:
         tensors = [named[model][name] for model in models]
         if not any(tensor.is_floating_point() for tensor in tensors):
-            merged[name] = _agreed_buffer(tensors, models, name)
+            merged[name] = agreed_buffer(tensors, models, name)
             continue
         merged[name] = merge_tensors(
             tensors,
@@ -233,11 +248,15 @@ def _add_low_rank(
     models: Sequence[str],
     where: str,
 ) -> Tensor:
-    """``centre + lambda * T * sum_t share_t SVD_k(W_t - centre)``, for shares that sum to 1."""
+    """``centre + lambda * T * sum_t share_t SVD_k(W_t - centre)``, for shares that sum to 1.
+
+    With ``lambda: auto`` the truncated differences, so weighted, make the term of least
+    interference.
+    """
     shape = matrix_shape(name, centre.shape)
     if settings.center == "average":
         _, m, n = shape
-        if settings.rule.fixed_rank(m, n) == min(m, n):
+        if settings.lambda_ != "auto" and settings.rule.fixed_rank(m, n) == min(m, n):
             # At full rank nothing is truncated, and the weighted sum is zero.
             return centre
         if sum(share != 0 for share in shares) == 2:
@@ -248,17 +267,26 @@ def _add_low_rank(
                 CartWarning,
                 stacklevel=4,
             )
+
+    def parts() -> Iterator[tuple[LowRank, float]]:
+        for tensor, share, model in zip(tensors, shares, models, strict=True):
+            if share == 0:
+                continue
+            delta = tensor - centre
+            if settings.center == "base":
+                check_finite(delta, [model], [tensor], where)
+            factors = truncated(delta, settings, name)
+            del delta  # before the next one is made
+            yield factors, len(tensors) * share
+
+    if settings.lambda_ == "auto":
+        if min(shares) < 0:
+            raise CartError(f"{where}: with lambda auto, weights must not be negative")
+        return centre + least_interference(parts()).view(centre.shape)
     merged = centre.clone(memory_format=torch.contiguous_format)
     sums = merged.view(shape)
-    for tensor, share, model in zip(tensors, shares, models, strict=True):
-        if share == 0:
-            continue
-        delta = tensor - centre
-        if settings.center == "base":
-            check_finite(delta, [model], [tensor], where)
-        factors = truncated(delta, settings, name)
-        factors.add_to_(sums, settings.lambda_ * len(tensors) * share)
-        del delta
+    for factors, weight in parts():
+        factors.add_to_(sums, settings.lambda_ * weight)
     return merged
 
 
@@ -275,10 +303,6 @@ def matrix_shape(name: str | None, shape: Sequence[int]) -> tuple[int, int, int]
     return 1, shape[0], math.prod(shape[1:])
 
 
-def _common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    return functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
-
-
 def centre_of(
     tensors: Sequence[Tensor],
     shares: Sequence[float],
@@ -290,9 +314,9 @@ def centre_of(
 
     In fp32 or better: fp16 values may overflow in a sum in fp16.
     """
-    work = torch.promote_types(_common_dtype(tensors), torch.float32)
+    work = torch.promote_types(common_dtype(tensors), torch.float32)
     if base is not None:
-        _check_kind([("the base model", base)], tensors[0].shape, models[0], where)
+        check_kind([("the base model", base)], tensors[0].shape, models[0], where)
         check_finite(base, ["the base model"], [base], where)
         return base.to(work, copy=True)
     mean = torch.zeros(tensors[0].shape, dtype=work, device=tensors[0].device)
@@ -308,97 +332,3 @@ def truncated(delta: Tensor, settings: CartSettings, name: str | None) -> LowRan
     seed = (settings.seed + zlib.crc32((name or "").encode())) % 2**63
     matrices = delta.reshape(matrix_shape(name, delta.shape))
     return truncated_svd(matrices, settings.rule, svd=settings.svd, seed=seed)
-
-
-def normalised(weights: Sequence[float] | None, count: int, where: str) -> list[float]:
-    """Weights that sum to 1; equal ones for None."""
-    if weights is None:
-        return [1 / count] * count
-    if len(weights) != count:
-        raise CartError(f"{where}: {count} models but {len(weights)} weights")
-    total = sum(weights)
-    if not math.isfinite(total):
-        raise CartError(f"{where}: weights must be finite numbers, got {list(weights)}")
-    if total <= 0:
-        raise CartError(f"{where}: weights must sum to more than 0, got {list(weights)}")
-    return [weight / total for weight in weights]
-
-
-def check_inputs(
-    tensors: Sequence[Tensor],
-    models: Sequence[str],
-    base: Tensor | None,
-    settings: CartSettings,
-    where: str,
-) -> None:
-    """Refuse fewer than two tensors, unequal shapes, and dtypes that cannot be averaged."""
-    if len(tensors) < 2:
-        raise CartError(
-            f"CART needs at least two fine-tuned models (three to gain from it); "
-            f"{where} comes from {len(tensors)}: {', '.join(models) or 'none'}"
-        )
-    if settings.center == "base" and base is None:
-        raise CartError(f"{where}: center is 'base' but there is no base model; give one")
-    _check_kind(zip(models, tensors, strict=True), tensors[0].shape, models[0], where)
-
-
-def _check_kind(
-    named: Iterable[tuple[str, Tensor]], shape: torch.Size, first: str, where: str
-) -> None:
-    for model, tensor in named:
-        # Eight-bit floats come with scales of their own, which an average would leave out.
-        if not tensor.is_floating_point() or tensor.element_size() == 1:
-            raise CartError(
-                f"{where} of {model} is {tensor.dtype}; quantised or integer weights cannot be "
-                "averaged, convert them to a floating-point checkpoint first"
-            )
-        if tensor.is_meta:
-            raise CartError(f"{where} of {model} is on the meta device: its values are not loaded")
-        if tensor.shape != shape:
-            raise CartError(
-                f"{where} is {tuple(shape)} in {first} but {tuple(tensor.shape)} in {model}; "
-                "merged models must have the same architecture (leave heads of different sizes "
-                "out, and align vocabularies)"
-            )
-
-
-def check_finite(
-    total: Tensor, models: Sequence[str], tensors: Sequence[Tensor], where: str
-) -> None:
-    """Name the model whose tensor makes ``total``, a sum of them all, infinite or NaN."""
-    # A sum is not finite if any term is not: one cheap reduction covers all models.
-    if bool(torch.isfinite(total.sum())):
-        return
-    for model, tensor in zip(models, tensors, strict=True):
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
-            raise CartError(
-                f"{where} of {model} holds {bad} NaN or infinite values out of {tensor.numel()}; "
-                "the checkpoint is broken, or was trained in too narrow a dtype"
-            )
-
-
-def check_same_tensors(holders: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Refuse models of which one lacks a tensor that another has."""
-    union = set().union(*holders.values())
-    for model, state_dict in holders.items():
-        missing = sorted(union - set(state_dict))
-        if missing:
-            listed = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
-            raise CartError(
-                f"{model} lacks {len(missing)} tensors that other models have: {listed}; merged "
-                "models must have the same architecture (leave task heads out)"
-            )
-
-
-def _agreed_buffer(tensors: Sequence[Tensor], models: Sequence[str], name: str) -> Tensor:
-    if all(tensor.ndim == 0 for tensor in tensors):
-        # Counters, such as the batches that BatchNorm has seen: the longest training's.
-        return torch.stack(list(tensors)).amax()
-    for model, tensor in zip(models, tensors, strict=True):
-        if tensor.shape != tensors[0].shape or not torch.equal(tensor, tensors[0]):
-            raise CartError(
-                f"tensor {name!r} holds integers that differ between {models[0]} and {model}; "
-                "only buffers on which all models agree can be kept: leave it out, or make it equal"
-            )
-    return tensors[0].clone()

@@ -137,7 +137,7 @@ def finetune_task(name: str, seed: int, settings: FineTuning | None = None, row:
 def encode(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], int]:
     """Tokens of an example, and how many of them, at the end, are the answer and the line's end.
 
-    Prompt and answer are made into tokens apart, as lm-eval does.
+    Prompt and answer are made into tokens apart; the answer's space keeps them so in lm-eval, too.
     """
     asked = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     said = tokenizer(f" {answer}\n", add_special_tokens=False)["input_ids"]

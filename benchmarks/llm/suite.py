@@ -34,7 +34,7 @@ GRIDS: dict[str, dict[str, Sequence[float]]] = {
     "ties": {"density": (0.2,), "lambda": (0.5, 1, 2, 4)},
     "dare_ties": {"density": (0.5,), "lambda": (1, 2, 3, 4)},
     "model_stock": {},
-    "cart": {"rank_ratio": (0.08, 0.16), "lambda": (1, 2)},
+    "cart": {"rank": (8, 16), "lambda": (1, 2)},
 }
 
 
@@ -103,6 +103,8 @@ def suites(
 )
 def main(tasks: str, methods: str, adapters: str, workers: int, tiny: bool, out: Path) -> None:
     """Compare mergekit's methods on the LLM suite."""
+    if not set(adapters.split(",")) <= set(methods.split(",")):
+        raise click.UsageError("--adapters names methods that --methods does not")
     share_cores(workers)
     settings = FineTuning(examples=32, rank=4) if tiny else FineTuning()
     examples = {"validation": 4, "test": 8} if tiny else EXAMPLES

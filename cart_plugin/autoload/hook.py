@@ -149,8 +149,9 @@ def _register(module: "ModuleType") -> None:
 
 
 def _allow_evolution(genome: "ModuleType") -> None:
-    """Let mergekit-evolve tune the models' weights under `cart`: its table of methods is fixed."""
-    genome.METHOD_PARAM_MAPS.setdefault("cart", ["weight"])
+    """Let mergekit-evolve tune the models' weights: its table of methods is fixed."""
+    for name in ("cart", "cart_auto"):
+        genome.METHOD_PARAM_MAPS.setdefault(name, ["weight"])
 
 
 _FOLLOW_UPS: "dict[str, Callable[[ModuleType], None]]" = {

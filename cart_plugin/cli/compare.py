@@ -98,12 +98,14 @@ def compare(
             keep_models,
             merge_options,
         )
+        _check_inputs(comparison)
         _check_disk(comparison)
         out.mkdir(parents=True, exist_ok=True)
+        _lock(out)
         with terminal.status("checking the evaluator"):
             sources = ask(comparison.request, None, out)
         comparison = replace(comparison, request={**comparison.request, **sources})
-    except CartError as error:
+    except (CartError, OSError) as error:
         raise click.ClickException(str(error)) from None
     rows = comparison.rows()
     _run(comparison, rows, terminal)
@@ -160,7 +162,7 @@ def _comparison(
     from cart_plugin.compare.steps import Comparison
     from cart_plugin.compare.variants import absolute, parse_assignment, variants
 
-    missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
+    missing = [name for name in ("filelock", "jinja2", "matplotlib") if find_spec(name) is None]
     if missing:
         raise CartError(f"{missing[0]} is not installed: pip install 'cart-plugin[compare]'")
     documents, findings = load(recipe)
@@ -179,6 +181,30 @@ def _comparison(
     if not rows:
         raise CartError("--methods names no method")
     return Comparison(inputs, rows, request, out, keep, options)
+
+
+def _lock(out: Path) -> None:
+    """Hold an output folder until the command ends: two would remove each other's models."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(out / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise CartError(f"another comparison is at work in {out}; name another folder") from None
+    click.get_current_context().call_on_close(lock.release)
+
+
+def _check_inputs(comparison: Comparison) -> None:
+    """Refuse models that an earlier comparison left where this one removes its own."""
+    from cart_plugin.compare.steps import MODEL
+
+    made = {(comparison.out / variant.name / MODEL).resolve() for variant in comparison.variants}
+    for label, checkpoint in comparison.inputs.checkpoints.items():
+        if checkpoint.path.resolve() in made:
+            raise CartError(
+                f"model {label} lies where this comparison would write; name another folder (--out)"
+            )
 
 
 def _check_disk(comparison: Comparison) -> None:

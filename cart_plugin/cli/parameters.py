@@ -18,6 +18,7 @@ from mergekit.merge_methods.base import BasePolicy, MergeMethod, ParameterScope,
 from cart_plugin.cli.findings import Finding, count, problem, some, warning
 from cart_plugin.cli.layout import Group, Place, Recipe, conditions, groups, places, scalars
 from cart_plugin.lowrank import RankRule
+from cart_plugin.mergekit import CartMerge
 
 # The parameters of which a tensor may have one.
 RANK_RULES = tuple(rule.name for rule in fields(RankRule))
@@ -46,16 +47,21 @@ def check_method(name: object) -> tuple[MergeMethod | None, list[Finding]]:
     ]
 
 
+def is_cart(method: MergeMethod) -> bool:
+    """Whether a method is one of this package's."""
+    return isinstance(method, CartMerge)
+
+
 def check_settings(config: Recipe, method: MergeMethod) -> list[Finding]:
     """Check names, places and values of all parameters of a recipe."""
     findings: list[Finding] = []
     for place in places(config):
         for name, setting in place.settings.items():
             findings += _check_setting(place, name, setting, method)
-        if method.spec.name == "cart":
+        if is_cart(method):
             findings += _check_rank_rules(place)
             findings += _check_rank(place)
-            if not _is_around_base(config):
+            if method.spec.name == "cart" and not _is_around_base(config):
                 findings += _check_lambda(place)
     return findings
 
@@ -78,7 +84,7 @@ def check_groups(config: Recipe, method: MergeMethod) -> list[Finding]:
                     "add `base_model:` to the recipe",
                 )
             )
-        if method.spec.name == "cart":
+        if is_cart(method):
             findings += _check_cart_group(group, config)
     return findings
 

@@ -62,13 +62,14 @@ class PlannedTensor:
 
 
 def plan(
-    config: Recipe, checkpoints: Mapping[str, Checkpoint]
+    config: Recipe, checkpoints: Mapping[str, Checkpoint], options: MergeOptions | None = None
 ) -> tuple[list[PlannedTensor] | None, list[Finding]]:
     """Let mergekit plan a merge of local models; nothing is loaded or written.
 
     Args:
         config: the recipe; left unchanged.
         checkpoints: its inputs by label.
+        options: of the merge; mergekit's defaults if None.
 
     Returns:
         The tensors of the result, or None with the reason why mergekit could not plan.
@@ -79,7 +80,8 @@ def plan(
                 # The union; which tensors some inputs lack is reported from the plan.
                 tasks = plan_flat_merge(config, "unused", True, False, MergeOptions(quiet=True))
             else:
-                tasks = _plan_folders(config.model_copy(deep=True), checkpoints)
+                options = (options or MergeOptions()).model_copy(update={"quiet": True})
+                tasks = _plan_folders(config.model_copy(deep=True), checkpoints, options)
             return [_planned(task) for task in tasks if isinstance(task, SaveTensor)], []
     except Exception as error:  # mergekit raises whatever its assumptions run into
         return None, [
@@ -87,8 +89,9 @@ def plan(
         ]
 
 
-def _plan_folders(config: MergeConfiguration, checkpoints: Mapping[str, Checkpoint]) -> list[Any]:
-    options = MergeOptions(quiet=True)
+def _plan_folders(
+    config: MergeConfiguration, checkpoints: Mapping[str, Checkpoint], options: MergeOptions
+) -> list[Any]:
     cache = LoaderCache()
     cache.setup(options=options)
     for model in config.referenced_models():

@@ -120,7 +120,7 @@ def _check_document(
         findings = result.check_plan(merges, checkpoints, config, method)
         # What a merge that fails would need is of no use.
         if not stopped and not _has_problem(findings):
-            if method.spec.name == "cart":  # others need other amounts
+            if parameters.is_cart(method):  # others need other amounts
                 findings += costs.check_memory(merges, config)
             findings += costs.check_disk(merges, checkpoints, config, out)
     show(Section("Result", findings))

@@ -14,9 +14,10 @@ from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 from cart_plugin.cli.checkpoints import Checkpoint, TensorInfo
 from cart_plugin.cli.findings import Finding, Level, count, ok, problem, some, warning
 from cart_plugin.cli.layout import Recipe, conditions, groups, places
-from cart_plugin.cli.parameters import RANK_RULES
+from cart_plugin.cli.parameters import RANK_RULES, is_cart
 from cart_plugin.cli.planning import FLAT, PlannedTensor, source, unreached
 from cart_plugin.lowrank import RankRule
+from cart_plugin.mergekit import settings_of
 from cart_plugin.merging import is_decomposed, matrix_shape
 
 _MATRIX_PARAMETERS = {*RANK_RULES, "lambda", "center", "svd", "seed"}  # without effect elsewhere
@@ -43,13 +44,13 @@ class Merge:
     @property
     def is_decomposed(self) -> bool:
         """Whether `cart` decomposes the tensor as the recipe has it."""
-        return self.can_be_decomposed and not RankRule(**self.rank_rules).keeps_nothing
+        return self.can_be_decomposed and not self.rule.keeps_nothing
 
     @property
     def rank_share(self) -> float | None:
         """The share of the full rank that is kept, or None if that depends on the values."""
         _, m, n = matrix_shape(self.planned.name, self.shape)
-        rank = RankRule(**self.rank_rules).fixed_rank(m, n)
+        rank = self.rule.fixed_rank(m, n)
         return None if rank is None else rank / min(m, n)
 
     @property
@@ -71,6 +72,11 @@ class Merge:
     def counting(self) -> list[str]:
         """The merged inputs whose weight for this tensor is not 0."""
         return [label for label in self.tuned if self.planned.weights.get(label, 1.0) != 0]
+
+    @property
+    def rule(self) -> RankRule:
+        """The rank rule for this tensor: the recipe's, or the method's own."""
+        return settings_of(self.planned.parameters).rule
 
     @property
     def rank_rules(self) -> dict[str, Any]:
@@ -112,7 +118,7 @@ def check_plan(
     findings += _check_losses(plan, checkpoints, config)
     findings += _check_shapes(merges, config)
     findings += _check_filters(merges, config, method)
-    if method.spec.name == "cart":
+    if is_cart(method):
         conflicts = [*_check_rank_rules(merges), *_check_weights(merges)]
         findings += conflicts or [*_check_counting(merges), *_summary(merges)]
     else:
@@ -230,7 +236,7 @@ def _check_filters(
 ) -> Iterator[Finding]:
     """Report filters without effect: each is looked for in the names, letter by letter."""
     names = [merge.planned.name for merge in merges]
-    if method.spec.name == "cart":
+    if is_cart(method):
         matrices = [merge.planned.name for merge in merges if merge.can_be_decomposed]
     else:
         matrices = names
@@ -320,8 +326,10 @@ def _summary(merges: Sequence[Merge]) -> Iterator[Finding]:
         return
     settings: dict[str, list[float]] = defaultdict(list)
     for merge in decomposed:
-        rule = merge.rank_rules or {"rank_ratio": RankRule().rank_ratio or 0.0}
-        for name, value in {**rule, "lambda": merge.planned.parameters["lambda"]}.items():
+        shown = merge.rank_rules or {"rank_ratio": merge.rule.rank_ratio}
+        if "lambda" in merge.planned.parameters:
+            shown["lambda"] = merge.planned.parameters["lambda"]
+        for name, value in shown.items():
             settings[name].append(value)
     yield ok(f"{fact} ({', '.join(_range(*item) for item in settings.items())})")
 

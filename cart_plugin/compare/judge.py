@@ -85,7 +85,12 @@ def numbers(answer: object) -> Metrics:
     }
 
 
-def _task_manager(request: Mapping[str, Any]) -> Any:
+def _task_manager(request: Mapping[str, Any], model: str = "") -> Any:
+    """lm-eval's tasks; some read the model's name from the metadata, as its command line gives it.
+
+    Raises:
+        CartError: lm-eval is not installed.
+    """
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -93,7 +98,8 @@ def _task_manager(request: Mapping[str, Any]) -> Any:
             f"lm-eval cannot be used ({error}): pip install 'cart-plugin[compare]', or name an "
             "--evaluator"
         ) from error
-    return TaskManager(include_path=request.get("include_path"))
+    metadata = {"pretrained": model, **request.get("model_args", {})} if model else None
+    return TaskManager(include_path=request.get("include_path"), metadata=metadata)
 
 
 def check(request: Mapping[str, Any]) -> str:
@@ -144,7 +150,7 @@ def _lm_eval(request: Mapping[str, Any], model: str) -> Metrics:
     # lm-eval 0.4.13 takes "cuda" if no device is given, and fails where there is none.
     options.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
     arguments = {"pretrained": model, **request.get("model_args", {})}
-    manager = _task_manager(request)
+    manager = _task_manager(request, model)
     answer = lm_eval.simple_evaluate(
         model="hf",
         model_args=arguments,
@@ -155,21 +161,40 @@ def _lm_eval(request: Mapping[str, Any], model: str) -> Metrics:
     )
     if answer is None:
         raise CartError("lm-eval returned nothing")
+    return figures(answer, request["tasks"], manager)
+
+
+def figures(answer: Mapping[str, Any], patterns: Iterable[str], manager: Any) -> Metrics:
+    """One figure for each task or group that was asked for, from lm-eval's answer.
+
+    Raises:
+        CartError: there is none for one of them.
+    """
     rows = {**answer["results"], **answer.get("groups", {})}
     directions = answer.get("higher_is_better", {})
     members = answer.get("group_subtasks", {})
-    wanted: list[str] = []
-    for pattern in request["tasks"]:
-        for name in manager.match_tasks([pattern]):
-            # A tag has no row of its own.
-            wanted += [name] if name in rows else members.get(name) or list(answer["results"])
-    return {name: _main_metric(name, rows[name], directions.get(name, {})) for name in wanted}
+    found: dict[str, dict[str, Any]] = {}
+    waiting = [name for pattern in patterns for name in manager.match_tasks([pattern])]
+    while waiting:
+        name = waiting.pop(0)
+        entry = _main_metric(name, rows.get(name, {}), directions.get(name, {}))
+        if entry is not None:
+            found[name] = entry
+            continue
+        # A tag has no row of its own, a group without aggregation one without numbers.
+        index = manager.task_index.get(name)
+        is_tag = index is not None and index.kind.name == "TAG"
+        inside = members.get(name) or (sorted(index.tags) if is_tag else [])
+        if not inside:
+            raise CartError(f"lm-eval gives no number for {name}")
+        waiting = [*inside, *waiting]
+    return found
 
 
 def _main_metric(
     task: str, row: Mapping[str, Any], directions: Mapping[str, Any]
-) -> dict[str, Any]:
-    """A task's first metric, as its YAML lists them."""
+) -> dict[str, Any] | None:
+    """A task's first metric in lm-eval's order (accuracy before its normalised form), if any."""
     for key, value in row.items():
         metric, _, chosen_filter = key.partition(",")
         if metric.endswith("_stderr") or not isinstance(value, int | float):
@@ -186,7 +211,7 @@ def _main_metric(
             "higher_is_better": directions.get(metric) is not False,
             "all": {name: entry for name, entry in row.items() if isinstance(entry, int | float)},
         }
-    raise CartError(f"lm-eval gives no number for {task}")
+    return None
 
 
 def main() -> None:

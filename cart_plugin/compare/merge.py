@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.io import ShardedTensorIndex
+from mergekit.options import MergeOptions, add_merge_options
 
 from cart_plugin.cli import checkpoints as files
 from cart_plugin.cli import planning, result, schema
@@ -26,9 +28,10 @@ from cart_plugin.cli.parameters import check_method
 from cart_plugin.compare import child
 from cart_plugin.errors import CartError
 
-# What a model folder holds beside its weights, and what a merge writes about itself.
+FLAT_RECIPE = "recipe-flat.yaml"  # beside a variant's recipe: the one for mergekit-pytorch
 # In the doctor's words: what is not the recipe's fault but mergekit's support of the architecture.
 _ARCHITECTURE = ("would silently drop", "that mergekit requires of this architecture")
+# What a merge writes about itself, or what belongs to one of the inputs only.
 _NOT_COPIED = ("README.md", "mergekit_config.yml", "adapter_config.json", "training_args.bin")
 
 
@@ -106,9 +109,9 @@ def merge(recipe: Path, out: Path, options: Sequence[str], log: Path) -> str:
     """
     document = yaml.safe_load(recipe.read_text())
     inputs = read_inputs(document)
-    reason, wanted = _plan(inputs)
+    reason, wanted = _plan(inputs, merge_options(options))
     if reason:
-        _merge_flat(document, inputs, recipe.with_name("recipe-flat.yaml"), out, options, log)
+        _merge_flat(document, inputs, recipe.with_name(FLAT_RECIPE), out, options, log)
     else:
         _run("mergekit.scripts.run_yaml:main", [str(recipe), str(out), *options], log)
     _check(out, wanted)
@@ -122,15 +125,35 @@ def _run(function: str, arguments: Sequence[str], log: Path) -> None:
         raise CartError(f"mergekit failed: {error} (see {log})")
 
 
-def _plan(inputs: Inputs) -> tuple[str, set[str]]:
+def merge_options(arguments: Sequence[str]) -> MergeOptions:
+    """Mergekit's options as its command line reads them.
+
+    Raises:
+        CartError: it does not take one of them.
+    """
+
+    @click.command()
+    @add_merge_options
+    def command(merge_options: MergeOptions) -> MergeOptions:
+        return merge_options
+
+    try:
+        options: MergeOptions = command.main(list(arguments), standalone_mode=False)
+    except click.ClickException as error:
+        raise CartError(f"mergekit's options: {error.format_message()}") from None
+    return options
+
+
+def _plan(inputs: Inputs, options: MergeOptions) -> tuple[str, set[str]]:
     """Why mergekit-yaml would not make a whole model, and the tensors that the merge has to hold.
 
     The reason is empty if it will; then the tensors are those of its plan, else those that the
     inputs share.
     """
     shared = set.intersection(*(set(held.tensors) for held in inputs.checkpoints.values()))
-    plan, findings = planning.plan(inputs.config, inputs.checkpoints)
+    plan, findings = planning.plan(inputs.config, inputs.checkpoints, options)
     if plan is None:
+        _check_alike(inputs, findings[0])
         return findings[0].fact, shared
     # What else is wrong with a recipe would be wrong tensor by tensor, too.
     method, _ = check_method(inputs.config.merge_method)
@@ -141,9 +164,25 @@ def _plan(inputs: Inputs) -> tuple[str, set[str]]:
     problems = [finding for finding in findings if finding.level is Level.PROBLEM]
     for finding in problems:
         if any(text in finding.fact for text in _ARCHITECTURE):
+            _check_alike(inputs, finding)
             return finding.fact, shared
     _stop_at(problems)
     return "", {planned.name for planned in plan if not planned.optional}
+
+
+def _check_alike(inputs: Inputs, finding: Finding) -> None:
+    """Refuse to merge tensor by tensor what is no architecture's fault but models that differ.
+
+    Raises:
+        CartError: mergekit's own objection, since a model lacks tensors of another, or has another
+            shape.
+    """
+    shapes = [
+        {name: info.shape for name, info in held.tensors.items()}
+        for held in inputs.checkpoints.values()
+    ]
+    if any(held != shapes[0] for held in shapes):
+        raise CartError(f"{finding.fact}; and the models do not hold the same tensors")
 
 
 def _merge_flat(

@@ -9,8 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from cart_plugin.compare.merge import FLAT_RECIPE
 from cart_plugin.compare.steps import Comparison, Row, versions, write
 
+_REMARKS = ("error", "warning", "note")
 _KINDS = {"base": "base model", "model": "fine-tuned", "merged": ""}
 
 
@@ -21,8 +25,22 @@ def report(comparison: Comparison, rows: Sequence[Row], recipe: Path) -> dict[st
         "evaluator": {key: value for key, value in comparison.request.items() if key != "sources"},
         "versions": versions(),
         "tasks": tasks(rows),
-        "rows": [asdict(row) | {"model": _model(row), "mean": row.mean} for row in rows],
+        "rows": [
+            asdict(row)
+            | {"model": _model(row), "mean": row.mean, "flat_recipe": _flat_recipe(comparison, row)}
+            for row in rows
+        ],
     }
+
+
+def _flat_recipe(comparison: Comparison, row: Row) -> str | None:
+    """The recipe that `mergekit-pytorch` ran, if it merged the row."""
+    path = f"{row.name}/{FLAT_RECIPE}"
+    if not row.note or not (comparison.out / path).is_file():
+        return None
+    # Sharded models are put together for the time of the merge: without them it cannot run again.
+    named = yaml.safe_load((comparison.out / path).read_text())["models"]
+    return path if all(Path(entry["model"]).exists() for entry in named) else None
 
 
 def _model(row: Row) -> str | None:
@@ -86,7 +104,9 @@ def markdown(found: Mapping[str, Any]) -> str:
         lines.append(_line(cells))
     text = [f"# {found['recipe']}: methods compared", "", *lines, ""]
     for row in found["rows"]:
-        said = [_say(kind, row[kind]) for kind in ("error", "note") if row[kind]]
+        said = [_say(kind, row[kind]) for kind in _REMARKS if row[kind]]
+        if row["flat_recipe"]:
+            said.append(f"mergekit-pytorch ran [{FLAT_RECIPE}]({row['flat_recipe']})")
         text += [f"- {title(row)}: {line}" for line in said]
     text += ["", f"Metrics: {_metrics(found)}", f"Made with {_versions(found)}.", ""]
     return "\n".join(text)
@@ -97,7 +117,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _say(kind: str, text: str) -> str:
-    return f"failed: {text}" if kind == "error" else f"merged tensor by tensor: {text}"
+    return {"error": "failed: ", "note": "merged tensor by tensor: ", "warning": ""}[kind] + text
 
 
 def _seconds(value: float | None) -> str:
@@ -136,6 +156,7 @@ def html(found: Mapping[str, Any]) -> str:
         number=number,
         kinds=_KINDS,
         say=_say,
+        remarks=_REMARKS,
         metrics=_metrics(found),
         versions=_versions(found),
         plots=plots(found),
@@ -144,12 +165,23 @@ def html(found: Mapping[str, Any]) -> str:
 
 def plots(found: Mapping[str, Any]) -> list[dict[str, str]]:
     """Means as bars, and all tasks as a heat map, as SVG."""
+    from matplotlib import rc_context
+
     rows = [row for row in found["rows"] if row["mean"] is not None]
     if not rows:
         return []
-    drawn = [{"title": "Mean over the tasks", "svg": _bars(rows)}]
-    if len(found["tasks"]) > 1:
-        drawn.append({"title": "By task", "svg": _heat(rows, found["tasks"])})
+    # One scale of colours for all: what is better when lower has no place in it.
+    lower = {
+        name
+        for row in rows
+        for name, entry in row["metrics"].items()
+        if not entry["higher_is_better"]
+    }
+    names = [name for name in found["tasks"] if name not in lower]
+    with rc_context({"svg.hashsalt": "cart-plugin", "text.parse_math": False}):
+        drawn = [{"title": "Mean over the tasks", "svg": _bars(rows)}]
+        if len(names) > 1:
+            drawn.append({"title": "By task", "svg": _heat(rows, names)})
     return drawn
 
 
@@ -163,7 +195,10 @@ def _bars(rows: Sequence[Mapping[str, Any]]) -> str:
     bars = axes.barh(
         range(len(ordered)),
         [row["mean"] for row in ordered],
-        color=["#d1632b" if row["method"] == "cart" else colours[row["kind"]] for row in ordered],
+        color=[
+            "#d1632b" if row["method"].startswith("cart") else colours[row["kind"]]
+            for row in ordered
+        ],
     )
     axes.set_yticks(range(len(ordered)), [_short(title(row)) for row in ordered])
     axes.bar_label(bars, fmt="%.3f", padding=3, fontsize=8)
@@ -205,11 +240,8 @@ def _short(text: str, most: int = 32) -> str:
 
 
 def _svg(figure: Any) -> str:
-    from matplotlib import rc_context
-
     written = io.StringIO()
-    with rc_context({"svg.hashsalt": "cart-plugin"}):  # the same plot, the same bytes
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(written, format="svg", metadata=nothing, transparent=True)
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # the same plot, the same bytes
+    figure.savefig(written, format="svg", metadata=nothing, transparent=True)
     text = written.getvalue()
     return text[text.index("<svg") :]

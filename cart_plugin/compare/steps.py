@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import shlex
 import shutil
 import tempfile
 import time
@@ -20,6 +21,7 @@ from typing import Any, Literal
 
 import yaml
 
+import cart_plugin
 from cart_plugin.cli.findings import first_line
 from cart_plugin.cli.layout import references
 from cart_plugin.compare import child, merge
@@ -48,7 +50,8 @@ class Row:
         state: what is happening to it: waiting, merging, evaluating, done or failed.
         metrics: by task, from the evaluator.
         error: why it failed.
-        note: what a reader should know, such as a merge tensor by tensor.
+        note: why it was merged tensor by tensor, if it was.
+        warning: what else went wrong, though there are figures.
         merge_seconds: duration of mergekit's process.
         evaluate_seconds: duration of the evaluator's process.
     """
@@ -62,6 +65,7 @@ class Row:
     metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     error: str = ""
     note: str = ""
+    warning: str = ""
     merge_seconds: float | None = None
     evaluate_seconds: float | None = None
 
@@ -153,7 +157,7 @@ class Comparison:
             try:
                 self._merge(row, self.out / row.name, self._merge_key(variants[row.name]), show)
             except Exception as error:
-                row.note = f"evaluated, but not made again to be kept: {first_line(error)}"
+                row.warning = f"evaluated, but not made again to be kept: {first_line(error)}"
             row.state = "done"
             show()
 
@@ -165,7 +169,8 @@ class Comparison:
         merged = ""
         if variant is not None:
             recipe = folder / "recipe.yaml"
-            write(recipe, yaml.safe_dump(dict(variant.recipe), sort_keys=False))
+            command = shlex.join(["mergekit-yaml", recipe.name, "OUT", *self._options("CACHE")])
+            write(recipe, f"# {command}\n{yaml.safe_dump(dict(variant.recipe), sort_keys=False)}")
             if variant.error:
                 raise CartError(variant.error)
             merged = self._merge_key(variant)
@@ -202,6 +207,7 @@ class Comparison:
                     if model.lora is not None
                 },
                 "versions": versions(),
+                "sources": _sources(),
                 "options": list(self.options),
             }
         )
@@ -219,10 +225,7 @@ class Comparison:
         scratch = Path(tempfile.mkdtemp(prefix=".merging-", dir=folder))
         try:
             started = time.perf_counter()
-            options = ["--random-seed", "0", *self.options]
-            if not any(option.startswith("--lora-merge-cache") for option in options):
-                # mergekit fails without one, and takes an old one for a new adapter of its name.
-                options += ["--lora-merge-cache", str(scratch / "lora")]
+            options = self._options(str(scratch / "lora"))
             row.note = merge.merge(
                 folder / "recipe.yaml", scratch / MODEL, options, folder / "merge.log"
             )
@@ -233,6 +236,15 @@ class Comparison:
         _write_json(
             folder / "merge.json", {"key": key, "note": row.note, "seconds": row.merge_seconds}
         )
+
+    def _options(self, cache: str) -> list[str]:
+        """The options of mergekit's command line; adapters are fused in the folder `cache`."""
+        options = ["--random-seed", "0", *self.options]
+        adapted = any("+" in label for label in self.inputs.checkpoints)
+        if adapted and not any(option.startswith("--lora-merge-cache") for option in options):
+            # mergekit fails without one, and takes an old one for a new adapter of its name.
+            options += ["--lora-merge-cache", cache]
+        return options
 
     def _judge(self, row: Row, folder: Path, key: str) -> dict[str, Any]:
         started = time.perf_counter()
@@ -299,15 +311,27 @@ def versions() -> dict[str, str]:
 
 
 def needed_bytes(comparison: Comparison) -> int:
-    """Disk space for the merged models that exist at one time, and one that is being written."""
-    at_once = {"none": 1, "best": 2, "all": len(comparison.variants)}[comparison.keep]
-    return at_once * comparison.inputs.bytes
+    """Disk space for the merged models that exist at one time, beyond those already there."""
+    waiting = [
+        variant
+        for variant in comparison.variants
+        if not (comparison.out / variant.name / MODEL).is_dir()
+    ]
+    at_once = {"none": 1, "best": 2, "all": len(waiting)}[comparison.keep]
+    adapters = sum("+" in label for label in comparison.inputs.checkpoints)  # fused for a merge
+    return (min(at_once, len(waiting)) + adapters) * comparison.inputs.bytes
 
 
 def _identity(path: str) -> list[Any]:
     """What changes when a model folder changes: names, sizes and times of its files."""
     files = sorted(entry for entry in Path(path).iterdir() if entry.is_file())
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def _sources() -> str:
+    """What changes when this package's merging does, also where its version stays the same."""
+    files = sorted(Path(cart_plugin.__file__).parent.glob("*.py"))
+    return _digest([[file.name, file.read_text()] for file in files])
 
 
 def _remove(folder: Path) -> None:

@@ -21,7 +21,7 @@ from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 
 from cart_plugin.cli.parameters import RANK_RULES, did_you_mean
 from cart_plugin.errors import CartError
-from cart_plugin.lowrank import RankRule
+from cart_plugin.merging import CartSettings
 
 Settings = dict[str, Any]
 
@@ -185,10 +185,7 @@ def _variant(
     recipe.pop("name", None)
     recipe["merge_method"] = method.spec.name
     specs = {spec.name: spec for spec in method.spec.parameters}
-    # A lambda of cart's scales a few directions around the average, any other whole differences
-    # from the base: the value of one says nothing about the other.
-    own = document.get("merge_method")
-    foreign = {"lambda"} if own != method.spec.name and "cart" in (own, method.spec.name) else set()
+    foreign = _foreign(document.get("merge_method"), method.spec.name)
     given = _reduce(recipe, {k: v for k, v in specs.items() if k not in foreign}, overrides)
     count = len(_models(recipe))
     top = recipe.pop("parameters", None) or {}
@@ -201,6 +198,17 @@ def _variant(
         _drop_base(recipe)
     label = "-".join([method.spec.name, *(f"{key}={value}" for key, value in point.items())])
     return Variant(label.replace("/", "_"), method.spec.name, recipe, top, _refusal(recipe, method))
+
+
+def _foreign(own: object, method: str) -> set[str]:
+    """The settings of a recipe whose values say nothing about another method."""
+    if own == method:
+        return set()
+    if {own, method} == {"cart", "cart_auto"}:
+        return set(RANK_RULES)  # the one drops what the other weighs down
+    # A lambda of cart's scales a few directions around the average, any other whole differences
+    # from the base.
+    return {"lambda"} if "cart" in (own, method) else set()
 
 
 def _drop_base(recipe: dict[str, Any]) -> None:
@@ -242,7 +250,8 @@ def _defaults(specs: Mapping[str, ParameterSpec], given: set[str], models: int) 
     """What the recipe leaves open. mergekit has no default for `weight`: equal ones of sum 1."""
     values: dict[str, Any] = {}
     if "rank_ratio" in specs and not given & set(RANK_RULES):
-        values["rank_ratio"] = RankRule().rank_ratio
+        lambda_: Any = 1.0 if "lambda" in specs else "auto"
+        values["rank_ratio"] = CartSettings(lambda_=lambda_).rule.rank_ratio
     for name, spec in specs.items():
         if name in given or name in RANK_RULES:
             continue

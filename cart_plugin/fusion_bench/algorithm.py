@@ -46,6 +46,7 @@ class CartAlgorithm(CartBase):
         **kwargs: parameters of `CartBase`.
     """
 
+    takes_auto = True
     _config_mapping = CartBase._config_mapping | {
         "return_single_task_models": "return_single_task_models"
     }
@@ -140,7 +141,7 @@ class CartIndexingAlgorithm(CartBase):
         with self.profile("index weights"):
             for name, tensors in fleet.tensors("CART-Indexing"):
                 stored += _restore(
-                    name, tensors, fleet, self.settings, self.scaling_factor, restored
+                    name, tensors, fleet, self.settings, float(self.scaling_factor), restored
                 )
                 numbers += tensors[fleet.names[0]].numel()
         self.print_profile_summary()

@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 
 from cart_plugin.errors import CartError
 from cart_plugin.fusion_bench.selection import Decision, selection
-from cart_plugin.merging import CartSettings, check_same_tensors
+from cart_plugin.inputs import check_same_tensors
+from cart_plugin.merging import CartSettings
 
 BASE = "the base model"
 Weights = Mapping[str, float] | Iterable[float] | None
@@ -29,7 +30,8 @@ class CartBase(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         rank_ratio: share of the singular directions to keep; 0.08 if no rule is given.
         rank: their number instead.
         energy: as many as hold this share of the squared singular values instead.
-        scaling_factor: scale of the sum of truncated task vectors, the paper's lambda.
+        scaling_factor: scale of the sum of truncated task vectors, the paper's lambda; or ``auto``,
+            where one model comes out: combined so that they interfere least.
         weights: a weight per model, as a mapping from names or a list in the pool's order.
         decompose: a preset or patterns, see `cart_plugin.fusion_bench.selection`.
         exclude_keys: names or patterns of parameters that are not decomposed all the same: merges
@@ -40,6 +42,8 @@ class CartBase(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
 
     # What task vectors are measured from: `CartSettings.center`.
     center: Literal["average", "base"] = "average"
+    # Whether `scaling_factor: auto` has a meaning: it does where one model comes out.
+    takes_auto = False
     _config_mapping = BaseAlgorithm._config_mapping | {
         name: name
         for name in (
@@ -53,7 +57,7 @@ class CartBase(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         rank_ratio: float | None = None,
         rank: int | None = None,
         energy: float | None = None,
-        scaling_factor: float = 1.0,
+        scaling_factor: float | Literal["auto"] = 1.0,
         weights: Weights = None,
         decompose: str | Iterable[str] = "auto",
         exclude_keys: Iterable[str] | None = None,
@@ -66,6 +70,8 @@ class CartBase(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         self.scaling_factor, self.weights, self.decompose = scaling_factor, weights, decompose
         self.exclude_keys = list(exclude_keys or ())
         self.svd, self.seed = svd, seed
+        if scaling_factor == "auto" and not self.takes_auto:
+            raise CartError("scaling_factor must be a number here: auto makes one merged model")
         _ = self.settings  # wrong parameters are told before any model is loaded
 
     @property

@@ -22,12 +22,8 @@ from torch import Tensor, nn
 from cart_plugin.errors import CartError
 from cart_plugin.fusion_bench.base import BASE, Fleet
 from cart_plugin.indexing import index_tensors
-from cart_plugin.merging import (
-    CartSettings,
-    check_finite,
-    check_same_tensors,
-    merge_state_dicts,
-)
+from cart_plugin.inputs import check_finite, check_same_tensors
+from cart_plugin.merging import CartSettings, merge_state_dicts
 
 GRANULARITIES = ("layer", "task")
 
@@ -92,7 +88,7 @@ def cart_parts(fleet: Fleet, settings: CartSettings) -> Parts:
     states = fleet.states[fleet.names[0]]
     parts.centre.update({name: parts.centre[shared[name]] for name in shared if name in states})
     weights = fleet.weights or [1.0] * len(fleet.names)
-    scale = settings.lambda_ * len(weights) / sum(weights)
+    scale = float(settings.lambda_) * len(weights) / sum(weights)
     parts.start.extend(scale * weight for weight in weights)
     return parts
 

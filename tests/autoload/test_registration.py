@@ -54,7 +54,10 @@ def test_installing_again_changes_nothing(environment: Environment) -> None:
 def test_evolve_may_search_weights(environment: Environment) -> None:
     program = "from mergekit.evo.genome import METHOD_PARAM_MAPS as maps; print(maps)"
 
-    assert environment.output_of(program) == "{'linear': ['weight'], 'cart': ['weight']}"
+    assert (
+        environment.output_of(program)
+        == "{'linear': ['weight'], 'cart': ['weight'], 'cart_auto': ['weight']}"
+    )
 
 
 def test_evolve_keeps_an_entry_of_its_own(environment: Environment) -> None:
@@ -63,7 +66,7 @@ def test_evolve_keeps_an_entry_of_its_own(environment: Environment) -> None:
     )
     program = "from mergekit.evo.genome import METHOD_PARAM_MAPS as maps; print(maps)"
 
-    assert environment.output_of(program) == "{'cart': ['weight', 'rank']}"
+    assert environment.output_of(program) == "{'cart': ['weight', 'rank'], 'cart_auto': ['weight']}"
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.comparison import write_recipe
 from benchmarks.llm import tasks
-from benchmarks.llm.finetune import answer_loss, encode
+from benchmarks.llm.backbone import prepare_backbone
+from benchmarks.llm.finetune import FineTuning, answer_loss, encode, finetune_all
 from benchmarks.text.tasks import TASKS
+from cart_plugin.compare.merge import merge
 from tests.benchmarks.test_text_tasks import numbers  # noqa: F401 - a fixture
+
+TINY = FineTuning(examples=32, rank=4)
 
 
 def test_every_class_of_a_task_has_an_answer_of_its_own():
@@ -91,8 +97,27 @@ def test_a_tiny_suite_runs_from_fine_tuning_to_the_table(tmp_path):
     assert not [row["error"] for row in rows if row["error"]]
     assert all(0 <= value <= 1 for row in rows for value in row["accuracy"].values())
     assert all(row["accuracy"].keys() == {"parts_of_speech", "domains"} for row in rows)
-    # Base and adapter are the same models: merged they give the same answers.
     (again,) = results["adapters"].values()
-    by_method = {row["method"]: row["accuracy"] for row in rows}
-    assert by_method["cart"] == next(row["accuracy"] for row in again if row["method"] == "cart")
+    assert [row["kind"] for row in again] == ["base", "model", "model", "merged"]
     assert (tmp_path / "table.md").read_text().count("\n| ") == 7
+
+
+@pytest.mark.slow
+def test_base_and_adapters_merge_to_what_whole_models_do(tmp_path):
+    tuned = finetune_all(["parts_of_speech", "domains", "reviews"], 0, TINY, workers=0)
+    base = prepare_backbone()
+    forms = {
+        "models": {name: str(one.model) for name, one in tuned.items()},
+        "adapters": {name: f"{base}+{one.adapter}" for name, one in tuned.items()},
+    }
+    merged = {}
+    for form, models in forms.items():
+        recipe = write_recipe(models, base, tmp_path / form)
+        cache = ["--lora-merge-cache", str(tmp_path / "cache")]
+        merge(recipe, tmp_path / form / "out", cache, tmp_path / "log")
+        merged[form] = load_file(tmp_path / form / "out" / "model.safetensors")
+    start = load_file(base / "model.safetensors")
+    name = "model.layers.3.mlp.up_proj.weight"
+    assert not torch.allclose(merged["models"][name], start[name], atol=1e-5)
+    for name, tensor in merged["models"].items():
+        assert torch.allclose(merged["adapters"][name], tensor, atol=1e-5), name

@@ -44,6 +44,14 @@ def test_a_good_recipe_has_no_problems(check: Callable[..., Report]) -> None:
     assert "35 decomposed, 13 averaged (rank_ratio 0.1, lambda 1.5)" in report.text
 
 
+def test_a_recipe_without_hyperparameters(check: Callable[..., Report]) -> None:
+    report = check(merge_method="cart_auto")
+    report.is_clean()
+    assert "35 decomposed, 13 averaged (rank_ratio 0.16)" in report.text
+    report = check(merge_method="cart_auto", parameters={"lambda": 0.3})
+    report.has_only_warning("parameters.lambda is ignored", "not of cart_auto")
+
+
 def test_missing_recipe_file(doctor: Callable[..., Report], tmp_path: Path) -> None:
     doctor(tmp_path / "none.yaml").has_only_problem("FileNotFoundError", "name a YAML file")
 
@@ -375,7 +383,7 @@ def test_recipes_of_other_methods_are_checked_too(
     report.is_clean()
     assert "48 tensors merged with linear" in report.text
     report = check(merge_method="linear", models=models, parameters={"rank_ratio": 0.1})
-    report.has_only_warning("a parameter of cart, not of linear")
+    report.has_only_warning("a parameter of cart, cart_auto, not of linear")
 
 
 def test_methods_that_need_a_base_model(check: Callable[..., Report], llamas: list[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,9 +19,13 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from filelock import FileLock
 from safetensors.torch import load_file
 
+from cart_plugin import CartError
 from cart_plugin.cli import main
+from cart_plugin.compare.judge import figures
+from cart_plugin.compare.steps import needed_bytes
 from tests.cli.tiny import save_models
 
 EVALUATORS = "tests.compare.evaluators"
@@ -158,6 +163,9 @@ def test_what_mergekit_cannot_merge_whole_is_merged_tensor_by_tensor(
     assert done.exit_code == 0, done.output
     row = rows(tmp_path / "out")["cart"]
     assert row["note"]
+    assert row["flat_recipe"] == "cart/recipe-flat.yaml"
+    assert 'href="cart/recipe-flat.yaml"' in (tmp_path / "out" / "report.html").read_text()
+    assert "(cart/recipe-flat.yaml)" in (tmp_path / "out" / "report.md").read_text()
     model = tmp_path / "out" / "cart" / "model"
     merged = load_file(model / "model.safetensors")
     assert merged.keys() == load_file(Path(folders[0]) / "model.safetensors").keys()
@@ -205,6 +213,97 @@ def test_a_killed_comparison_goes_on_and_repeats_only_the_step_it_was_in(
     assert fresh.returncode == 0
     for name, row in rows(out).items():
         assert row["metrics"] == rows(tmp_path / "fresh")[name]["metrics"]
+
+
+def test_a_second_comparison_in_the_same_folder_is_refused(
+    llamas: list[str], compare: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".lock"):
+        done = compare(recipe_for(llamas, tmp_path / "mine.yaml"), "--methods", "linear")
+    assert done.exit_code == 1
+    assert done.output.startswith("Error: another comparison is at work in ")
+
+
+def test_models_that_differ_are_not_merged_by_what_they_share(
+    compare: Callable[..., Any], tmp_path: Path
+) -> None:
+    folders = save_models(tmp_path / "models", "llama", count=3)
+    larger = save_models(tmp_path / "larger", "llama", count=1, num_hidden_layers=6)
+    done = compare(recipe_for([*larger, *folders], tmp_path / "mine.yaml"), "--methods", "cart")
+    assert done.exit_code == 1
+    error = rows(tmp_path / "out")["cart"]["error"]
+    assert "the models do not hold the same tensors" in error
+    assert not (tmp_path / "out" / "cart" / "model").exists()
+
+
+def test_groups_and_tags_of_lm_eval_are_opened() -> None:
+    def entry(kind: str, *tags: str) -> SimpleNamespace:
+        return SimpleNamespace(kind=SimpleNamespace(name=kind), tags=set(tags))
+
+    manager = SimpleNamespace(
+        match_tasks=lambda names: names,
+        task_index={
+            "sum": entry("GROUP"),
+            "bare": entry("GROUP"),
+            "tag": entry("TAG", "a", "b"),
+            **{name: entry("TASK", "tag") for name in "abc"},
+        },
+    )
+    one = {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": "x"}
+    answer = {
+        "results": {"a": one, "b": one, "c": one, "bare": {"alias": "bare"}},
+        "groups": {"sum": one},
+        "group_subtasks": {"sum": ["a"], "bare": ["c"], "a": []},
+        "higher_is_better": {"a": {"acc": True}},
+    }
+    for asked, expected in (
+        (["sum", "tag"], ["sum", "a", "b"]),
+        (["bare"], ["c"]),
+        (["tag"], ["a", "b"]),
+    ):
+        found = figures(answer, asked, manager)
+        assert list(found) == expected
+        assert all(figure["value"] == 0.5 for figure in found.values())
+    answer["results"]["c"] = {"alias": "c"}
+    with pytest.raises(CartError, match="no number for c"):
+        figures(answer, ["c"], manager)
+
+
+def test_outputs_that_cannot_be_written_are_told(
+    llamas: list[str], compare: Callable[..., Any], tmp_path: Path
+) -> None:
+    recipe = recipe_for(llamas, tmp_path / "mine.yaml")
+    (tmp_path / "out").write_text("a file")
+    done = compare(recipe, "--methods", "linear")
+    assert done.exit_code == 1
+    assert done.output.startswith("Error: ")
+    assert "Traceback" not in done.output
+
+
+def test_models_of_an_earlier_comparison_are_not_removed_as_its_own(
+    llamas: list[str], compare: Callable[..., Any], tmp_path: Path
+) -> None:
+    kept = tmp_path / "out" / "cart" / "model"
+    shutil.copytree(llamas[1], kept)
+    recipe = recipe_for([llamas[0], str(kept), *llamas[2:]], tmp_path / "mine.yaml")
+    done = compare(recipe, "--methods", "cart")
+    assert "lies where this comparison would write" in done.output
+    assert kept.is_dir()
+
+
+@pytest.mark.parametrize(("keep", "models"), [("none", 1), ("best", 2), ("all", 3)])
+def test_models_that_are_there_need_no_more_disk(keep: Any, models: int, tmp_path: Path) -> None:
+    request = SimpleNamespace(
+        inputs=SimpleNamespace(bytes=10, checkpoints={}),
+        variants=[SimpleNamespace(name=name) for name in ("a", "b", "c")],
+        out=tmp_path,
+        keep=keep,
+    )
+    assert needed_bytes(request) == 10 * models  # type: ignore[arg-type]
+    for name in ("a", "b"):
+        (tmp_path / name / "model").mkdir(parents=True)
+    assert needed_bytes(request) == 10  # type: ignore[arg-type]
 
 
 def kill_when(command: list[str], environment: dict[str, str], ready: Callable[[], bool]) -> None:

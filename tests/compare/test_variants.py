@@ -93,6 +93,14 @@ def test_set_replaces_the_recipes_settings_of_single_models_too() -> None:
     assert made["models"][0]["parameters"] == {"weight": 0.6}
 
 
+def test_cart_auto_starts_from_its_own_rank() -> None:
+    recipe = {**RECIPE, "merge_method": "cart", "parameters": {"rank_ratio": 0.2, "lambda": 2.0}}
+    made = one(recipe, "cart_auto").recipe
+    assert made["parameters"]["rank_ratio"] == 0.16
+    assert "lambda" not in made["parameters"]
+    assert one(recipe, "cart_auto", rank=4).settings["rank"] == 4
+
+
 def test_a_rank_rule_replaces_another_one() -> None:
     recipe = {**RECIPE, "merge_method": "cart", "parameters": {"rank_ratio": 0.2}}
     made = one(recipe, "cart", rank=4).recipe

@@ -52,6 +52,7 @@ def close(one: nn.Module, other: dict[str, torch.Tensor]) -> bool:
         {"rank_ratio": 0.25, "scaling_factor": 2.0},
         {"rank": 3, "svd": "exact"},
         {"energy": 0.6, "seed": 7},
+        {"scaling_factor": "auto"},
     ],
 )
 def test_cart_is_what_the_core_gives(parameters: dict[str, float]) -> None:
@@ -60,6 +61,11 @@ def test_cart_is_what_the_core_gives(parameters: dict[str, float]) -> None:
     core = dict(parameters)
     core["lambda_"] = core.pop("scaling_factor", 1.0)
     assert close(merged, merge_state_dicts(states(held), CartSettings(**core)))
+
+
+def test_auto_is_for_methods_that_make_one_model() -> None:
+    with pytest.raises(CartError, match="auto makes one merged model"):
+        CartIndexingAlgorithm(scaling_factor="auto")
 
 
 def test_models_of_the_pool_are_left_alone() -> None:

@@ -11,6 +11,7 @@ import torch
 
 from cart_plugin.errors import CartError, CartWarning
 from cart_plugin.mergekit import register
+from cart_plugin.merging import CartSettings, merge_tensors
 from tests.mergekit.helpers import is_average, is_cart, matrices
 from tests.support import cart_formula, random, relative_error
 
@@ -138,8 +139,22 @@ def test_one_model_is_refused_and_two_warn() -> None:
     assert relative_error(merged, cart_formula(matrices(2), 0)) <= 1e-6
 
 
+def test_cart_auto_is_the_core_with_lambda_auto() -> None:
+    tensors = matrices()
+    expected = merge_tensors(tensors, CartSettings(lambda_="auto"), name="w")
+    assert torch.equal(methods.merge_tensors(tensors, "cart_auto", name="w"), expected)
+    parameters = {"rank": 2, "weight": [1.0, 2.0, 3.0, 0.5], "svd": "exact"}
+    merged = methods.merge_tensors(tensors, "cart_auto", parameters=parameters, name="w")
+    settings = CartSettings(lambda_="auto", rank=2, svd="exact")
+    expected = merge_tensors(tensors, settings, weights=[1.0, 2.0, 3.0, 0.5], name="w")
+    assert torch.equal(merged, expected)
+    with pytest.raises(TypeError, match="for cart_auto: lambda"):
+        methods.merge_tensors(tensors, "cart_auto", parameters={"lambda": 2.0})
+
+
 def test_registering_again_changes_nothing() -> None:
     before = methods.registered_methods()
     register()
     assert methods.registered_methods() == before
-    assert [method.spec.name for method in before].count("cart") == 1
+    names = [method.spec.name for method in before]
+    assert names.count("cart") == names.count("cart_auto") == 1

@@ -1,0 +1,114 @@
+"""What can be merged: checks of the models' tensors, with errors that name model and tensor."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cart_plugin.errors import CartError
+
+
+def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """The dtype to which all promote."""
+    return functools.reduce(torch.promote_types, [tensor.dtype for tensor in tensors])
+
+
+def normalised(weights: Sequence[float] | None, count: int, where: str) -> list[float]:
+    """Weights that sum to 1; equal ones for None."""
+    if weights is None:
+        return [1 / count] * count
+    if len(weights) != count:
+        raise CartError(f"{where}: {count} models but {len(weights)} weights")
+    total = sum(weights)
+    if not math.isfinite(total):
+        raise CartError(f"{where}: weights must be finite numbers, got {list(weights)}")
+    if total <= 0:
+        raise CartError(f"{where}: weights must sum to more than 0, got {list(weights)}")
+    return [weight / total for weight in weights]
+
+
+def check_inputs(
+    tensors: Sequence[Tensor],
+    models: Sequence[str],
+    base: Tensor | None,
+    center: Literal["average", "base"],
+    where: str,
+) -> None:
+    """Refuse fewer than two tensors, unequal shapes, and dtypes that cannot be averaged."""
+    if len(tensors) < 2:
+        raise CartError(
+            f"CART needs at least two fine-tuned models (three to gain from it); "
+            f"{where} comes from {len(tensors)}: {', '.join(models) or 'none'}"
+        )
+    if center == "base" and base is None:
+        raise CartError(f"{where}: center is 'base' but there is no base model; give one")
+    check_kind(zip(models, tensors, strict=True), tensors[0].shape, models[0], where)
+
+
+def check_kind(
+    named: Iterable[tuple[str, Tensor]], shape: torch.Size, first: str, where: str
+) -> None:
+    """Refuse tensors that cannot be averaged, or have another shape than the first model's."""
+    for model, tensor in named:
+        # Eight-bit floats come with scales of their own, which an average would leave out.
+        if not tensor.is_floating_point() or tensor.element_size() == 1:
+            raise CartError(
+                f"{where} of {model} is {tensor.dtype}; quantised or integer weights cannot be "
+                "averaged, convert them to a floating-point checkpoint first"
+            )
+        if tensor.is_meta:
+            raise CartError(f"{where} of {model} is on the meta device: its values are not loaded")
+        if tensor.shape != shape:
+            raise CartError(
+                f"{where} is {tuple(shape)} in {first} but {tuple(tensor.shape)} in {model}; "
+                "merged models must have the same architecture (leave heads of different sizes "
+                "out, and align vocabularies)"
+            )
+
+
+def check_finite(
+    total: Tensor, models: Sequence[str], tensors: Sequence[Tensor], where: str
+) -> None:
+    """Name the model whose tensor makes ``total``, a sum of them all, infinite or NaN."""
+    # A sum is not finite if any term is not: one cheap reduction covers all models.
+    if bool(torch.isfinite(total.sum())):
+        return
+    for model, tensor in zip(models, tensors, strict=True):
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise CartError(
+                f"{where} of {model} holds {bad} NaN or infinite values out of {tensor.numel()}; "
+                "the checkpoint is broken, or was trained in too narrow a dtype"
+            )
+
+
+def check_same_tensors(holders: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Refuse models of which one lacks a tensor that another has."""
+    union = set().union(*holders.values())
+    for model, state_dict in holders.items():
+        missing = sorted(union - set(state_dict))
+        if missing:
+            listed = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+            raise CartError(
+                f"{model} lacks {len(missing)} tensors that other models have: {listed}; merged "
+                "models must have the same architecture (leave task heads out)"
+            )
+
+
+def agreed_buffer(tensors: Sequence[Tensor], models: Sequence[str], name: str) -> Tensor:
+    """The one value of an integer tensor; of counters the largest."""
+    if all(tensor.ndim == 0 for tensor in tensors):
+        # Counters, such as the batches that BatchNorm has seen: the longest training's.
+        return torch.stack(list(tensors)).amax()
+    for model, tensor in zip(models, tensors, strict=True):
+        if tensor.shape != tensors[0].shape or not torch.equal(tensor, tensors[0]):
+            raise CartError(
+                f"tensor {name!r} holds integers that differ between {models[0]} and {model}; "
+                "only buffers on which all models agree can be kept: leave it out, or make it equal"
+            )
+    return tensors[0].clone()

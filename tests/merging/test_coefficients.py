@@ -1,0 +1,149 @@
+"""The term of least interference: against its normal equations, and what must hold of any merge."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from cart_plugin import CartError, CartSettings, merge_tensors
+from cart_plugin.coefficients import least_interference
+from cart_plugin.lowrank import LowRank, RankRule, truncated_svd
+
+AUTO = CartSettings(lambda_="auto")
+
+
+def matrices(count: int, m: int, n: int, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(m, n, generator=generator) for _ in range(count)]
+
+
+def factored(deltas: Sequence[Tensor], rank: int) -> list[tuple[LowRank, float]]:
+    return [(truncated_svd(delta, RankRule(rank=rank)), 1.0) for delta in deltas]
+
+
+def by_definition(parts: Sequence[tuple[LowRank, float]], ridge: float) -> Tensor:
+    """The normal equations in fp64, written down as they stand."""
+    dense = [(factors.dense().double(), weight) for factors, weight in parts]
+    covariances = [(d.mT @ d / d.square().sum(), weight) for d, weight in dense]
+    n = dense[0][0].shape[-1]
+    r = ridge * sum(weight for _, weight in dense) / n
+    right = sum(w * d @ c for (d, w), (c, _) in zip(dense, covariances, strict=True))
+    system = sum(w * c for c, w in covariances) + r * torch.eye(n, dtype=torch.float64)
+    return torch.linalg.solve(system, right, left=False)
+
+
+# The ranks sum to less than n (a system of that size), to more (n unknowns), on either orientation.
+@pytest.mark.parametrize(("m", "n", "rank"), [(24, 64, 5), (64, 24, 5), (24, 24, 24), (8, 96, 8)])
+@pytest.mark.parametrize("ridge", [0.01, 0.1, 1.0])
+def test_it_solves_the_normal_equations(m: int, n: int, rank: int, ridge: float) -> None:
+    parts = [
+        (factors, weight)
+        for (factors, _), weight in zip(
+            factored(matrices(4, m, n), rank), (1.0, 0.5, 2.0, 0.5), strict=True
+        )
+    ]
+    expected = by_definition(parts, ridge)
+    found = least_interference(iter(parts), ridge)
+    assert torch.linalg.norm(found - expected) < 1e-4 * torch.linalg.norm(expected)
+
+
+def test_nothing_else_interferes_less() -> None:
+    parts = factored(matrices(3, 12, 20), 4)
+
+    def objective(merged: Tensor) -> float:
+        total = 0.1 * len(parts) / 20 * merged.square().sum()
+        for factors, weight in parts:
+            d = factors.dense().double()
+            c = d.mT @ d / d.square().sum()
+            total += weight * ((merged - d) @ c @ (merged - d).mT).trace()
+        return float(total)
+
+    best = least_interference(parts, 0.1).double()
+    for step in matrices(10, 12, 20, seed=1):
+        for size in (1e-3, 1e-2, 0.1):
+            assert objective(best) < objective(best + size * step.double())
+
+
+def test_stacks_are_solved_matrix_by_matrix() -> None:
+    stacks = [torch.stack(matrices(3, 10, 16, seed)) for seed in range(4)]
+    parts = factored(stacks, 3)
+    found = least_interference(parts)
+    for index in range(3):
+        one = factored([stack[index] for stack in stacks], 3)
+        assert torch.allclose(found[index], least_interference(one), atol=1e-5)
+
+
+def test_tasks_on_orthogonal_inputs_are_reproduced_exactly() -> None:
+    inputs = torch.linalg.qr(torch.randn(24, 24, generator=torch.Generator().manual_seed(2)))[0]
+    deltas = [
+        left @ inputs[6 * task : 6 * task + 6] for task, left in enumerate(matrices(4, 16, 6))
+    ]
+    merged = least_interference(factored(deltas, 6), ridge=1e-6)
+    for task, delta in enumerate(deltas):
+        own = inputs[6 * task : 6 * task + 6].mT
+        assert torch.allclose(merged @ own, delta @ own, rtol=1e-3, atol=1e-3)
+
+
+def test_a_large_ridge_gives_the_centre() -> None:
+    parts = factored(matrices(3, 12, 20), 4)
+    assert least_interference(parts, 1e9).abs().max() < 1e-6
+
+
+def test_a_task_that_changed_nothing_adds_nothing_but_its_share_of_the_centre() -> None:
+    tensors = matrices(3, 16, 24)
+    others = factored(tensors, 4)
+    zero = truncated_svd(torch.zeros(16, 24), RankRule(rank=4))
+    found = least_interference([*others, (zero, 1.0)])
+    assert torch.allclose(found, least_interference(others), atol=1e-4)
+
+
+def test_equal_models_give_themselves() -> None:
+    (one,) = matrices(1, 16, 24)
+    assert torch.allclose(merge_tensors([one] * 4, AUTO, name="w"), one, atol=1e-6)
+
+
+def test_the_order_of_the_models_does_not_matter_and_scales_pass_through() -> None:
+    tensors = matrices(4, 16, 24)
+    merged = merge_tensors(tensors, AUTO, name="w")
+    assert torch.allclose(merge_tensors(tensors[::-1], AUTO, name="w"), merged, atol=1e-5)
+    for scale in (2.0**-60, 2.0**40):
+        scaled = merge_tensors([scale * tensor for tensor in tensors], AUTO, name="w")
+        assert torch.allclose(scaled / scale, merged, atol=1e-5)
+
+
+def test_a_weight_counts_as_so_many_models() -> None:
+    a, b, c = matrices(3, 16, 24)
+    twice = merge_tensors([a, a, b, c], AUTO, name="w")
+    weighted = merge_tensors([a, b, c], AUTO, weights=[2.0, 1.0, 1.0], name="w")
+    assert torch.allclose(weighted, twice, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_worked_in_fp32(dtype: torch.dtype) -> None:
+    tensors = [tensor.to(dtype) for tensor in matrices(4, 16, 24)]
+    exact = merge_tensors([tensor.float() for tensor in tensors], AUTO, name="w")
+    found = merge_tensors(tensors, AUTO, name="w")
+    assert found.dtype == dtype
+    assert torch.equal(found, exact.to(dtype))
+
+
+def test_full_rank_is_not_the_average() -> None:
+    tensors = matrices(4, 16, 24)
+    full = merge_tensors(tensors, CartSettings(lambda_="auto", rank_ratio=1.0), name="w")
+    assert (full - sum(tensors) / 4).abs().max() > 0.1
+
+
+def test_without_a_rule_a_sixth_is_kept() -> None:
+    assert AUTO.rule.rank_ratio == 0.16
+    assert CartSettings(lambda_="auto", rank=3).rule.rank == 3
+    assert CartSettings().rule.rank_ratio == 0.08
+
+
+def test_negative_weights_and_other_words_are_refused() -> None:
+    with pytest.raises(CartError, match="with lambda auto, weights must not be negative"):
+        merge_tensors(matrices(3, 8, 8), AUTO, weights=[2.0, 1.0, -0.5], name="w")
+    with pytest.raises(CartError, match="lambda must be a finite number or 'auto', got 'best'"):
+        CartSettings(lambda_="best")  # type: ignore[arg-type]
