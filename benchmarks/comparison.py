@@ -237,7 +237,11 @@ def lines(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         }
         for key, seeds in found.items()
     ]
-    return sorted(table, key=lambda line: line["mean"])
+    return sorted(table, key=_by_mean)
+
+
+def _by_mean(line: Mapping[str, Any]) -> float:
+    return float(line["mean"])
 
 
 def _mean(seed: Mapping[str, Any], names: Sequence[str]) -> float:
@@ -256,9 +260,10 @@ def write_results(results: Mapping[str, Any], caption: str, out: Path) -> None:
     write_json(out / "results.json", dict(results))
     table = lines(results)
     whole = next(line["mean"] for line in table if line["name"] == "fine-tuned")
+    best = max((line for line in table if line["name"] in results["chosen"]), key=_by_mean)
     rows = [
         [
-            line["name"],
+            f"**{line['name']}**" if line is best else line["name"],
             *(f"{100 * value:.1f}" for value in line["accuracy"].values()),
             f"{100 * line['mean']:.1f} ± {100 * line['stderr']:.1f}",
             f"{100 * line['mean'] / whole:.0f} %",

@@ -14,7 +14,11 @@ import yaml
 from cart_plugin.compare.merge import FLAT_RECIPE
 from cart_plugin.compare.steps import Comparison, Row, versions, write
 
-_REMARKS = ("error", "warning", "note")
+_REMARKS = {
+    "error": "failed: {}",
+    "warning": "{}",
+    "note": "merged tensor by tensor, by mergekit-pytorch: {}",
+}
 _KINDS = {"base": "base model", "model": "fine-tuned", "merged": ""}
 
 
@@ -103,11 +107,12 @@ def markdown(found: Mapping[str, Any]) -> str:
         cells += [settings(row), _seconds(row["merge_seconds"]), _seconds(row["evaluate_seconds"])]
         lines.append(_line(cells))
     text = [f"# {found['recipe']}: methods compared", "", *lines, ""]
-    for row in found["rows"]:
-        said = [_say(kind, row[kind]) for kind in _REMARKS if row[kind]]
-        if row["flat_recipe"]:
-            said.append(f"mergekit-pytorch ran [{FLAT_RECIPE}]({row['flat_recipe']})")
-        text += [f"- {title(row)}: {line}" for line in said]
+    for said, rows in remarks(found).items():
+        names = ", ".join(
+            f"[{title(row)}]({row['flat_recipe']})" if row["flat_recipe"] else title(row)
+            for row in rows
+        )
+        text.append(f"- {names}: {said}")
     text += ["", f"Metrics: {_metrics(found)}", f"Made with {_versions(found)}.", ""]
     return "\n".join(text)
 
@@ -116,8 +121,14 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _say(kind: str, text: str) -> str:
-    return {"error": "failed: ", "note": "merged tensor by tensor: ", "warning": ""}[kind] + text
+def remarks(found: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """What there is to say beside the figures, and of which rows: often it is the same of all."""
+    said: dict[str, list[Mapping[str, Any]]] = {}
+    for row in found["rows"]:
+        for kind, words in _REMARKS.items():
+            if row[kind]:
+                said.setdefault(words.format(row[kind]), []).append(row)
+    return said
 
 
 def _seconds(value: float | None) -> str:
@@ -155,8 +166,7 @@ def html(found: Mapping[str, Any]) -> str:
         settings=settings,
         number=number,
         kinds=_KINDS,
-        say=_say,
-        remarks=_REMARKS,
+        remarks=remarks(found),
         metrics=_metrics(found),
         versions=_versions(found),
         plots=plots(found),

@@ -93,7 +93,7 @@ def test_the_table_is_made_from_the_results_alone(tmp_path: Path) -> None:
     table = (tmp_path / "table.md").read_text()
     assert table.startswith("Accuracy.\n\n| method |")
     assert (tmp_path / "methods.png").stat().st_size > 1000
-    assert "| cart | 55.0 | 65.0 | 60.0 ± 5.0 | 71 % | lambda 2 |" in table
+    assert "| **cart** | 55.0 | 65.0 | 60.0 ± 5.0 | 71 % | lambda 2 |" in table
 
 
 def test_methods_are_dealt_to_processes_by_their_grid_points() -> None:
