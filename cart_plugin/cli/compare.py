@@ -100,6 +100,8 @@ def compare(
         )
         _check_inputs(comparison)
         _check_disk(comparison)
+        if out.exists() and not out.is_dir():
+            raise CartError(f"--out {out} is a file; name a folder")
         out.mkdir(parents=True, exist_ok=True)
         _lock(out)
         with terminal.status("checking the evaluator"):

@@ -146,6 +146,8 @@ class Comparison:
         variants = {variant.name: variant for variant in self.variants} | self._adapters()
         for row in rows:
             try:
+                if row.kind == "merged":
+                    _check_evaluator(rows)
                 self._do(row, variants.get(row.name), rows, show)
                 row.state = "done"
             except Exception as error:  # a full disk, a broken file: the others go on
@@ -169,7 +171,9 @@ class Comparison:
         merged = ""
         if variant is not None:
             recipe = folder / "recipe.yaml"
-            command = shlex.join(["mergekit-yaml", recipe.name, "OUT", *self._options("CACHE")])
+            command = shlex.join(
+                ["mergekit-yaml", str(recipe.resolve()), "OUT", *self._options("CACHE")]
+            )
             write(recipe, f"# {command}\n{yaml.safe_dump(dict(variant.recipe), sort_keys=False)}")
             if variant.error:
                 raise CartError(variant.error)
@@ -274,6 +278,13 @@ class Comparison:
         if self.keep == "best" and ranked:
             return sorted(ranked, key=lambda row: row.mean or 0.0)[-1:]
         return [] if self.keep == "none" else merged  # without a mean none is the best
+
+
+def _check_evaluator(rows: Sequence[Row]) -> None:
+    """Refuse to merge for an evaluator that fails on every input: it would on every merge."""
+    inputs = [row for row in rows if row.kind != "merged"]
+    if inputs and all(row.state == "failed" for row in inputs):
+        raise CartError(f"not merged, since no input could be evaluated: {inputs[-1].error}")
 
 
 def ask(request: Mapping[str, Any], model: str | None, folder: Path) -> dict[str, Any]:

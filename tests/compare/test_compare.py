@@ -277,8 +277,20 @@ def test_outputs_that_cannot_be_written_are_told(
     (tmp_path / "out").write_text("a file")
     done = compare(recipe, "--methods", "linear")
     assert done.exit_code == 1
-    assert done.output.startswith("Error: ")
+    assert done.output.strip().endswith("out is a file; name a folder")
     assert "Traceback" not in done.output
+
+
+def test_nothing_is_merged_for_an_evaluator_that_always_fails(
+    llamas: list[str], compare: Callable[..., Any], tmp_path: Path
+) -> None:
+    recipe = recipe_for(llamas, tmp_path / "mine.yaml")
+    done = compare(recipe, "--methods", "linear,cart", evaluator="words")
+    assert done.exit_code == 1
+    found = rows(tmp_path / "out")
+    for name in ("linear", "cart"):
+        assert found[name]["error"].startswith("not merged, since no input could be evaluated: ")
+        assert not (tmp_path / "out" / name / "merge.log").exists()
 
 
 def test_models_of_an_earlier_comparison_are_not_removed_as_its_own(

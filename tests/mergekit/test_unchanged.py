@@ -61,7 +61,7 @@ def test_other_methods_give_the_same_bytes_with_and_without_the_plugin() -> None
         found.append(json.loads(done.stdout.splitlines()[-1]))
     with_plugin, without = found
     ours = {key for key in with_plugin if key.startswith(("cart ", "cart_auto "))}
-    assert len(ours) == 8
+    assert len(ours) == 16
     assert {key: value for key, value in with_plugin.items() if key not in ours} == without
     succeeded = {key.split()[0] for key, value in without.items() if len(value) == 64}
     assert succeeded >= {"linear", "ties", "dare_ties", "slerp", "sce", "model_stock"}
