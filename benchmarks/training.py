@@ -5,9 +5,10 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,21 +17,25 @@ from tqdm.auto import tqdm
 from benchmarks.cache import read_manifest
 
 
-class Settings(Protocol):
-    """What the loop reads of a suite's settings; see `benchmarks.vision.finetune.FineTuning`."""
+@dataclass(frozen=True)
+class Settings:
+    """How a model is trained; what it is trained on is each suite's to add.
 
-    @property
-    def epochs(self) -> int: ...
-    @property
-    def batch(self) -> int: ...
-    @property
-    def learning_rate(self) -> float: ...
-    @property
-    def warmup(self) -> int: ...
-    @property
-    def clip(self) -> float: ...
-    @property
-    def weight_decay(self) -> float: ...
+    Args:
+        epochs: passes over the examples.
+        batch: examples a step.
+        learning_rate: AdamW's, at its peak.
+        warmup: steps of the warm-up (without it the first steps damage the pretrained features).
+        clip: largest norm of the gradient.
+        weight_decay: AdamW's.
+    """
+
+    epochs: int = 2
+    batch: int = 32
+    learning_rate: float = 1e-4
+    warmup: int = 10
+    clip: float = 1.0
+    weight_decay: float = 0.01
 
 
 S = TypeVar("S", bound=Settings)

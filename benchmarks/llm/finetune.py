@@ -25,7 +25,7 @@ from benchmarks.cache import (
 from benchmarks.llm.backbone import SOURCE, prepare_backbone
 from benchmarks.llm.tasks import MOST_CHARACTERS, QUESTIONS, training_examples
 from benchmarks.text.tasks import prepare_task
-from benchmarks.training import finetune_missing, train_model
+from benchmarks.training import Settings, finetune_missing, train_model
 
 IGNORED = -100  # torch's label for positions that do not count
 # Of the attention and the MLP: all matrices of a layer.
@@ -33,27 +33,19 @@ MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "dow
 
 
 @dataclass(frozen=True)
-class FineTuning:
+class FineTuning(Settings):
     """Settings of fine-tuning; the loss counts the answers only.
 
     Args:
         examples: training examples of the task.
-        epochs: passes over them.
-        batch: examples a step.
-        learning_rate: AdamW's, at its peak.
-        warmup: steps of the warm-up.
-        clip: largest norm of the gradient.
-        weight_decay: AdamW's.
         rank: of the adapter's matrices; its scale is 2.
     """
 
-    examples: int = 2000
     epochs: int = 1
     batch: int = 16
     learning_rate: float = 5e-4
-    warmup: int = 10
-    clip: float = 1.0
     weight_decay: float = 0.0
+    examples: int = 2000
     rank: int = 16
 
 

@@ -26,32 +26,20 @@ from benchmarks.cache import (
 from benchmarks.text.backbone import SOURCE, prepare_backbone
 from benchmarks.text.encoder import TOKENS, all_features, features, load_encoder, load_tokenizer
 from benchmarks.text.tasks import load_split, prepare_task, task, training_sample
-from benchmarks.training import finetune_missing, train_model
+from benchmarks.training import Settings, finetune_missing, train_model
 from benchmarks.vision.heads import LOGIT_SCALE, Head, first_of_each, head_of
 
 
 @dataclass(frozen=True)
-class FineTuning:
-    """Settings of fine-tuning; as `benchmarks.vision.finetune.FineTuning`, with texts for images.
+class FineTuning(Settings):
+    """Settings of fine-tuning.
 
     Args:
         texts: training texts of the task.
-        epochs: passes over them.
-        batch: texts a step.
-        learning_rate: AdamW's, at its peak.
-        warmup: steps of the warm-up.
-        clip: largest norm of the gradient.
-        weight_decay: AdamW's.
         shots: texts a class for the prototypes of the head.
     """
 
     texts: int = 4000
-    epochs: int = 2
-    batch: int = 32
-    learning_rate: float = 1e-4
-    warmup: int = 10
-    clip: float = 1.0
-    weight_decay: float = 0.01
     shots: int = 3
 
 

@@ -24,7 +24,7 @@ from benchmarks.cache import (
     settings_hash,
     write_json,
 )
-from benchmarks.training import finetune_missing, train_model
+from benchmarks.training import Settings, finetune_missing, train_model
 from benchmarks.vision.backbone import prepare_backbone, save_encoder
 from benchmarks.vision.evaluate import load_encoder
 from benchmarks.vision.heads import (
@@ -43,27 +43,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class FineTuning:
+class FineTuning(Settings):
     """Settings of fine-tuning: AdamW, a short warm-up, then linear decay to zero; no augmentation.
 
     Args:
         images: training images of the task.
-        epochs: passes over them.
-        batch: images a step.
-        learning_rate: AdamW's, at its peak.
-        warmup: steps of the warm-up (without it the first steps damage the pretrained features).
-        clip: largest norm of the gradient.
-        weight_decay: AdamW's.
         shots: images a class for the prototypes of the head.
     """
 
     images: int = 1600
-    epochs: int = 2
-    batch: int = 32
-    learning_rate: float = 1e-4
-    warmup: int = 10
-    clip: float = 1.0
-    weight_decay: float = 0.01
     shots: int = 3
 
 

@@ -138,8 +138,10 @@ def _request(tasks: str | None, evaluator: str | None, options: dict[str, Any]) 
         raise CartError(f"--include-path {include} is not a folder")
     if str(given.get("batch_size", "")).isdigit():
         given["batch_size"] = int(given["batch_size"])
-    if given.get("limit") == 0 or not _names(tasks or ""):
-        raise CartError("--tasks names no task" if given.get("limit") != 0 else "--limit is 0")
+    if given.get("limit") == 0:
+        raise CartError("--limit is 0")
+    if not _names(tasks or ""):
+        raise CartError("--tasks names no task")
     return {
         "kind": "lm-eval",
         "tasks": _names(tasks or ""),

@@ -48,6 +48,12 @@ class Inputs:
     checkpoints: Mapping[str, Checkpoint]
 
     @property
+    def adapters(self) -> dict[str, str]:
+        """The adapters' folders by label of those inputs that are a base and an adapter."""
+        named = references(self.config)
+        return {label: model.lora.path for label, model in named.items() if model.lora is not None}
+
+    @property
     def bytes(self) -> int:
         """Bytes of the largest model."""
         return max(
@@ -204,7 +210,7 @@ def _merge_flat(
             "mergekit does not support this architecture, and tokenizers cannot be merged tensor "
             "by tensor: delete the recipe's tokenizer settings"
         )
-    if any(model.lora is not None for model in references(inputs.config).values()):
+    if inputs.adapters:
         raise CartError(
             "mergekit does not support this architecture, and adapters cannot be merged tensor "
             "by tensor: fuse them first (PEFT: merge_and_unload)"

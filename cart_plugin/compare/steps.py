@@ -23,7 +23,6 @@ import yaml
 
 import cart_plugin
 from cart_plugin.cli.findings import first_line
-from cart_plugin.cli.layout import references
 from cart_plugin.compare import child, merge
 from cart_plugin.compare.variants import Variant
 from cart_plugin.errors import CartError
@@ -128,12 +127,11 @@ class Comparison:
         """Recipes that make a folder of each input that is a base and an adapter, by row."""
         names = self._input_names()
         found = {}
-        for label, model in references(self.inputs.config).items():
-            if model.lora is not None:
-                recipe = {"merge_method": "passthrough", "models": [{"model": label}]}
-                if self.inputs.config.dtype is not None:
-                    recipe["dtype"] = self.inputs.config.dtype
-                found[names[label]] = Variant(names[label], "", recipe, {})
+        for label in self.inputs.adapters:
+            recipe = {"merge_method": "passthrough", "models": [{"model": label}]}
+            if self.inputs.config.dtype is not None:
+                recipe["dtype"] = self.inputs.config.dtype
+            found[names[label]] = Variant(names[label], "", recipe, {})
         return found
 
     def run(self, rows: Sequence[Row], show: Callable[[], None]) -> None:
@@ -206,9 +204,7 @@ class Comparison:
                     for label, checkpoint in self.inputs.checkpoints.items()
                 },
                 "adapters": {
-                    label: _identity(model.lora.path)
-                    for label, model in references(self.inputs.config).items()
-                    if model.lora is not None
+                    label: _identity(path) for label, path in self.inputs.adapters.items()
                 },
                 "versions": versions(),
                 "sources": _sources(),
@@ -244,8 +240,9 @@ class Comparison:
     def _options(self, cache: str) -> list[str]:
         """The options of mergekit's command line; adapters are fused in the folder `cache`."""
         options = ["--random-seed", "0", *self.options]
-        adapted = any("+" in label for label in self.inputs.checkpoints)
-        if adapted and not any(option.startswith("--lora-merge-cache") for option in options):
+        if self.inputs.adapters and not any(
+            option.startswith("--lora-merge-cache") for option in options
+        ):
             # mergekit fails without one, and takes an old one for a new adapter of its name.
             options += ["--lora-merge-cache", cache]
         return options
@@ -329,8 +326,8 @@ def needed_bytes(comparison: Comparison) -> int:
         if not (comparison.out / variant.name / MODEL).is_dir()
     ]
     at_once = {"none": 1, "best": 2, "all": len(waiting)}[comparison.keep]
-    adapters = sum("+" in label for label in comparison.inputs.checkpoints)  # fused for a merge
-    return (min(at_once, len(waiting)) + adapters) * comparison.inputs.bytes
+    fused = len(comparison.inputs.adapters)  # for the time of a merge
+    return (min(at_once, len(waiting)) + fused) * comparison.inputs.bytes
 
 
 def _identity(path: str) -> list[Any]:

@@ -307,7 +307,7 @@ def test_models_of_an_earlier_comparison_are_not_removed_as_its_own(
 @pytest.mark.parametrize(("keep", "models"), [("none", 1), ("best", 2), ("all", 3)])
 def test_models_that_are_there_need_no_more_disk(keep: Any, models: int, tmp_path: Path) -> None:
     request = SimpleNamespace(
-        inputs=SimpleNamespace(bytes=10, checkpoints={}),
+        inputs=SimpleNamespace(bytes=10, adapters={}),
         variants=[SimpleNamespace(name=name) for name in ("a", "b", "c")],
         out=tmp_path,
         keep=keep,
