@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -61,13 +61,21 @@ class Record:
         path: the file.
         current: the conditions of this run, as `conditions` gives them.
         resume: keep the cases of a file that was measured under the same conditions.
+        spared: by condition, which cases (by key) it does not bear on: they are kept when it
+            changes.
 
     Attributes:
         cases: what is known, by case. Change it through `put`.
         discarded: why an older file's cases were not kept, if they were not.
     """
 
-    def __init__(self, path: Path, current: dict[str, Any], resume: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        current: dict[str, Any],
+        resume: bool = True,
+        spared: Mapping[str, Callable[[str], bool]] | None = None,
+    ) -> None:
         self.path = path
         self.conditions = json.loads(json.dumps(current))
         self.cases: dict[str, Any] = {}
@@ -80,10 +88,12 @@ class Record:
             for name, value in self.conditions.items()
             if older["conditions"].get(name) != value
         ]
-        if changed:
+        tests = [(spared or {}).get(name, lambda _: False) for name in changed]
+        self.cases = {
+            key: case for key, case in older["cases"].items() if all(test(key) for test in tests)
+        }
+        if len(self.cases) < len(older["cases"]):
             self.discarded = f"measured under other conditions: {', '.join(changed)}"
-        else:
-            self.cases = older["cases"]
 
     def put(self, key: str, value: Any) -> None:
         """Add or replace a case, in the file too."""

@@ -189,6 +189,11 @@ def _grid(method: Method, pools: tuple[str, ...]) -> Iterator[Job]:
         yield Job(method, point, pools, tuple(scales))
 
 
+def of_the_plugin(name: str) -> bool:
+    """Whether the plugin's core decides a case, and not FusionBench alone."""
+    return " method=cart" in name and " method=cart/plain_adamerging" not in name
+
+
 def short(name: str) -> str:
     """A command without what all have in common."""
     return name.partition("+experiment=vision ")[2]
@@ -281,7 +286,8 @@ def run_suite(
     del current[
         "environment"
     ]  # thread numbers, which FusionBench's imports change; workers use one
-    record = Record(out / "cases.json", current, resume=not fresh)
+    spared = {"cart_plugin_sources": lambda case: not of_the_plugin(case)}
+    record = Record(out / "cases.json", current, not fresh, spared)
     if record.discarded:
         console.print(f"earlier cases are done again: {record.discarded}")
     run = Run(plan, record, workers, console)

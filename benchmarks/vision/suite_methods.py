@@ -165,6 +165,7 @@ METHODS: dict[str, Method] = {
         {"rank_ratio": (0.08, 0.16, 0.32), "scaling_factor": _LAMBDAS},
         "scaling_factor",
     ),
+    "cart_auto": Method("CART, no hyperparameters", "cart/auto"),
     "cart_adamerging": Method(
         "CART + AdaMerging",
         "cart/adamerging_image",
@@ -204,5 +205,5 @@ HEAT = Method(
     },
     "scaling_factor",
 )
-BY_TASKS = ("average", "task_arithmetic", "ties", "tsvm", "iso_c", "cart")
+BY_TASKS = ("average", "task_arithmetic", "ties", "tsvm", "iso_c", "cart", "cart_auto")
 INDEXING_RATIOS = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.16, 0.32)

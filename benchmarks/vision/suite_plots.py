@@ -10,8 +10,14 @@ from benchmarks.report import CART_COLOR, LIMIT_COLOR, MERGED_COLOR
 from benchmarks.vision.suite_report import by_task, limit
 
 DATA_COLOR = "#d9a441"
-RADAR = ("individual", "cart", "cart_adamerging", "tsvm", "wudi", "task_arithmetic", "average")
-COLORS = ("#3d4852", "#1f6feb", "#8250df", "#2da44e", "#d9a441", "#cf5f5f", "#9aa5b1")
+RADAR = (
+    *("individual", "cart", "cart_adamerging", "tsvm", "wudi", "task_arithmetic", "average"),
+    "cart_auto",
+)
+COLORS = (
+    *("#3d4852", "#1f6feb", "#8250df", "#2da44e", "#d9a441", "#cf5f5f", "#9aa5b1"),
+    "#bf3989",
+)
 
 
 def save_plots(result: dict[str, Any], folder: Path) -> None:

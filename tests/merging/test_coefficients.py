@@ -24,44 +24,53 @@ def factored(deltas: Sequence[Tensor], rank: int) -> list[tuple[LowRank, float]]
     return [(truncated_svd(delta, RankRule(rank=rank)), 1.0) for delta in deltas]
 
 
-def by_definition(parts: Sequence[tuple[LowRank, float]], ridge: float) -> Tensor:
+def by_definition(parts: Sequence[tuple[LowRank, float]], ridge: float, pull: float) -> Tensor:
     """The normal equations in fp64, written down as they stand."""
     dense = [(factors.dense().double(), weight) for factors, weight in parts]
     covariances = [(d.mT @ d / d.square().sum(), weight) for d, weight in dense]
     n = dense[0][0].shape[-1]
-    r = ridge * sum(weight for _, weight in dense) / n
+    mean = sum(weight for _, weight in dense) / n
+    plain = sum(w * d for d, w in dense)
+    kept = plain.square().sum() / sum(w * d.square().sum() for d, w in dense)
     right = sum(w * d @ c for (d, w), (c, _) in zip(dense, covariances, strict=True))
-    system = sum(w * c for c, w in covariances) + r * torch.eye(n, dtype=torch.float64)
+    right = right + pull * mean * plain / max(kept, 0.1)
+    system = sum(w * c for c, w in covariances) + ridge * mean * torch.eye(n, dtype=torch.float64)
     return torch.linalg.solve(system, right, left=False)
 
 
 # The ranks sum to less than n (a system of that size), to more (n unknowns), on either orientation.
 @pytest.mark.parametrize(("m", "n", "rank"), [(24, 64, 5), (64, 24, 5), (24, 24, 24), (8, 96, 8)])
-@pytest.mark.parametrize("ridge", [0.01, 0.1, 1.0])
-def test_it_solves_the_normal_equations(m: int, n: int, rank: int, ridge: float) -> None:
+@pytest.mark.parametrize(("ridge", "pull"), [(0.01, 0.0), (0.1, 0.3), (1.0, 1.0)])
+def test_it_solves_the_normal_equations(
+    m: int, n: int, rank: int, ridge: float, pull: float
+) -> None:
     parts = [
         (factors, weight)
         for (factors, _), weight in zip(
             factored(matrices(4, m, n), rank), (1.0, 0.5, 2.0, 0.5), strict=True
         )
     ]
-    expected = by_definition(parts, ridge)
-    found = least_interference(iter(parts), ridge)
+    expected = by_definition(parts, ridge, pull)
+    found = least_interference(iter(parts), ridge, pull)
     assert torch.linalg.norm(found - expected) < 1e-4 * torch.linalg.norm(expected)
 
 
 def test_nothing_else_interferes_less() -> None:
     parts = factored(matrices(3, 12, 20), 4)
+    dense = [factors.dense().double() for factors, _ in parts]
+    plain = sum(dense)
+    strong = plain * sum(d.square().sum() for d in dense) / plain.square().sum()
 
     def objective(merged: Tensor) -> float:
-        total = 0.1 * len(parts) / 20 * merged.square().sum()
+        mean = len(parts) / 20
+        total = 0.1 * mean * merged.square().sum() - 2 * 0.3 * mean * (merged * strong).sum()
         for factors, weight in parts:
             d = factors.dense().double()
             c = d.mT @ d / d.square().sum()
             total += weight * ((merged - d) @ c @ (merged - d).mT).trace()
         return float(total)
 
-    best = least_interference(parts, 0.1).double()
+    best = least_interference(parts, 0.1, 0.3).double()
     for step in matrices(10, 12, 20, seed=1):
         for size in (1e-3, 1e-2, 0.1):
             assert objective(best) < objective(best + size * step.double())
@@ -81,15 +90,48 @@ def test_tasks_on_orthogonal_inputs_are_reproduced_exactly() -> None:
     deltas = [
         left @ inputs[6 * task : 6 * task + 6] for task, left in enumerate(matrices(4, 16, 6))
     ]
-    merged = least_interference(factored(deltas, 6), ridge=1e-6)
+    merged = least_interference(factored(deltas, 6), ridge=1e-6, pull=0.0)
     for task, delta in enumerate(deltas):
         own = inputs[6 * task : 6 * task + 6].mT
         assert torch.allclose(merged @ own, delta @ own, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("rank", [6, 3])
+def test_tasks_that_do_not_meet_are_reproduced_whatever_the_ridge(rank: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    inputs, outputs = (torch.linalg.qr(torch.randn(24, 24, generator=generator))[0] for _ in "ab")
+    deltas = []
+    for task, small in enumerate(matrices(4, 6, 6)):
+        own = slice(6 * task, 6 * task + 6)
+        deltas.append((10.0**-task) * outputs[:, own] @ small @ inputs[own])
+    expected = sum(factors.dense() for factors, _ in factored(deltas, rank))
+    for ridge in (1e-3, 1.0, 10.0):
+        merged = least_interference(factored(deltas, rank), ridge, pull=ridge)
+        assert torch.allclose(merged, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_sum_that_cancels_is_not_blown_up() -> None:
+    deltas = matrices(3, 12, 20)
+    deltas.append(-sum(deltas))
+    # At full rank the sum is rounding, and the pull towards it nothing.
+    full = factored(deltas, 12)
+    assert torch.allclose(least_interference(full), least_interference(full, pull=0.0), atol=1e-4)
+    opposite = factored([deltas[0], -deltas[0]], 4)
+    assert least_interference(opposite).abs().max() < 1e-4
+
+
 def test_a_large_ridge_gives_the_centre() -> None:
     parts = factored(matrices(3, 12, 20), 4)
     assert least_interference(parts, 1e9).abs().max() < 1e-6
+
+
+def test_without_inputs_to_go_by_it_is_the_sum_at_full_strength() -> None:
+    parts = factored(matrices(3, 12, 20), 4)
+    sum_ = least_interference(parts, 1e6, pull=1e6).double()
+    dense = [factors.dense().double() for factors, _ in parts]
+    own = sum((sum_ * d).sum() for d in dense)
+    assert abs(own / sum(d.square().sum() for d in dense) - 1) < 1e-4
+    assert torch.allclose(sum_ / sum_.norm(), sum(dense) / sum(dense).norm(), atol=1e-4)
 
 
 def test_a_task_that_changed_nothing_adds_nothing_but_its_share_of_the_centre() -> None:

@@ -1,0 +1,79 @@
+"""The table and the plot of `carry`, from its results."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import CART_COLOR, LIMIT_COLOR, MERGED_COLOR
+from benchmarks.tables import markdown_table
+
+AUTO = "CART without hyperparameters"
+AUTO_COLOR = "#bf3989"
+COLORS = {
+    "average": "#9aa5b1",
+    "CART, its defaults": MERGED_COLOR,
+    "CART, tuned here": CART_COLOR,
+    AUTO: AUTO_COLOR,
+    "fine-tuned": LIMIT_COLOR,
+}
+
+
+def write_report(result: Mapping[str, Any], folder: Path) -> None:
+    """Write `carry.md` and `carry.png`."""
+    from matplotlib import pyplot as plt
+
+    (folder / "carry.md").write_text(markdown(result))
+    figure = plot(result["settings"])
+    figure.savefig(folder / "carry.png", dpi=150)
+    plt.close(figure)
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """One row a setting: accuracies, and the difference to CART tuned in that setting."""
+    examples = result["examples"]
+    rows = []
+    for setting in result["settings"]:
+        means = [_with_error(setting["test"][title]) for title in COLORS]
+        pairs = zip(setting["test"][AUTO], setting["test"]["CART, tuned here"], strict=True)
+        difference = statistics.fmean(auto - tuned for auto, tuned in pairs)
+        rows.append([setting["title"], *means, f"{100 * difference:+.1f}", setting["tuned"]])
+    heading = ["models", *COLORS, "against tuned", "tuned to"]
+    table = markdown_table(heading, rows, ["---", *["---:"] * (len(COLORS) + 1), "---"])
+    return (
+        f"Test accuracy in per cent ({examples['test']} examples a task), mean over fine-tuning "
+        "seeds ± standard error where there are several. CART was tuned anew for each row on "
+        f"{examples['validation']} validation examples a task of the first seed. Made by "
+        f"`make bench-auto`.\n\n{table}\n"
+    )
+
+
+def _with_error(values: Sequence[float]) -> str:
+    mean = f"{100 * statistics.fmean(values):.1f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {100 * statistics.stdev(values) / len(values) ** 0.5:.1f}"
+
+
+def plot(settings: Sequence[Mapping[str, Any]]) -> Any:
+    """A group of points for each setting."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
+    for title, color in COLORS.items():
+        means = [100 * statistics.fmean(setting["test"][title]) for setting in settings]
+        style = {"marker": "_", "s": 300} if title == "fine-tuned" else {"s": 55}
+        axes.scatter(range(len(settings)), means, color=color, label=title, zorder=3, **style)
+    axes.set_xticks(
+        range(len(settings)), [setting["title"].replace(", ", "\n") for setting in settings]
+    )
+    axes.set_ylabel("test accuracy, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e3e7eb", zorder=0)
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.15), ncols=5)
+    return figure
