@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-all lint format demo bench-startup bench-memory bench-solvers bench-merge bench-accuracy bench-profile bench-vision bench-text bench-llm readme clean
+.PHONY: help venv test test-all lint format demo bench-startup bench-memory bench-solvers bench-merge bench-accuracy bench-profile bench-vision bench-text bench-llm bench-auto readme clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -62,6 +62,10 @@ bench-text: $(STAMP) ## merge methods of mergekit on eight text tasks, by mergek
 
 bench-llm: $(STAMP) ## merge methods of mergekit on a language model, by mergekit-cart compare and lm-eval
 	$(BIN)/python -m benchmarks.llm.suite
+
+bench-auto: $(STAMP) ## CART without hyperparameters: variants on validation splits, then other tasks and models (an hour)
+	$(BIN)/python -m benchmarks.auto.search
+	$(BIN)/python -m benchmarks.auto.carry
 
 readme: $(STAMP) ## copy result tables into README.md
 	$(BIN)/python -m benchmarks.readme

@@ -39,6 +39,7 @@ GRIDS: dict[str, dict[str, Sequence[float]]] = {
     "model_stock": {},
     "sce": {"select_topk": (0.1, 0.2, 0.5, 1.0)},
     "cart": {"rank_ratio": (0.08, 0.16), "lambda": (1, 2, 3, 4)},
+    "cart_auto": {},
 }
 
 

@@ -60,6 +60,7 @@ CANDIDATES = (
         )
         for ratio, scale in ((0.08, 1.0), (0.16, 2.3))
     ),
+    Candidate("cart_auto", "nothing to set", {}, needs_base=False),
 )
 
 

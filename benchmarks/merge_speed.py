@@ -57,6 +57,7 @@ METHODS = {
     "cart, auto": Method("cart", parameters={**RATIO, "svd": "auto"}),
     "cart, exact": Method("cart", parameters={**RATIO, "svd": "exact"}),
     "cart, fast": Method("cart", parameters={**RATIO, "svd": "fast"}),
+    "cart_auto": Method("cart_auto"),
     "plain full SVD": Method("plain_cart", parameters=RATIO, plain=True),
 }
 

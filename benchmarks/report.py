@@ -120,7 +120,7 @@ def save_plot(result: dict[str, Any], path: Path) -> None:
     shown = list(rows.values())
     figure, axes = plt.subplots(figsize=(8, 0.55 * len(shown) + 1.6), layout="constrained")
     for position, row in enumerate(shown):
-        color = CART_COLOR if row["method"] == "cart" else MERGED_COLOR
+        color = CART_COLOR if row["method"].startswith("cart") else MERGED_COLOR
         axes.barh(position, 100 * row["mean"], color=color, height=0.62, zorder=2)
         axes.text(
             1,

@@ -7,8 +7,8 @@ it (arXiv 2412.12153, section 3: the loss of merging is at most a sum over tasks
 
 The inputs of task t are not known, but they leave their trace: gradient descent moves a weight
 only within the span of its inputs, so that ``D_t^T D_t`` stands for their covariance. With
-``C_t = D_t^T D_t / ||D_t||_F^2`` (every task counts alike, however far it moved) the objective
-is ::
+``C_t = D_t^T D_t / ||D_t||_2^2`` (every task's strongest input counts alike, however far the task
+moved) the objective is ::
 
     L(M) = sum_t w_t tr((M - D_t) C_t (M - D_t)^T) + r ||M||_F^2 - 2 s <M, P>
 
@@ -57,13 +57,13 @@ def least_interference(
 ) -> Tensor:
     """The matrix that disturbs the tasks least on their own inputs; see the module.
 
-    With ``C_t = V S^2 V^T / ||S||^2`` all sums are products of factors side by side with one matrix
-    ``B = [V S / ||S||]`` (n, K): ``M = A B^T (B B^T + r I)^-1``, or, by the push-through identity,
+    With ``C_t = V S^2 V^T / S_1^2`` all sums are products of factors side by side with one matrix
+    ``B = [V S / S_1]`` (n, K): ``M = A B^T (B B^T + r I)^-1``, or, by the push-through identity,
     ``A (B^T B + r I)^-1 B^T``: a system of K = sum of ranks unknowns, taken while that is smaller
     than n. Beyond, only two (m, n) and one (n, n) sums are kept, for any number of tasks.
 
-    Both are well conditioned: the largest eigenvalue is at most ``sum_t w_t``, the smallest at
-    least ``ridge / n`` of it.
+    Both are well conditioned: the largest eigenvalue is at most ``sum_t w_t`` (and the ridge), the
+    smallest at least ``ridge / n`` of it.
 
     Args:
         parts: a task's truncated task vector, ``(m, n)`` or a stack of such, and its weight, one
@@ -88,7 +88,7 @@ class _System:
     """
 
     def __init__(self) -> None:
-        # A task's U, the columns' shares of ||S||, that norm, and V S / ||S||.
+        # A task's U, S over its largest, that largest, and V S over the largest.
         self.factors: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self.dense: tuple[Tensor, Tensor, Tensor] | None = None
         self.ranks = 0
@@ -100,14 +100,14 @@ class _System:
         """Add a task's terms."""
         self.n = factors.Vh.shape[-1]
         self.ranks += factors.S.shape[-1]
-        norm = torch.linalg.vector_norm(factors.S, dim=-1, keepdim=True)
+        largest = factors.S[..., :1]
         # The task vectors of a weight that a task did not change are zero, and count nothing.
-        shares = torch.where(norm > 0, factors.S / norm, 0)
+        shares = torch.where(largest > 0, factors.S / largest, 0)
         self.trace = self.trace + weight * shares.square().sum(dim=-1)
-        self.energy = self.energy + weight * norm.squeeze(-1).square()
+        self.energy = self.energy + weight * factors.S.square().sum(dim=-1)
         root = weight**0.5
         right = factors.Vh.mT * (root * shares).unsqueeze(-2)
-        self.factors.append((root * factors.U, shares, norm, right))
+        self.factors.append((root * factors.U, shares, largest, right))
         if self.dense is not None or self.ranks >= self.n:
             self._pour()
 
@@ -129,8 +129,8 @@ class _System:
             summed = summed[..., None]
         return torch.cat(
             [
-                left * (fitted * norm * shares.square() + summed * norm).unsqueeze(-2)
-                for left, shares, norm, _ in self.factors
+                left * (fitted * largest * shares.square() + summed * largest).unsqueeze(-2)
+                for left, shares, largest, _ in self.factors
             ],
             dim=-1,
         )

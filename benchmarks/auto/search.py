@@ -70,12 +70,13 @@ VARIANTS: dict[str, dict[str, Variant]] = {
         "all": Variant(rank=None),
         "Gavish and Donoho's threshold": Variant(rank="donoho"),
         "90 % of the energy": Variant(rank="energy"),
+        "the same, at most 0.16": Variant(rank="both"),
     },
     "scale of the result": {f"{scale:g}": Variant(scale=scale) for scale in (0.85, 1.0, 1.15, 1.3)},
     "power of the singular values": {
         f"{power:g}": Variant(power=power) for power in (1.0, 1.5, 2.0, 3.0)
     },
-    "covariances divided by": {norm: Variant(norm=norm) for norm in ("trace", "spectral", "none")},
+    "covariances divided by": {norm: Variant(norm=norm) for norm in ("spectral", "trace", "none")},
     "side of the covariance": {side: Variant(side=side) for side in ("input", "output", "both")},
     "other ways to combine": {
         "solved twice": Variant(twice=True),

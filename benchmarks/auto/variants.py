@@ -26,7 +26,8 @@ class Variant:
             across tasks, as TSV-M does) or `coefficients` (one factor a task, by least squares on
             the objective of the closed form).
         rank: share of the directions, `donoho` (Gavish and Donoho's threshold for unknown noise,
-            arXiv 1305.5870), `energy` (as many as hold 90 %), or None for all.
+            arXiv 1305.5870), `energy` (as many as hold 90 %), `both` (that, but no more than the
+            default share), or None for all.
         ridge: relative to the mean eigenvalue of the summed covariances.
         power: of the singular values in a task's covariance.
         norm: what a task's covariance is divided by: its `trace`, its largest eigenvalue
@@ -45,7 +46,7 @@ class Variant:
     rank: float | str | None = AUTO_RANK_RATIO
     ridge: float = RIDGE
     power: float = 2.0
-    norm: str = "trace"
+    norm: str = "spectral"
     side: str = "input"
     pull: float = PULL
     target: float | str = "full"
@@ -86,8 +87,10 @@ def _cut(task: LowRank, rank: float | str | None) -> LowRank:
         # Their rational approximation of the threshold's multiple of the median.
         threshold = (0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43) * task.S.median()
         count = int((threshold < task.S).sum())
-    elif rank == "energy":
+    elif rank in ("energy", "both"):
         count = int((squares.cumsum(0) < 0.9 * squares.sum()).sum()) + 1
+        if rank == "both":
+            count = min(count, math.floor(AUTO_RANK_RATIO * len(task.S)))
     else:
         count = math.floor(float(rank) * len(task.S))
     count = max(1, min(count, len(task.S)))

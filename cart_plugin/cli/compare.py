@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from cart_plugin.compare.steps import Comparison, Row
 
-_METHODS = "cart,linear,task_arithmetic,ties,dare_ties,model_stock"
+_METHODS = "cart,cart_auto,linear,task_arithmetic,ties,dare_ties,model_stock"
 
 
 @click.command(short_help="Merge a recipe by several methods, and judge each.")

@@ -32,7 +32,7 @@ def rewrite(folder, change):
 
 def test_every_method_of_the_demo_has_a_recipe_with_absolute_paths(tmp_path):
     methods = {candidate.method for candidate in demo.CANDIDATES}
-    assert methods == {"linear", "task_arithmetic", "ties", "dare_ties", "cart"}
+    assert methods == {"linear", "task_arithmetic", "ties", "dare_ties", "cart", "cart_auto"}
     for candidate in demo.CANDIDATES:
         recipe = candidate.recipe([tmp_path / "one", tmp_path / "two"], tmp_path / "base")
         assert recipe["merge_method"] == candidate.method
@@ -139,7 +139,8 @@ def test_the_whole_demo_on_a_tiny_suite(tiny_suite, monkeypatch, tmp_path):
     assert outcome.exit_code == 0
     saved = json.loads((out / "results.json").read_text())
     assert [row["method"] for row in saved["rows"]] == [
-        *("pretrained", "fine-tuned", "linear", "task_arithmetic", "ties", "dare_ties", "cart")
+        *("pretrained", "fine-tuned", "linear", "task_arithmetic", "ties", "dare_ties", "cart"),
+        "cart_auto",
     ]
     assert len(saved["grid"]) == len(demo.CANDIDATES)
     assert str(tmp_path) not in (out / "results.json").read_text()

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from cart_plugin import CartSettings, merge_tensors
 from cart_plugin.mergekit import register
 from tests.cli.tiny import load_tensors, save_model, save_models
 
@@ -97,7 +98,7 @@ def merge(tmp_path: Path) -> Callable[..., Merged]:
 def test_every_recipe_is_valid_and_says_how_to_run_it(recipe: str) -> None:
     text = (RECIPES / recipe).read_text(encoding="utf-8")
     config = MergeConfiguration.model_validate(yaml.safe_load(text))
-    assert config.merge_method == "cart"
+    assert config.merge_method == ("cart_auto" if recipe == "auto.yaml" else "cart")
     assert len(config.models or ()) >= 3
     assert f"mergekit-yaml configs/mergekit/{recipe} " in text
     assert f"mergekit-cart doctor configs/mergekit/{recipe}" in text
@@ -112,6 +113,18 @@ def test_minimal_merges_all_matrices_at_the_defaults(
     assert not merged.is_average("model.layers.2.self_attn.q_proj.weight")
     for averaged in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
         assert merged.is_average(averaged)
+
+
+def test_auto_merges_all_matrices_without_a_setting(
+    merge: Callable[..., Merged], tmp_path: Path
+) -> None:
+    merged = merge("auto.yaml", save_models(tmp_path, "llama"))
+    name = "model.layers.2.self_attn.q_proj.weight"
+    stacked = [tensors[name].float() for tensors in merged.inputs]
+    expected = merge_tensors(stacked, CartSettings(lambda_="auto"), name=name)
+    assert torch.allclose(merged.tensors[name].float(), expected, rtol=1e-2, atol=1e-3)
+    assert not merged.is_average(name)
+    assert merged.is_average("lm_head.weight")
 
 
 def test_filters_and_gradients_average_the_ends_and_rank_attention_above_mlp(

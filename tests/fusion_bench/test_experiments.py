@@ -40,6 +40,8 @@ SETTINGS = {
     "clip-vit-l14_8-tasks_adamerging": (0.16, 3.0),
     "clip-vit-l14_14-tasks_adamerging": (0.16, 1.25),
     "clip-vit-l14_20-tasks_adamerging": (0.16, 1.0),
+    # No settings of theirs: the plugin's own method.
+    **{f"clip-vit-b32_{tasks}-tasks_auto": (None, "auto") for tasks in (8, 14, 20)},
     "gpt2_glue": (0.01, 1.3),
     "roberta-base_glue": (0.04, 1.6),
 }

@@ -27,9 +27,9 @@ def factored(deltas: Sequence[Tensor], rank: int) -> list[tuple[LowRank, float]]
 def by_definition(parts: Sequence[tuple[LowRank, float]], ridge: float, pull: float) -> Tensor:
     """The normal equations in fp64, written down as they stand."""
     dense = [(factors.dense().double(), weight) for factors, weight in parts]
-    covariances = [(d.mT @ d / d.square().sum(), weight) for d, weight in dense]
+    covariances = [(d.mT @ d / torch.linalg.matrix_norm(d, 2) ** 2, w) for d, w in dense]
     n = dense[0][0].shape[-1]
-    mean = sum(weight for _, weight in dense) / n
+    mean = sum(w * c.trace() for c, w in covariances) / n
     plain = sum(w * d for d, w in dense)
     kept = plain.square().sum() / sum(w * d.square().sum() for d, w in dense)
     right = sum(w * d @ c for (d, w), (c, _) in zip(dense, covariances, strict=True))
@@ -62,11 +62,11 @@ def test_nothing_else_interferes_less() -> None:
     strong = plain * sum(d.square().sum() for d in dense) / plain.square().sum()
 
     def objective(merged: Tensor) -> float:
-        mean = len(parts) / 20
+        mean = sum((d.norm() / torch.linalg.matrix_norm(d, 2)) ** 2 for d in dense) / 20
         total = 0.1 * mean * merged.square().sum() - 2 * 0.3 * mean * (merged * strong).sum()
         for factors, weight in parts:
             d = factors.dense().double()
-            c = d.mT @ d / d.square().sum()
+            c = d.mT @ d / torch.linalg.matrix_norm(d, 2) ** 2
             total += weight * ((merged - d) @ c @ (merged - d).mT).trace()
         return float(total)
 
