@@ -35,7 +35,7 @@ GRIDS: dict[str, dict[str, Sequence[float]]] = {
     "dare_ties": {"density": (0.5,), "lambda": (1, 2, 3, 4)},
     "model_stock": {},
     "cart": {"rank": (8, 16), "lambda": (1, 2)},
-    "cart_auto": {"rank": (16,)},  # the adapters': no choice
+    "cart_auto": {},
 }
 
 
