@@ -66,6 +66,7 @@ bench-llm: $(STAMP) ## merge methods of mergekit on a language model, by mergeki
 bench-auto: $(STAMP) ## CART without hyperparameters: variants on validation splits, then other tasks and models (an hour)
 	$(BIN)/python -m benchmarks.auto.search
 	$(BIN)/python -m benchmarks.auto.carry
+	$(BIN)/python -m benchmarks.auto.cost
 
 readme: $(STAMP) ## copy result tables into README.md
 	$(BIN)/python -m benchmarks.readme

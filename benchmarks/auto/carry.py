@@ -31,7 +31,7 @@ from benchmarks.training import in_processes
 from cart_plugin import CartSettings, merge_state_dicts
 
 PACKAGES = ("torch", "transformers")
-VALIDATION, TEST = 200, 500  # examples a task
+VALIDATION, TEST = 100, 500  # examples a task
 GRID = [
     CartSettings(rank_ratio=ratio, lambda_=scale)
     for ratio in (0.08, 0.16, 0.32)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
-from benchmarks.auto import carry, search
+from benchmarks.auto import carry, cost, search
 from benchmarks.auto.encoders import Encoders
 from benchmarks.auto.report import AUTO, COLORS, markdown, write_report
 from benchmarks.auto.variants import Variant, merge_factors
@@ -137,3 +138,16 @@ def test_carrying_tunes_on_validation_alone_and_reports_the_test_split(
     assert (tmp_path / "carry.png").stat().st_size > 10_000
     assert set(row["test"]) == set(COLORS)
     assert "| vision, 3 tasks |" in markdown(carry.results(tmp_path))
+
+
+@pytest.mark.slow
+def test_the_cost_is_measured_on_tiny_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CART_CACHE", str(tmp_path / "cache"))
+    arguments = ["--quick", "--runs", "1", "--out", str(tmp_path)]
+    outcome = CliRunner().invoke(cost.main, arguments, catch_exceptions=False)
+    assert outcome.exit_code == 0
+    rows = (tmp_path / "cost.md").read_text().splitlines()[-2:]
+    assert [row.split(" | ")[1] for row in rows] == ["cart, rank_ratio 0.08", "cart_auto"]
+    assert rows[0].endswith("| 1.00 | 1.00 | 1.00 |")

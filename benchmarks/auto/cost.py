@@ -1,0 +1,79 @@
+"""`python -m benchmarks.auto.cost`: what CART without hyperparameters costs beside plain CART.
+
+Whole `mergekit-yaml` runs on the models of `make bench-merge`, both methods in turns.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+from benchmarks import merge_report as report
+from benchmarks.cache import cache_root
+from benchmarks.demo_models import MISSING, find_demo_models
+from benchmarks.incremental import Record, conditions
+from benchmarks.measure import RESULTS
+from benchmarks.merge_speed import METHODS, PACKAGES, Case, Models, llama, run_all
+from benchmarks.tables import markdown_table
+
+LABELS = ("cart, auto", "cart_auto")
+
+
+@click.command()
+@click.option("--runs", default=5, show_default=True, help="Of each case.")
+@click.option("--quick", is_flag=True, help="Tiny models: shows that it works, and no speed.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=RESULTS / "auto", help="Results' folder."
+)
+def main(runs: int, quick: bool, out: Path) -> None:
+    """Measure merges by cart and by cart_auto."""
+    console = Console()
+    record = Record(out / "cost.json", conditions(PACKAGES, quick=quick))
+    shape = llama(64, 2, 256) if quick else llama(1024, 8)
+    sets: dict[str, Models | tuple[Path, ...]] = {"Llama": Models(shape)}
+    demo = None if quick else find_demo_models()
+    if demo is not None:
+        sets["DINOv2 ViT-S"] = tuple(demo)
+    elif not quick:
+        console.print(f"Left out the vision models: {MISSING}")
+    cases = [
+        Case(f"methods on {name}", label, METHODS[label], models)
+        for name, models in sets.items()
+        for label in LABELS
+    ]
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bar:
+        run_all(cases, runs, record, bar)
+    (out / "cost.md").write_text(markdown(record, runs))
+    console.print(markdown(record, runs), highlight=False, markup=False, soft_wrap=True)
+    shutil.rmtree(cache_root() / "merge-speed", ignore_errors=True)
+
+
+def markdown(record: Record, runs: int) -> str:
+    """A row a set of models and method; the ratios are the second method's over the first's."""
+    rows = []
+    for name, points in report.series(record.cases, "methods on").items():
+        plain = points[LABELS[0]]
+        for label in LABELS:
+            of = points[label]
+            cells = [f"{of['wall']:.1f}", f"{of['cpu']:.1f}", f"{of['peak']:.0f}"]
+            ratios = [f"{of[key] / plain[key]:.2f}" for key in ("wall", "cpu", "peak")]
+            title = "cart, rank_ratio 0.08" if label == LABELS[0] else "cart_auto"
+            rows.append([name.removeprefix("methods on "), title, *cells, *ratios])
+    heading = ["models", "method", "wall s", "CPU s", "peak MB", "of wall", "of CPU", "of peak"]
+    table = markdown_table(heading, rows, ["---", "---", *["---:"] * 6])
+    machine = record.conditions["machine"]
+    return (
+        f"Whole `mergekit-yaml` runs, medians of {runs}, both methods in turns, on "
+        f"{machine['processor']}, {machine['cores']} cores: four Llama-shaped models of 1024 "
+        "hidden and 8 layers in bf16, and the four encoders of `make demo`. Made by `make "
+        f"bench-auto`.\n\n{table}\n"
+    )
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m benchmarks.auto.cost")

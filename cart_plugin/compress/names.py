@@ -1,0 +1,183 @@
+"""A checkpoint's tensors and the model's: transformers renames and fuses some on loading.
+
+Adapters need the names of the model's modules, other tools those of the checkpoint. The base keeps
+the checkpoint's names, and all arithmetic is done on the model's tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cart_plugin.errors import CartError
+
+
+@dataclass
+class Unit:
+    """Tensors of a checkpoint that become tensors of the model together; mostly one and one.
+
+    Attributes:
+        sources: names in the checkpoint.
+        targets: names in the model's state dict; none where the model has no use for the tensor.
+    """
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    _model: Any = field(repr=False, default=None)
+    _converter: Any = field(repr=False, default=None)
+    _patterns: tuple[str, ...] = field(repr=False, default=())
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether more than the name changes."""
+        return self._converter is not None
+
+    def to_model(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The model's tensors from the checkpoint's."""
+        if not self.is_converted:
+            return {target: tensors[self.sources[0]] for target in self.targets}
+        converter = copy.deepcopy(self._converter)
+        for source, pattern in zip(self.sources, self._patterns, strict=True):
+            converter.add_tensor(self.targets[0], source, pattern, tensors[source])
+        found = converter.convert(self.targets[0], model=self._model, config=self._model.config)
+        return {
+            name: value[0] if isinstance(value, list) else value for name, value in found.items()
+        }
+
+    def to_checkpoint(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The checkpoint's tensors from the model's."""
+        if not self.is_converted:
+            return {self.sources[0]: tensors[self.targets[0]]}
+        from transformers.core_model_loading import revert_weight_conversion
+
+        found = revert_weight_conversion(self._model, dict(tensors))
+        return {name: value.contiguous() for name, value in found.items()}
+
+
+def model_class(config: Mapping[str, Any], label: str) -> Any:
+    """The class that a config.json names.
+
+    Raises:
+        CartError: it names none, or one that transformers does not have.
+    """
+    import transformers
+
+    named = config.get("architectures")
+    if not isinstance(named, list) or len(named) != 1:
+        raise CartError(
+            f"model {label}: config.json does not name one architecture; add it, for example "
+            '"architectures": ["LlamaForCausalLM"]'
+        )
+    found = getattr(transformers, named[0], None)
+    if found is None:
+        raise CartError(
+            f"model {label}: transformers {transformers.__version__} has no {named[0]}; models "
+            "that bring their own code are not supported"
+        )
+    return found
+
+
+def meta_model(folder: Path, config: Mapping[str, Any], label: str) -> Any:
+    """The model of a folder without its values.
+
+    Raises:
+        CartError: as `model_class`, or transformers cannot build it.
+    """
+    from transformers import AutoConfig
+
+    kind = model_class(config, label)
+    try:
+        settings = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            return kind(settings)
+    except Exception as error:
+        raise CartError(f"model {label}: transformers cannot build it: {error}") from error
+
+
+def units(model: Any, tensors: Mapping[str, tuple[int, ...]]) -> list[Unit]:
+    """How the tensors of a checkpoint become those of a model.
+
+    Args:
+        model: from `meta_model`.
+        tensors: shapes by name in the checkpoint.
+
+    Raises:
+        CartError: a tensor has another shape than the model's.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    model._weight_conversions = mapping  # what `revert_weight_conversion` goes by
+    state = model.state_dict()
+    groups: dict[str, list[tuple[str, str | None]]] = {}
+    unused = []
+    for source in sorted(tensors, key=dot_natural_key):
+        prefix = model.base_model_prefix
+        target, pattern = rename_source_key(source, renamings, converters, prefix, state)
+        if target not in state and source in state:
+            target, pattern = rename_source_key(source, [], [], prefix, state)
+        if target in state:
+            groups.setdefault(target, []).append((source, pattern))
+        else:
+            unused.append(Unit((source,), ()))
+    found = []
+    for target, members in groups.items():
+        sources = tuple(source for source, _ in members)
+        pattern = members[0][1]
+        if pattern is None:
+            found.append(Unit(sources[:1], (target,)))
+            unused += [Unit((source,), ()) for source in sources[1:]]
+            continue
+        patterns = tuple(pattern for _, pattern in members if pattern is not None)
+        unit = Unit(sources, (target,), model, by_pattern[pattern], patterns)
+        empty = {source: torch.empty(tensors[source], device="meta") for source in sources}
+        unit.targets = (target, *(name for name in unit.to_model(empty) if name != target))
+        found.append(unit)
+    _check(found, tensors, state)
+    return [*found, *unused]
+
+
+def _check(
+    found: Iterable[Unit], tensors: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]
+) -> None:
+    for unit in found:
+        empty = {source: torch.empty(tensors[source], device="meta") for source in unit.sources}
+        there = unit.to_model(empty)
+        for name, tensor in there.items():
+            if name not in state or tensor.shape != state[name].shape:
+                wanted = tuple(state[name].shape) if name in state else "absent"
+                raise CartError(
+                    f"tensor {unit.sources[0]!r} is {tuple(tensor.shape)} but {wanted} in the "
+                    "model that config.json describes; correct config.json"
+                )
+        back = unit.to_checkpoint(there)
+        if {name: tuple(tensor.shape) for name, tensor in back.items()} != {
+            source: tensors[source] for source in unit.sources
+        }:
+            raise CartError(
+                f"transformers loads {unit.sources[0]} in a way that it cannot undo; this "
+                "architecture cannot be compressed"
+            )
+
+
+def tied_names(model: Any) -> dict[str, list[str]]:
+    """All names of those parameters that have several, by the first."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {same[0]: same for same in names.values() if len(same) > 1}
