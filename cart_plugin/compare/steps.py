@@ -23,8 +23,9 @@ import yaml
 
 import cart_plugin
 from cart_plugin.cli.findings import first_line
+from cart_plugin.cli.parameters import is_cart
 from cart_plugin.compare import child, merge
-from cart_plugin.compare.variants import Variant
+from cart_plugin.compare.variants import Variant, find_method
 from cart_plugin.errors import CartError
 
 Keep = Literal["none", "best", "all"]
@@ -207,7 +208,8 @@ class Comparison:
                     label: _identity(path) for label, path in self.inputs.adapters.items()
                 },
                 "versions": versions(),
-                "sources": _sources(),
+                # Those of other methods are the versions' alone.
+                "sources": _sources() if is_cart(find_method(variant.method)) else "",
                 "options": list(self.options),
             }
         )

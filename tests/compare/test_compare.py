@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from cart_plugin import CartError
 from cart_plugin.cli import main
+from cart_plugin.compare import steps
 from cart_plugin.compare.judge import figures
 from cart_plugin.compare.steps import needed_bytes
 from tests.cli.tiny import save_models
@@ -65,7 +66,10 @@ def rows(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def test_methods_and_inputs_are_compared(
-    llamas: list[str], compare: Callable[..., Any], tmp_path: Path
+    llamas: list[str],
+    compare: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = recipe_for(llamas, tmp_path / "mine.yaml")
     done = compare(
@@ -129,6 +133,13 @@ def test_methods_and_inputs_are_compared(
     assert {
         file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("merge.log")
     } == times
+
+    # Other sources of the plugin: only its own methods are merged anew.
+    monkeypatch.setattr(steps, "_sources", lambda: "others")
+    options = ("--set", "cart.rank_ratio=0.5", "--keep-models", "all")
+    assert compare(recipe, "--methods", "linear,cart,slerp", *options).exit_code == 0
+    changed = [file.parent.name for file in times if file.stat().st_mtime_ns != times[file]]
+    assert changed == ["cart"]
 
 
 @pytest.mark.slow
