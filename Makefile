@@ -54,7 +54,7 @@ bench-merge: $(STAMP) ## whole merges: cart beside other methods, and how its ti
 bench-accuracy: $(STAMP) ## accuracy of the demo's merges by cart with svd exact and fast
 	$(BIN)/python -m benchmarks.fast_accuracy
 
-bench-vision: $(STAMP) ## 18 merging methods on eight image tasks, tuned alike (two hours; one from cached encoders)
+bench-vision: $(STAMP) ## 19 merging methods on eight image tasks, tuned alike (two hours; one from cached encoders)
 	$(BIN)/python -m benchmarks.vision.suite
 
 bench-text: $(STAMP) ## merge methods of mergekit on eight text tasks, by mergekit-cart compare
