@@ -79,14 +79,14 @@ def merge(
     """Run `mergekit-yaml` on the candidate's recipe, unless the cache holds the result.
 
     The cache knows a merge by its recipe (whose paths name settings and seeds of the inputs) and
-    the versions of mergekit and, for `cart`, of this plugin's core.
+    the versions of mergekit and, for `cart` and `cart_auto`, of this plugin's core.
 
     Raises:
         MergeError: mergekit is not installed, failed, or lost tensors.
     """
     recipe = candidate.recipe(models, base)
     identity = {"recipe": recipe, "seed": SEED, "mergekit": importlib.metadata.version("mergekit")}
-    if candidate.method == "cart":
+    if candidate.method.startswith("cart"):
         identity["cart_plugin"] = plugin_digest()
     folder = cache_root() / "merges" / f"{candidate.method}-{settings_hash(identity)}"
     record = None if fresh else read_manifest(folder)

@@ -1,12 +1,14 @@
 """How truncated task vectors are combined from the weights alone, without a scale to tune.
 
 CART adds ``lambda * sum_t D_t`` to the centre, for truncated centred task vectors ``D_t`` of one
-weight. What that costs a task is the interference of the others on its own inputs. The paper bounds
-it (arXiv 2412.12153, section 3: the loss of merging is at most a sum over tasks of
-``||(M - D_t) x||`` over the task's inputs ``x``); here it is minimised instead.
+weight. What that costs a task is the interference of the others on its own inputs: the loss of
+merging is bounded through ``||(M - D_t) x||`` over the task's inputs ``x``, and the paper's theorem
+goes on to bound that by how the subspaces of different tasks overlap (arXiv 2412.12153,
+section 3). Here it is minimised instead.
 
 The inputs of task t are not known, but they leave their trace: gradient descent moves a weight
-only within the span of its inputs, so that ``D_t^T D_t`` stands for their covariance. With
+only within the span of its inputs, so that ``D_t^T D_t`` stands for their covariance. (The centred
+``D_t`` holds ``1/T`` of each other task's update, too; truncation drops most of that.) With
 ``C_t = D_t^T D_t / ||D_t||_2^2`` (every task's strongest input counts alike, however far the task
 moved) the objective is ::
 
@@ -24,18 +26,20 @@ P is CART's own sum, scaled so that the tasks have their full strength in it ::
 
 ``rho`` is how much of the task vectors the sum keeps: ``<P, D_t>`` is ``||D_t||^2`` on the
 (weighted) average of the tasks. Centred task vectors cancel, the more the more directions are kept
-and the fewer the tasks are, which is why the best lambda of CART grows with the rank. Tasks whose
-row and column spaces are orthogonal do not: ``rho`` is 1, and M ``sum_t D_t`` whatever the ridge.
+and the fewer the tasks are, which is why the best lambda of CART grows with the rank. Tasks of
+equal weight whose row spaces are orthogonal do not interfere: ``rho`` is 1, and for r = s M is
+``sum_t D_t`` at any r.
 
 Kin: RegMean (arXiv 2212.09849) solves the first term's system with covariances of real activations;
 WUDI (arXiv 2503.08099) runs gradient descent on a data-free objective of this kind; ACE-Merging
-estimates the covariances from the task vectors, too. What was tried besides, and what it brought:
-``benchmarks/notes/auto.md``.
+(adaptive covariance estimation) estimates the covariances from the task vectors, too. What was
+tried besides, and what it brought: ``benchmarks/notes/auto.md``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,8 +51,8 @@ RIDGE = 1.0
 PULL = 1.0
 AUTO_RANK_RATIO = 0.16
 
-# A sum that keeps less of the task vectors than this is not scaled up any further: at full rank it
-# is nothing but rounding.
+# A sum that keeps less of the task vectors than this (of weight 1 on average) is not scaled up any
+# further: at full rank it is nothing but rounding.
 _LEAST_KEPT = 0.1
 
 
@@ -65,11 +69,14 @@ def least_interference(
     Both are well conditioned: the largest eigenvalue is at most ``sum_t w_t`` (and the ridge), the
     smallest at least ``ridge / n`` of it.
 
+    Peak memory, the parts included, is below ``2 k (m + n) + 2 k^2 + 3 m n`` numbers, for k the
+    smaller of K and n.
+
     Args:
         parts: a task's truncated task vector, ``(m, n)`` or a stack of such, and its weight, one
             pair after the other. The weights are positive.
-        ridge: r, relative to the mean eigenvalue of ``sum_t w_t C_t``; above 0. Towards infinity
-            M goes to zero, that is, the merged weight to the centre.
+        ridge: r, relative to the mean eigenvalue of ``sum_t w_t C_t``; above 0. Towards infinity,
+            at a fixed `pull`, M goes to zero, that is, the merged weight to the centre.
         pull: s, relative to the same. At 0, M is zero where no task moved.
 
     Returns:
@@ -81,83 +88,96 @@ def least_interference(
     return total.solve(ridge, pull)
 
 
-class _System:
-    """The sums of the normal equations: as factors, or dense once that is smaller.
+class _Dense(NamedTuple):
+    """``sum w D C``, ``sum w D`` and ``sum w C``."""
 
-    In both forms: ``sum w D C``, ``sum w D`` and ``sum w C``.
-    """
+    fitted: Tensor
+    summed: Tensor
+    gram: Tensor
+
+
+class _System:
+    """The sums of the normal equations: as factors, or dense once that is smaller."""
 
     def __init__(self) -> None:
-        # A task's U, S over its largest, that largest, and V S over the largest.
-        self.factors: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        self.dense: tuple[Tensor, Tensor, Tensor] | None = None
+        self.waiting: list[tuple[LowRank, float]] = []  # not in the dense sums
+        self.dense: _Dense | None = None
         self.ranks = 0
-        self.trace: Tensor | float = 0.0
-        self.energy: Tensor | float = 0.0
-        self.n = 0
+        self.weights: list[float] = []
+        self.trace = torch.zeros(())  # of sum w C
+        self.energy = torch.zeros(())  # sum w ||D||^2, in fp64: fp32 has no room for squares
 
     def add(self, factors: LowRank, weight: float) -> None:
         """Add a task's terms."""
-        self.n = factors.Vh.shape[-1]
-        self.ranks += factors.S.shape[-1]
-        largest = factors.S[..., :1]
-        # The task vectors of a weight that a task did not change are zero, and count nothing.
-        shares = torch.where(largest > 0, factors.S / largest, 0)
-        self.trace = self.trace + weight * shares.square().sum(dim=-1)
-        self.energy = self.energy + weight * factors.S.square().sum(dim=-1)
-        root = weight**0.5
-        right = factors.Vh.mT * (root * shares).unsqueeze(-2)
-        self.factors.append((root * factors.U, shares, largest, right))
-        if self.dense is not None or self.ranks >= self.n:
+        if factors.S.device.type == "mps":  # no fp64, and not all of the linear algebra
+            factors = factors.to(torch.device("cpu"))
+        self.weights.append(weight)
+        self.waiting.append((factors, weight))
+        self.trace = self.trace + weight * _shares(factors).square().sum(dim=-1)
+        self.energy = self.energy + weight * factors.S.double().square().sum(dim=-1)
+        self.ranks += factors.rank
+        if self.ranks >= factors.Vh.shape[-1]:
             self._pour()
 
     def _pour(self) -> None:
         """Turn the factors that wait into dense sums."""
-        with full_precision(self.factors[0][0].device):
-            products = (self._left(1.0, 0.0), self._left(0.0, 1.0), self._right())
-            right = products[-1]
+        plain, shares, right = self._products()
+        with full_precision(plain.device):
+            lefts = (plain * shares.square().unsqueeze(-2), plain, right)
             if self.dense is None:
-                self.dense = tuple(left @ right.mT for left in products)  # type: ignore[assignment]
+                self.dense = _Dense(*(left @ right.mT for left in lefts))
             else:
-                for total, left in zip(self.dense, products, strict=True):
+                for total, left in zip(self.dense, lefts, strict=True):
                     _add_product_(total, left, right)
-        self.factors = []
 
-    def _left(self, fitted: float, summed: float | Tensor) -> Tensor:
-        """A with ``A B^T = fitted * sum w D C + summed * sum w D`` (`summed`: one a matrix)."""
-        if isinstance(summed, Tensor):
-            summed = summed[..., None]
-        return torch.cat(
-            [
-                left * (fitted * largest * shares.square() + summed * largest).unsqueeze(-2)
-                for left, shares, largest, _ in self.factors
-            ],
-            dim=-1,
-        )
+    def _products(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The factors that wait, side by side: A, shares and B with ``sum w D = A B^T``.
 
-    def _right(self) -> Tensor:
-        return torch.cat([right for *_, right in self.factors], dim=-1)
+        ``sum w D C`` is ``A diag(shares^2) B^T``, and ``sum w C`` is ``B B^T``.
+        """
+        shares = [_shares(factors) for factors, _ in self.waiting]
+        left = [w**0.5 * f.U * f.S[..., None, :1] for f, w in self.waiting]
+        right = [
+            f.Vh.mT * (w**0.5 * share).unsqueeze(-2)
+            for (f, w), share in zip(self.waiting, shares, strict=True)
+        ]
+        self.waiting = []
+        return torch.cat(left, dim=-1), torch.cat(shares, dim=-1), torch.cat(right, dim=-1)
 
     def solve(self, ridge: float, pull: float) -> Tensor:
         """``(sum w D C + s P) (sum w C + r I)^-1``."""
-        trace = torch.as_tensor(self.trace)
-        mean = torch.where(trace > 0, trace, 1) / self.n  # where nothing moved, any will do
         if self.dense is not None:
+            if self.waiting:
+                self._pour()
             fitted, summed, gram = self.dense
             with full_precision(gram.device):
-                strength = pull * mean / self._kept(summed.square().sum(dim=(-2, -1)))
+                mean = self._mean_eigenvalue(gram.shape[-1])
+                strength = self._strength(summed, pull * mean)
                 fitted.add_(summed.mul_(strength[..., None, None]))
                 return _solve(gram, ridge * mean, fitted.mT).mT
-        b = self._right()
-        with full_precision(b.device):
-            gram, plain = b.mT @ b, self._left(0.0, 1.0)
-            strength = pull * mean / self._kept(((plain.mT @ plain) * gram).sum(dim=(-2, -1)))
-            return self._left(1.0, strength) @ _solve(gram, ridge * mean, b.mT)
+        plain, shares, right = self._products()
+        with full_precision(plain.device):
+            mean = self._mean_eigenvalue(right.shape[-2])
+            strength = self._strength(plain @ right.mT, pull * mean)
+            left = plain.mul_((shares.square() + strength[..., None]).unsqueeze(-2))
+            return _solve(right.mT @ right, ridge * mean, left.mT).mT @ right.mT
 
-    def _kept(self, energy_of_sum: Tensor) -> Tensor:
-        """``rho``: how much of the task vectors their sum keeps."""
-        energy = torch.as_tensor(self.energy)
-        return (energy_of_sum / torch.where(energy > 0, energy, 1)).clamp_min(_LEAST_KEPT)
+    def _mean_eigenvalue(self, n: int) -> Tensor:
+        """Of ``sum w C``; where nothing moved, any number will do."""
+        return torch.where(self.trace > 0, self.trace, 1) / n
+
+    def _strength(self, summed: Tensor, pull: Tensor) -> Tensor:
+        """What ``sum w D`` is multiplied by: ``pull / rho``."""
+        norm = torch.linalg.vector_norm(summed, dim=(-2, -1), dtype=torch.float64)
+        kept = norm.square() / torch.where(self.energy > 0, self.energy, 1)
+        mean_weight = sum(self.weights) / len(self.weights)
+        return (pull / kept.clamp_min(_LEAST_KEPT * mean_weight)).to(summed.dtype)
+
+
+def _shares(factors: LowRank) -> Tensor:
+    """Singular values over the largest; zeros for a weight that the task did not change."""
+    largest = factors.S[..., :1]
+    return torch.where(largest > 0, factors.S / largest, 0)
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:

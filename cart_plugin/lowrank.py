@@ -183,20 +183,25 @@ Solver = Callable[[Tensor, int, int], LowRank]
 
 
 def _scaled(x: Tensor, rule: RankRule, solver: Solver, seed: int) -> LowRank:
-    """Solve with entries of moderate size: squares of very small or large ones leave fp32."""
+    """Solve with entries of moderate size: squares of very small or large ones leave fp32.
+
+    Each matrix of a stack by itself: one may be a trillion times smaller than the others.
+    """
     m, n = x.shape[1:]
     k = rule.fixed_rank(m, n)
     if k == 0 or x.numel() == 0:
         return _zeros(x, 0)
-    low, high = torch.aminmax(x if x.is_contiguous() else x.mT)
-    largest = max(-float(low), float(high))
-    if largest == 0:
+    low, high = (x if x.is_contiguous() else x.mT).flatten(1).aminmax(dim=1)
+    largest = torch.maximum(-low, high).tolist()
+    if not any(largest):
         return _zeros(x, k or 1)
-    # fp32 holds the powers from -126 to 127.
-    exponent = min(max(math.frexp(largest)[1], -126), 126)
-    if abs(exponent) > 20:
-        scaled = _scaled(x * 2.0**-exponent, rule, solver, seed)
-        return LowRank(scaled.U, scaled.S * 2.0**exponent, scaled.Vh, scaled.error)
+    # fp32 holds the powers from -126 to 127; a matrix of zeros has none.
+    exponents = [min(max(math.frexp(entry)[1], -126), 126) for entry in largest]
+    moved = [exponent for exponent, entry in zip(exponents, largest, strict=True) if entry]
+    if max(map(abs, moved)) > 20 or max(moved) - min(moved) > 10:
+        powers = x.new_tensor([2.0**exponent for exponent in exponents])
+        scaled = _scaled(x / powers[:, None, None], rule, solver, seed)
+        return LowRank(scaled.U, scaled.S * powers[:, None], scaled.Vh, scaled.error)
     if k is not None:
         return solver(x, k, seed)
     assert rule.energy is not None

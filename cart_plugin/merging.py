@@ -133,7 +133,8 @@ def merge_tensors(
 
     Peak memory beyond the inputs is a few copies of one tensor in fp32, for any number of models:
     about five where an eighth of the directions or less is kept, up to thirteen where nearly all
-    are, or with ``energy``.
+    are, or with ``energy``. With ``lambda_="auto"`` it depends on their number, too, up to a limit
+    (`cart_plugin.coefficients.least_interference`).
 
     Args:
         tensors: one a model, all of one shape, on one device. At least two.
@@ -178,7 +179,8 @@ def merge_tensors(
         if not bool(torch.isfinite(result.sum(dtype=merged.dtype)) or torch.isfinite(result).all()):
             raise CartError(
                 f"{where}: the merged values leave the range of {dtype}; use a wider dtype "
-                "(float32 or bfloat16), or a smaller lambda"
+                "(float32 or bfloat16)"
+                + ("" if settings.lambda_ == "auto" else ", or a smaller lambda")
             )
         return result
 
@@ -281,8 +283,11 @@ def _add_low_rank(
 
     if settings.lambda_ == "auto":
         if min(shares) < 0:
-            raise CartError(f"{where}: with lambda auto, weights must not be negative")
-        return centre + least_interference(parts()).view(centre.shape)
+            raise CartError(
+                f"{where}: cart_auto (lambda: auto) takes no negative weights; merge with cart"
+            )
+        found = least_interference(parts()).to(centre.device).view(centre.shape)
+        return centre.clone(memory_format=torch.contiguous_format).add_(found)
     merged = centre.clone(memory_format=torch.contiguous_format)
     sums = merged.view(shape)
     for factors, weight in parts():

@@ -65,6 +65,10 @@ class Setting:
             f", learning rate {GENTLE:g}" if self.gentle else ""
         )
 
+    def file(self, folder: Path) -> Path:
+        """Of its record."""
+        return folder / f"{self.suite}-{self.count}{'-gentle' if self.gentle else ''}.json"
+
     @property
     def tasks(self) -> tuple[str, ...]:
         """Which tasks."""
@@ -82,8 +86,7 @@ def carry(setting: Setting, folder: Path) -> None:
     """Tune and test in one setting; what is known is not done again."""
     known = conditions(PACKAGES, validation=VALIDATION, test=TEST, seeds=list(setting.seeds))
     del known["environment"]
-    strength = "-gentle" if setting.gentle else ""
-    record = Record(folder / f"{setting.suite}-{setting.count}{strength}.json", known)
+    record = Record(setting.file(folder), known)
 
     def judge(encoders: Encoders, settings: CartSettings, split: str, seed: int) -> float:
         key = f"{split} {seed} {_name(settings)}"
@@ -113,9 +116,7 @@ def results(folder: Path) -> dict[str, Any]:
     """What all settings' records say, as `report.write_report` takes it."""
     rows = []
     for setting in SETTINGS:
-        strength = "-gentle" if setting.gentle else ""
-        path = folder / f"{setting.suite}-{setting.count}{strength}.json"
-        cases = json.loads(path.read_text())["cases"]
+        cases = json.loads(setting.file(folder).read_text())["cases"]
         first = setting.seeds[0]
         scores = {
             _name(settings): _mean(cases[f"validation {first} {_name(settings)}"])

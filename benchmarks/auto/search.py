@@ -1,6 +1,7 @@
 """`python -m benchmarks.auto.search`: variants of the closed form on the validation splits.
 
-Each variant differs from the plugin's defaults in one respect. Two fine-tuning seeds of the vision
+Each variant differs from the plugin's defaults in one respect, but for CART itself and for the
+group without the pull, which is where the method came from. Two fine-tuning seeds of the vision
 and of the text suite judge it; no test split is read. `make bench-auto` runs this and `carry`.
 """
 

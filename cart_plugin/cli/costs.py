@@ -16,6 +16,7 @@ from cart_plugin.cli.findings import Finding, count, ok, problem, warning
 from cart_plugin.cli.layout import Recipe, references
 from cart_plugin.cli.machine import available_memory, size
 from cart_plugin.cli.result import Merge
+from cart_plugin.merging import matrix_shape
 
 # Python, torch, transformers and mergekit, before anything is loaded.
 _PROGRAM_BYTES = 0.45e9
@@ -25,6 +26,7 @@ _COPIES_FEW_DIRECTIONS = 6
 _FEW_DIRECTIONS = 1 / 8  # of the full rank
 _COPIES_MANY_DIRECTIONS = 13
 _COPIES_AVERAGED = 2
+_COPIES_SYSTEM = 2  # `least_interference`: of all models' factors, and of their Gram matrix
 
 
 def check_memory(merges: Sequence[Merge], config: Recipe) -> Iterator[Finding]:
@@ -32,7 +34,8 @@ def check_memory(merges: Sequence[Merge], config: Recipe) -> Iterator[Finding]:
 
     The sum of: the program; all inputs of the tensor that needs most, in the dtype they are merged
     in; its copies in fp32, six if at most an eighth of its full rank is kept, thirteen if more is
-    or may be (`energy`), two if it is averaged; and the finished tensors that wait until their
+    or may be (`energy`), two if it is averaged; with `cart_auto` all models' factors and the system
+    that combines them; and the finished tensors that wait until their
     shard of the result is full, 5 GB of them unless --out-shard-size is set.
     Files that the system keeps in memory because they were read are not counted: it gives that
     memory back.
@@ -94,6 +97,11 @@ def _peak(merge: Merge, config: Recipe) -> float:
         share = merge.rank_share
         few = share is not None and share <= _FEW_DIRECTIONS
         copies = _COPIES_FEW_DIRECTIONS if few else _COPIES_MANY_DIRECTIONS
+        if config.merge_method == "cart_auto":
+            stack, m, n = matrix_shape(merge.planned.name, merge.shape)
+            rank = min(m, n) if share is None else round(share * min(m, n))
+            ranks = min(n, len(merge.inputs) * rank)
+            inputs += 4 * stack * _COPIES_SYSTEM * (ranks * (m + n) + ranks**2)
     return inputs + copies * 4 * elements
 
 

@@ -63,7 +63,18 @@ def check_settings(config: Recipe, method: MergeMethod) -> list[Finding]:
             findings += _check_rank(place)
             if method.spec.name == "cart" and not _is_around_base(config):
                 findings += _check_lambda(place)
+            if method.spec.name == "cart_auto":
+                findings += _check_weight(place)
     return findings
+
+
+def _check_weight(place: Place) -> Iterator[Finding]:
+    for value in scalars(place.settings.get("weight")):
+        if isinstance(value, (int, float)) and value < 0:
+            yield problem(
+                f"{place.name('weight')} is {value:g}: cart_auto takes no negative weights",
+                "set merge_method: cart, or drop the model",
+            )
 
 
 def check_groups(config: Recipe, method: MergeMethod) -> list[Finding]:

@@ -275,6 +275,15 @@ def test_memory_depends_on_the_share_of_the_full_rank(
     assert name in line
 
 
+def test_cart_auto_holds_all_models_factors(
+    check: Callable[..., Report], llamas: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(costs, "_PROGRAM_BYTES", 0)
+    report = check(llamas, merge_method="cart_auto", parameters={})
+    # As with rank_ratio 0.16, and 3 models' 5 directions of an MLP's 64 + 32, twice, with 15 by 15.
+    assert "up to about 347 KB" in report.text
+
+
 def test_doctor_changes_no_file_and_writes_none(
     check: Callable[..., Report],
     own_llamas: list[str],

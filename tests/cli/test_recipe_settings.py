@@ -48,6 +48,8 @@ def test_a_recipe_without_hyperparameters(check: Callable[..., Report]) -> None:
     report = check(merge_method="cart_auto")
     report.is_clean()
     assert "35 decomposed, 13 averaged (rank_ratio 0.16)" in report.text
+    report = check(merge_method="cart_auto", parameters={"weight": -0.5})
+    assert "parameters.weight is -0.5: cart_auto takes no negative weights" in report.text
     report = check(merge_method="cart_auto", parameters={"lambda": 0.3})
     report.has_only_warning("parameters.lambda is ignored", "not of cart_auto")
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cart_plugin import CartError, CartSettings, merge_tensors
 from cart_plugin.coefficients import least_interference
+from cart_plugin.errors import CartWarning
 from cart_plugin.lowrank import LowRank, RankRule, truncated_svd
 
 AUTO = CartSettings(lambda_="auto")
@@ -85,29 +86,39 @@ def test_stacks_are_solved_matrix_by_matrix() -> None:
         assert torch.allclose(found[index], least_interference(one), atol=1e-5)
 
 
-def test_tasks_on_orthogonal_inputs_are_reproduced_exactly() -> None:
+@pytest.mark.parametrize("rank", [6, 3])
+@pytest.mark.parametrize("ridge", [None, 1e-3, 10.0])
+def test_tasks_on_orthogonal_inputs_are_reproduced_exactly(rank: int, ridge: float | None) -> None:
     inputs = torch.linalg.qr(torch.randn(24, 24, generator=torch.Generator().manual_seed(2)))[0]
     deltas = [
-        left @ inputs[6 * task : 6 * task + 6] for task, left in enumerate(matrices(4, 16, 6))
+        (3.0**-task) * left @ inputs[6 * task : 6 * task + 6]
+        for task, left in enumerate(matrices(4, 16, 6))
     ]
-    merged = least_interference(factored(deltas, 6), ridge=1e-6, pull=0.0)
-    for task, delta in enumerate(deltas):
-        own = inputs[6 * task : 6 * task + 6].mT
-        assert torch.allclose(merged @ own, delta @ own, rtol=1e-3, atol=1e-3)
+    parts = factored(deltas, rank)
+    merged = least_interference(parts, *([] if ridge is None else [ridge, ridge]))
+    for factors, _ in parts:
+        own, delta = factors.Vh.mT, factors.dense()
+        assert torch.linalg.norm((merged - delta) @ own) < 1e-4 * torch.linalg.norm(delta)
+    assert torch.allclose(merged, sum(factors.dense() for factors, _ in parts), atol=1e-4)
 
 
-@pytest.mark.parametrize("rank", [6, 3])
-def test_tasks_that_do_not_meet_are_reproduced_whatever_the_ridge(rank: int) -> None:
-    generator = torch.Generator().manual_seed(2)
-    inputs, outputs = (torch.linalg.qr(torch.randn(24, 24, generator=generator))[0] for _ in "ab")
-    deltas = []
-    for task, small in enumerate(matrices(4, 6, 6)):
-        own = slice(6 * task, 6 * task + 6)
-        deltas.append((10.0**-task) * outputs[:, own] @ small @ inputs[own])
-    expected = sum(factors.dense() for factors, _ in factored(deltas, rank))
-    for ridge in (1e-3, 1.0, 10.0):
-        merged = least_interference(factored(deltas, rank), ridge, pull=ridge)
-        assert torch.allclose(merged, expected, rtol=1e-3, atol=1e-4)
+def nearly_cancelling(kept: float) -> list[tuple[LowRank, float]]:
+    """Four tasks whose sum keeps this share of them."""
+    a, b = matrices(2, 20, 30)
+    # Their sum is e (a + b), and e^2 = kept (1 + (1 - e)^2).
+    e = ((kept**2 + 2 * kept * (1 - kept)) ** 0.5 - kept) / (1 - kept)
+    return factored([a, b, -(1 - e) * a, -(1 - e) * b], 20)
+
+
+@pytest.mark.parametrize("kept", [0.02, 0.06, 0.15])
+def test_a_sum_is_scaled_up_tenfold_at_most(kept: float) -> None:
+    parts = nearly_cancelling(kept)
+    deltas = [factors.dense() for factors, _ in parts]
+    found = sum(deltas).square().sum() / sum(delta.square().sum() for delta in deltas)
+    assert abs(found - kept) < 1e-3  # as the test wants it
+    expected = by_definition(parts, 1.0, 1.0)
+    merged = least_interference(parts)
+    assert torch.linalg.norm(merged - expected) < 1e-4 * torch.linalg.norm(expected)
 
 
 def test_a_sum_that_cancels_is_not_blown_up() -> None:
@@ -120,7 +131,7 @@ def test_a_sum_that_cancels_is_not_blown_up() -> None:
     assert least_interference(opposite).abs().max() < 1e-4
 
 
-def test_a_large_ridge_gives_the_centre() -> None:
+def test_a_ridge_much_larger_than_the_pull_gives_the_centre() -> None:
     parts = factored(matrices(3, 12, 20), 4)
     assert least_interference(parts, 1e9).abs().max() < 1e-6
 
@@ -151,7 +162,7 @@ def test_the_order_of_the_models_does_not_matter_and_scales_pass_through() -> No
     tensors = matrices(4, 16, 24)
     merged = merge_tensors(tensors, AUTO, name="w")
     assert torch.allclose(merge_tensors(tensors[::-1], AUTO, name="w"), merged, atol=1e-5)
-    for scale in (2.0**-60, 2.0**40):
+    for scale in (2.0**-100, 2.0**-60, 2.0**40, 2.0**100):
         scaled = merge_tensors([scale * tensor for tensor in tensors], AUTO, name="w")
         assert torch.allclose(scaled / scale, merged, atol=1e-5)
 
@@ -161,6 +172,57 @@ def test_a_weight_counts_as_so_many_models() -> None:
     twice = merge_tensors([a, a, b, c], AUTO, name="w")
     weighted = merge_tensors([a, b, c], AUTO, weights=[2.0, 1.0, 1.0], name="w")
     assert torch.allclose(weighted, twice, atol=1e-5)
+
+
+@pytest.mark.parametrize("ratio", [0.16, 0.5, 0.9])
+def test_a_model_of_weight_0_is_as_good_as_absent(ratio: float) -> None:
+    settings = CartSettings(lambda_="auto", rank_ratio=ratio)
+    a, b, c, *others = matrices(9, 16, 24)
+    merged = merge_tensors([a, b, c], settings, name="w")
+    weights = [0.7, 0.7, 0.7, *(0.0 for _ in others)]
+    same = merge_tensors([a, b, c, *others], settings, weights=weights, name="w")
+    assert torch.allclose(same, merged, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", [{"rank_ratio": 0.16}, {"energy": 0.8}, {"rank": 30}])
+@pytest.mark.parametrize("count", [3, 20])
+def test_any_rule_number_of_models_and_scale_gives_finite_weights(
+    rule: dict[str, float], count: int
+) -> None:
+    settings = CartSettings(lambda_="auto", **rule)  # type: ignore[arg-type]
+    stack = torch.stack(matrices(3, 40, 32))
+    # Experts of very different size, and one that no model changed.
+    sizes = torch.tensor([1.0, 1e-13, 0.0])[:, None, None]
+    changes = [
+        sizes * torch.randn(3, 40, 32, generator=torch.Generator().manual_seed(seed))
+        for seed in range(count)
+    ]
+    merged = merge_tensors([stack + change for change in changes], settings, name="experts")
+    assert torch.isfinite(merged).all()
+    assert torch.allclose(merged[2], stack[2], atol=1e-6)
+    alone = merge_tensors([(stack + change)[0] for change in changes], settings, name="experts")
+    assert torch.allclose(merged[0], alone, atol=1e-4)
+    small = merge_tensors(changes, settings, name="experts")
+    assert torch.isfinite(small).all()
+    one = merge_tensors([change[1] for change in changes], settings, name="experts")
+    assert torch.linalg.norm(small[1] - one) < 1e-3 * torch.linalg.norm(one)
+
+
+def test_around_the_base_it_adds_the_task_vectors_of_least_interference() -> None:
+    base, *changes = matrices(3, 16, 24)
+    strided = base.mT.contiguous().mT
+    settings = CartSettings(lambda_="auto", center="base")
+    merged = merge_tensors([base + change for change in changes], settings, base=strided, name="w")
+    parts = [(truncated_svd(change, RankRule(0.16)), 1.0) for change in changes]
+    assert torch.allclose(merged, base + least_interference(parts), atol=1e-4)
+    assert merged.is_contiguous()
+
+
+def test_two_models_are_averaged_with_a_warning() -> None:
+    one, other = matrices(2, 16, 24)
+    with pytest.warns(CartWarning, match="with two models CART is plain averaging"):
+        merged = merge_tensors([one, other], AUTO, name="w")
+    assert torch.allclose(merged, (one + other) / 2, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -185,7 +247,7 @@ def test_without_a_rule_a_sixth_is_kept() -> None:
 
 
 def test_negative_weights_and_other_words_are_refused() -> None:
-    with pytest.raises(CartError, match="with lambda auto, weights must not be negative"):
+    with pytest.raises(CartError, match=r"cart_auto .* takes no negative weights"):
         merge_tensors(matrices(3, 8, 8), AUTO, weights=[2.0, 1.0, -0.5], name="w")
     with pytest.raises(CartError, match="lambda must be a finite number or 'auto', got 'best'"):
         CartSettings(lambda_="best")  # type: ignore[arg-type]

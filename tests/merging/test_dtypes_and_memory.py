@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -86,21 +87,35 @@ def test_equal_models_come_out_unchanged_to_the_last_bit() -> None:
         assert torch.equal(merge_tensors([tensor] * 4), tensor)
 
 
+def peak(tensors: Sequence[torch.Tensor], settings: CartSettings) -> int:
+    """Most bytes that torch asks its allocator for while it merges, by its profiler."""
+    with torch.profiler.profile(profile_memory=True, record_shapes=False) as profiler:
+        merge_tensors(tensors, settings, name="w")
+    used = highest = 0
+    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            used += event.nbytes()
+            highest = max(highest, used)
+    return highest
+
+
 def test_peak_memory_does_not_grow_with_the_number_of_models() -> None:
-    """Counted in bytes that torch asks its allocator for, by its profiler."""
-
-    def peak(count: int) -> int:
-        tensors = versions(256, 256, count=count, dtype=torch.bfloat16)
-        with torch.profiler.profile(profile_memory=True, record_shapes=False) as profiler:
-            merge_tensors(tensors, CartSettings(svd=EXACT))
-        used = highest = 0
-        for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
-            if event.name() == "[memory]":
-                used += event.nbytes()
-                highest = max(highest, used)
-        return highest
-
     assert tracemalloc.is_tracing() is False
-    few, many = peak(3), peak(12)
+    few, many = (
+        peak(versions(256, 256, count=count, dtype=torch.bfloat16), CartSettings(svd=EXACT))
+        for count in (3, 12)
+    )
     assert few > 256 * 256 * 4
     assert many <= 1.1 * few
+
+
+@pytest.mark.parametrize(("m", "n"), [(256, 256), (512, 128), (128, 512)])
+@pytest.mark.parametrize("count", [4, 8, 20])
+def test_peak_memory_of_auto_is_within_what_it_says(m: int, n: int, count: int) -> None:
+    auto = peak(versions(m, n, count=count), CartSettings(lambda_="auto", svd=EXACT))
+    plain = peak(versions(m, n, count=count), CartSettings(rank_ratio=0.16, svd=EXACT))
+    k = min(n, count * int(0.16 * min(m, n)))
+    assert auto <= max(plain, 4 * m * n) + 4 * (2 * k * (m + n) + 2 * k**2 + 3 * m * n)
+    if count * int(0.16 * min(m, n)) >= n:  # from there on, more models take no more
+        more = peak(versions(m, n, count=2 * count), CartSettings(lambda_="auto", svd=EXACT))
+        assert more <= 1.15 * auto
