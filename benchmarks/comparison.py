@@ -284,7 +284,8 @@ def _plot(table: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(6.4, 0.8 + 0.32 * len(table)), layout="constrained")
     axes = figure.subplots()
-    colours = {"cart": "#d1632b", "cart_auto": "#d1632b", "pretrained": "#b0b7c3", "fine-tuned": "#b0b7c3"}
+    colours = dict.fromkeys(("cart", "cart_auto"), "#d1632b")
+    colours |= dict.fromkeys(("pretrained", "fine-tuned"), "#b0b7c3")
     bars = axes.barh(
         [line["name"] for line in table],
         [100 * line["mean"] for line in table],
