@@ -183,8 +183,9 @@ def _check_alike(inputs: Inputs, finding: Finding) -> None:
         CartError: mergekit's own objection, since a model lacks tensors of another, or has another
             shape.
     """
+    # Buffers such as position ids come and go with versions of transformers.
     shapes = [
-        {name: info.shape for name, info in held.tensors.items()}
+        {name: info.shape for name, info in held.tensors.items() if info.is_floating}
         for held in inputs.checkpoints.values()
     ]
     if any(held != shapes[0] for held in shapes):

@@ -20,7 +20,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from filelock import FileLock
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cart_plugin import CartError
 from cart_plugin.cli import main
@@ -169,6 +169,9 @@ def test_what_mergekit_cannot_merge_whole_is_merged_tensor_by_tensor(
 
     folders = save_models(tmp_path / "models", architecture, count=4)
     (Path(folders[0]) / "preprocessor_config.json").write_text("{}")
+    weights = Path(folders[0]) / "model.safetensors"  # the base's, with a buffer that others lack
+    held = {**load_file(weights), "embeddings.position_ids": torch.arange(8)}
+    save_file(held, weights, metadata={"format": "pt"})
     recipe = recipe_for(folders, tmp_path / "mine.yaml", parameters={"lambda": 2.0})
     done = compare(recipe, "--methods", "cart", "--keep-models", "all")
     assert done.exit_code == 0, done.output
@@ -179,7 +182,7 @@ def test_what_mergekit_cannot_merge_whole_is_merged_tensor_by_tensor(
     assert "(cart/recipe-flat.yaml)" in (tmp_path / "out" / "report.md").read_text()
     model = tmp_path / "out" / "cart" / "model"
     merged = load_file(model / "model.safetensors")
-    assert merged.keys() == load_file(Path(folders[0]) / "model.safetensors").keys()
+    assert merged.keys() == load_file(Path(folders[1]) / "model.safetensors").keys()
     assert (model / "preprocessor_config.json").exists()
     loaded, info = transformers.AutoModel.from_pretrained(model, output_loading_info=True)
     assert not info["missing_keys"]
