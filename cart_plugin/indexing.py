@@ -3,6 +3,17 @@
 The paper's compression (arXiv 2412.12153, section 4): keep the average once, and of every task its
 own truncated difference; at inference task t runs on ``centre + lambda * SVD_k(W_t - centre)``.
 What is not decomposed (norms, biases, embeddings) keeps its whole difference.
+
+Here is one tensor's arithmetic. Whole checkpoints, as a base and standard PEFT adapters, are the
+work of `cart_plugin.compress`, whose functions are names of this module, too, loaded on first use::
+
+    from cart_plugin.indexing import compress, expand, load_task, task_tensors, tasks
+
+    compress(["mistral-math", "mistral-code", "mistral-german"], "served", rank_ratio=0.04)
+    tasks("served")                                      # the adapters' names
+    weights = load_task("served", "mistral-math")        # one task's state dict
+    for name, tensor in task_tensors("served", "mistral-math"): ...     # a tensor at a time
+    expand("served", "mistral-math", "mistral-math-again")              # its full checkpoint
 """
 
 from __future__ import annotations
@@ -10,6 +21,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +30,36 @@ from torch import Tensor
 from cart_plugin.inputs import check_finite, check_inputs, normalised
 from cart_plugin.lowrank import LowRank
 from cart_plugin.merging import CartSettings, centre_of, is_decomposed, truncated
+
+if TYPE_CHECKING:
+    from cart_plugin.compress.expand import expand, load_task, task_tensors, tasks
+    from cart_plugin.compress.run import compress
+
+__all__ = [
+    "IndexedTensor",
+    "compress",
+    "expand",
+    "index_tensors",
+    "load_task",
+    "stored_share",
+    "task_tensors",
+    "tasks",
+]
+
+_HOME_OF = {
+    "compress": "run",
+    "expand": "expand",
+    "load_task": "expand",
+    "task_tensors": "expand",
+    "tasks": "expand",
+}
+
+
+def __getattr__(name: str) -> object:
+    # Not imported above: that package uses transformers and PEFT, and this arithmetic.
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"cart_plugin.compress.{_HOME_OF[name]}"), name)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,12 @@ from importlib import import_module
 import click
 
 # subcommand -> the module of this package that defines it, under the same name
-_COMMANDS = {"compare": "compare", "doctor": "doctor"}
+_COMMANDS = {
+    "compare": "compare",
+    "compress": "compress",
+    "doctor": "doctor",
+    "expand": "expand",
+}
 
 
 class LazyGroup(click.Group):

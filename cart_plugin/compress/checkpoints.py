@@ -86,7 +86,7 @@ class ModelFolder:
         """
         stored = self.tensors[name]
         tensor = torch.empty(stored.shape, dtype=stored.dtype)
-        data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        data = as_bytes(tensor)
         try:
             with stored.file.open("rb", buffering=0) as file:
                 file.seek(stored.start)
@@ -214,6 +214,12 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         if end > size or found[name].bytes != end - start:
             raise ValueError("it is truncated, or still being written")
     return found
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """A contiguous tensor's memory."""
+    data: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(data)
 
 
 def _header(model: ModelFolder, file: Path) -> dict[str, StoredTensor]:

@@ -41,7 +41,7 @@ class Unit:
     def to_model(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The model's tensors from the checkpoint's."""
         if not self.is_converted:
-            return {target: tensors[self.sources[0]] for target in self.targets}
+            return dict.fromkeys(self.targets, tensors[self.sources[0]])
         converter = copy.deepcopy(self._converter)
         for source, pattern in zip(self.sources, self._patterns, strict=True):
             converter.add_tensor(self.targets[0], source, pattern, tensors[source])

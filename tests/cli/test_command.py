@@ -31,8 +31,8 @@ def test_help_imports_neither_torch_nor_mergekit() -> None:
         "print([name for name in ('torch', 'mergekit', 'transformers') if name in sys.modules])\n"
     )
     assert process.stdout.splitlines()[-1] == "[]"
-    assert "  compare  Merge a recipe by several methods" in process.stdout
-    assert "  doctor   Check the installation" in process.stdout
+    assert "  compare   Merge a recipe by several methods" in process.stdout
+    assert "  doctor    Check the installation" in process.stdout
 
 
 def test_unknown_subcommand_is_an_error() -> None:

@@ -1,0 +1,122 @@
+"""`mergekit-cart compress`: T fine-tuned models become one base and T small PEFT adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from cart_plugin.cli.findings import console
+from cart_plugin.errors import CartError
+
+
+class Percent(click.ParamType):
+    """A share, written as `20%` or `0.2`."""
+
+    name = "share"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """The share as a number."""
+        text = str(value).strip()
+        try:
+            return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        except ValueError:
+            self.fail(f"{text!r} is no share such as 20% or 0.2", param, ctx)
+
+
+@click.command(short_help="Turn fine-tuned models into one base and a PEFT adapter each.")
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...", type=click.Path())
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--rank-ratio", type=float, help="Share of the singular directions kept [0.08].")
+@click.option("--rank", type=int, help="Their number instead.")
+@click.option("--energy", type=float, help="Share of the squared singular values kept instead.")
+@click.option(
+    "--target-size",
+    type=Percent(),
+    metavar="PERCENT",
+    help="Instead: base and adapters together, of the models' size, with the least error.",
+)
+@click.option("--names", help="The adapters' names, with commas between [the folders' names].")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of base and adapters [the models' own].",
+)
+@click.option(
+    "--drop-small",
+    is_flag=True,
+    help="Leave norms, biases, embeddings and heads at the average: adapters of LoRA alone.",
+)
+@click.option(
+    "--svd", type=click.Choice(["auto", "exact", "fast"]), default="auto", show_default=True
+)
+def compress(
+    models: tuple[str, ...],
+    out: Path,
+    rank_ratio: float | None,
+    rank: int | None,
+    energy: float | None,
+    target_size: float | None,
+    names: str | None,
+    dtype: str | None,
+    drop_small: bool,
+    svd: str,
+) -> None:
+    """Turn fine-tuned MODELs of one architecture into OUT/base and OUT/adapters/NAME.
+
+    The base is their average, an ordinary checkpoint; the adapters are ordinary PEFT LoRA, loaded
+    with PeftModel.from_pretrained(base, adapter). `mergekit-cart expand` gives full models back.
+    Nothing appears under OUT before all is done.
+    """
+    from cart_plugin.indexing import compress as run
+
+    terminal = console()
+    try:
+        with progress() as tell:
+            report = run(
+                models,
+                out,
+                names=[name.strip() for name in names.split(",")] if names else None,
+                rank_ratio=rank_ratio,
+                rank=rank,
+                energy=energy,
+                target_size=target_size,
+                dtype=dtype,
+                drop_small=drop_small,
+                svd=svd,
+                progress=tell,
+            )
+    except CartError as error:
+        raise click.ClickException(str(error)) from None
+    for table in report.tables():
+        terminal.print(table)
+        terminal.print()
+    for note in report.notes:
+        terminal.print(f"note: {note}", soft_wrap=True, markup=False)
+    terminal.print(
+        f"{report.share:.1%} of {len(report.tasks)} models in {report.seconds['total']:.0f} s: "
+        f"{out} (also report.json)",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on the terminal, for functions that tell a step, how much is done, and of how much."""
+    from rich.progress import Progress, TaskID
+
+    bars: dict[str, TaskID] = {}
+    terminal = console()
+    with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as bar:
+
+        def tell(step: str, done: int, total: int) -> None:
+            if step not in bars:
+                bars[step] = bar.add_task(step, total=total)
+            bar.update(bars[step], completed=done)
+
+        yield tell

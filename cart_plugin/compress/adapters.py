@@ -1,0 +1,166 @@
+"""The adapters: each task's differences from the base as it is stored, decomposed and written."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cart_plugin.compress import peft_files, writing
+from cart_plugin.compress.checkpoints import ModelFolder
+from cart_plugin.compress.layers import Assignment, Layer
+from cart_plugin.compress.report import Entry, Loss
+from cart_plugin.compress.work import (
+    ADAPTERS,
+    TASK_CONFIG,
+    Work,
+    config_text,
+    differences,
+    exact_layout,
+    minus,
+    stored_dtypes,
+)
+from cart_plugin.errors import CartError
+from cart_plugin.lowrank import RankRule, truncated_svd
+
+
+def write_adapters(
+    work: Work,
+    base: ModelFolder,
+    folder: Path,
+    assignment: Assignment,
+    all_ranks: Sequence[Mapping[str, int]],
+    task_type: str | None,
+) -> None:
+    """Write ``folder/adapters``, and enter sizes and losses into the report.
+
+    Args:
+        work: of this compression; its `changed` tensors are known.
+        base: as it is stored.
+        folder: the unfinished one.
+        assignment: what becomes of each tensor.
+        all_ranks: one task's ranks each.
+        task_type: PEFT's.
+
+    Raises:
+        CartError: the disk has no room for them.
+    """
+    dtypes = stored_dtypes(work)
+    exact = exact_layout(work, assignment)
+    layouts = [
+        {**peft_files.tensor_layout(assignment, chosen, dtypes), **exact} for chosen in all_ranks
+    ]
+    writing.check_space(folder, sum(writing.file_bytes(layout) for layout in layouts))
+    places = [folder / ADAPTERS / task for task in work.report.tasks]
+    with ExitStack() as stack:
+        files = []
+        for place, layout, chosen, model in zip(
+            places, layouts, all_ranks, work.models, strict=True
+        ):
+            place.mkdir(parents=True)
+            text = config_text(work, assignment, chosen, task_type)
+            (place / peft_files.CONFIG).write_text(text, encoding="utf-8")
+            if model.config != work.models[0].config:
+                text = json.dumps(model.config, indent=2, sort_keys=True) + "\n"
+                (place / TASK_CONFIG).write_text(text, encoding="utf-8")
+            opened = writing.TensorFile(place / peft_files.WEIGHTS, layout)
+            files.append(stack.enter_context(opened))
+        _fill(work, base, assignment, all_ranks, files)
+    for place in places:
+        written = (place / peft_files.CONFIG, place / peft_files.WEIGHTS)
+        work.report.adapter_bytes.append(sum(path.stat().st_size for path in written))
+
+
+def _fill(
+    work: Work,
+    base: ModelFolder,
+    assignment: Assignment,
+    all_ranks: Sequence[Mapping[str, int]],
+    files: Sequence[writing.TensorFile],
+) -> None:
+    """Compute and write the adapters' tensors, and enter what each loses."""
+    biases = {layer.bias: layer for layer in assignment.lora.values() if layer.bias is not None}
+    copies: dict[str, list[str]] = {}
+    for name, source in assignment.exact.items():
+        copies.setdefault(source, []).append(name)
+    unused = {unit.sources[0] for unit in work.units if not unit.targets} & work.changed
+    wanted = {*assignment.lora, *biases, *copies, *assignment.averaged, *unused}
+    if assignment.has_bias:
+        for file, chosen in zip(files, all_ranks, strict=True):
+            _write_no_biases(work, assignment, chosen, file)
+    for task, unit, name, tensor, around in differences(work, base, wanted, "decomposing"):
+        dtype, file = work.dtype(unit), files[task]
+        reason = assignment.averaged.get(name, "")
+        if not tensor.is_floating_point():
+            for copy in copies[name]:
+                file.write(peft_files.exact_name(copy), tensor)
+            continue
+        delta = minus(tensor, around)
+        loss = Loss(_square(tensor), _square(delta))
+        if name in assignment.lora:
+            kind, layer = "lora", assignment.lora[name]
+            rank = all_ranks[task][name]
+            if rank:
+                a, b = decompose(work, layer, delta, rank, dtype)
+                file.write(peft_files.lora_name(layer, "A"), a)
+                file.write(peft_files.lora_name(layer, "B"), b)
+                delta -= layer.difference(a, b)
+        elif name in biases:
+            kind = "bias"
+            rounded = delta.to(dtype)
+            file.write(peft_files.bias_name(biases[name]), rounded)
+            delta -= rounded
+        elif name in copies:
+            kind = "exact"
+            rounded = tensor.to(dtype)
+            for copy in copies[name]:
+                file.write(peft_files.exact_name(copy), rounded)
+            delta = minus(tensor, rounded)
+        else:
+            kind = "averaged"
+            reason = reason or "the model that config.json describes has no such tensor"
+        loss.lost = _square(delta)
+        if any(source in work.changed for source in unit.sources):
+            entry = work.report.entries.setdefault(name, Entry(kind, tuple(tensor.shape), reason))
+            entry.losses.append(loss)
+            if kind == "lora":
+                entry.ranks.append(all_ranks[task][name])
+
+
+def _write_no_biases(
+    work: Work, assignment: Assignment, chosen: Mapping[str, int], file: writing.TensorFile
+) -> None:
+    """Zeros for layers without a bias of their own to carry: PEFT has biases for all or none."""
+    dtypes = stored_dtypes(work)
+    for name, layer in assignment.lora.items():
+        if chosen[name] and layer.bias is None and not layer.is_parameter:
+            zeros = torch.zeros(layer.matrices[1], dtype=dtypes[name])
+            file.write(peft_files.bias_name(layer), zeros)
+
+
+def decompose(
+    work: Work, layer: Layer, delta: Tensor, rank: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """PEFT's A and B of a difference ``delta``, in ``dtype``.
+
+    Raises:
+        CartError: they leave the dtype's range.
+    """
+    # The same start in every process and order of work, but another one for each tensor.
+    seed = (work.options.seed + zlib.crc32(layer.name.encode())) % 2**63
+    found = truncated_svd(
+        layer.to_matrices(delta), RankRule(rank=rank), svd=work.options.svd, seed=seed
+    )
+    a, b = layer.to_lora(found, dtype)
+    if not bool(torch.isfinite(a.sum()) and torch.isfinite(b.sum())):
+        raise CartError(f"tensor {layer.name!r}: its factors leave the range of {dtype}")
+    return a, b
+
+
+def _square(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float32).double().square())

@@ -1,0 +1,161 @@
+"""Adapters as PEFT reads them: the config, the names of the tensors, and a rehearsal."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import warnings
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+
+from cart_plugin.compress.layers import Assignment, Layer
+from cart_plugin.errors import CartError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+Ranks = Mapping[str, int]
+"""Rank by the layer's name; layers of rank 0 are left out."""
+
+
+def tensor_layout(
+    assignment: Assignment, ranks: Ranks, dtypes: Mapping[str, torch.dtype]
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of each LoRA tensor of an adapter, by its name in the file."""
+    layout = {}
+    for name, layer in assignment.lora.items():
+        if not ranks[name]:
+            continue
+        a, b = layer.lora_shapes(ranks[name])
+        layout[lora_name(layer, "A")] = (dtypes[name], a)
+        layout[lora_name(layer, "B")] = (dtypes[name], b)
+        if assignment.has_bias and not layer.is_parameter:
+            layout[bias_name(layer)] = (dtypes[name], (layer.matrices[1],))
+    return layout
+
+
+def lora_name(layer: Layer, side: str) -> str:
+    """The file's name of a layer's A or B."""
+    return f"{_PREFIX}{layer.prefix}.lora_{side}.weight"
+
+
+def bias_name(layer: Layer) -> str:
+    """The file's name of a layer's bias."""
+    return f"{_PREFIX}{layer.prefix}.lora_B.bias"
+
+
+def exact_name(name: str) -> str:
+    """The file's name of a tensor that is stored as it is."""
+    return f"{_PREFIX}{name}"
+
+
+def config_text(
+    assignment: Assignment, ranks: Ranks, modules: Collection[str], base: str, task_type: str | None
+) -> str:
+    """The text of an adapter_config.json.
+
+    Args:
+        assignment: what the adapter holds.
+        ranks: of its layers.
+        modules: names of all modules of the model.
+        base: the base model's folder.
+        task_type: PEFT's, if the architecture has one.
+    """
+    config = _config(assignment, ranks, modules, task_type)
+    config.base_model_name_or_path = base
+    config.inference_mode = True
+    plain = {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in config.to_dict().items()
+    }
+    return json.dumps(plain, indent=2, sort_keys=True) + "\n"
+
+
+def task_type(architecture: str) -> str | None:
+    """PEFT's task type of an architecture: only where it changes nothing in what is loaded.
+
+    That of classifiers makes PEFT expect a head in every adapter.
+    """
+    return "CAUSAL_LM" if architecture.endswith(("ForCausalLM", "LMHeadModel")) else None
+
+
+def _config(
+    assignment: Assignment, ranks: Ranks, modules: Collection[str], task_type: str | None
+) -> Any:
+    from peft import LoraConfig
+
+    layers = [layer for name, layer in assignment.lora.items() if ranks[name]]
+    counts = Counter(ranks[layer.name] for layer in layers)
+    usual = counts.most_common(1)[0][0] if counts else 1
+    # PEFT takes the keys for regular expressions that match the end of a name: this is one name.
+    pattern = {
+        f"^{re.escape(layer.name if layer.is_parameter else layer.module)}": ranks[layer.name]
+        for layer in layers
+        if ranks[layer.name] != usual
+    }
+    parameters = sorted(layer.name for layer in layers if layer.is_parameter)
+    return LoraConfig(
+        r=usual,
+        lora_alpha=usual,  # and so everywhere: a scaling of 1
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        target_modules=_targets(layers, modules),
+        target_parameters=parameters or None,
+        modules_to_save=assignment.saved or None,
+        fan_in_fan_out=any(layer.kind == "transposed" for layer in layers),
+        lora_bias=assignment.has_bias,
+        lora_dropout=0.0,
+        task_type=task_type,
+    )
+
+
+def _targets(layers: list[Layer], modules: Collection[str]) -> list[str] | str:
+    """Full names; where PEFT would take another module for one of them, a regular expression."""
+    names = sorted({layer.module for layer in layers if not layer.is_parameter})
+    ends = tuple(f".{name}" for name in names)
+    if any(module.endswith(ends) and module not in names for module in modules):
+        return "|".join(re.escape(name) for name in names)
+    return names
+
+
+def refused_modules(model: Any, assignment: Assignment, task_type: str | None) -> set[str]:
+    """The modules that PEFT does not give LoRA to as planned, found by having it try on a copy.
+
+    Args:
+        model: from `names.meta_model`; not modified.
+        assignment: the plan.
+        task_type: as in the config.
+
+    Raises:
+        CartError: PEFT rejects the plan altogether, or loads what is not in it.
+    """
+    from peft import get_peft_model, get_peft_model_state_dict
+
+    ranks = dict.fromkeys(assignment.lora, 1)
+    dtypes = dict.fromkeys(assignment.lora, torch.float32)
+    wanted = set(tensor_layout(assignment, ranks, dtypes))
+    wanted |= {exact_name(name) for name in assignment.exact}
+    trial = copy.deepcopy(model)
+    config = _config(assignment, ranks, dict(model.named_modules()), task_type)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            wrapped = get_peft_model(trial, config, low_cpu_mem_usage=True)
+            got = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            raise CartError(f"PEFT cannot hold these adapters: {error}") from error
+    lost = wanted - got
+    refused = {
+        layer.module
+        for layer in assignment.lora.values()
+        if lora_name(layer, "A") in lost or lora_name(layer, "B") in lost
+    }
+    if not refused and wanted != got:
+        name = min(wanted ^ got)
+        raise CartError(f"PEFT loads adapters of this architecture otherwise than planned: {name}")
+    return refused

@@ -1,0 +1,193 @@
+"""What compression has cost and lost: numbers for JSON, and a table."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+FILE = "report.json"
+_WORST = 10
+
+
+@dataclass
+class Loss:
+    """Squared norms of one tensor of one task: of itself, its difference, and what is lost."""
+
+    weight: float = 0.0
+    difference: float = 0.0
+    lost: float = 0.0
+
+    def add(self, other: Loss) -> None:
+        """Add another tensor's."""
+        self.weight += other.weight
+        self.difference += other.difference
+        self.lost += other.lost
+
+    @property
+    def error(self) -> float:
+        """What is lost, relative to the weights (Frobenius)."""
+        return math.sqrt(self.lost / self.weight) if self.weight else 0.0
+
+    @property
+    def of_difference(self) -> float:
+        """What is lost, relative to the differences from the base."""
+        return math.sqrt(self.lost / self.difference) if self.difference else 0.0
+
+    def numbers(self) -> dict[str, float]:
+        """For JSON."""
+        return {"error": self.error, "error_of_difference": self.of_difference}
+
+
+@dataclass
+class Entry:
+    """One tensor of the model in which tasks differ.
+
+    Attributes:
+        kind: "lora", "bias", "exact" or "averaged".
+        reason: why it is averaged.
+        ranks: one a task, of LoRA.
+        losses: one a task.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    reason: str = ""
+    ranks: list[int] = field(default_factory=list)
+    losses: list[Loss] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """What `compress` has done.
+
+    Attributes:
+        out: the folder.
+        tasks: the tasks' names.
+        models_bytes: of the weight files of all models.
+        base_bytes: of the base's weight files.
+        adapter_bytes: one a task: weights and config.
+        entries: by the tensor's name.
+        notes: what a user has to know.
+        seconds: by step.
+    """
+
+    out: Path
+    tasks: list[str]
+    models_bytes: int = 0
+    base_bytes: int = 0
+    adapter_bytes: list[int] = field(default_factory=list)
+    entries: dict[str, Entry] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """Of the base and all adapters."""
+        return self.base_bytes + sum(self.adapter_bytes)
+
+    @property
+    def share(self) -> float:
+        """Of the models' bytes."""
+        return self.bytes / self.models_bytes
+
+    def total(self, task: int) -> Loss:
+        """A task's loss over all tensors in which tasks differ."""
+        total = Loss()
+        for entry in self.entries.values():
+            total.add(entry.losses[task])
+        return total
+
+    @property
+    def squared_error(self) -> float:
+        """Of all tensors and tasks together."""
+        return sum(self.total(task).lost for task in range(len(self.tasks)))
+
+    def worst(self) -> list[tuple[str, str, Loss]]:
+        """The tensors that lose most of their difference: name, task, loss."""
+        found = [
+            (name, task, loss)
+            for name, entry in self.entries.items()
+            for task, loss in zip(self.tasks, entry.losses, strict=True)
+            if loss.lost > 0
+        ]
+        return sorted(found, key=lambda row: -row[2].of_difference)[:_WORST]
+
+    def document(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "bytes": self.bytes,
+            "share": self.share,
+            "models_bytes": self.models_bytes,
+            "base_bytes": self.base_bytes,
+            "squared_error": self.squared_error,
+            "notes": self.notes,
+            "seconds": self.seconds,
+            "tasks": {
+                task: {
+                    "bytes": self.adapter_bytes[index],
+                    "share": self.adapter_bytes[index] / self.models_bytes,
+                    **self.total(index).numbers(),
+                }
+                for index, task in enumerate(self.tasks)
+            },
+            "worst": [
+                {"tensor": name, "task": task, **loss.numbers()}
+                for name, task, loss in self.worst()
+            ],
+            "tensors": {name: self._tensor(entry) for name, entry in self.entries.items()},
+        }
+
+    def _tensor(self, entry: Entry) -> dict[str, Any]:
+        found: dict[str, Any] = {"kind": entry.kind, "shape": list(entry.shape)}
+        if entry.reason:
+            found["reason"] = entry.reason
+        found["tasks"] = {
+            task: {**({"rank": entry.ranks[index]} if entry.ranks else {}), **loss.numbers()}
+            for index, (task, loss) in enumerate(zip(self.tasks, entry.losses, strict=True))
+        }
+        return found
+
+    def write(self, folder: Path) -> None:
+        """Write the JSON file."""
+        text = json.dumps(self.document(), indent=2) + "\n"
+        (folder / FILE).write_text(text, encoding="utf-8")
+
+    def tables(self) -> list[RenderableType]:
+        """Tables of the tasks and of the worst tensors."""
+        from rich.markup import escape
+        from rich.table import Table
+
+        tasks = Table(box=None, pad_edge=False, header_style="bold")
+        tasks.add_column("")
+        for column in ("bytes", "share of models", "error", "of difference"):
+            tasks.add_column(column, justify="right")
+        tasks.add_row("base", *_bytes(self.base_bytes, self.models_bytes), "", "")
+        for index, task in enumerate(self.tasks):
+            loss = self.total(index)
+            tasks.add_row(
+                escape(task),
+                *_bytes(self.adapter_bytes[index], self.models_bytes),
+                f"{loss.error:.2e}",
+                f"{loss.of_difference:.1%}",
+            )
+        total = _bytes(self.bytes, self.models_bytes)
+        tasks.add_row("together", *total, "", "", style="bold")
+        worst = Table(box=None, pad_edge=False, header_style="bold")
+        worst.add_column("worst tensors", overflow="fold")
+        worst.add_column("task")
+        worst.add_column("kept as")
+        worst.add_column("of difference", justify="right")
+        for name, task, loss in self.worst():
+            kind = self.entries[name].kind
+            worst.add_row(escape(name), escape(task), kind, f"{loss.of_difference:.1%}")
+        return [tasks, worst] if worst.row_count else [tasks]
+
+
+def _bytes(count: int, of: int) -> tuple[str, str]:
+    return f"{count:,}", f"{count / of:.1%}"

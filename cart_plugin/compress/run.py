@@ -1,0 +1,209 @@
+"""Compression from start to end: average, assign, choose ranks, decompose, write."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cart_plugin.compress import names as naming
+from cart_plugin.compress import peft_files, ranks, writing
+from cart_plugin.compress.adapters import write_adapters
+from cart_plugin.compress.base import write_base
+from cart_plugin.compress.checkpoints import ModelFolder, open_model, open_models
+from cart_plugin.compress.layers import Assignment, Structure, assign
+from cart_plugin.compress.report import Report
+from cart_plugin.compress.work import (
+    BASE,
+    Progress,
+    Work,
+    checked_names,
+    checked_options,
+    config_text,
+    differences,
+    exact_layout,
+    minus,
+    stored_dtype,
+    stored_dtypes,
+)
+from cart_plugin.errors import CartError
+
+
+def compress(
+    models: Sequence[str | Path],
+    out: str | Path,
+    *,
+    names: Sequence[str] | None = None,
+    rank_ratio: float | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    target_size: float | None = None,
+    dtype: str | None = None,
+    drop_small: bool = False,
+    svd: str = "auto",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Report:
+    """Turn fine-tuned models into one averaged base and a standard PEFT adapter each.
+
+    Writes ``out/base`` (a checkpoint that transformers loads), ``out/adapters/<name>`` (what
+    `peft.PeftModel.from_pretrained(base, adapter)` loads) and ``out/report.json``. ``out`` appears
+    when all is done. Of the models one tensor is in memory at a time.
+
+    Args:
+        models: two or more folders of one architecture, with safetensors.
+        out: the folder to write; must not exist, or be empty.
+        names: of the adapters; those of the models' folders if None.
+        rank_ratio: share of the singular directions that each matrix keeps (`RankRule`); 0.08 if
+            neither it nor any of the next three is given.
+        rank: their number instead.
+        energy: as many as hold this share of the squared singular values instead.
+        target_size: share of the models' bytes for base and adapters together instead: directions
+            are kept where they lower the total squared error most per byte.
+        dtype: of base and adapters, one of `DTYPES`; the models' own if None.
+        drop_small: leave norms, biases, embeddings, heads and all else that is no decomposed matrix
+            at the average, rather than storing it exactly.
+        svd: solver (`cart_plugin.lowrank.SOLVERS`).
+        seed: of the solver.
+        progress: is told how far the work is.
+
+    Returns:
+        Sizes and errors.
+
+    Raises:
+        CartError: input that cannot be compressed; the message says what to do.
+    """
+    started = time.perf_counter()
+    options = checked_options(rank_ratio, rank, energy, target_size, dtype, drop_small, svd, seed)
+    paths = [Path(model) for model in models]
+    chosen = checked_names(paths, names)
+    folders = open_models(paths, chosen)
+    first = folders[0]
+    meta = naming.meta_model(first.path, first.config, first.name)
+    shapes = {name: stored.shape for name, stored in first.tensors.items()}
+    units = naming.units(meta, shapes)
+    targets = [target for unit in units for target in unit.targets]
+    layout = {
+        source: (stored_dtype(folders, source, options.dtype), shapes[source])
+        for unit in units
+        for source in unit.sources
+    }
+    report = Report(Path(out), chosen, models_bytes=sum(folder.bytes for folder in folders))
+    work = Work(
+        folders,
+        options,
+        units,
+        Structure(meta, targets),
+        layout,
+        progress or (lambda *_: None),
+        report,
+    )
+    with writing.unfinished(Path(out)) as folder:
+        writing.check_space(folder, writing.file_bytes(layout))
+        with _timed(report, "average"):
+            write_base(work, folder / BASE)
+        base = open_model(folder / BASE, "base")
+        report.base_bytes = base.bytes
+        architecture = first.config["architectures"][0]
+        task_type = peft_files.task_type(architecture)
+        assignment = _assign(work, meta, task_type)
+        with _timed(report, "choose ranks"):
+            all_ranks = _ranks(work, base, assignment, task_type)
+        with _timed(report, "decompose"):
+            write_adapters(work, base, folder, assignment, all_ranks, task_type)
+        _note_averaged(report)
+        report.seconds["total"] = time.perf_counter() - started
+        report.write(folder)
+    return report
+
+
+@contextmanager
+def _timed(report: Report, step: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    report.seconds[step] = time.perf_counter() - start
+
+
+def _assign(work: Work, meta: Any, task_type: str | None) -> Assignment:
+    """What becomes of the tensors that differ, as far as PEFT can hold it."""
+    changed = {
+        target
+        for unit in work.units
+        for target in unit.targets
+        if any(source in work.changed for source in unit.sources)
+    }
+    if not changed:
+        raise CartError("the models hold the same weights: there is nothing to compress")
+    refused: set[str] = set()
+    while True:
+        found = assign(work.structure, changed, drop_small=work.options.drop_small, refused=refused)
+        if not found.lora:
+            raise CartError("the models differ in no matrix that LoRA can hold")
+        more = peft_files.refused_modules(meta, found, task_type)
+        if not more:
+            break
+        refused |= more
+    if refused:
+        work.report.notes.append(
+            f"PEFT gives no LoRA to {len(refused)} modules such as {min(refused)}: stored whole"
+        )
+    with_bias = [layer.bias is not None for layer in found.lora.values()]
+    state = work.structure.state
+    if any(with_bias) and any(f"{layer.module}.bias" not in state for layer in found.lora.values()):
+        work.report.notes.append(
+            "some layers have biases and some have none: the adapters load and switch, but PEFT "
+            "refuses to merge them (merge_and_unload); `mergekit-cart expand` merges, and adapters "
+            "made with --drop-small can be merged by PEFT"
+        )
+    return found
+
+
+def _ranks(
+    work: Work, base: ModelFolder, assignment: Assignment, task_type: str | None
+) -> list[dict[str, int]]:
+    """One task's ranks each, by layer."""
+    rule = work.options.rule
+    layers = list(assignment.lora.values())
+    spectra: list[dict[str, Tensor]] = [{} for _ in work.models]
+    if rule is None or rule.energy is not None:
+        wanted = set(assignment.lora)
+        for task, _, name, tensor, around in differences(work, base, wanted, "spectra"):
+            delta = minus(tensor, around)
+            layer = assignment.lora[name]
+            spectra[task][name] = ranks.spectrum(layer.to_matrices(delta))
+    if rule is not None:
+        return [ranks.by_rule(layers, rule, found) for found in spectra]
+    dtypes = stored_dtypes(work)
+    exact = exact_layout(work, assignment)
+
+    def size(chosen: Sequence[Mapping[str, int]]) -> int:
+        total = work.report.base_bytes
+        for name, task_ranks in zip(work.report.tasks, chosen, strict=True):
+            layout = {**peft_files.tensor_layout(assignment, task_ranks, dtypes), **exact}
+            text = config_text(work, assignment, task_ranks, task_type)
+            total += writing.file_bytes(layout) + len(text.encode())
+            assert name
+        return total
+
+    assert work.options.target_size is not None
+    target = int(work.options.target_size * work.report.models_bytes)
+    sizes = {layer.name: dtypes[layer.name].itemsize for layer in layers}
+    return ranks.by_size(layers, spectra, sizes, size, target)
+
+
+def _note_averaged(report: Report) -> None:
+    """Say what stays at the average, why, and what that loses at worst."""
+    reasons: dict[str, list[str]] = {}
+    for name, entry in report.entries.items():
+        if entry.kind == "averaged":
+            reasons.setdefault(entry.reason, []).append(name)
+    for reason, held in reasons.items():
+        worst = max(loss.error for name in held for loss in report.entries[name].losses)
+        report.notes.append(
+            f"{len(held)} tensors, such as {held[0]}, stay at the average ({reason}): relative "
+            f"error at most {worst:.1e}"
+        )

@@ -1,0 +1,178 @@
+"""What the steps of one compression share: models, options, names, and how tensors are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cart_plugin.compress import peft_files
+from cart_plugin.compress.checkpoints import ModelFolder
+from cart_plugin.compress.layers import Assignment, Structure
+from cart_plugin.compress.names import Unit
+from cart_plugin.compress.report import Report
+from cart_plugin.errors import CartError
+from cart_plugin.lowrank import SOLVERS, RankRule
+
+BASE = "base"
+ADAPTERS = "adapters"
+TASK_CONFIG = "task_config.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Progress = Callable[[str, int, int], None]
+"""Is told a step, how many of its tensors are done, and their number."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a caller has asked for, checked.
+
+    Attributes:
+        rule: how many directions each layer keeps; None with a target size.
+        target_size: share of the models' bytes.
+        dtype: of the result; None for the models' own.
+        drop_small: leave all but LoRA layers at the average.
+        svd: solver.
+        seed: of the solver.
+    """
+
+    rule: RankRule | None
+    target_size: float | None
+    dtype: torch.dtype | None
+    drop_small: bool
+    svd: str
+    seed: int
+
+
+@dataclass
+class Work:
+    """What the steps of one compression share."""
+
+    models: list[ModelFolder]
+    options: Options
+    units: list[Unit]
+    structure: Structure
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    progress: Progress
+    report: Report
+    changed: set[str] = field(default_factory=set)  # names in the checkpoint
+
+    def versions(self, name: str) -> Iterator[Tensor]:
+        """A checkpoint's tensor of each model, one at a time."""
+        for model in self.models:
+            yield model.read(name)
+
+    def dtype(self, unit: Unit) -> torch.dtype:
+        """In which a unit's tensors are stored."""
+        return self.layout[unit.sources[0]][0]
+
+
+def checked_options(
+    rank_ratio: float | None,
+    rank: int | None,
+    energy: float | None,
+    target_size: float | None,
+    dtype: str | None,
+    drop_small: bool,
+    svd: str,
+    seed: int,
+) -> Options:
+    """The options of `compress`.
+
+    Raises:
+        CartError: a value out of range, or two rules at once.
+    """
+    given = {"rank_ratio": rank_ratio, "rank": rank, "energy": energy, "target_size": target_size}
+    listed = [f"{name}={value}" for name, value in given.items() if value is not None]
+    if len(listed) > 1:
+        raise CartError(f"{' and '.join(listed)} are two rules at once; give one of them")
+    if target_size is not None and not 0 < target_size <= 1:
+        raise CartError(f"target_size must lie between 0 and 1 (100%), got {target_size}")
+    if dtype is not None and dtype not in DTYPES:
+        raise CartError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if svd not in SOLVERS:
+        raise CartError(f"svd must be one of {', '.join(SOLVERS)}, got {svd!r}")
+    rule = RankRule(rank_ratio, rank, energy) if target_size is None else None
+    return Options(rule, target_size, DTYPES[dtype] if dtype else None, drop_small, svd, seed)
+
+
+def checked_names(paths: Sequence[Path], names: Sequence[str] | None) -> list[str]:
+    """The adapters' names: those given, or those of the models' folders.
+
+    Raises:
+        CartError: too few models, names that do not fit them, or that name no folder.
+    """
+    if len(paths) < 2:
+        raise CartError(f"compression needs at least two models to share a base, got {len(paths)}")
+    chosen = [path.resolve().name for path in paths] if names is None else list(names)
+    if len(chosen) != len(paths):
+        raise CartError(f"{len(paths)} models but {len(chosen)} names")
+    for name in chosen:
+        if chosen.count(name) > 1:
+            raise CartError(f"two models are called {name!r}; give each a name of its own (names)")
+        if not name or name.startswith(".") or any(sign in name for sign in "/\\"):
+            raise CartError(f"{name!r} cannot name an adapter's folder; give another name (names)")
+    return chosen
+
+
+def stored_dtype(
+    models: Sequence[ModelFolder], name: str, asked: torch.dtype | None
+) -> torch.dtype:
+    """In which a tensor is stored: as asked, else as the models' promote; integers as they are."""
+    dtype = models[0].tensors[name].dtype
+    for model in models[1:]:
+        dtype = torch.promote_types(dtype, model.tensors[name].dtype)
+    return asked if asked is not None and dtype.is_floating_point else dtype
+
+
+def differences(
+    work: Work, base: ModelFolder, wanted: set[str], step: str
+) -> Iterator[tuple[int, Unit, str, Tensor, Tensor]]:
+    """Task, unit, name, the task's tensor and the base's of all tensors in ``wanted``."""
+    units = [unit for unit in work.units if wanted.intersection(unit.targets or unit.sources)]
+    total = len(units) * len(work.models)
+    for number, unit in enumerate(units):
+        here = {source: base.read(source) for source in unit.sources}
+        around = unit.to_model(here) if unit.targets else here
+        del here
+        for task, model in enumerate(work.models):
+            values = {source: model.read(source) for source in unit.sources}
+            there = unit.to_model(values) if unit.targets else values
+            del values
+            for name in list(there):
+                if name in wanted:
+                    yield task, unit, name, there.pop(name), around[name]
+            work.progress(step, number * len(work.models) + task + 1, total)
+
+
+def stored_dtypes(work: Work) -> dict[str, torch.dtype]:
+    """The same by the model's names."""
+    return {target: work.dtype(unit) for unit in work.units for target in unit.targets}
+
+
+def exact_layout(
+    work: Work, assignment: Assignment
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of what an adapter stores whole, by its name in the file."""
+    dtypes = stored_dtypes(work)
+    return {
+        peft_files.exact_name(name): (dtypes[source], tuple(work.structure.state[name].shape))
+        for name, source in assignment.exact.items()
+    }
+
+
+def config_text(
+    work: Work, assignment: Assignment, task_ranks: Mapping[str, int], task_type: str | None
+) -> str:
+    """An adapter's config; its base lies where the folder will be when all is done."""
+    base = str(work.report.out.absolute() / BASE)
+    return peft_files.config_text(assignment, task_ranks, work.structure.modules, base, task_type)
+
+
+def minus(tensor: Tensor, around: Tensor) -> Tensor:
+    """A difference in fp32 or better."""
+    kind = torch.promote_types(torch.promote_types(tensor.dtype, around.dtype), torch.float32)
+    return tensor.to(kind) - around
