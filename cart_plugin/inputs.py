@@ -22,6 +22,8 @@ def normalised(weights: Sequence[float] | None, count: int, where: str) -> list[
     """Weights that sum to 1; equal ones for None."""
     if weights is None:
         return [1 / count] * count
+    if isinstance(weights, Mapping):
+        raise CartError(f"{where}: weights are a list in the order of the models, not a mapping")
     if len(weights) != count:
         raise CartError(f"{where}: {count} models but {len(weights)} weights")
     total = sum(weights)

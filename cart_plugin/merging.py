@@ -264,7 +264,7 @@ def _add_low_rank(
         if sum(share != 0 for share in shares) == 2:
             warnings.warn(
                 "with two models CART is plain averaging: their centred task vectors are opposite "
-                "and cancel at any rank and lambda; use three or more (of weight above 0), or "
+                "and cancel at any rank; use three or more (of weight above 0), or "
                 "center: base",
                 CartWarning,
                 stacklevel=4,

@@ -111,7 +111,7 @@ def _check_cart_group(group: Group, config: Recipe) -> Iterator[Finding]:
         )
     elif tuned == 2 and not around_base:
         yield warning(
-            f"{group.label}: with two models cart is plain averaging, at any rank and lambda",
+            f"{group.label}: with two models cart is plain averaging, at any rank",
             "add a third model, or set center: base with a base_model, or use another method",
         )
     if around_base and group.base is None:

@@ -304,7 +304,7 @@ def _check_counting(merges: Sequence[Merge]) -> Iterator[Finding]:
     if names:
         yield warning(
             f"weights of 0 leave fewer than three models for {count(len(names), 'tensor')} "
-            f"({some(names)}): there cart is plain averaging, at any rank and lambda",
+            f"({some(names)}): there cart is plain averaging, at any rank",
             "give three models a weight that is not 0, or set rank_ratio: 0 for these tensors",
         )
 

@@ -225,3 +225,9 @@ def test_buffers_that_differ_are_refused() -> None:
     models["c"]["position_ids"] = torch.arange(5)
     with pytest.raises(CartError, match="differ between a and c"):
         merge_state_dicts(models)
+
+
+def test_weights_by_name_are_refused() -> None:
+    tensors = [torch.randn(4, 5) for _ in range(3)]
+    with pytest.raises(CartError, match="a list in the order of the models, not a mapping"):
+        merge_tensors(tensors, weights={"a": 1.0, "b": 1.0, "c": 1.0})  # type: ignore[arg-type]
