@@ -238,13 +238,15 @@ def _auto(x: Tensor, k: int, seed: int) -> LowRank:
     """``fast`` where it pays, else ``exact``, for ``x`` ``(stack, m, n)``, ``m <= n``.
 
     ``fast`` pays for up to an eighth of the full rank. On CPUs, wide matrices and small ones go to
-    ``exact`` all the same: its Gram matrix costs little there and its eigensolver is LAPACK's.
+    ``exact`` all the same: its Gram matrix costs little there and its eigensolver is LAPACK's. So
+    do large shares of large matrices, but at the accuracy of ``fast``: to correct what fp32 does to
+    a Gram matrix costs more than all the rest.
     """
     m, n = x.shape[1:]
-    fast = k <= _FAST_SHARE * m
-    if x.device.type == "cpu":
-        fast = fast and m >= _FAST_SIDE and n < _FAST_ASPECT * m
-    return _fast(x, k, seed) if fast else _exact(x, k, seed)
+    few = k <= _FAST_SHARE * m
+    if x.device.type == "cpu" and not (m >= _FAST_SIDE and n < _FAST_ASPECT * m):
+        return _exact(x, k, seed)
+    return _fast(x, k, seed) if few else _by_gram(x, k, FAST_TOLERANCE)
 
 
 def _fast(x: Tensor, k: int, seed: int) -> LowRank:
@@ -274,13 +276,17 @@ def _exact(x: Tensor, k: int, _seed: int) -> LowRank:
     squares the condition number; where fp32 cannot separate the kept directions from the rest any
     more, it is formed in fp64 (`cart_plugin.gram`).
     """
+    return _by_gram(x, k, EXACT_TOLERANCE)
+
+
+def _by_gram(x: Tensor, k: int, tolerance: float) -> LowRank:
     m = x.shape[1]
     # Whatever the error of the vectors, products with them are rounded.
     rounding = 10 * torch.finfo(x.dtype).eps
     if x.device.type != "cpu" or k > _GRAM_SHARE * m:
         u, s, vh = torch.linalg.svd(x, full_matrices=False)
         return LowRank(u[..., :k].contiguous(), s[:, :k], vh[:, :k].contiguous(), rounding)
-    parts = [leading_left(part, k, tolerance=EXACT_TOLERANCE) for part in x.split(1)]
+    parts = [leading_left(part, k, tolerance=tolerance) for part in x.split(1)]
     solved = [
         _from_left(part.vectors, part.vectors.mT @ matrix, max(part.error, rounding))
         for matrix, part in zip(x.split(1), parts, strict=True)
