@@ -152,26 +152,34 @@ class _System:
             fitted, summed, gram = self.dense
             with full_precision(gram.device):
                 mean = self._mean_eigenvalue(gram.shape[-1])
-                strength = self._strength(summed, pull * mean)
+                norm = torch.linalg.vector_norm(summed, dim=(-2, -1), dtype=torch.float64)
+                strength = self._strength(norm.square(), pull * mean)
                 fitted.add_(summed.mul_(strength[..., None, None]))
                 return _solve(gram, ridge * mean, fitted.mT).mT
         plain, shares, right = self._products()
         with full_precision(plain.device):
             mean = self._mean_eigenvalue(right.shape[-2])
-            strength = self._strength(plain @ right.mT, pull * mean)
+            gram = right.mT @ right
+            # ||A B^T||^2 = <A^T A, B^T B>, with columns of A of moderate size: fp32 has no room.
+            size = plain.abs().amax(dim=(-2, -1), keepdim=True)
+            scaled = plain / torch.where(size > 0, size, 1)
+            kept = ((scaled.mT @ scaled) * gram).sum(dim=(-2, -1), dtype=torch.float64)
+            del scaled
+            strength = self._strength(kept * size[..., 0, 0].double().square(), pull * mean)
             left = plain.mul_((shares.square() + strength[..., None]).unsqueeze(-2))
-            return _solve(right.mT @ right, ridge * mean, left.mT).mT @ right.mT
+            if left.shape[-2] < right.shape[-2]:  # fewer right-hand sides
+                return _solve(gram, ridge * mean, left.mT).mT @ right.mT
+            return left @ _solve(gram, ridge * mean, right.mT)
 
     def _mean_eigenvalue(self, n: int) -> Tensor:
         """Of ``sum w C``; where nothing moved, any number will do."""
         return torch.where(self.trace > 0, self.trace, 1) / n
 
-    def _strength(self, summed: Tensor, pull: Tensor) -> Tensor:
+    def _strength(self, energy_of_sum: Tensor, pull: Tensor) -> Tensor:
         """What ``sum w D`` is multiplied by: ``pull / rho``."""
-        norm = torch.linalg.vector_norm(summed, dim=(-2, -1), dtype=torch.float64)
-        kept = norm.square() / torch.where(self.energy > 0, self.energy, 1)
+        kept = energy_of_sum / torch.where(self.energy > 0, self.energy, 1)
         mean_weight = sum(self.weights) / len(self.weights)
-        return (pull / kept.clamp_min(_LEAST_KEPT * mean_weight)).to(summed.dtype)
+        return (pull / kept.clamp_min(_LEAST_KEPT * mean_weight)).to(pull.dtype)
 
 
 def _shares(factors: LowRank) -> Tensor:
