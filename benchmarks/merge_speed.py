@@ -132,6 +132,18 @@ def llama(hidden: int, layers: int, vocabulary: int = 32000) -> LlamaShape:
     return LlamaShape(hidden, hidden * 11 // 4, layers, hidden // 64, vocabulary)
 
 
+def model_sets(console: Console, quick: bool) -> dict[str, Models | tuple[Path, ...]]:
+    """The models that methods are compared on, by name; the demo's if there are any."""
+    main_shape = llama(64, 2, 256) if quick else llama(1024, 8)
+    sets: dict[str, Models | tuple[Path, ...]] = {"Llama": Models(main_shape)}
+    demo = None if quick else find_demo_models()
+    if demo is not None:
+        sets["DINOv2 ViT-S"] = tuple(demo)
+    elif not quick:
+        console.print(f"Left out the vision models: {MISSING}")
+    return sets
+
+
 def growth_cases(quick: bool) -> list[Case]:
     """Cart on more models, wider ones and deeper ones, and on next to nothing."""
     cart = METHODS["cart, auto"]
@@ -165,13 +177,7 @@ def main(
     if record.discarded:
         console.print(f"Starting anew: {out / 'results.json'} was {record.discarded}")
 
-    main_shape = llama(64, 2, 256) if quick else llama(1024, 8)
-    sets: dict[str, Models | tuple[Path, ...]] = {"Llama": Models(main_shape)}
-    demo = None if quick else find_demo_models()
-    if demo is not None:
-        sets["DINOv2 ViT-S"] = tuple(demo)
-    elif not quick:
-        console.print(f"Left out the vision models: {MISSING}")
+    sets = model_sets(console, quick)
     cases = [
         Case(f"methods on {name}", label, method, models)
         for name, models in sets.items()

@@ -147,8 +147,6 @@ class _System:
     def solve(self, ridge: float, pull: float) -> Tensor:
         """``(sum w D C + s P) (sum w C + r I)^-1``."""
         if self.dense is not None:
-            if self.waiting:
-                self._pour()
             fitted, summed, gram = self.dense
             with full_precision(gram.device):
                 mean = self._mean_eigenvalue(gram.shape[-1])

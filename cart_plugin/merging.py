@@ -333,7 +333,11 @@ def centre_of(
 
 def truncated(delta: Tensor, settings: CartSettings, name: str | None) -> LowRank:
     """The low-rank part of a task vector, as factors of its matrices (`matrix_shape`)."""
-    # The same start in every process and order of work, but another one for each tensor.
-    seed = (settings.seed + zlib.crc32((name or "").encode())) % 2**63
     matrices = delta.reshape(matrix_shape(name, delta.shape))
+    seed = tensor_seed(settings.seed, name or "")
     return truncated_svd(matrices, settings.rule, svd=settings.svd, seed=seed)
+
+
+def tensor_seed(seed: int, name: str) -> int:
+    """The solver's start: the same in every process and order of work, another for each tensor."""
+    return (seed + zlib.crc32(name.encode())) % 2**63

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -155,10 +155,6 @@ def _name(settings: CartSettings) -> str:
     return f"rank_ratio {settings.rank_ratio:g}, lambda {settings.lambda_:g}"
 
 
-def _longest_first() -> Iterator[Setting]:
-    yield from sorted(SETTINGS, key=lambda setting: -setting.count * len(setting.seeds))
-
-
 @click.command()
 @click.option("--workers", default=2, show_default=True, help="Processes of one thread each.")
 @click.option(
@@ -168,10 +164,8 @@ def _longest_first() -> Iterator[Setting]:
 def main(workers: int, out: Path, only_report: bool) -> None:
     """Compare CART without hyperparameters with CART tuned anew, on other tasks and models."""
     if not only_report:
-        jobs: Sequence[Any] = [
-            partial(carry, setting, out / "carry") for setting in _longest_first()
-        ]
-        in_processes(jobs, workers)
+        longest_first = sorted(SETTINGS, key=lambda own: -own.count * len(own.seeds))
+        in_processes([partial(carry, own, out / "carry") for own in longest_first], workers)
         write_json(out / "carry.json", results(out / "carry"))
     write_report(json.loads((out / "carry.json").read_text()), out)
     click.echo((out / "carry.md").read_text())

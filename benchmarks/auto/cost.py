@@ -14,10 +14,9 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from benchmarks import merge_report as report
 from benchmarks.cache import cache_root
-from benchmarks.demo_models import MISSING, find_demo_models
 from benchmarks.incremental import Record, conditions
 from benchmarks.measure import RESULTS
-from benchmarks.merge_speed import METHODS, PACKAGES, Case, Models, llama, run_all
+from benchmarks.merge_speed import METHODS, PACKAGES, Case, model_sets, run_all
 from benchmarks.tables import markdown_table
 
 LABELS = ("cart, auto", "cart_auto")
@@ -33,16 +32,9 @@ def main(runs: int, quick: bool, out: Path) -> None:
     """Measure merges by cart and by cart_auto."""
     console = Console()
     record = Record(out / "cost.json", conditions(PACKAGES, quick=quick))
-    shape = llama(64, 2, 256) if quick else llama(1024, 8)
-    sets: dict[str, Models | tuple[Path, ...]] = {"Llama": Models(shape)}
-    demo = None if quick else find_demo_models()
-    if demo is not None:
-        sets["DINOv2 ViT-S"] = tuple(demo)
-    elif not quick:
-        console.print(f"Left out the vision models: {MISSING}")
     cases = [
         Case(f"methods on {name}", label, METHODS[label], models)
-        for name, models in sets.items()
+        for name, models in model_sets(console, quick).items()
         for label in LABELS
     ]
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -13,25 +13,9 @@ from mergekit.io import ShardedTensorIndex
 from safetensors import SafetensorError, safe_open
 
 from cart_plugin.cli.findings import Finding, first_line, ok, problem, some, warning
+from cart_plugin.compress.checkpoints import DTYPES
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-
-# safetensors' names of dtypes. Packed types (4 and 6 bits, bare scales) are missing: None stands
-# for them. The 8-bit floats are there to be named, though they cannot be merged either.
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 
 
 @dataclass(frozen=True)
@@ -299,7 +283,7 @@ def _read_safetensors(tensors: dict[str, TensorInfo], file: Path) -> None:
     with safe_open(file, framework="pt") as header:
         for name in header.keys():  # noqa: SIM118 - safe_open is no mapping
             view = header.get_slice(name)
-            tensors[name] = TensorInfo(tuple(view.get_shape()), _DTYPES.get(view.get_dtype()))
+            tensors[name] = TensorInfo(tuple(view.get_shape()), DTYPES.get(view.get_dtype()))
 
 
 def _read_pickle(tensors: dict[str, TensorInfo], file: Path) -> None:

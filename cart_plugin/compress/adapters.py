@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,6 +26,7 @@ from cart_plugin.compress.work import (
 )
 from cart_plugin.errors import CartError
 from cart_plugin.lowrank import RankRule, truncated_svd
+from cart_plugin.merging import tensor_seed
 
 
 def write_adapters(
@@ -151,10 +151,11 @@ def decompose(
     Raises:
         CartError: they leave the dtype's range.
     """
-    # The same start in every process and order of work, but another one for each tensor.
-    seed = (work.options.seed + zlib.crc32(layer.name.encode())) % 2**63
     found = truncated_svd(
-        layer.to_matrices(delta), RankRule(rank=rank), svd=work.options.svd, seed=seed
+        layer.to_matrices(delta),
+        RankRule(rank=rank),
+        svd=work.options.svd,
+        seed=tensor_seed(work.options.seed, layer.name),
     )
     a, b = layer.to_lora(found, dtype)
     if not bool(torch.isfinite(a.sum()) and torch.isfinite(b.sum())):

@@ -21,6 +21,8 @@ from cart_plugin.errors import CartError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
+# Packed types (4 and 6 bits, bare scales) are missing: torch has no name for them. The 8-bit floats
+# are there to be named, though they cannot be averaged either.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

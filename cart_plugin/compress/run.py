@@ -182,11 +182,10 @@ def _ranks(
 
     def size(chosen: Sequence[Mapping[str, int]]) -> int:
         total = work.report.base_bytes
-        for name, task_ranks in zip(work.report.tasks, chosen, strict=True):
+        for task_ranks in chosen:
             layout = {**peft_files.tensor_layout(assignment, task_ranks, dtypes), **exact}
             text = config_text(work, assignment, task_ranks, task_type)
             total += writing.file_bytes(layout) + len(text.encode())
-            assert name
         return total
 
     assert work.options.target_size is not None

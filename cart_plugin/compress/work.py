@@ -149,7 +149,7 @@ def differences(
 
 
 def stored_dtypes(work: Work) -> dict[str, torch.dtype]:
-    """The same by the model's names."""
+    """In which dtype each of the model's tensors is stored."""
     return {target: work.dtype(unit) for unit in work.units for target in unit.targets}
 
 

@@ -15,7 +15,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from cart_plugin.compress.checkpoints import DTYPES, as_bytes
+from cart_plugin.compress.checkpoints import DTYPES, INDEX, as_bytes
 from cart_plugin.errors import CartError
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -116,7 +116,7 @@ def write_index(folder: Path, files: Mapping[str, Layout]) -> None:
         "weight_map": {name: file for file, layout in files.items() for name in layout},
     }
     text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    (folder / INDEX).write_text(text, encoding="utf-8")
 
 
 @contextmanager
