@@ -64,7 +64,7 @@ def measured(x: Tensor) -> dict[str, Any]:
     basis, block = bases[-1]
     fast = median(lambda: truncated_svd(x, rule, svd="fast"))
     rows = torch.randn(block, x.shape[0])
-    one = median(lambda: krylov._times_transposed(rows @ x, x))
+    one = median(lambda: krylov.times_transposed(rows @ x, x))
     with profile(activities=[ProfilerActivity.CPU]) as events:
         truncated_svd(x, rule, svd="fast")
     own = {event.key: event.self_cpu_time_total for event in events.key_averages()}

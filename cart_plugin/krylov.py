@@ -79,13 +79,13 @@ def leading_subspace(x: Tensor, k: int, *, tolerance: float, seed: int) -> Subsp
     # Rows of `basis` are orthonormal and span the Krylov space; `image` is `basis @ x`.
     start = torch.randn(block, n, generator=generator, device=x.device, dtype=x.dtype)
     start = start.expand(*x.shape[:-2], block, n)
-    rows = _times_transposed(start, x)
+    rows = times_transposed(start, x)
     basis, image = rows[..., :0, :], start[..., :0, :]
-    rows = _orthonormal(rows, basis)
+    rows = orthonormal(rows, basis)
     energies = total_energy(x)
     while True:
         basis, image, rows, residual = _extend(x, basis, image, rows, steps)
-        if not _is_orthonormal(basis):
+        if not is_orthonormal(basis):
             basis, image = _repaired(x, basis)
         # Rayleigh-Ritz: singular vectors of x within the basis.
         found = approximate_left(image, k)
@@ -126,12 +126,12 @@ def _extend(
         newest = torch.matmul(rows, x, out=image[..., p - block : p, :])
         # In exact arithmetic only the last two blocks overlap with the new one.
         recent = basis[..., max(0, p - 2 * block) : p, :]
-        residual = _project_out_(_times_transposed(newest, x), recent)
-        rows = _orthonormal(residual, basis[..., :p, :])
+        residual = _project_out_(times_transposed(newest, x), recent)
+        rows = orthonormal(residual, basis[..., :p, :])
     return basis, image, rows, residual
 
 
-def _orthonormal(rows: Tensor, basis: Tensor) -> Tensor:
+def orthonormal(rows: Tensor, basis: Tensor) -> Tensor:
     """Orthonormal rows ``(b, m)`` that span ``rows`` less what lies in ``basis`` ``(p, m)``.
 
     Directions of ``rows`` that are exhausted turn into rounding noise of unit length. That does no
@@ -154,7 +154,8 @@ def _cholesky_qr(rows: Tensor, shift: float) -> Tensor:
     return torch.linalg.solve_triangular(factor, rows, upper=False)
 
 
-def _is_orthonormal(basis: Tensor) -> bool:
+def is_orthonormal(basis: Tensor) -> bool:
+    """Whether the rows of each ``basis`` ``(p, m)`` are, up to rounding; not if any is NaN."""
     overlap = basis @ basis.mT
     overlap.diagonal(dim1=-2, dim2=-1).sub_(1)
     return bool(overlap.abs().amax() < _DEFECT)
@@ -169,7 +170,7 @@ def _repaired(x: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     return rows, rows @ x
 
 
-def _times_transposed(rows: Tensor, x: Tensor) -> Tensor:
+def times_transposed(rows: Tensor, x: Tensor) -> Tensor:
     """``rows @ x^T``, in the order that BLAS runs up to twice as fast for few rows."""
     if x.stride(-1) != 1:
         return rows @ x.mT
@@ -253,7 +254,7 @@ def _misses_direction(
     shape = (*x.shape[:-2], _PROBES, x.shape[-2])
     probes = torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype)
     for _ in range(2):
-        probes = _times_transposed(_outside(probes, basis) @ x, x)
+        probes = times_transposed(_outside(probes, basis) @ x, x)
     outside = (_outside(probes, basis) @ x).square().sum(-1).amax(-1)
     return bool((outside > 0.95 * ritz.values[..., -2] + _noise(ritz.values)).any())
 

@@ -6,7 +6,8 @@ for a given seed and thread count.
 
 Solvers (`SOLVERS`): ``exact`` takes leading eigenvectors of the Gram matrix of the short side,
 ``fast`` is a block Krylov iteration (`cart_plugin.krylov`) with an error estimate that falls back
-to ``exact`` when it does not converge, ``auto`` picks one by shape, rank and device.
+to ``exact`` when it does not converge, ``auto`` picks one by shape, rank and device. ``subspace``
+(`cart_plugin.subspace`) captures nearly the energy of the best directions, not these themselves.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from cart_plugin.errors import CartError
 from cart_plugin.gram import eigvalsh, leading_left, total_energy
 from cart_plugin.krylov import leading_subspace
 from cart_plugin.precision import full_precision
+from cart_plugin.subspace import near_subspace, oversampled
 
 DEFAULT_RANK_RATIO = 0.08
 
@@ -37,6 +39,9 @@ _GRAM_SHARE = 0.6
 _FAST_SHARE = 1 / 8
 _FAST_ASPECT = 6
 _FAST_SIDE = 512
+
+# Share of the short side that subspace iteration may work on.
+_SUBSPACE_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,8 @@ class LowRank:
         Vh: right singular vectors, ``(k, n)``. Where a singular value is zero, one of its two
             vectors may be zero. The vectors of the longer side are ``X^T u / s``: of length 1, and
             orthogonal up to rounding of ``S[0]``, so that those of tiny values may overlap.
-        error: estimated relative error (Frobenius) of the truncated matrix, the worst of a stack.
+        error: estimated relative error (Frobenius) of the truncated matrix, the worst of a stack;
+            for ``subspace`` see `cart_plugin.subspace.near_subspace`.
     """
 
     U: Tensor
@@ -266,6 +272,22 @@ def _fast(x: Tensor, k: int, seed: int) -> LowRank:
     return _stacked([_fast(part, k, seed) for part in x.split(1)])
 
 
+def _subspace(x: Tensor, k: int, seed: int) -> LowRank:
+    """Directions that capture nearly as much energy as the best for ``x`` ``(stack, m, n)``.
+
+    Small matrices, on CPUs, and nearly all directions are solved like ``exact`` and ``auto`` do.
+    """
+    stack, m, _ = x.shape
+    if x.device.type == "cpu" and m < _FAST_SIDE:
+        return _exact(x, k, seed)
+    if oversampled(k) > _SUBSPACE_SHARE * m:
+        return _by_gram(x, k, FAST_TOLERANCE)
+    if stack > 1 and x.device.type == "cpu":
+        return _stacked([_subspace(part, k, seed) for part in x.split(1)])
+    found = near_subspace(x, k, seed=seed)
+    return _from_left(found.left, found.right, found.error)
+
+
 def _exact(x: Tensor, k: int, _seed: int) -> LowRank:
     """LAPACK-accurate factors of ``x`` ``(stack, m, n)``, ``m <= n``.
 
@@ -309,4 +331,9 @@ def _stacked(parts: list[LowRank]) -> LowRank:
     )
 
 
-SOLVERS: dict[str, Solver] = {"auto": _auto, "exact": _exact, "fast": _fast}
+SOLVERS: dict[str, Solver] = {
+    "auto": _auto,
+    "exact": _exact,
+    "fast": _fast,
+    "subspace": _subspace,
+}

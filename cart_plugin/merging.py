@@ -68,7 +68,8 @@ class CartSettings:
             that they interfere least (`cart_plugin.coefficients.least_interference`).
         center: ``"average"``, the weighted mean of the fine-tuned weights, or ``"base"``, the base
             model (the paper's uncentred ablation).
-        svd: solver, one of `cart_plugin.lowrank.SOLVERS`.
+        svd: solver, one of `cart_plugin.lowrank.SOLVERS`; ``"auto"`` is ``"subspace"`` with
+            ``lambda_="auto"``, which needs no singular vectors.
         seed: start of the randomised solvers, mixed with each tensor's name.
 
     Raises:
@@ -101,6 +102,11 @@ class CartSettings:
         if self.lambda_ == "auto" and self.rank_ratio is self.rank is self.energy is None:
             return RankRule(AUTO_RANK_RATIO)
         return RankRule(self.rank_ratio, self.rank, self.energy)
+
+    @property
+    def solver(self) -> str:
+        """The solver that `svd` stands for."""
+        return "subspace" if self.lambda_ == self.svd == "auto" else self.svd
 
 
 def is_decomposed(name: str | None, shape: Sequence[int]) -> bool:
@@ -335,7 +341,7 @@ def truncated(delta: Tensor, settings: CartSettings, name: str | None) -> LowRan
     """The low-rank part of a task vector, as factors of its matrices (`matrix_shape`)."""
     matrices = delta.reshape(matrix_shape(name, delta.shape))
     seed = tensor_seed(settings.seed, name or "")
-    return truncated_svd(matrices, settings.rule, svd=settings.svd, seed=seed)
+    return truncated_svd(matrices, settings.rule, svd=settings.solver, seed=seed)
 
 
 def tensor_seed(seed: int, name: str) -> int:

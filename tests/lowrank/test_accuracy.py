@@ -100,7 +100,7 @@ def test_any_spectrum_is_accurate_at_any_rank(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("svd", SOLVERS)
+@pytest.mark.parametrize("svd", [name for name in SOLVERS if name != "subspace"])
 @pytest.mark.parametrize("shape", [(768, 768), (512, 1536), (1100, 600)], ids=str)
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_layers_of_real_size_are_accurate(svd: str, shape: tuple[int, int], spectrum: str) -> None:

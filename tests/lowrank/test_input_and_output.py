@@ -150,5 +150,7 @@ def test_input_that_is_no_matrix_is_refused() -> None:
 
 
 def test_unknown_solver_is_refused_with_the_list_of_solvers() -> None:
-    with pytest.raises(CartError, match="svd must be one of auto, exact, fast, got 'quick'"):
+    with pytest.raises(
+        CartError, match="svd must be one of auto, exact, fast, subspace, got 'quick'"
+    ):
         truncated_svd(torch.zeros(4, 4), RankRule(), svd="quick")
