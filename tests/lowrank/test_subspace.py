@@ -28,22 +28,22 @@ def close_to_orthonormal(columns: Tensor) -> bool:
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("shape", [(160, 200), (200, 200), (130, 500)], ids=str)
-def test_decaying_spectra_lose_half_a_per_cent_at_most(
+def test_decaying_spectra_lose_two_thousandths_at_most(
     spectrum: str, shape: tuple[int, int]
 ) -> None:
     x = with_spectrum(SPECTRA[spectrum](shape[0]), *shape)
     for share in (0.01, 0.08, 0.16, 0.3):
         found = near_subspace(x[None], max(1, math.floor(share * shape[0])), seed=0)
-        assert lost(x, found.right[0]) <= 0.005
+        assert lost(x, found.right[0]) <= 0.002
         assert close_to_orthonormal(found.left[0])
         assert torch.allclose(found.left[0].mT @ x, found.right[0], atol=1e-5 * float(x.norm()))
 
 
 @pytest.mark.parametrize("shape", [(256, 256), (256, 700)], ids=str)
 @pytest.mark.parametrize("k", [1, 20, 40, 80])
-def test_noise_loses_a_few_per_cent_at_most(shape: tuple[int, int], k: int) -> None:
+def test_noise_loses_two_per_cent_at_most(shape: tuple[int, int], k: int) -> None:
     x = random(*shape)
-    assert lost(x, near_subspace(x[None], k, seed=0).right[0]) <= 0.05
+    assert lost(x, near_subspace(x[None], k, seed=0).right[0]) <= 0.02
 
 
 @pytest.mark.parametrize("exponent", [2, 6, 12, 30])
@@ -75,7 +75,7 @@ def test_matrices_of_a_stack_are_iterated_together_and_one_may_be_zero() -> None
     x = torch.stack([random(128, 160), torch.zeros(128, 160), random(128, 160, seed=1) * 1e3])
     found = near_subspace(x, 20, seed=0)
     for index in (0, 2):
-        assert lost(x[index], found.right[index]) <= 0.05
+        assert lost(x[index], found.right[index]) <= 0.02
     assert torch.equal(found.right[1], torch.zeros(20, 160))
 
 
@@ -96,7 +96,7 @@ def test_large_matrices_are_iterated_on_and_small_ones_solved(
     monkeypatch.setattr(lowrank, "_FAST_SIDE", 160)
     iterated = truncated_svd(x, RankRule(rank=20), svd="subspace")
     assert 1e-4 < relative_error(iterated.dense(), exact.dense().double()) < 0.5
-    assert lost(x, iterated.S[:, None]) <= 0.005
+    assert lost(x, iterated.S[:, None]) <= 0.002
     # The rest of the directions would cost more than to solve for all.
     most = next(k for k in range(160) if oversampled(k) > 80)
     whole = truncated_svd(x, RankRule(rank=most), svd="subspace")
