@@ -17,7 +17,7 @@ from benchmarks.measure import machine
 # The files of the plugin that decide what a merge's numbers are and how long it takes.
 DECISIVE = (
     *("coefficients.py", "gram.py", "indexing.py", "inputs.py", "krylov.py", "lowrank.py"),
-    *("mergekit.py", "merging.py", "precision.py"),
+    *("mergekit.py", "merging.py", "precision.py", "subspace.py"),
 )
 
 
