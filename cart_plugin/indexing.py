@@ -19,7 +19,7 @@ work of `cart_plugin.compress`, whose functions are names of this module, too, l
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -28,8 +28,15 @@ import torch
 from torch import Tensor
 
 from cart_plugin.inputs import check_finite, check_inputs, normalised
-from cart_plugin.lowrank import LowRank
-from cart_plugin.merging import CartSettings, centre_of, is_decomposed, truncated
+from cart_plugin.lowrank import LowRank, RankRule, truncated_svd
+from cart_plugin.merging import (
+    CartSettings,
+    centre_of,
+    is_decomposed,
+    matrix_shape,
+    tensor_seed,
+)
+from cart_plugin.ranks import spectrum
 
 if TYPE_CHECKING:
     from cart_plugin.compress.expand import expand, load_task, task_tensors, tasks
@@ -39,8 +46,10 @@ __all__ = [
     "IndexedTensor",
     "compress",
     "expand",
+    "factors_of",
     "index_tensors",
     "load_task",
+    "spectra_of",
     "stored_share",
     "task_tensors",
     "tasks",
@@ -112,6 +121,7 @@ def index_tensors(
     name: str | None = None,
     models: Sequence[str] | None = None,
     decompose: bool | None = None,
+    ranks: Sequence[int] | None = None,
 ) -> IndexedTensor:
     """Split the versions of one tensor into a shared centre and a difference each.
 
@@ -124,6 +134,8 @@ def index_tensors(
         name: the tensor's name: decides what it is (`merging.is_decomposed`) and its seed.
         models: the models' names, for errors.
         decompose: overrides `merging.is_decomposed`.
+        ranks: one a model, in the place of the settings' rank rule (`cart_plugin.ranks` chooses
+            them); of no meaning where the tensor is not decomposed.
 
     Returns:
         The centre and the differences; at rank 0 every model ends at the centre.
@@ -132,22 +144,101 @@ def index_tensors(
         CartError: as `merging.merge_tensors`.
     """
     settings = settings or CartSettings()
+    models, where = _checked(tensors, settings, base, name, models)
+    with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+        centre, deltas = _around_centre(tensors, settings, weights, base, models, where)
+        if decompose is None:
+            decompose = is_decomposed(name, centre.shape)
+        if not decompose or centre.numel() == 0:
+            return IndexedTensor(centre, tuple(deltas))
+        shape = matrix_shape(name, centre.shape)
+        if ranks is None:
+            rules = [settings.rule] * len(tensors)
+        else:
+            rules = [RankRule(rank=rank) for rank in ranks]
+        parts = [
+            factors_of(delta.reshape(shape), rule, name, svd=settings.svd, seed=settings.seed)
+            for delta, rule in zip(deltas, rules, strict=True)
+        ]
+        return IndexedTensor(centre, tuple(parts))
+
+
+def spectra_of(
+    tensors: Sequence[Tensor],
+    settings: CartSettings | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    base: Tensor | None = None,
+    name: str | None = None,
+    models: Sequence[str] | None = None,
+) -> list[Tensor]:
+    """Squared singular values of each model's difference, as `cart_plugin.ranks` takes them.
+
+    Args and errors are those of `index_tensors`, for a tensor that is decomposed.
+
+    Returns:
+        One a model, descending, in fp64 on the CPU; of a stack of matrices their sums.
+    """
+    settings = settings or CartSettings()
+    models, where = _checked(tensors, settings, base, name, models)
+    with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+        centre, deltas = _around_centre(tensors, settings, weights, base, models, where)
+        shape = matrix_shape(name, centre.shape)
+        return [spectrum(delta.reshape(shape)) for delta in deltas]
+
+
+def factors_of(
+    matrices: Tensor, rule: RankRule, name: str | None, *, svd: str, seed: int
+) -> LowRank:
+    """What CART-Indexing keeps of one model's difference from the centre.
+
+    Args:
+        matrices: the difference as ``(stack, m, n)``.
+        rule: how much to keep.
+        name: the tensor's, which the solver's start depends on.
+        svd: solver, one of `cart_plugin.lowrank.SOLVERS`.
+        seed: of the solver, for all tensors.
+
+    Raises:
+        CartError: as `truncated_svd`.
+    """
+    return truncated_svd(matrices, rule, svd=svd, seed=tensor_seed(seed, name or ""))
+
+
+def _checked(
+    tensors: Sequence[Tensor],
+    settings: CartSettings,
+    base: Tensor | None,
+    name: str | None,
+    models: Sequence[str] | None,
+) -> tuple[list[str], str]:
+    """What errors call the models and the tensor, which fit each other."""
     models = list(models) if models is not None else [str(i) for i in range(len(tensors))]
     where = f"tensor {name!r}" if name is not None else "tensor"
     check_inputs(tensors, models, base, settings.center, where)
-    if decompose is None:
-        decompose = is_decomposed(name, tensors[0].shape)
-    decompose = decompose and tensors[0].numel() > 0
-    differences: list[LowRank | Tensor] = []
-    with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
-        shares = normalised(weights, len(tensors), where)
-        around = base if settings.center == "base" else None
-        centre = centre_of(tensors, shares, around, models, where)
+    return models, where
+
+
+def _around_centre(
+    tensors: Sequence[Tensor],
+    settings: CartSettings,
+    weights: Sequence[float] | None,
+    base: Tensor | None,
+    models: Sequence[str],
+    where: str,
+) -> tuple[Tensor, Iterator[Tensor]]:
+    """The centre, and each model's difference from it when it is due."""
+    shares = normalised(weights, len(tensors), where)
+    around = base if settings.center == "base" else None
+    centre = centre_of(tensors, shares, around, models, where)
+
+    def differences() -> Iterator[Tensor]:
         for tensor, model in zip(tensors, models, strict=True):
             delta = tensor - centre
             check_finite(delta, [model], [tensor], where)
-            differences.append(truncated(delta, settings, name) if decompose else delta)
-    return IndexedTensor(centre, tuple(differences))
+            yield delta
+
+    return centre, differences()
 
 
 def stored_share(stored: int, models: int, numbers: int) -> float:

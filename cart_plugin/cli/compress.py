@@ -31,6 +31,12 @@ class Percent(click.ParamType):
 @click.command(short_help="Turn fine-tuned models into one base and a PEFT adapter each.")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...", type=click.Path())
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option(
+    "--base",
+    metavar="MODEL",
+    type=click.Path(path_type=Path),
+    help="Folder of the model to be the base, such as the pretrained one [the MODELs' average].",
+)
 @click.option("--rank-ratio", type=float, help="Share of the singular directions kept [0.08].")
 @click.option("--rank", type=int, help="Their number instead.")
 @click.option("--energy", type=float, help="Share of the squared singular values kept instead.")
@@ -49,7 +55,7 @@ class Percent(click.ParamType):
 @click.option(
     "--drop-small",
     is_flag=True,
-    help="Leave norms, biases, embeddings and heads at the average: adapters of LoRA alone.",
+    help="Leave norms, biases, embeddings and heads as the base has them: adapters of LoRA alone.",
 )
 @click.option(
     "--svd", type=click.Choice(["auto", "exact", "fast"]), default="auto", show_default=True
@@ -57,6 +63,7 @@ class Percent(click.ParamType):
 def compress(
     models: tuple[str, ...],
     out: Path,
+    base: Path | None,
     rank_ratio: float | None,
     rank: int | None,
     energy: float | None,
@@ -68,9 +75,9 @@ def compress(
 ) -> None:
     """Turn fine-tuned MODELs of one architecture into OUT/base and OUT/adapters/NAME.
 
-    The base is their average, an ordinary checkpoint; the adapters are ordinary PEFT LoRA, loaded
-    with PeftModel.from_pretrained(base, adapter). `mergekit-cart expand` gives full models back.
-    Nothing appears under OUT before all is done.
+    The base is their average, or the model of --base, as an ordinary checkpoint; the adapters are
+    ordinary PEFT LoRA, loaded with PeftModel.from_pretrained(base, adapter). `mergekit-cart expand`
+    gives full models back. Nothing appears under OUT before all is done.
     """
     from cart_plugin.indexing import compress as run
 
@@ -81,6 +88,7 @@ def compress(
                 models,
                 out,
                 names=[name.strip() for name in names.split(",")] if names else None,
+                base=base,
                 rank_ratio=rank_ratio,
                 rank=rank,
                 energy=energy,

@@ -25,8 +25,8 @@ from cart_plugin.compress.work import (
     stored_dtypes,
 )
 from cart_plugin.errors import CartError
-from cart_plugin.lowrank import RankRule, truncated_svd
-from cart_plugin.merging import tensor_seed
+from cart_plugin.indexing import factors_of
+from cart_plugin.lowrank import RankRule
 
 
 def write_adapters(
@@ -65,7 +65,7 @@ def write_adapters(
             place.mkdir(parents=True)
             text = config_text(work, assignment, chosen, task_type)
             (place / peft_files.CONFIG).write_text(text, encoding="utf-8")
-            if model.config != work.models[0].config:
+            if model.config != work.described.config:
                 text = json.dumps(model.config, indent=2, sort_keys=True) + "\n"
                 (place / TASK_CONFIG).write_text(text, encoding="utf-8")
             opened = writing.TensorFile(place / peft_files.WEIGHTS, layout)
@@ -89,13 +89,13 @@ def _fill(
     for name, source in assignment.exact.items():
         copies.setdefault(source, []).append(name)
     unused = {unit.sources[0] for unit in work.units if not unit.targets} & work.changed
-    wanted = {*assignment.lora, *biases, *copies, *assignment.averaged, *unused}
+    wanted = {*assignment.lora, *biases, *copies, *assignment.left, *unused}
     if assignment.has_bias:
         for file, chosen in zip(files, all_ranks, strict=True):
             _write_no_biases(work, assignment, chosen, file)
     for task, unit, name, tensor, around in differences(work, base, wanted, "decomposing"):
         dtype, file = work.dtype(unit), files[task]
-        reason = assignment.averaged.get(name, "")
+        reason = assignment.left.get(name, "")
         if not tensor.is_floating_point():
             for copy in copies[name]:
                 file.write(peft_files.exact_name(copy), tensor)
@@ -122,7 +122,7 @@ def _fill(
                 file.write(peft_files.exact_name(copy), rounded)
             delta = minus(tensor, rounded)
         else:
-            kind = "averaged"
+            kind = work.report.left
             reason = reason or "the model that config.json describes has no such tensor"
         loss.lost = _square(delta)
         if any(source in work.changed for source in unit.sources):
@@ -151,12 +151,8 @@ def decompose(
     Raises:
         CartError: they leave the dtype's range.
     """
-    found = truncated_svd(
-        layer.to_matrices(delta),
-        RankRule(rank=rank),
-        svd=work.options.svd,
-        seed=tensor_seed(work.options.seed, layer.name),
-    )
+    matrices, rule, options = layer.to_matrices(delta), RankRule(rank=rank), work.options
+    found = factors_of(matrices, rule, layer.name, svd=options.svd, seed=options.seed)
     a, b = layer.to_lora(found, dtype)
     if not bool(torch.isfinite(a.sum()) and torch.isfinite(b.sum())):
         raise CartError(f"tensor {layer.name!r}: its factors leave the range of {dtype}")

@@ -1,4 +1,4 @@
-"""The base: the average of the models, an ordinary checkpoint."""
+"""The base: the average of the models, or a model that is given; an ordinary checkpoint."""
 
 from __future__ import annotations
 
@@ -16,25 +16,26 @@ from cart_plugin.inputs import agreed_buffer, check_finite
 
 _COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab")
 _NOT_COPIED = ("config.json", "adapter_config.json", "trainer_state.json", "mergekit_config.yml")
+_GENERATION = "generation_config.json"
 
 
 def write_base(work: Work, folder: Path) -> None:
-    """The average, rounded as it is stored, and which tensors differ from it anywhere."""
+    """The base, rounded as it is stored, and which tensors of the models differ from it."""
     folder.mkdir()
+    one, step = (_average, "averaging") if work.given is None else (_given, "reading the base")
     files = writing.shards(work.layout)
     done = 0
     for file, layout in files.items():
         with writing.TensorFile(folder / file, layout) as opened:
             for name, (dtype, _) in layout.items():
-                stored, same = _average(work, name, dtype)
+                stored, same = one(work, name, dtype)
                 opened.write(name, stored)
                 if not same:
                     work.changed.add(name)
                 done += 1
-                work.progress("averaging", done, len(work.layout))
+                work.progress(step, done, len(work.layout))
     writing.write_index(folder, files)
-    first = work.models[0]
-    config = dict(first.config)
+    config = dict(work.described.config)
     sizes: dict[torch.dtype, int] = {}
     for dtype, shape in work.layout.values():
         if dtype.is_floating_point:
@@ -43,10 +44,23 @@ def write_base(work: Work, folder: Path) -> None:
         config.pop("torch_dtype", None)
         config["dtype"] = str(max(sizes, key=lambda dtype: sizes[dtype])).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    for path in sorted(first.path.iterdir()):
-        skipped = path.name in _NOT_COPIED or path.name.endswith(".index.json")
-        if path.is_file() and path.suffix in _COPIED and not skipped:
-            shutil.copyfile(path, folder / path.name)
+    for model in dict.fromkeys([work.described.path, work.models[0].path]):
+        beside = _beside(model)
+        for path in beside:
+            if not (folder / path.name).exists():
+                shutil.copyfile(path, folder / path.name)
+        if any(path.name != _GENERATION for path in beside):
+            break  # a tokenizer's files belong together: all of one model
+
+
+def _beside(folder: Path) -> list[Path]:
+    """What a copy of a model needs beside config and weights, such as the tokenizer's files."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.suffix in _COPIED
+        if path.name not in _NOT_COPIED and not path.name.endswith(".index.json")
+    ]
 
 
 def _average(work: Work, name: str, dtype: torch.dtype) -> tuple[Tensor, bool]:
@@ -74,7 +88,38 @@ def _average(work: Work, name: str, dtype: torch.dtype) -> tuple[Tensor, bool]:
     if not bool(torch.isfinite(mean.sum())):
         check_finite(mean, labels, list(work.versions(name)), where)
     # A mean of equal numbers is not always that number, to the last bit.
-    stored = (first if same else mean).to(dtype)
+    return _rounded(first if same else mean, dtype, where), same
+
+
+def _given(work: Work, name: str, dtype: torch.dtype) -> tuple[Tensor, bool]:
+    """What the base stores of the given model's tensor, and whether all models hold the same.
+
+    Raises:
+        CartError: values are not finite, or integers differ.
+    """
+    base = work.described
+    where = f"tensor {name!r}"
+    own = base.read(name)
+    if not dtype.is_floating_point:
+        labels = [model.name for model in (*work.models, base)]
+        agreed_buffer([*work.versions(name), own], labels, name)
+        return own.to(dtype), True  # of counters its own, too: it is that model
+    check_finite(own, [base.name], [own], where)
+    stored = _rounded(own, dtype, where)
+    same = True
+    for model, tensor in zip(work.models, work.versions(name), strict=True):
+        check_finite(tensor, [model.name], [tensor], where)
+        same = torch.equal(_rounded(tensor, dtype, where), stored) and same
+    return stored, same
+
+
+def _rounded(tensor: Tensor, dtype: torch.dtype, where: str) -> Tensor:
+    """A tensor as it is stored.
+
+    Raises:
+        CartError: the dtype does not hold it.
+    """
+    stored = tensor.to(dtype)
     if not bool(torch.isfinite(stored.sum(dtype=torch.float64))):
         raise CartError(f"{where}: its values leave the range of {dtype}; choose another dtype")
-    return stored, same
+    return stored

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -157,40 +157,43 @@ def open_models(paths: Sequence[Path], names: Sequence[str]) -> list[ModelFolder
     models = [open_model(path, name) for path, name in zip(paths, names, strict=True)]
     first = models[0]
     for model in models[1:]:
-        here, there = model.config.get("architectures"), first.config.get("architectures")
-        if here != there:
-            raise CartError(
-                f"model {model.name} is {_listed(here)} but {first.name} is {_listed(there)}; "
-                "models that share a base must have the same architecture"
-            )
-        for one, other in ((model, first), (first, model)):
-            missing = sorted(set(other.tensors) - set(one.tensors))
-            if missing:
-                raise CartError(
-                    f"model {one.name} lacks {len(missing)} tensors that {other.name} has, such as "
-                    f"{missing[0]}; models that share a base must have the same tensors"
-                )
-        for tensor, stored in model.tensors.items():
-            if stored.shape != first.tensors[tensor].shape:
-                raise CartError(
-                    f"tensor {tensor!r} is {first.tensors[tensor].shape} in {first.name} but "
-                    f"{stored.shape} in {model.name}; models that share a base must have the same "
-                    "shapes: leave heads of different sizes and added tokens out"
-                )
+        _check_architecture(model, first)
+        check_holds(model, first.tensors, first)
+        check_holds(first, model.tensors, model)
+        _check_shapes(model, first)
     for model in models:
-        for tensor, stored in model.tensors.items():
-            if stored.dtype.is_floating_point and stored.dtype.itemsize == 1:
-                raise CartError(
-                    f"tensor {tensor!r} of {model.name} is {stored.dtype}; quantised weights "
-                    "cannot be averaged, convert them to a floating-point checkpoint first"
-                )
-            floating = stored.dtype.is_floating_point
-            if floating != first.tensors[tensor].dtype.is_floating_point:
-                raise CartError(
-                    f"tensor {tensor!r} is {stored.dtype} in {model.name} but "
-                    f"{first.tensors[tensor].dtype} in {first.name}; convert one of them"
-                )
+        _check_dtypes(model, first)
     return models
+
+
+def open_base(path: Path, first: ModelFolder) -> ModelFolder:
+    """Open a model that others, of which ``first`` is one, are to have as their base.
+
+    It may hold more tensors than they do; whether these matter is for the model's class to say.
+
+    Raises:
+        CartError: as `open_models`.
+    """
+    base = open_model(path, "base")
+    _check_architecture(base, first)
+    check_holds(base, first.tensors, first)
+    _check_shapes(base, first)
+    _check_dtypes(base, first)
+    return base
+
+
+def check_holds(model: ModelFolder, wanted: Collection[str], other: ModelFolder) -> None:
+    """Refuse a model that lacks any of the tensors ``wanted`` of another.
+
+    Raises:
+        CartError: it does.
+    """
+    missing = sorted(set(wanted) - set(model.tensors))
+    if missing:
+        raise CartError(
+            f"model {model.name} lacks {len(missing)} tensors that {other.name} has, such as "
+            f"{missing[0]}; models that share a base must have the same tensors"
+        )
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
@@ -244,6 +247,40 @@ def _json(model: ModelFolder, file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CartError(f"model {model.name}: {file.name} is no JSON object; {_AGAIN}")
     return found
+
+
+def _check_architecture(model: ModelFolder, first: ModelFolder) -> None:
+    here, there = model.config.get("architectures"), first.config.get("architectures")
+    if here != there:
+        raise CartError(
+            f"model {model.name} is {_listed(here)} but {first.name} is {_listed(there)}; "
+            "models that share a base must have the same architecture"
+        )
+
+
+def _check_shapes(model: ModelFolder, first: ModelFolder) -> None:
+    for tensor, stored in first.tensors.items():
+        if model.tensors[tensor].shape != stored.shape:
+            raise CartError(
+                f"tensor {tensor!r} is {stored.shape} in {first.name} but "
+                f"{model.tensors[tensor].shape} in {model.name}; models that share a base must "
+                "have the same shapes: leave heads of different sizes and added tokens out"
+            )
+
+
+def _check_dtypes(model: ModelFolder, first: ModelFolder) -> None:
+    for tensor, stored in first.tensors.items():
+        dtype = model.tensors[tensor].dtype
+        if dtype.is_floating_point and dtype.itemsize == 1:
+            raise CartError(
+                f"tensor {tensor!r} of {model.name} is {dtype}; quantised weights cannot be "
+                "averaged, convert them to a floating-point checkpoint first"
+            )
+        if dtype.is_floating_point != stored.dtype.is_floating_point:
+            raise CartError(
+                f"tensor {tensor!r} is {dtype} in {model.name} but {stored.dtype} in "
+                f"{first.name}; convert one of them"
+            )
 
 
 def _listed(architectures: object) -> str:

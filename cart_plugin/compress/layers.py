@@ -1,4 +1,4 @@
-"""What becomes of each tensor: LoRA, a bias beside it, a module stored whole, or the average.
+"""What becomes of each tensor: LoRA, a bias beside it, a module stored whole, or nothing.
 
 Decided by the classes of the model's modules, and by what PEFT can hold: it must load the result.
 """
@@ -66,6 +66,14 @@ class Layer:
         return stack * (out + inside)
 
     @property
+    def least_rank(self) -> int:
+        """The rank below which PEFT has no place for what the layer carries.
+
+        That is a bias; and of parameters (stacked experts) all adapters must hold the same.
+        """
+        return 1 if self.bias is not None or self.is_parameter else 0
+
+    @property
     def is_parameter(self) -> bool:
         """Whether PEFT targets the parameter itself rather than its module."""
         return self.kind in ("experts", "transposed experts")
@@ -115,19 +123,19 @@ class Layer:
 
 @dataclass
 class Assignment:
-    """What becomes of the tensors in which models differ.
+    """What becomes of the tensors in which models differ from the base.
 
     Attributes:
         lora: by the parameter's name, in the model's order.
         saved: modules that adapters hold whole.
         exact: the saved modules' tensors, by the names in the file: with tied weights several.
-        averaged: tensors that stay at the average, and why.
+        left: tensors that stay at the base, and why.
     """
 
     lora: dict[str, Layer] = field(default_factory=dict)
     saved: list[str] = field(default_factory=list)
     exact: dict[str, str] = field(default_factory=dict)
-    averaged: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
 
     @property
     def has_bias(self) -> bool:
@@ -207,12 +215,13 @@ class Structure:
 def assign(
     structure: Structure, changed: Collection[str], *, drop_small: bool, refused: Collection[str]
 ) -> Assignment:
-    """Decide what becomes of the tensors in which models differ.
+    """Decide what becomes of the tensors in which models differ from the base.
 
     Args:
         structure: the model's.
-        changed: names, in the model's state dict, of the tensors in which models differ.
-        drop_small: leave all but LoRA layers at the average.
+        changed: names, in the model's state dict, of the tensors in which models differ
+            from the base.
+        drop_small: leave all but LoRA layers as the base has them.
         refused: modules that PEFT does not give LoRA to.
     """
     found = Assignment()
@@ -234,16 +243,16 @@ def assign(
         if name in lora:
             continue
         if drop_small:
-            found.averaged[name] = "--drop-small"
+            found.left[name] = "--drop-small"
         elif name in biases and experts:
-            found.averaged[name] = "PEFT holds no biases beside LoRA of stacked experts"
+            found.left[name] = "PEFT holds no biases beside LoRA of stacked experts"
         elif name in biases:
             weight = biases[name]
             lora[weight] = replace(candidates[weight], bias=name)
         else:
             module = structure.holder(name)
             if module is None:
-                found.averaged[name] = "its module holds the model's layers, too large to store"
+                found.left[name] = "its module holds the model's layers, too large to store"
             else:
                 whole.setdefault(module, []).append(name)
     _save(structure, whole, lora, found)
@@ -264,7 +273,7 @@ def assign(
 def _save(
     structure: Structure, whole: dict[str, list[str]], lora: dict[str, Layer], found: Assignment
 ) -> None:
-    """Fix the modules to be saved; those that cannot be go to the average."""
+    """Fix the modules to be saved; those that cannot be stay at the base."""
     for module in sorted(whole, key=len):
         if any(f"{module}.".startswith(f"{outer}.") for outer in found.saved):
             continue
@@ -276,13 +285,13 @@ def _save(
         reason = _obstacle(structure, holders, lora)
         if reason:
             for name in whole[module]:
-                found.averaged[name] = reason
+                found.left[name] = reason
             continue
         found.saved += sorted(_matched(structure, holders))
     for module in found.saved:
         for name in structure.below(module):
             lora.pop(name, None)
-            found.averaged.pop(name, None)
+            found.left.pop(name, None)
             source = next(twin for twin in structure.twins(name) if twin in structure.stored)
             found.exact[name] = source
 

@@ -23,6 +23,13 @@ Ranks = Mapping[str, int]
 """Rank by the layer's name; layers of rank 0 are left out."""
 
 
+def not_empty(layers: Collection[Layer], ranks: Ranks) -> dict[str, int]:
+    """The ranks, with 1 for the cheapest layer where all are 0: PEFT loads nothing without LoRA."""
+    if any(ranks.values()):
+        return dict(ranks)
+    return {**ranks, min(layers, key=lambda layer: layer.direction).name: 1}
+
+
 def tensor_layout(
     assignment: Assignment, ranks: Ranks, dtypes: Mapping[str, torch.dtype]
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -49,8 +49,8 @@ class Entry:
     """One tensor of the model in which tasks differ.
 
     Attributes:
-        kind: "lora", "bias", "exact" or "averaged".
-        reason: why it is averaged.
+        kind: "lora", "bias", "exact", or `Report.left`.
+        reason: why it stays at the base.
         ranks: one a task, of LoRA.
         losses: one a task.
     """
@@ -69,6 +69,7 @@ class Report:
     Attributes:
         out: the folder.
         tasks: the tasks' names.
+        center: what the base is: the models' average, or a base model that was given.
         models_bytes: of the weight files of all models.
         base_bytes: of the base's weight files.
         adapter_bytes: one a task: weights and config.
@@ -79,12 +80,18 @@ class Report:
 
     out: Path
     tasks: list[str]
+    center: Literal["average", "base"] = "average"
     models_bytes: int = 0
     base_bytes: int = 0
     adapter_bytes: list[int] = field(default_factory=list)
     entries: dict[str, Entry] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def left(self) -> str:
+        """The kind of tensors that stay at the base: "averaged", or "base" where one was given."""
+        return "averaged" if self.center == "average" else "base"
 
     @property
     def bytes(self) -> int:
@@ -121,6 +128,7 @@ class Report:
     def document(self) -> dict[str, Any]:
         """For JSON."""
         return {
+            "center": self.center,
             "bytes": self.bytes,
             "share": self.share,
             "models_bytes": self.models_bytes,
@@ -167,7 +175,8 @@ class Report:
         tasks.add_column("")
         for column in ("bytes", "share of models", "error", "of difference"):
             tasks.add_column(column, justify="right")
-        tasks.add_row("base", *_bytes(self.base_bytes, self.models_bytes), "", "")
+        base = "base (the average)" if self.center == "average" else "base (as given)"
+        tasks.add_row(base, *_bytes(self.base_bytes, self.models_bytes), "", "")
         for index, task in enumerate(self.tasks):
             loss = self.total(index)
             tasks.add_row(

@@ -1,4 +1,4 @@
-"""Compression from start to end: average, assign, choose ranks, decompose, write."""
+"""Compression from start to end: the base, assign, choose ranks, decompose, write."""
 
 from __future__ import annotations
 
@@ -6,15 +6,21 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from cart_plugin.compress import names as naming
-from cart_plugin.compress import peft_files, ranks, writing
+from cart_plugin.compress import peft_files, writing
 from cart_plugin.compress.adapters import write_adapters
 from cart_plugin.compress.base import write_base
-from cart_plugin.compress.checkpoints import ModelFolder, open_model, open_models
+from cart_plugin.compress.checkpoints import (
+    ModelFolder,
+    check_holds,
+    open_base,
+    open_model,
+    open_models,
+)
 from cart_plugin.compress.layers import Assignment, Structure, assign
 from cart_plugin.compress.report import Report
 from cart_plugin.compress.work import (
@@ -31,6 +37,7 @@ from cart_plugin.compress.work import (
     stored_dtypes,
 )
 from cart_plugin.errors import CartError
+from cart_plugin.ranks import by_rule, by_size, spectrum
 
 
 def compress(
@@ -38,6 +45,7 @@ def compress(
     out: str | Path,
     *,
     names: Sequence[str] | None = None,
+    base: str | Path | None = None,
     rank_ratio: float | None = None,
     rank: int | None = None,
     energy: float | None = None,
@@ -48,7 +56,7 @@ def compress(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Report:
-    """Turn fine-tuned models into one averaged base and a standard PEFT adapter each.
+    """Turn fine-tuned models into one common base and a standard PEFT adapter each.
 
     Writes ``out/base`` (a checkpoint that transformers loads), ``out/adapters/<name>`` (what
     `peft.PeftModel.from_pretrained(base, adapter)` loads) and ``out/report.json``. ``out`` appears
@@ -58,15 +66,17 @@ def compress(
         models: two or more folders of one architecture, with safetensors.
         out: the folder to write; must not exist, or be empty.
         names: of the adapters; those of the models' folders if None.
+        base: folder of a model of the same architecture that is to be the base, such as the
+            pretrained one (the paper's uncentred ablation); the models' average if None.
         rank_ratio: share of the singular directions that each matrix keeps (`RankRule`); 0.08 if
             neither it nor any of the next three is given.
         rank: their number instead.
         energy: as many as hold this share of the squared singular values instead.
         target_size: share of the models' bytes for base and adapters together instead: directions
             are kept where they lower the total squared error most per byte.
-        dtype: of base and adapters, one of `DTYPES`; the models' own if None.
+        dtype: of base and adapters, one of `DTYPES`; the fine-tuned models' own if None.
         drop_small: leave norms, biases, embeddings, heads and all else that is no decomposed matrix
-            at the average, rather than storing it exactly.
+            as the base has it, rather than storing it exactly.
         svd: solver (`cart_plugin.lowrank.SOLVERS`).
         seed: of the solver.
         progress: is told how far the work is.
@@ -83,18 +93,24 @@ def compress(
     chosen = checked_names(paths, names)
     folders = open_models(paths, chosen)
     first = folders[0]
-    meta = naming.meta_model(first.path, first.config, first.name)
+    given = None if base is None else open_base(Path(base), first)
+    described = given or first
+    meta = naming.meta_model(described.path, described.config, described.name)
     shapes = {name: stored.shape for name, stored in first.tensors.items()}
     units = naming.units(meta, shapes)
+    if given is not None:
+        _check_more(given, first, meta)
     targets = [target for unit in units for target in unit.targets]
     layout = {
         source: (stored_dtype(folders, source, options.dtype), shapes[source])
         for unit in units
         for source in unit.sources
     }
-    report = Report(Path(out), chosen, models_bytes=sum(folder.bytes for folder in folders))
+    center: Literal["average", "base"] = "average" if given is None else "base"
+    report = Report(Path(out), chosen, center, sum(folder.bytes for folder in folders))
     work = Work(
         folders,
+        given,
         options,
         units,
         Structure(meta, targets),
@@ -104,18 +120,18 @@ def compress(
     )
     with writing.unfinished(Path(out)) as folder:
         writing.check_space(folder, writing.file_bytes(layout))
-        with _timed(report, "average"):
+        with _timed(report, center):
             write_base(work, folder / BASE)
-        base = open_model(folder / BASE, "base")
-        report.base_bytes = base.bytes
-        architecture = first.config["architectures"][0]
+        stored = open_model(folder / BASE, "base")
+        report.base_bytes = stored.bytes
+        architecture = described.config["architectures"][0]
         task_type = peft_files.task_type(architecture)
         assignment = _assign(work, meta, task_type)
         with _timed(report, "choose ranks"):
-            all_ranks = _ranks(work, base, assignment, task_type)
+            all_ranks = _ranks(work, stored, assignment, task_type)
         with _timed(report, "decompose"):
-            write_adapters(work, base, folder, assignment, all_ranks, task_type)
-        _note_averaged(report)
+            write_adapters(work, stored, folder, assignment, all_ranks, task_type)
+        _note_left(report)
         report.seconds["total"] = time.perf_counter() - started
         report.write(folder)
     return report
@@ -128,6 +144,17 @@ def _timed(report: Report, step: str) -> Iterator[None]:
     report.seconds[step] = time.perf_counter() - start
 
 
+def _check_more(base: ModelFolder, first: ModelFolder, meta: Any) -> None:
+    """Refuse tensors of a base that its class has a place for and the fine-tuned models lack.
+
+    What has no place is left out: older checkpoints hold buffers, such as rotary frequencies, that
+    transformers neither reads nor writes any more.
+    """
+    shapes = {name: stored.shape for name, stored in base.tensors.items()}
+    placed = (unit.sources for unit in naming.units(meta, shapes) if unit.targets)
+    check_holds(first, {source for sources in placed for source in sources}, base)
+
+
 def _assign(work: Work, meta: Any, task_type: str | None) -> Assignment:
     """What becomes of the tensors that differ, as far as PEFT can hold it."""
     changed = {
@@ -137,7 +164,8 @@ def _assign(work: Work, meta: Any, task_type: str | None) -> Assignment:
         if any(source in work.changed for source in unit.sources)
     }
     if not changed:
-        raise CartError("the models hold the same weights: there is nothing to compress")
+        held = "the same" if work.given is None else "the base's"
+        raise CartError(f"the models hold {held} weights: there is nothing to compress")
     refused: set[str] = set()
     while True:
         found = assign(work.structure, changed, drop_small=work.options.drop_small, refused=refused)
@@ -174,15 +202,15 @@ def _ranks(
         for task, _, name, tensor, around in differences(work, base, wanted, "spectra"):
             delta = minus(tensor, around)
             layer = assignment.lora[name]
-            spectra[task][name] = ranks.spectrum(layer.to_matrices(delta))
+            spectra[task][name] = spectrum(layer.to_matrices(delta))
     if rule is not None:
-        return [ranks.by_rule(layers, rule, found) for found in spectra]
+        return [peft_files.not_empty(layers, by_rule(layers, rule, found)) for found in spectra]
     dtypes = stored_dtypes(work)
     exact = exact_layout(work, assignment)
 
     def size(chosen: Sequence[Mapping[str, int]]) -> int:
         total = work.report.base_bytes
-        for task_ranks in chosen:
+        for task_ranks in (peft_files.not_empty(layers, found) for found in chosen):
             layout = {**peft_files.tensor_layout(assignment, task_ranks, dtypes), **exact}
             text = config_text(work, assignment, task_ranks, task_type)
             total += writing.file_bytes(layout) + len(text.encode())
@@ -191,18 +219,24 @@ def _ranks(
     assert work.options.target_size is not None
     target = int(work.options.target_size * work.report.models_bytes)
     sizes = {layer.name: dtypes[layer.name].itemsize for layer in layers}
-    return ranks.by_size(layers, spectra, sizes, size, target)
+    chosen = by_size(layers, spectra, sizes, size, target)
+    if size(chosen) > target:
+        raise CartError(
+            f"the base and what is stored exactly take {size(chosen):,} bytes alone, but "
+            f"--target-size allows {target:,}; give a larger one"
+        )
+    return [peft_files.not_empty(layers, found) for found in chosen]
 
 
-def _note_averaged(report: Report) -> None:
-    """Say what stays at the average, why, and what that loses at worst."""
+def _note_left(report: Report) -> None:
+    """Say what stays at the base, why, and what that loses at worst."""
     reasons: dict[str, list[str]] = {}
     for name, entry in report.entries.items():
-        if entry.kind == "averaged":
+        if entry.kind == report.left:
             reasons.setdefault(entry.reason, []).append(name)
     for reason, held in reasons.items():
         worst = max(loss.error for name in held for loss in report.entries[name].losses)
         report.notes.append(
-            f"{len(held)} tensors, such as {held[0]}, stay at the average ({reason}): relative "
-            f"error at most {worst:.1e}"
+            f"{len(held)} tensors, such as {held[0]}, stay at the {report.center} ({reason}): "
+            f"relative error at most {worst:.1e}"
         )

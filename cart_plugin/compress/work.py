@@ -16,6 +16,7 @@ from cart_plugin.compress.names import Unit
 from cart_plugin.compress.report import Report
 from cart_plugin.errors import CartError
 from cart_plugin.lowrank import SOLVERS, RankRule
+from cart_plugin.ranks import checked_rule
 
 BASE = "base"
 ADAPTERS = "adapters"
@@ -34,7 +35,7 @@ class Options:
         rule: how many directions each layer keeps; None with a target size.
         target_size: share of the models' bytes.
         dtype: of the result; None for the models' own.
-        drop_small: leave all but LoRA layers at the average.
+        drop_small: leave all but LoRA layers as the base has them.
         svd: solver.
         seed: of the solver.
     """
@@ -49,9 +50,10 @@ class Options:
 
 @dataclass
 class Work:
-    """What the steps of one compression share."""
+    """What the steps of one compression share; ``given`` is the model to be the base, if any."""
 
     models: list[ModelFolder]
+    given: ModelFolder | None
     options: Options
     units: list[Unit]
     structure: Structure
@@ -59,6 +61,11 @@ class Work:
     progress: Progress
     report: Report
     changed: set[str] = field(default_factory=set)  # names in the checkpoint
+
+    @property
+    def described(self) -> ModelFolder:
+        """The model whose config the base has: the given one, else the first."""
+        return self.given or self.models[0]
 
     def versions(self, name: str) -> Iterator[Tensor]:
         """A checkpoint's tensor of each model, one at a time."""
@@ -85,17 +92,11 @@ def checked_options(
     Raises:
         CartError: a value out of range, or two rules at once.
     """
-    given = {"rank_ratio": rank_ratio, "rank": rank, "energy": energy, "target_size": target_size}
-    listed = [f"{name}={value}" for name, value in given.items() if value is not None]
-    if len(listed) > 1:
-        raise CartError(f"{' and '.join(listed)} are two rules at once; give one of them")
-    if target_size is not None and not 0 < target_size <= 1:
-        raise CartError(f"target_size must lie between 0 and 1 (100%), got {target_size}")
+    rule = checked_rule(rank_ratio, rank, energy, target_size)
     if dtype is not None and dtype not in DTYPES:
         raise CartError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if svd not in SOLVERS:
         raise CartError(f"svd must be one of {', '.join(SOLVERS)}, got {svd!r}")
-    rule = RankRule(rank_ratio, rank, energy) if target_size is None else None
     return Options(rule, target_size, DTYPES[dtype] if dtype else None, drop_small, svd, seed)
 
 

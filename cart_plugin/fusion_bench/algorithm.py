@@ -18,11 +18,18 @@ CART-Indexing, the compressed models one by one::
     fusion_bench method=cart/indexing method.decompose=clip method.rank_ratio=0.04 \
         modelpool=CLIPVisionModelPool/clip-vit-base-patch32_TA8 \
         taskpool=cart/clip-vit-classification_TA8
+
+The same in a fifth of the models' numbers, with ranks that lose the least::
+
+    fusion_bench method=cart/indexing method.decompose=clip method.target_size=0.2 \
+        modelpool=CLIPVisionModelPool/clip-vit-base-patch32_TA8 \
+        taskpool=cart/clip-vit-classification_TA8
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,9 +37,11 @@ from fusion_bench.modelpool import BaseModelPool
 from fusion_bench.models.wrappers.switch import SwitchModule
 from torch import Tensor, nn
 
+from cart_plugin.errors import CartError
 from cart_plugin.fusion_bench.base import CartBase, Fleet, copied
-from cart_plugin.indexing import index_tensors, stored_share
-from cart_plugin.merging import CartSettings, merge_state_dicts
+from cart_plugin.indexing import index_tensors, spectra_of, stored_share
+from cart_plugin.merging import CartSettings, matrix_shape, merge_state_dicts
+from cart_plugin.ranks import Matrices, by_size, checked_rule
 
 
 class CartAlgorithm(CartBase):
@@ -111,17 +120,24 @@ class CartIndexingAlgorithm(CartBase):
     """CART-Indexing: every model as the average plus its own truncated task vector.
 
     Args:
+        target_size: in the place of a rank rule, the share of all models' numbers that centre and
+            differences may take: the ranks of all matrices and models are chosen together, by one
+            threshold, for the least squared error (`cart_plugin.ranks.by_size`). The models are
+            then read twice.
         switch: return one module that holds all models and shows the one that a task pool asks
             for (`fusion_bench.models.wrappers.switch`), so that each is evaluated on its own task
             only. Task pools that do not switch evaluate every model on every task without it.
         **kwargs: parameters of `CartBase`.
     """
 
-    _config_mapping = CartBase._config_mapping | {"switch": "switch"}
+    _config_mapping = CartBase._config_mapping | {"target_size": "target_size", "switch": "switch"}
 
-    def __init__(self, switch: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, target_size: float | None = None, switch: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self.switch = switch
+        self.target_size, self.switch = target_size, switch
+        checked_rule(self.rank_ratio, self.rank, self.energy, target_size)
 
     @torch.no_grad()
     def run(self, modelpool: BaseModelPool | dict[str, nn.Module]) -> dict[str, Any]:
@@ -132,17 +148,21 @@ class CartIndexingAlgorithm(CartBase):
             ``storage``: numbers to store, and their share of all models' numbers.
 
         Raises:
-            CartError: see `CartBase.load` and `cart_plugin.indexing.index_tensors`.
+            CartError: see `CartBase.load` and `cart_plugin.indexing.index_tensors`; or the target
+                size is too small for the centre and what is not decomposed.
         """
         self.check_not_saved()
         fleet = self.load(modelpool)
+        ranks: dict[str, list[int]] = {}
+        if self.target_size is not None:
+            with self.profile("choose ranks"):
+                ranks = _ranks_by_size(fleet, self.settings, self.target_size)
         restored: dict[str, dict[str, Tensor]] = {name: {} for name in fleet.names}
         stored = numbers = 0
+        settings, scale = self.settings, float(self.scaling_factor)
         with self.profile("index weights"):
             for name, tensors in fleet.tensors("CART-Indexing"):
-                stored += _restore(
-                    name, tensors, fleet, self.settings, float(self.scaling_factor), restored
-                )
+                stored += _restore(name, tensors, fleet, settings, scale, restored, ranks.get(name))
                 numbers += tensors[fleet.names[0]].numel()
         self.print_profile_summary()
         models = {name: fleet.with_tensors(name, restored.pop(name)) for name in fleet.names}
@@ -163,6 +183,7 @@ def _restore(
     settings: CartSettings,
     scale: float,
     restored: Mapping[str, dict[str, Tensor]],
+    ranks: Sequence[int] | None = None,
 ) -> int:
     """Restore one tensor of all models from the centre and what CART keeps of each.
 
@@ -182,8 +203,71 @@ def _restore(
         name=name,
         models=list(tensors),
         decompose=fleet.decompose(name, first.shape),
+        ranks=ranks,
     )
     for index, (model, tensor) in enumerate(tensors.items()):
         whole = indexed.restored(index, scale)
         restored[model][name] = whole.to(fleet.home(name), tensor.dtype)
     return indexed.stored
+
+
+def _ranks_by_size(fleet: Fleet, settings: CartSettings, share: float) -> dict[str, list[int]]:
+    """Ranks with which all models take a share of their numbers, at the least squared error.
+
+    Returns:
+        One rank a model, by the tensor's name, of all that is decomposed.
+
+    Raises:
+        CartError: the centre and what is not decomposed take more than that.
+    """
+    count = len(fleet.names)
+    matrices: list[Matrices] = []
+    spectra: list[dict[str, Tensor]] = [{} for _ in fleet.names]
+    fixed = numbers = 0
+    for name, tensors in fleet.tensors("CART-Indexing spectra"):
+        first = tensors[fleet.names[0]]
+        numbers += first.numel()
+        if not first.is_floating_point():
+            fixed += count * first.numel()  # buffers have no centre
+        elif not fleet.decompose(name, first.shape) or not first.numel():
+            fixed += (1 + count) * first.numel()
+        else:
+            fixed += first.numel()
+            matrices.append(Matrices(name, matrix_shape(name, first.shape)))
+            found = spectra_of(
+                list(tensors.values()),
+                settings,
+                weights=fleet.weights,
+                base=fleet.base_tensor(name),
+                name=name,
+                models=fleet.names,
+            )
+            for held, values in zip(spectra, found, strict=True):
+                held[name] = values
+
+    def size(ranks: Sequence[Mapping[str, int]]) -> int:
+        # As `IndexedTensor.stored` counts: never more than the dense differences.
+        costs = (
+            min(math.prod(one.matrices), chosen[one.name] * one.direction)
+            for chosen in ranks
+            for one in matrices
+        )
+        return fixed + sum(costs)
+
+    # The share that an earlier run has reported is met again, whatever its rounding.
+    target = int(share * count * numbers * (1 + 1e-12))
+    chosen = by_size(matrices, spectra, {one.name: 1 for one in matrices}, size, target)
+    if size(chosen) > target:
+        raise CartError(
+            f"the centre and what is not decomposed take {fixed:,} numbers alone, but target_size="
+            f"{share} allows {target:,} of {count * numbers:,}; give a larger one"
+        )
+    return {
+        one.name: [_rank_for_price(one, ranks[one.name]) for ranks in chosen] for one in matrices
+    }
+
+
+def _rank_for_price(one: Matrices, rank: int) -> int:
+    """The highest rank that costs no more: full where factors are no smaller than the matrix."""
+    stack, m, n = one.matrices
+    return rank if rank * one.direction < stack * m * n else min(m, n)

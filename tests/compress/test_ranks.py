@@ -1,16 +1,15 @@
-"""Rank rules, and the ranks that meet a size with the least error."""
+"""Ranks of adapters: what PEFT needs at least, and target sizes."""
 
 from __future__ import annotations
-
-import itertools
 
 import pytest
 import torch
 
 from cart_plugin import CartError, RankRule, truncated_svd
-from cart_plugin.compress import ranks
 from cart_plugin.compress.layers import Layer
+from cart_plugin.compress.peft_files import not_empty
 from cart_plugin.indexing import compress
+from cart_plugin.ranks import by_rule
 from tests.compress.models import save_tasks
 
 
@@ -18,71 +17,22 @@ def layer(name: str, m: int, n: int, bias: str | None = None) -> Layer:
     return Layer(f"{name}.weight", name, "linear", (m, n), bias, name)
 
 
-def spectra_of(layers, tasks, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        {
-            one.name: torch.rand(one.full_rank, generator=generator).double().sort().values.flip(0)
-            for one in layers
-        }
-        for _ in range(tasks)
-    ]
-
-
-def lost(spectra, chosen):
-    return sum(
-        float(values[ranks_[name] :].sum())
-        for found, ranks_ in zip(spectra, chosen, strict=True)
-        for name, values in found.items()
-    )
-
-
-def test_a_spectrum_holds_the_squared_singular_values():
-    x = torch.randn(2, 12, 7, generator=torch.Generator().manual_seed(0))
-    wanted = torch.linalg.svdvals(x.double()).square().sum(0)
-    torch.testing.assert_close(ranks.spectrum(x), wanted, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(ranks.spectrum(x * 1e-25) * 1e50, wanted, rtol=1e-4, atol=1e-4)
-    assert float(ranks.spectrum(torch.zeros(1, 3, 4)).sum()) == 0
-
-
-def test_rules_give_the_ranks_of_the_solvers():
-    one = layer("a", 40, 25)
-    x = torch.randn(40, 25, generator=torch.Generator().manual_seed(0))
-    spectra = {one.name: ranks.spectrum(x[None])}
-    for rule in (RankRule(0.3), RankRule(rank=4), RankRule(rank=99), RankRule(energy=0.8)):
-        expected = truncated_svd(x, rule, svd="exact").rank
-        assert ranks.by_rule([one], rule, spectra) == {one.name: expected}
-
-
 def test_a_carried_bias_needs_a_rank():
     layers = [layer("a", 8, 8, "a.bias"), layer("b", 4, 4)]
-    assert ranks.by_rule(layers, RankRule(rank=0), {}) == {"a.weight": 1, "b.weight": 0}
+    assert by_rule(layers, RankRule(rank=0), {}) == {"a.weight": 1, "b.weight": 0}
 
 
 def test_an_adapter_is_never_empty():
     layers = [layer("a", 8, 8), layer("b", 4, 4)]
-    assert ranks.by_rule(layers, RankRule(rank=0), {}) == {"a.weight": 0, "b.weight": 1}
+    none = {"a.weight": 0, "b.weight": 0}
+    assert not_empty(layers, none) == {"a.weight": 0, "b.weight": 1}
+    assert not_empty(layers, {**none, "a.weight": 2}) == {"a.weight": 2, "b.weight": 0}
 
 
-def test_a_size_is_met_with_the_least_error_of_all_choices():
-    layers = [layer("a", 3, 4), layer("b", 2, 9)]
-    spectra = spectra_of(layers, 2)
-
-    def size(chosen):
-        return sum(one.direction * c[one.name] for c in chosen for one in layers)
-
-    options = [
-        [{"a.weight": a, "b.weight": b}, {"a.weight": c, "b.weight": d}]
-        for a, b, c, d in itertools.product(range(4), range(3), range(4), range(3))
-    ]
-    for target in range(18, 90, 3):
-        found = ranks.by_size(layers, spectra, {"a.weight": 1, "b.weight": 1}, size, target)
-        assert size(found) <= target
-        # Nothing that is as small loses less.
-        fitting = [lost(spectra, option) for option in options if size(option) <= size(found)]
-        if all(any(chosen.values()) for chosen in found) and lost(spectra, found) > min(fitting):
-            # Every adapter has one layer at least, whatever it is worth.
-            assert min(sum(chosen.values()) for chosen in found) == 1
+def test_no_adapter_of_a_model_is_empty(tmp_path):
+    report = compress(save_tasks(tmp_path, "llama"), tmp_path / "out", rank=0)
+    ranks = [entry.ranks for entry in report.entries.values() if entry.kind == "lora"]
+    assert [sum(column) for column in zip(*ranks, strict=True)] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("share", [0.75, 0.85])
