@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-all lint format demo bench-startup bench-memory bench-solvers bench-merge bench-accuracy bench-profile bench-vision bench-text bench-llm bench-auto readme clean
+.PHONY: help venv test test-all lint format demo bench-startup bench-memory bench-solvers bench-merge bench-accuracy bench-profile bench-vision bench-text bench-llm bench-auto bench-compress readme clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -67,6 +67,10 @@ bench-auto: $(STAMP) ## CART without hyperparameters: variants on validation spl
 	$(BIN)/python -m benchmarks.auto.search
 	$(BIN)/python -m benchmarks.auto.carry
 	$(BIN)/python -m benchmarks.auto.cost
+
+bench-compress: $(STAMP) ## eight encoders as base and adapters beside other ways to store them, and what that costs (an hour)
+	$(BIN)/python -m benchmarks.compression
+	$(BIN)/python -m benchmarks.compression_speed
 
 readme: $(STAMP) ## copy result tables into README.md
 	$(BIN)/python -m benchmarks.readme

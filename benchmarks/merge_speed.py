@@ -64,16 +64,24 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Models:
-    """Llama-shaped models to merge: their sizes, and how many fine-tuned ones of them."""
+    """Llama-shaped models to merge: their sizes, and how many fine-tuned ones of them.
+
+    Attributes:
+        shape: their sizes.
+        tuned: how many fine-tuned ones.
+        noise: share of the differences' energy without a decaying spectrum.
+    """
 
     shape: LlamaShape
     tuned: int = TUNED
+    noise: float = 0.0
 
     @property
     def folder(self) -> Path:
         """Where they lie in the cache; whatever number of them."""
         sizes = "-".join(str(size) for size in asdict(self.shape).values())
-        return cache_root() / "merge-speed" / f"llama-{sizes}"
+        noisy = f"-noise-{self.noise:g}" if self.noise else ""
+        return cache_root() / "merge-speed" / f"llama-{sizes}{noisy}"
 
     def write(self, tuned: int) -> None:
         """Write them, in another process: torch would count into this one's memory."""
@@ -84,7 +92,7 @@ class Models:
                 "import sys; from pathlib import Path; from benchmarks.measure import *; "
                 f"write_llama_models(Path(sys.argv[1]), {tuned}, shape={self.shape}, "
                 # As fine-tuning of the demo's encoders leaves them; rounding to bf16 adds noise.
-                "directions=None, decay=0.6, noise=0.0)"
+                f"directions=None, decay=0.6, noise={self.noise})"
             )
             measure([sys.executable, "-c", program, temporary], temporary / "log.txt")
             write_json(temporary / MANIFEST, {"tuned": tuned})

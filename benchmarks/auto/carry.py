@@ -22,9 +22,9 @@ import click
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes from local folders
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from benchmarks.auto.encoders import GENTLE, Encoders, load_encoders, task_order
 from benchmarks.auto.report import write_report
 from benchmarks.cache import write_json
+from benchmarks.encoders import GENTLE, Encoders, load_encoders, task_order
 from benchmarks.incremental import Record, conditions
 from benchmarks.measure import RESULTS
 from benchmarks.training import in_processes

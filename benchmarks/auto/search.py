@@ -24,8 +24,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from benchmarks.auto.encoders import load_encoders, task_order
 from benchmarks.auto.variants import Variant, merge_factors
+from benchmarks.encoders import load_encoders, task_order
 from benchmarks.incremental import Record, conditions
 from benchmarks.measure import RESULTS
 from benchmarks.tables import markdown_table

@@ -9,9 +9,9 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks.auto import carry, cost, search
-from benchmarks.auto.encoders import Encoders
 from benchmarks.auto.report import AUTO, COLORS, markdown, write_report
 from benchmarks.auto.variants import Variant, merge_factors
+from benchmarks.encoders import Encoders
 from cart_plugin import CartSettings, merge_state_dicts
 from cart_plugin.coefficients import least_interference
 from cart_plugin.lowrank import LowRank, RankRule, truncated_svd

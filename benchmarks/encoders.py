@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -23,10 +23,14 @@ class Encoders:
     Attributes:
         tuned: their tensors, by task.
         judge: takes tensors and the names of tasks; returns their accuracies, 0 to 1.
+        folders: where they lie, by task.
+        pretrained: the folder of what they were fine-tuned from.
     """
 
     tuned: Mapping[str, Mapping[str, Tensor]]
     judge: Callable[[Mapping[str, Tensor], Sequence[str]], dict[str, float]]
+    folders: Mapping[str, Path] = field(default_factory=dict)
+    pretrained: Path = Path()
 
     def average(self) -> dict[str, Tensor]:
         """The mean of the encoders, in fp32."""
@@ -91,13 +95,14 @@ def _vision(seed: int, split: str, most: int, tasks: Sequence[str], gentle: bool
     folders = finetune_all(tasks, seed, settings)
     heads = {name: load_head(name, seed, own) for name, own in settings.items()}
     data = {name: load_split(name, split).head(most) for name in tasks}
-    model = load_encoder(prepare_backbone())
+    backbone = prepare_backbone()
+    model = load_encoder(backbone)
 
     def judge(tensors: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, float]:
         model.load_state_dict(dict(tensors))
         return {name: accuracy(model, heads[name], data[name]) for name in names}
 
-    return Encoders(_tensors(folders), judge)
+    return Encoders(_tensors(folders), judge, folders, backbone)
 
 
 def _text(seed: int, split: str, most: int, tasks: Sequence[str], gentle: bool) -> Encoders:
@@ -122,7 +127,7 @@ def _text(seed: int, split: str, most: int, tasks: Sequence[str], gentle: bool) 
             found[name] = right.double().mean().item()
         return found
 
-    return Encoders(_tensors(folders), judge)
+    return Encoders(_tensors(folders), judge, folders, backbone)
 
 
 def _tensors(folders: Mapping[str, Path]) -> dict[str, dict[str, Tensor]]:
