@@ -58,6 +58,13 @@ class Percent(click.ParamType):
     help="Leave norms, biases, embeddings and heads as the base has them: adapters of LoRA alone.",
 )
 @click.option(
+    "--small-error",
+    type=float,
+    default=0.0,
+    metavar="E",
+    help="Leave those of them that differ from the base by at most E (such as 0.01), relatively.",
+)
+@click.option(
     "--svd", type=click.Choice(["auto", "exact", "fast"]), default="auto", show_default=True
 )
 def compress(
@@ -71,6 +78,7 @@ def compress(
     names: str | None,
     dtype: str | None,
     drop_small: bool,
+    small_error: float,
     svd: str,
 ) -> None:
     """Turn fine-tuned MODELs of one architecture into OUT/base and OUT/adapters/NAME.
@@ -95,6 +103,7 @@ def compress(
                 target_size=target_size,
                 dtype=dtype,
                 drop_small=drop_small,
+                small_error=small_error,
                 svd=svd,
                 progress=tell,
             )

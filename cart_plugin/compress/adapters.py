@@ -22,6 +22,7 @@ from cart_plugin.compress.work import (
     differences,
     exact_layout,
     minus,
+    square,
     stored_dtypes,
 )
 from cart_plugin.errors import CartError
@@ -101,7 +102,7 @@ def _fill(
                 file.write(peft_files.exact_name(copy), tensor)
             continue
         delta = minus(tensor, around)
-        loss = Loss(_square(tensor), _square(delta))
+        loss = Loss(square(tensor), square(delta))
         if name in assignment.lora:
             kind, layer = "lora", assignment.lora[name]
             rank = all_ranks[task][name]
@@ -124,7 +125,7 @@ def _fill(
         else:
             kind = work.report.left
             reason = reason or "the model that config.json describes has no such tensor"
-        loss.lost = _square(delta)
+        loss.lost = square(delta)
         if any(source in work.changed for source in unit.sources):
             entry = work.report.entries.setdefault(name, Entry(kind, tuple(tensor.shape), reason))
             entry.losses.append(loss)
@@ -157,7 +158,3 @@ def decompose(
     if not bool(torch.isfinite(a.sum()) and torch.isfinite(b.sum())):
         raise CartError(f"tensor {layer.name!r}: its factors leave the range of {dtype}")
     return a, b
-
-
-def _square(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float32).double().square())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -128,12 +128,14 @@ class Assignment:
     Attributes:
         lora: by the parameter's name, in the model's order.
         saved: modules that adapters hold whole.
+        beside: the tensors that are stored beside LoRA because models differ in them.
         exact: the saved modules' tensors, by the names in the file: with tied weights several.
         left: tensors that stay at the base, and why.
     """
 
     lora: dict[str, Layer] = field(default_factory=dict)
     saved: list[str] = field(default_factory=list)
+    beside: set[str] = field(default_factory=set)
     exact: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
 
@@ -213,7 +215,13 @@ class Structure:
 
 
 def assign(
-    structure: Structure, changed: Collection[str], *, drop_small: bool, refused: Collection[str]
+    structure: Structure,
+    changed: Collection[str],
+    *,
+    drop_small: bool,
+    small_error: float,
+    errors: Mapping[str, float],
+    refused: Collection[str],
 ) -> Assignment:
     """Decide what becomes of the tensors in which models differ from the base.
 
@@ -222,6 +230,9 @@ def assign(
         changed: names, in the model's state dict, of the tensors in which models differ
             from the base.
         drop_small: leave all but LoRA layers as the base has them.
+        small_error: leave those of them whose error is at most this, but for tensors of modules
+            that another tensor has stored whole.
+        errors: largest relative difference from the base, of the tensors for which it is known.
         refused: modules that PEFT does not give LoRA to.
     """
     found = Assignment()
@@ -239,6 +250,8 @@ def assign(
     experts = any(layer.is_parameter for name, layer in candidates.items() if name in changed)
     lora: dict[str, Layer] = {name: candidates[name] for name in changed if name in candidates}
     whole: dict[str, list[str]] = {}
+    small = {name for name in changed if errors.get(name, math.inf) <= small_error}
+    within = f"within --small-error {small_error:g} of the base"
     for name in changed:
         if name in lora:
             continue
@@ -246,6 +259,8 @@ def assign(
             found.left[name] = "--drop-small"
         elif name in biases and experts:
             found.left[name] = "PEFT holds no biases beside LoRA of stacked experts"
+        elif name in biases and name in small:
+            found.left[name] = within
         elif name in biases:
             weight = biases[name]
             lora[weight] = replace(candidates[weight], bias=name)
@@ -255,7 +270,11 @@ def assign(
                 found.left[name] = "its module holds the model's layers, too large to store"
             else:
                 whole.setdefault(module, []).append(name)
+    for module in [module for module, names in whole.items() if small.issuperset(names)]:
+        found.left.update(dict.fromkeys(whole.pop(module), within))
     _save(structure, whole, lora, found)
+    found.beside = {name for names in whole.values() for name in names} - found.left.keys()
+    found.beside |= {layer.bias for layer in lora.values() if layer.bias is not None}
     if not lora and found.saved and candidates:
         # Models that differ in what is stored whole only: PEFT loads no adapter without LoRA.
         free = [
@@ -277,23 +296,38 @@ def _save(
     for module in sorted(whole, key=len):
         if any(f"{module}.".startswith(f"{outer}.") for outer in found.saved):
             continue
-        names = structure.below(module)
-        holders = {module}
-        for name in names:
-            for twin in structure.twins(name)[1:]:
-                holders.add(twin.rpartition(".")[0])
+        holders = _holders(structure, module)
         reason = _obstacle(structure, holders, lora)
         if reason:
             for name in whole[module]:
                 found.left[name] = reason
             continue
         found.saved += sorted(_matched(structure, holders))
+    found.saved = _outermost(found.saved)
     for module in found.saved:
         for name in structure.below(module):
             lora.pop(name, None)
             found.left.pop(name, None)
             source = next(twin for twin in structure.twins(name) if twin in structure.stored)
             found.exact[name] = source
+
+
+def _holders(structure: Structure, module: str) -> list[str]:
+    """A module and those that have to be saved with it: tied tensors bring theirs."""
+    found = {module}
+    new = [module]
+    while new:
+        names = structure.below(new.pop())
+        tied = {twin.rpartition(".")[0] for name in names for twin in structure.twins(name)[1:]}
+        new += tied - found
+        found |= tied
+    return _outermost(sorted(found))
+
+
+def _outermost(modules: list[str]) -> list[str]:
+    """Those of some modules that lie in no other of them."""
+    outer = tuple(f"{module}." for module in modules)
+    return [module for module in modules if not module.startswith(outer)]
 
 
 def _matched(structure: Structure, modules: Collection[str]) -> set[str]:
@@ -307,7 +341,8 @@ def _obstacle(structure: Structure, holders: Collection[str], lora: dict[str, La
     for module in matched:
         inner = next((path for path in matched if path.startswith(f"{module}.")), None)
         if inner is not None:
-            # Such as ViTModel's `embeddings` and its `embeddings.patch_embeddings`.
+            # Such as ViTModel's `embeddings` and its `embeddings.patch_embeddings`. No name says
+            # which: PEFT 0.21.2 compares the ends of names that lack its `base_model.model.`.
             return f"PEFT would store {inner} twice: its name ends like that of {module}"
         for name in structure.below(module):
             if not any(twin in structure.stored for twin in structure.twins(name)):

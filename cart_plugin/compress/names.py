@@ -83,19 +83,32 @@ def model_class(config: Mapping[str, Any], label: str) -> Any:
     return found
 
 
+def settings(folder: Path, label: str) -> Any:
+    """The config of a model's folder as transformers reads it, with all defaults.
+
+    Raises:
+        CartError: transformers cannot.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        first = str(error).partition("\n")[0]
+        raise CartError(f"model {label}: transformers cannot read its config: {first}") from error
+
+
 def meta_model(folder: Path, config: Mapping[str, Any], label: str) -> Any:
     """The model of a folder without its values.
 
     Raises:
-        CartError: as `model_class`, or transformers cannot build it.
+        CartError: as `model_class` and `settings`, or transformers cannot build it.
     """
-    from transformers import AutoConfig
-
     kind = model_class(config, label)
+    found = settings(folder, label)
     try:
-        settings = AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
-            return kind(settings)
+            return kind(found)
     except Exception as error:
         raise CartError(f"model {label}: transformers cannot build it: {error}") from error
 

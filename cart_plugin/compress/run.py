@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,11 +34,14 @@ from cart_plugin.compress.work import (
     differences,
     exact_layout,
     minus,
+    square,
     stored_dtype,
     stored_dtypes,
 )
 from cart_plugin.errors import CartError
 from cart_plugin.ranks import by_rule, by_size, spectrum
+
+_BOOKKEEPING = ("name_or_path", "transformers_version", "dtype", "torch_dtype")
 
 
 def compress(
@@ -52,6 +56,7 @@ def compress(
     target_size: float | None = None,
     dtype: str | None = None,
     drop_small: bool = False,
+    small_error: float = 0.0,
     svd: str = "auto",
     seed: int = 0,
     progress: Progress | None = None,
@@ -77,6 +82,10 @@ def compress(
         dtype: of base and adapters, one of `DTYPES`; the fine-tuned models' own if None.
         drop_small: leave norms, biases, embeddings, heads and all else that is no decomposed matrix
             as the base has it, rather than storing it exactly.
+        small_error: leave those of them whose difference from the base is at most this share of the
+            task's tensor (Frobenius norms), in every task. A module that PEFT stores whole is
+            stored if any tensor that needs it exceeds that; biases of decomposed layers decide
+            one by one.
         svd: solver (`cart_plugin.lowrank.SOLVERS`).
         seed: of the solver.
         progress: is told how far the work is.
@@ -88,7 +97,9 @@ def compress(
         CartError: input that cannot be compressed; the message says what to do.
     """
     started = time.perf_counter()
-    options = checked_options(rank_ratio, rank, energy, target_size, dtype, drop_small, svd, seed)
+    options = checked_options(
+        rank_ratio, rank, energy, target_size, dtype, drop_small, small_error, svd, seed
+    )
     paths = [Path(model) for model in models]
     chosen = checked_names(paths, names)
     folders = open_models(paths, chosen)
@@ -118,6 +129,7 @@ def compress(
         progress or (lambda *_: None),
         report,
     )
+    _note_configs(work)
     with writing.unfinished(Path(out)) as folder:
         writing.check_space(folder, writing.file_bytes(layout))
         with _timed(report, center):
@@ -126,7 +138,7 @@ def compress(
         report.base_bytes = stored.bytes
         architecture = described.config["architectures"][0]
         task_type = peft_files.task_type(architecture)
-        assignment = _assign(work, meta, task_type)
+        assignment = _assign(work, stored, meta, task_type)
         with _timed(report, "choose ranks"):
             all_ranks = _ranks(work, stored, assignment, task_type)
         with _timed(report, "decompose"):
@@ -155,7 +167,7 @@ def _check_more(base: ModelFolder, first: ModelFolder, meta: Any) -> None:
     check_holds(first, {source for sources in placed for source in sources}, base)
 
 
-def _assign(work: Work, meta: Any, task_type: str | None) -> Assignment:
+def _assign(work: Work, base: ModelFolder, meta: Any, task_type: str | None) -> Assignment:
     """What becomes of the tensors that differ, as far as PEFT can hold it."""
     changed = {
         target
@@ -167,8 +179,20 @@ def _assign(work: Work, meta: Any, task_type: str | None) -> Assignment:
         held = "the same" if work.given is None else "the base's"
         raise CartError(f"the models hold {held} weights: there is nothing to compress")
     refused: set[str] = set()
+    errors: dict[str, float] = {}
     while True:
-        found = assign(work.structure, changed, drop_small=work.options.drop_small, refused=refused)
+        found = assign(
+            work.structure,
+            changed,
+            drop_small=work.options.drop_small,
+            small_error=work.options.small_error,
+            errors=errors,
+            refused=refused,
+        )
+        unknown = found.beside - errors.keys()
+        if work.options.small_error and unknown:
+            errors |= _errors(work, base, unknown)
+            continue
         if not found.lora:
             raise CartError("the models differ in no matrix that LoRA can hold")
         more = peft_files.refused_modules(meta, found, task_type)
@@ -188,6 +212,17 @@ def _assign(work: Work, meta: Any, task_type: str | None) -> Assignment:
             "made with --drop-small can be merged by PEFT"
         )
     return found
+
+
+def _errors(work: Work, base: ModelFolder, names: set[str]) -> dict[str, float]:
+    """Relative differences of tensors from the base (Frobenius), the largest of all tasks."""
+    largest = dict.fromkeys(names, 0.0)
+    for _, _, name, tensor, around in differences(work, base, names, "measuring"):
+        difference, weight = square(minus(tensor, around)), square(tensor)
+        if difference:
+            error = math.sqrt(difference / weight) if weight else math.inf
+            largest[name] = max(largest[name], error)
+    return largest
 
 
 def _ranks(
@@ -240,3 +275,35 @@ def _note_left(report: Report) -> None:
             f"{len(held)} tensors, such as {held[0]}, stay at the {report.center} ({reason}): "
             f"relative error at most {worst:.1e}"
         )
+
+
+def _note_configs(work: Work) -> None:
+    """Say which models' configs differ from the base's: PEFT runs all adapters with that."""
+    base = work.described
+    others = [model for model in work.models if model.config != base.config]
+    if not others:
+        return
+    here = _meaning(naming.settings(base.path, base.name).to_dict())
+    keys: dict[str, None] = {}
+    held = []
+    for model in others:
+        there = _meaning(naming.settings(model.path, model.name).to_dict())
+        different = [key for key in sorted({*here, *there}) if here.get(key) != there.get(key)]
+        if different:
+            held.append(model.name)
+            keys.update(dict.fromkeys(different))
+    if held:
+        work.report.notes.append(
+            f"the config of {', '.join(held)} differs from the base's in {', '.join(keys)}: "
+            "`mergekit-cart expand` gives every model its own, but PEFT runs the adapters with the "
+            "base's and may answer otherwise"
+        )
+
+
+def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without what changes no answer: paths, versions, dtypes."""
+    return {
+        key: _meaning(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if not (isinstance(key, str) and key.startswith("_")) and key not in _BOOKKEEPING
+    }

@@ -36,6 +36,7 @@ class Options:
         target_size: share of the models' bytes.
         dtype: of the result; None for the models' own.
         drop_small: leave all but LoRA layers as the base has them.
+        small_error: leave those of them that differ by no more than this, relatively.
         svd: solver.
         seed: of the solver.
     """
@@ -44,6 +45,7 @@ class Options:
     target_size: float | None
     dtype: torch.dtype | None
     drop_small: bool
+    small_error: float
     svd: str
     seed: int
 
@@ -84,6 +86,7 @@ def checked_options(
     target_size: float | None,
     dtype: str | None,
     drop_small: bool,
+    small_error: float,
     svd: str,
     seed: int,
 ) -> Options:
@@ -97,7 +100,15 @@ def checked_options(
         raise CartError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if svd not in SOLVERS:
         raise CartError(f"svd must be one of {', '.join(SOLVERS)}, got {svd!r}")
-    return Options(rule, target_size, DTYPES[dtype] if dtype else None, drop_small, svd, seed)
+    number = isinstance(small_error, (int, float)) and not isinstance(small_error, bool)
+    if not (number and 0 <= small_error < 1):
+        raise CartError(f"small_error must be at least 0 and below 1, got {small_error!r}")
+    if drop_small and small_error:
+        raise CartError(
+            f"drop_small leaves out more than small_error={small_error}; give one of them"
+        )
+    found = DTYPES[dtype] if dtype else None
+    return Options(rule, target_size, found, drop_small, small_error, svd, seed)
 
 
 def checked_names(paths: Sequence[Path], names: Sequence[str] | None) -> list[str]:
@@ -177,3 +188,8 @@ def minus(tensor: Tensor, around: Tensor) -> Tensor:
     """A difference in fp32 or better."""
     kind = torch.promote_types(torch.promote_types(tensor.dtype, around.dtype), torch.float32)
     return tensor.to(kind) - around
+
+
+def square(tensor: Tensor) -> float:
+    """Squared Frobenius norm."""
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float32).double().square())

@@ -31,6 +31,8 @@ _MIXTURE = {**_DECODER, "num_experts_per_tok": 2}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertForSequenceClassification", {**_TEXT, "num_labels": 3}),
     "bare-bert": ("BertModel", _TEXT),
+    "bert-mlm": ("BertForMaskedLM", _TEXT),
+    "bare-vit": ("ViTModel", _PATCHES),
     "convnext": (
         "ConvNextForImageClassification",
         {"hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1], "num_labels": 5},

@@ -91,6 +91,8 @@ def test_a_dtype_for_all(models, tmp_path):
     [
         (["--rank", 4, "--energy", 0.5], "are two rules at once"),
         (["--target-size", "1%"], "--target-size allows"),
+        (["--drop-small", "--small-error", 0.1], "drop_small leaves out more than small_error=0.1"),
+        (["--small-error", 1], "small_error must be at least 0 and below 1, got 1.0"),
         (["--names", "a,b"], "3 models but 2 names"),
     ],
 )

@@ -187,6 +187,11 @@ def test_two_rules(models, tmp_path):
     assert "rank=4 and target_size=0.5 are two rules" in message
 
 
+def test_two_bounds(models, tmp_path):
+    message = refusal(models, tmp_path, drop_small=True, small_error=0.1)
+    assert message == "drop_small leaves out more than small_error=0.1; give one of them"
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -197,6 +202,10 @@ def test_two_rules(models, tmp_path):
         {"target_size": 1.5},
         {"dtype": "int8"},
         {"svd": "magic"},
+        {"small_error": 1},
+        {"small_error": -0.1},
+        {"small_error": float("nan")},
+        {"small_error": True},
     ],
 )
 def test_values_out_of_range(models, tmp_path, options):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from cart_plugin.indexing import compress, expand
+from cart_plugin.indexing import compress, expand, load_task
 from tests.compress.models import KINDS, TASKS, answer, load, save_tasks, tensors
 
 # Of fp32, after a few layers: of numbers of the size of these answers.
@@ -110,6 +110,18 @@ def test_heads_of_several_tasks_are_exact(compressed):
         assert torch.equal(stored["base_model.model.classifier.weight"], head)
 
 
+def test_a_head_that_is_tied_inside_and_out_is_exact_for_peft_and_expand(compressed):
+    made = compressed("bert-mlm")
+    for task, folder in zip(TASKS, made.models, strict=True):
+        own, stored, found = tensors(folder), tensors(made.adapter(task)), load_task(made.out, task)
+        for name in ("cls.predictions.bias", "bert.embeddings.word_embeddings.weight"):
+            assert torch.equal(found[name], own[name])
+            assert torch.equal(stored[f"base_model.model.{name}"], own[name])
+        assert torch.equal(
+            stored["base_model.model.cls.predictions.decoder.bias"], own["cls.predictions.bias"]
+        )
+
+
 def test_one_rank_pattern_matches_one_module(compressed):
     made = compressed("llama", energy=0.7)
     model = adapted(made, "one")
@@ -131,14 +143,18 @@ def test_peft_finds_every_tensor_it_looks_for(compressed):
     assert not [key for key in found.missing_keys if ".two." in key]
 
 
-def test_what_peft_cannot_store_is_averaged_with_a_reason(compressed):
-    made = compressed("bare-dinov2")
+@pytest.mark.parametrize("kind", ["bare-dinov2", "bare-vit"])
+def test_what_peft_cannot_store_is_averaged_with_a_reason(kind, compressed):
+    made = compressed(kind)
     entry = made.report.entries["embeddings.position_embeddings"]
     assert entry.kind == "averaged"
     assert "patch_embeddings" in entry.reason
     assert all(loss.lost == loss.difference > 0 for loss in entry.losses)
     assert any("embeddings.cls_token, stay at" in note for note in made.report.notes)
-    # Inside a model with a head the module's name is no other's end.
+
+
+def test_embeddings_of_a_model_with_a_head_are_exact(compressed):
+    # There the module's name is no other's end.
     assert compressed("dinov2").report.entries["dinov2.embeddings.cls_token"].kind == "exact"
 
 
