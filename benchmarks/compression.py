@@ -30,9 +30,10 @@ from benchmarks import compression_methods as methods
 from benchmarks.compression_methods import Stored
 from benchmarks.compression_report import write_report
 from benchmarks.encoders import Encoders, load_encoders, task_order
-from benchmarks.incremental import Record, conditions
+from benchmarks.incremental import COMPRESS, Record, conditions, digest
 from benchmarks.measure import RESULTS
 from benchmarks.training import in_processes
+from cart_plugin.errors import CartError
 
 SUITES = ("vision", "text")
 SEEDS = (0, 1, 2)
@@ -49,6 +50,8 @@ HALF_SIZES = (0.08, 0.10, 0.13, 0.17, 0.22)
 SMALL = 0.1
 EXTRACTED = (8, 23, 46)  # it takes minutes a rank
 SCALES = (0.2, 0.3, 0.4, 0.5, 0.6)
+SAME_SIZE = f"compress, target size of rank {RANK}"
+TALL = "TALL masks"
 
 Make = Callable[[Encoders, Path], Stored]
 
@@ -77,7 +80,10 @@ def cases(curves: bool) -> dict[str, Make]:
     for rank in ranks:
         found[f"around the pretrained, rank {rank}"] = _indexed(rank=rank, around_base=True)
     for rank in EXTRACTED if curves else (RANK,):
-        found[f"extract-lora, rank {rank}"] = partial(_extracted, rank)
+        found[f"extract-lora, rank {rank}"] = partial(methods.extracted, rank=rank)
+    found[f"extract-lora, rank {RANK}, matrices only"] = partial(
+        methods.extracted, rank=RANK, matrices_only=True
+    )
     for bits in (8, 4):
         found[f"{bits}-bit rounding"] = partial(_rounded, bits)
     found["EMR"] = lambda encoders, _: methods.emr(encoders)
@@ -88,21 +94,18 @@ def _indexed(**options: Any) -> Make:
     return partial(methods.indexed, small_error=SMALL, **options)
 
 
-def _extracted(rank: int, encoders: Encoders, work: Path) -> Stored:
-    return methods.extracted(encoders, work, rank)
-
-
 def _rounded(bits: int, encoders: Encoders, _: Path) -> Stored:
     return methods.rounded(encoders, bits)
 
 
 def judge_all(suite: str, seed: int, curves: bool, folder: Path) -> None:
     """Judge all ways on one suite and seed; what is known is not done again."""
-    known = conditions(PACKAGES, examples=TEST)
+    known = conditions(PACKAGES, examples=TEST, compress_sources=digest(COMPRESS))
     del known["environment"]
     record = Record(folder / f"{suite}-{seed}.json", known)
-    todo = {name: make for name, make in cases(curves).items() if name not in record.cases}
-    if not todo and "TALL masks" in record.cases:
+    known_cases = {name for name, case in record.cases.items() if "error" not in case}
+    todo = {name: make for name, make in cases(curves).items() if name not in known_cases}
+    if not todo and {SAME_SIZE, TALL} <= known_cases:
         return
     tasks = task_order(suite)
     encoders = load_encoders(suite, seed, "test", TEST, tasks)
@@ -117,19 +120,34 @@ def judge_all(suite: str, seed: int, curves: bool, folder: Path) -> None:
         with tempfile.TemporaryDirectory() as work:
             try:
                 put(name, make(encoders, Path(work) / "stored"))
-            except RuntimeError as error:
+            except (RuntimeError, CartError) as error:
                 record.put(name, {"error": str(error)})
                 click.echo(f"{suite} {seed}: {name}: {error}")
+    if SAME_SIZE not in record.cases:
+        # What one threshold for all gains over one rank for all, to the byte.
+        same = _indexed(target_size=record.cases[f"compress, rank {RANK}"]["share"])
+        with tempfile.TemporaryDirectory() as work:
+            put(SAME_SIZE, same(encoders, Path(work) / "stored"))
     if "peft" not in record.cases and curves:
         with tempfile.TemporaryDirectory() as work:
             served = Path(work) / "served"
             methods.indexed(encoders, served, rank=RANK)
             record.put("peft", methods.peft_differences(served, task_order(suite)))
-    if "TALL masks" not in record.cases:
+    if TALL not in record.cases:
         judges = load_encoders(suite, seed, "validation", VALIDATION, tasks)
         with contextlib.redirect_stdout(io.StringIO()):  # FusionBench tells each mask
-            scale = max(SCALES, key=lambda scale: _mean(judges, methods.tall_masks(judges, scale)))
-            put("TALL masks", methods.tall_masks(encoders, scale), scale=scale)
+            scales = best_scales(judges)
+            put(TALL, methods.tall_masks(encoders, scales), scales=scales)
+
+
+def best_scales(encoders: Encoders) -> dict[str, float]:
+    """Each task's scale of its TALL mask, by the accuracy of what comes back."""
+    found: dict[str, dict[float, float]] = {task: {} for task in encoders.tuned}
+    for scale in SCALES:
+        stored = methods.tall_masks(encoders, dict.fromkeys(encoders.tuned, scale))
+        for task, by_scale in found.items():
+            by_scale[scale] = encoders.judge(stored.restored(task), [task])[task]
+    return {task: max(SCALES, key=by_scale.__getitem__) for task, by_scale in found.items()}
 
 
 def judged(encoders: Encoders, stored: Stored) -> dict[str, Any]:
@@ -144,10 +162,6 @@ def judged(encoders: Encoders, stored: Stored) -> dict[str, Any]:
             squared += float(difference.double().square().sum())
     share = stored.bytes / methods.models_bytes(encoders)
     return {"accuracy": accuracy, "bytes": stored.bytes, "share": share, "squared_error": squared}
-
-
-def _mean(encoders: Encoders, stored: Stored) -> float:
-    return statistics.fmean(judged(encoders, stored)["accuracy"].values())
 
 
 @click.command()

@@ -70,21 +70,37 @@ def indexed(encoders: Encoders, work: Path, *, around_base: bool = False, **opti
     return Stored(report.bytes, lambda task: load_task(work, task))
 
 
-def extract_command(model: Path, base: Path, out: Path, rank: int) -> list[str]:
-    """`mergekit-extract-lora` for one model."""
+def extract_command(
+    model: Path, base: Path, out: Path, rank: int, *, matrices_only: bool = False
+) -> list[str]:
+    """`mergekit-extract-lora` for one model.
+
+    By its defaults it stores embedding tables and norms whole; with `matrices_only` it leaves them
+    out, as `compress` does with a `small_error` that is above all of theirs.
+    """
     program = str(Path(sys.executable).with_name("mergekit-extract-lora"))
     options = {"--model": model, "--base-model": base, "--out-path": out, "--max-rank": rank}
-    return [program, *(str(word) for option in options.items() for word in option)]
+    words = [str(word) for option in options.items() for word in option]
+    more = ["--skip-undecomposable", "--exclude-regex", "embeddings"] if matrices_only else []
+    return [program, *words, *more]
 
 
-def extracted(encoders: Encoders, work: Path, rank: int) -> Stored:
+def extracted(encoders: Encoders, work: Path, *, rank: int, matrices_only: bool = False) -> Stored:
     """What `mergekit-extract-lora` writes, an adapter a model, around the pretrained encoder.
+
+    Args:
+        encoders: to store.
+        work: an empty folder.
+        rank: of all adapters.
+        matrices_only: see `extract_command`.
 
     Raises:
         RuntimeError: it fails; with its last line.
     """
     for task, folder in encoders.folders.items():
-        command = extract_command(folder, encoders.pretrained, work / task, rank)
+        command = extract_command(
+            folder, encoders.pretrained, work / task, rank, matrices_only=matrices_only
+        )
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr.strip().splitlines()[-1])
@@ -117,7 +133,7 @@ def with_adapter(name: str, tensor: Tensor, adapter: Mapping[str, Tensor]) -> Te
 
 
 def rounded(encoders: Encoders, bits: int) -> Stored:
-    """All matrices rounded to integers, `GROUP` weights of a row with one fp16 scale; to nearest.
+    """All matrices rounded to integers, `GROUP` weights in a row with one fp16 scale; to nearest.
 
     Vectors stay as they are.
     """
@@ -186,8 +202,10 @@ def emr(encoders: Encoders) -> Stored:
     return Stored(_masked_bytes(encoders), restored)
 
 
-def tall_masks(encoders: Encoders, scale: float) -> Stored:
+def tall_masks(encoders: Encoders, scales: Mapping[str, float]) -> Stored:
     """FusionBench's TALL masks: the sum of all task vectors, and a mask a task.
+
+    `scales` are the paper's lambda, one a task: the larger, the fewer weights a mask lets through.
 
     FusionBench 0.2.33's algorithm makes its masks from the pretrained weights and the task vectors,
     where the function that it calls (and the paper, arXiv 2405.07813) wants weights throughout: it
@@ -203,7 +221,7 @@ def tall_masks(encoders: Encoders, scale: float) -> Stored:
     multi = {name: base + total[name] for name, base in pretrained.items()}
 
     def restored(task: str) -> dict[str, Tensor]:
-        masks = generate_task_masks(multi, dict(encoders.tuned[task]), pretrained, scale)
+        masks = generate_task_masks(multi, dict(encoders.tuned[task]), pretrained, scales[task])
         return {name: base + masks[name] * total[name] for name, base in pretrained.items()}
 
     return Stored(_masked_bytes(encoders), restored)
@@ -215,6 +233,7 @@ def pretrained_tensors(encoders: Encoders) -> dict[str, Tensor]:
     return {name: tensors[name] for name in next(iter(encoders.tuned.values()))}
 
 
+@torch.no_grad()
 def peft_differences(served: Path, tasks: Sequence[str]) -> dict[str, Any]:
     """How far PEFT's outputs are from those of the restored encoders, relative to the largest one.
 

@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from benchmarks.compression_methods import extract_command
-from benchmarks.incremental import Record, conditions
+from benchmarks.incremental import COMPRESS as SOURCES
+from benchmarks.incremental import Record, conditions, digest
 from benchmarks.measure import RESULTS, Measurement, measure
 from benchmarks.merge_speed import Models, llama
 from benchmarks.tables import markdown_table
@@ -49,11 +50,12 @@ def find_cases(quick: bool) -> list[Case]:
     """Llama-shaped models of decaying and of flat spectra, and the text suite's encoders."""
     shape = llama(64, 2, 256) if quick else llama(1024, 8)
     found = []
+    rank = 4 if quick else 40
     for title, noise in (("decaying spectra", 0.0), ("noise", 1.0)):
         models = Models(shape, noise=noise)
         models.write(models.tuned)
         base, *tuned = models.paths()
-        found.append(Case(f"4 Llamas, {title}", base, tuned, 4 if quick else 40))
+        found.append(Case(f"4 Llamas, {title}, rank {rank}", base, tuned, rank))
     if not quick:
         found.append(_text_case())
     return found
@@ -65,7 +67,9 @@ def _text_case() -> Case:
     from benchmarks.text.tasks import SUITE
 
     folders = finetune_all(tuple(SUITE), 0, FineTuning())
-    return Case("8 MiniLMs of the text suite", prepare_backbone(), list(folders.values()), 23)
+    return Case(
+        "8 MiniLMs of the text suite, rank 23", prepare_backbone(), list(folders.values()), 23
+    )
 
 
 def run(case: Case, command: str) -> dict[str, float]:
@@ -116,8 +120,8 @@ def markdown(cases: Mapping[str, Sequence[Mapping[str, float]]], machine: Mappin
     runs = min(len(measured) for measured in cases.values())
     return (
         f"Whole commands, start-up included: medians of {runs}, in turns, on "
-        f"{machine['processor']}, {machine['cores']} cores, at rank 40 (Llamas of 1024 hidden and "
-        "8 layers in bf16) and 23 (MiniLM, fp32). `mergekit-extract-lora` makes one adapter a "
+        f"{machine['processor']}, {machine['cores']} cores; Llamas of 1024 hidden and 8 layers in "
+        "bf16, MiniLM in fp32. `mergekit-extract-lora` makes one adapter a "
         "run: times are added up, the largest peak counts. Made by `make bench-compress`.\n\n"
         f"{table}\n"
     )
@@ -132,14 +136,17 @@ def markdown(cases: Mapping[str, Sequence[Mapping[str, float]]], machine: Mappin
 def main(runs: int, quick: bool, out: Path) -> None:
     """Measure both commands."""
     console = Console()
-    record = Record(out / "speed.json", conditions(PACKAGES, quick=quick))
+    record = Record(
+        out / "speed.json", conditions(PACKAGES, quick=quick, compress_sources=digest(SOURCES))
+    )
     cases = find_cases(quick)
     columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("measuring", total=runs * 2 * len(cases))
         for round_ in range(runs):
             for case in cases:
-                for command in (COMPRESS, EXTRACT):
+                # Each is the first in turn: the second finds the files in memory.
+                for command in (COMPRESS, EXTRACT) if round_ % 2 else (EXTRACT, COMPRESS):
                     key = f"{case.title} | {command}"
                     bar.update(task, description=key)
                     known = record.cases.get(key, [])

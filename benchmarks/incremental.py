@@ -21,16 +21,26 @@ DECISIVE = (
 )
 
 
+# And what else decides what `mergekit-cart compress` writes.
+COMPRESS = ("ranks.py", "compress/*.py")
+
+
 def plugin_digest() -> str:
     """A hash that changes when a merge by the environment's plugin may give other figures."""
+    return digest(DECISIVE)
+
+
+def digest(patterns: Sequence[str]) -> str:
+    """A hash of some of the sources of the environment's plugin."""
     spec = find_spec("cart_plugin")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("cart_plugin is not in this environment: run `make venv`")
     folder = Path(spec.origin).parent
-    digest = hashlib.sha256()
-    for name in DECISIVE:
-        digest.update(name.encode() + (folder / name).read_bytes())
-    return digest.hexdigest()[:16]
+    found = hashlib.sha256()
+    for pattern in patterns:
+        for path in sorted(folder.glob(pattern)):
+            found.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def conditions(packages: Sequence[str], **others: Any) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def test_compressed_sizes_are_those_of_the_files(
 
 
 def test_extracted_adapters_are_those_of_mergekit(encoders: Encoders, tmp_path: Path) -> None:
-    stored = compression_methods.extracted(encoders, tmp_path, 32)
+    stored = compression_methods.extracted(encoders, tmp_path, rank=32)
     adapters = [file.stat().st_size for file in tmp_path.glob("*/adapter_model.safetensors")]
     assert len(adapters) == 3
     assert stored.bytes == sum(adapters) + (encoders.pretrained / WEIGHTS).stat().st_size
@@ -90,7 +90,7 @@ def test_an_architecture_that_mergekit_does_not_know_is_reported(tmp_path: Path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "dinov2"}))
     unknown = Encoders({"a": {}}, lambda *_: {}, {"a": tmp_path}, tmp_path)
     with pytest.raises(RuntimeError, match=r"\w+Error: "):
-        compression_methods.extracted(unknown, tmp_path, 4)
+        compression_methods.extracted(unknown, tmp_path, rank=4)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -119,7 +119,7 @@ def test_masks_take_two_models_and_a_bit_a_weight(encoders: Encoders) -> None:
     average = squared_error(encoders, compression_methods.averaged(encoders))
     for stored in (
         compression_methods.emr(encoders),
-        compression_methods.tall_masks(encoders, 0.4),
+        compression_methods.tall_masks(encoders, dict.fromkeys(TASKS, 0.4)),
     ):
         one = compression_methods.models_bytes(encoders) // 3
         assert stored.bytes == 2 * one + 3 * (numbers // 8)
@@ -129,7 +129,7 @@ def test_masks_take_two_models_and_a_bit_a_weight(encoders: Encoders) -> None:
 def test_tall_masks_keep_what_is_closer_to_the_task(encoders: Encoders) -> None:
     base = compression_methods.pretrained_tensors(encoders)
     total = {name: sum(encoders.tuned[task][name] - base[name] for task in TASKS) for name in base}
-    found = compression_methods.tall_masks(encoders, 1.0).restored("b")
+    found = compression_methods.tall_masks(encoders, dict.fromkeys(TASKS, 1.0)).restored("b")
     for name, tensor in encoders.tuned["b"].items():
         closer = (base[name] - tensor).abs() > (base[name] + total[name] - tensor).abs()
         assert torch.allclose(found[name], base[name] + closer * total[name])

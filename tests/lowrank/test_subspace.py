@@ -46,6 +46,16 @@ def test_noise_loses_two_per_cent_at_most(shape: tuple[int, int], k: int) -> Non
     assert lost(x, near_subspace(x[None], k, seed=0).right[0]) <= 0.02
 
 
+@pytest.mark.parametrize(("exponent", "most"), [(0.6, 0.002), (0.1, 0.01), (0.0, 0.02)])
+def test_large_matrices_lose_little_more(exponent: float, most: float) -> None:
+    m, n = 1024, 1280
+    x = random(m, n)
+    if exponent:  # as `make bench-merge`'s models: no decomposition is needed to make it
+        x = (random(m, m, seed=1) * power_law(m, exponent).float()) @ random(m, n, seed=2)
+    for k in (8, 163):
+        assert lost(x, near_subspace(x[None], k, seed=0).right[0]) <= most
+
+
 @pytest.mark.parametrize("exponent", [2, 6, 12, 30])
 def test_steep_spectra_stay_orthonormal(exponent: int) -> None:
     x = with_spectrum(power_law(200, exponent), 200, 240)
