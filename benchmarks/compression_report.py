@@ -22,12 +22,20 @@ _CURVES = {
     "around the pretrained, rank": ("compress --base pretrained", "#d9a441", "v"),
     "extract-lora, rank": ("mergekit-extract-lora", "#8250df", "x"),
 }
-_POINTS = {
-    "8-bit rounding": "8 bits",
-    "4-bit rounding": "4 bits",
-    "EMR": "EMR",
-    "TALL masks": "TALL masks",
+_NOT_IN_CURVES = ("exact", "matrices only")
+_POINTS = {  # and where the label stands, in points from the mark
+    "8-bit rounding": ("8 bits", (-8, 7)),
+    "4-bit rounding": ("4 bits", (-8, 7)),
+    "EMR": ("EMR", (6, -10)),
+    "TALL masks": ("TALL masks", (6, -3)),
+    "extract-lora, rank 23, matrices only": ("mergekit-extract-lora,\nmatrices only", (7, -22)),
 }
+
+# Rows of the table, by the beginning of the case's name.
+_ORDER = (
+    *("fine-tuned", "average", "compress, rank", "compress, target size of"),
+    *("compress, target", "compress, bf16", "around", "extract-lora", "8-bit", "4-bit"),
+)
 
 Cases = Mapping[str, Mapping[str, Any]]
 
@@ -53,7 +61,7 @@ def write_report(folder: Path, suites: Sequence[str], seeds: Sequence[int]) -> s
 def markdown(known: Mapping[str, Sequence[Cases]], seeds: int) -> str:
     """One row a way of storing that all seeds have; both suites side by side."""
     rows = []
-    for name in next(iter(known.values()))[-1]:
+    for name in sorted(next(iter(known.values()))[-1], key=_place):
         cells: list[str] = []
         for records in known.values():
             cells += _cells(name, records)
@@ -73,6 +81,11 @@ def markdown(known: Mapping[str, Sequence[Cases]], seeds: int) -> str:
         f"adapters, switched or merged, differ from those of `expand` by {peft:.0e} at most. Made "
         f"by `make bench-compress`.\n\n{table}\n"
     )
+
+
+def _place(name: str) -> int:
+    fitting = (place for place, start in enumerate(_ORDER) if name.startswith(start))
+    return next(fitting, len(_ORDER))
 
 
 def _cells(name: str, records: Sequence[Cases]) -> list[str]:
@@ -116,24 +129,26 @@ def plot(known: Mapping[str, Cases]) -> Any:
             names = [
                 name
                 for name, case in cases.items()
-                if name.startswith(start) and name.split()[-1] != "exact" and "error" not in case
+                if name.startswith(start)
+                and not name.endswith(_NOT_IN_CURVES)
+                and "error" not in case
             ]
             if names:
                 across, up = zip(*sorted(point(name) for name in names), strict=True)
                 axes.plot(across, up, color=color, marker=marker, ms=5, lw=1.4, label=title)
-        for name, title in _POINTS.items():
-            if "error" in cases[name]:
+        for name, (title, beside) in _POINTS.items():
+            if name not in cases or "error" in cases[name]:
                 continue
             across_one, up_one = point(name)
             axes.scatter(across_one, up_one, color=MERGED_COLOR, s=40, zorder=3)
             axes.annotate(
-                title, (across_one, up_one), (5, -11), textcoords="offset points", fontsize=8
+                title, (across_one, up_one), beside, textcoords="offset points", fontsize=8
             )
         axes.axhline(100, color=LIMIT_COLOR, ls="--", lw=1)
         axes.axhline(99, color=LIMIT_COLOR, ls=":", lw=1)
         axes.set(title=_TITLES[suite], xlabel="size, % of eight fp32 models")
         axes.set_xlim(left=0)
-        axes.set_ylim(60, 101.5)
+        axes.set_ylim(5 * (axes.get_ylim()[0] // 5), 101.5)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e3e7eb", zorder=0)
     panels[0].set_ylabel("accuracy, % of the fine-tuned models'")
