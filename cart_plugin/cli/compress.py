@@ -22,10 +22,14 @@ class Percent(click.ParamType):
     ) -> float:
         """The share as a number."""
         text = str(value).strip()
+        percent = text.endswith("%")
         try:
-            return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+            found = float(text.removesuffix("%"))
         except ValueError:
             self.fail(f"{text!r} is no share such as 20% or 0.2", param, ctx)
+        if found > 1 and not percent:
+            self.fail(f"{text} is more than the whole; write {text}% for per cent", param, ctx)
+        return found / 100 if percent else found
 
 
 @click.command(short_help="Turn fine-tuned models into one base and a PEFT adapter each.")
@@ -59,14 +63,15 @@ class Percent(click.ParamType):
 )
 @click.option(
     "--small-error",
-    type=float,
+    type=Percent(),
     default=0.0,
-    metavar="E",
-    help="Leave those of them that differ from the base by at most E (such as 0.01), relatively.",
+    metavar="PERCENT",
+    help="Leave those of them that differ from the base by at most this (such as 1%), relatively.",
 )
 @click.option(
     "--svd", type=click.Choice(["auto", "exact", "fast"]), default="auto", show_default=True
 )
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the solver.")
 def compress(
     models: tuple[str, ...],
     out: Path,
@@ -80,6 +85,7 @@ def compress(
     drop_small: bool,
     small_error: float,
     svd: str,
+    seed: int,
 ) -> None:
     """Turn fine-tuned MODELs of one architecture into OUT/base and OUT/adapters/NAME.
 
@@ -95,7 +101,7 @@ def compress(
             report = run(
                 models,
                 out,
-                names=[name.strip() for name in names.split(",")] if names else None,
+                names=None if names is None else [name.strip() for name in names.split(",")],
                 base=base,
                 rank_ratio=rank_ratio,
                 rank=rank,
@@ -105,6 +111,7 @@ def compress(
                 drop_small=drop_small,
                 small_error=small_error,
                 svd=svd,
+                seed=seed,
                 progress=tell,
             )
     except CartError as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cart_plugin.compress import peft_files, writing
+from cart_plugin.compress import peft_files, side_files, writing
 from cart_plugin.compress.checkpoints import ModelFolder
 from cart_plugin.compress.layers import Assignment, Layer
 from cart_plugin.compress.report import Entry, Loss
@@ -69,6 +69,9 @@ def write_adapters(
             if model.config != work.described.config:
                 text = json.dumps(model.config, indent=2, sort_keys=True) + "\n"
                 (place / TASK_CONFIG).write_text(text, encoding="utf-8")
+            kept, absent = side_files.keep(model.path, base.path, place)
+            work.report.task_files.append(kept)
+            work.report.absent_files.append(absent)
             opened = writing.TensorFile(place / peft_files.WEIGHTS, layout)
             files.append(stack.enter_context(opened))
         _fill(work, base, assignment, all_ranks, files)
@@ -155,6 +158,6 @@ def decompose(
     matrices, rule, options = layer.to_matrices(delta), RankRule(rank=rank), work.options
     found = factors_of(matrices, rule, layer.name, svd=options.svd, seed=options.seed)
     a, b = layer.to_lora(found, dtype)
-    if not bool(torch.isfinite(a.sum()) and torch.isfinite(b.sum())):
+    if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):  # a sum may overflow fp16
         raise CartError(f"tensor {layer.name!r}: its factors leave the range of {dtype}")
     return a, b

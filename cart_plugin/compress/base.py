@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cart_plugin.compress import writing
+from cart_plugin.compress import side_files, writing
 from cart_plugin.compress.work import Work
 from cart_plugin.errors import CartError
 from cart_plugin.inputs import agreed_buffer, check_finite
-
-_COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab")
-_NOT_COPIED = ("config.json", "adapter_config.json", "trainer_state.json", "mergekit_config.yml")
-_GENERATION = "generation_config.json"
 
 
 def write_base(work: Work, folder: Path) -> None:
@@ -44,23 +39,7 @@ def write_base(work: Work, folder: Path) -> None:
         config.pop("torch_dtype", None)
         config["dtype"] = str(max(sizes, key=lambda dtype: sizes[dtype])).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    for model in dict.fromkeys([work.described.path, work.models[0].path]):
-        beside = _beside(model)
-        for path in beside:
-            if not (folder / path.name).exists():
-                shutil.copyfile(path, folder / path.name)
-        if any(path.name != _GENERATION for path in beside):
-            break  # a tokenizer's files belong together: all of one model
-
-
-def _beside(folder: Path) -> list[Path]:
-    """What a copy of a model needs beside config and weights, such as the tokenizer's files."""
-    return [
-        path
-        for path in sorted(folder.iterdir())
-        if path.is_file() and path.suffix in _COPIED
-        if path.name not in _NOT_COPIED and not path.name.endswith(".index.json")
-    ]
+    side_files.copy_to_base(folder, [work.described.path, work.models[0].path])
 
 
 def _average(work: Work, name: str, dtype: torch.dtype) -> tuple[Tensor, bool]:

@@ -21,8 +21,8 @@ from cart_plugin.errors import CartError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-# Packed types (4 and 6 bits, bare scales) are missing: torch has no name for them. The 8-bit floats
-# are there to be named, though they cannot be averaged either.
+# Packed types (4 and 6 bits, bare scales, wide unsigned integers) are missing: torch has no name or
+# no use for them. The 8-bit floats are there to be named, though they cannot be averaged either.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -40,6 +40,13 @@ DTYPES = {
 """safetensors' names of dtypes."""
 
 _AGAIN = "copy or download the model again"
+_QUANTISED = (
+    "quantised weights cannot be averaged, convert them to a floating-point checkpoint first"
+)
+
+
+class UnknownDtypeError(ValueError):
+    """A tensor of a dtype that torch, or this program, has no use for."""
 
 
 @dataclass(frozen=True)
@@ -109,22 +116,23 @@ def open_model(path: Path, name: str) -> ModelFolder:
     """Read what a folder holds: its config and the headers of its weight files.
 
     Raises:
-        CartError: it is no model folder, a shard is missing or truncated, or its weights are not
-            safetensors.
+        CartError: it is no model folder, a shard is missing or truncated, or its weights are
+            quantised or not safetensors.
     """
     if not path.is_dir():
         found = "is a file" if path.exists() else "does not exist"
         raise CartError(f"model {path} {found}; name a local folder with config.json and weights")
     model = ModelFolder(name, path)
     model.config = _json(model, path / "config.json")
-    if (path / INDEX).is_file():
-        listed = _json(model, path / INDEX).get("weight_map")
-        if not isinstance(listed, dict):
-            raise CartError(f"model {name}: {INDEX} has no weight_map; {_AGAIN}")
-        model.files = [path / file for file in sorted(set(listed.values()))]
-    elif (path / SINGLE).is_file():
-        listed = None
+    if model.config.get("quantization_config"):
+        raise CartError(f"model {name}: config.json has a quantization_config; {_QUANTISED}")
+    listed: dict[str, str] | None = None
+    # Of a folder that has both, one is stale, and transformers reads the single file.
+    if (path / SINGLE).is_file():
         model.files = [path / SINGLE]
+    elif (path / INDEX).is_file():
+        listed = _weight_map(model)
+        model.files = [path / file for file in sorted(set(listed.values()))]
     elif any(path.glob("*.bin")):
         raise CartError(
             f"model {name} has its weights in .bin files, which are not read (loading them may run "
@@ -200,6 +208,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     """Where the tensors of a safetensors file lie.
 
     Raises:
+        UnknownDtypeError: a tensor cannot be read.
         ValueError: it is no whole safetensors file.
     """
     size = file.stat().st_size
@@ -208,12 +217,14 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         if not 0 < length <= size - 8:
             raise ValueError("it is truncated, or no safetensors file")
         entries = json.loads(opened.read(length))
+    if not isinstance(entries, dict):
+        raise ValueError("its header is no JSON object")
     found = {}
     for name, entry in entries.items():
         if name == "__metadata__":
             continue
         if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{name} has the dtype {entry['dtype']}, which cannot be averaged")
+            raise UnknownDtypeError(f"tensor {name!r} is {entry['dtype']}")
         start, end = (8 + length + offset for offset in entry["data_offsets"])
         found[name] = StoredTensor(file, start, tuple(entry["shape"]), DTYPES[entry["dtype"]])
         if end > size or found[name].bytes != end - start:
@@ -230,6 +241,8 @@ def as_bytes(tensor: Tensor) -> memoryview:
 def _header(model: ModelFolder, file: Path) -> dict[str, StoredTensor]:
     try:
         return read_header(file)
+    except UnknownDtypeError as error:
+        raise CartError(f"model {model.name}: {file.name}: {error}; {_QUANTISED}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CartError(f"model {model.name}: {file.name}: {error}; {_AGAIN}") from None
 
@@ -246,6 +259,19 @@ def _json(model: ModelFolder, file: Path) -> dict[str, Any]:
         raise CartError(f"model {model.name}: {file.name}: {error}; {_AGAIN}") from None
     if not isinstance(found, dict):
         raise CartError(f"model {model.name}: {file.name} is no JSON object; {_AGAIN}")
+    return found
+
+
+def _weight_map(model: ModelFolder) -> dict[str, str]:
+    """The shard of each tensor."""
+    found = _json(model, model.path / INDEX).get("weight_map")
+    if not isinstance(found, dict):
+        raise CartError(f"model {model.name}: {INDEX} has no weight_map; {_AGAIN}")
+    for tensor, shard in found.items():
+        if not isinstance(shard, str):
+            raise CartError(
+                f"model {model.name}: {INDEX} names no file for {tensor}: {shard!r}; {_AGAIN}"
+            )
     return found
 
 
@@ -272,10 +298,7 @@ def _check_dtypes(model: ModelFolder, first: ModelFolder) -> None:
     for tensor, stored in first.tensors.items():
         dtype = model.tensors[tensor].dtype
         if dtype.is_floating_point and dtype.itemsize == 1:
-            raise CartError(
-                f"tensor {tensor!r} of {model.name} is {dtype}; quantised weights cannot be "
-                "averaged, convert them to a floating-point checkpoint first"
-            )
+            raise CartError(f"tensor {tensor!r} of {model.name} is {dtype}; {_QUANTISED}")
         if dtype.is_floating_point != stored.dtype.is_floating_point:
             raise CartError(
                 f"tensor {tensor!r} is {dtype} in {model.name} but {stored.dtype} in "

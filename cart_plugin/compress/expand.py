@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cart_plugin.compress import names as naming
-from cart_plugin.compress import peft_files, writing
+from cart_plugin.compress import peft_files, side_files, writing
 from cart_plugin.compress.checkpoints import ModelFolder, open_model, read_header
 from cart_plugin.compress.layers import Layer, Structure, nested
 from cart_plugin.compress.names import Unit
@@ -28,10 +27,14 @@ def tasks(folder: str | Path) -> list[str]:
     Raises:
         CartError: it is no such folder.
     """
-    root = Path(folder)
+    return list(_entries(Path(folder)))
+
+
+def _entries(root: Path) -> dict[str, dict[str, Any]]:
+    """What the report says of each task."""
     try:
         report = json.loads((root / FILE).read_text(encoding="utf-8"))
-        return list(report["tasks"])
+        return dict(report["tasks"])
     except (OSError, ValueError, KeyError, TypeError):
         raise CartError(
             f"{root} is no folder that `mergekit-cart compress` has written: {FILE} is missing or "
@@ -89,24 +92,24 @@ def expand(
                 if progress is not None:
                     progress("expanding", done, len(task.units))
         writing.write_index(place, files)
-        for path in sorted(task.base.path.iterdir()):
-            if path.suffix != ".safetensors" and not path.name.endswith(".index.json"):
-                shutil.copyfile(path, place / path.name)
+        side_files.restore(task.base.path, task.place, task.absent_files, place)
+        config = task.base.config
         if task.config is not None:
-            config = {**task.config, "dtype": task.base.config["dtype"]}
+            config = {**task.config, "dtype": config["dtype"]}
             config.pop("torch_dtype", None)
-            text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-            (place / "config.json").write_text(text, encoding="utf-8")
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (place / "config.json").write_text(text, encoding="utf-8")
 
 
 class _Task:
     """A base and one adapter."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        known = tasks(folder)
+        known = _entries(folder)
         if name not in known:
             raise CartError(f"{folder} has no task {name!r}; it has {', '.join(known)}")
-        place = folder / ADAPTERS / name
+        self.place = place = folder / ADAPTERS / name
+        self.absent_files: list[str] = known[name].get("absent_files", [])
         self.base = open_model(folder / BASE, f"the base of {folder}")
         self.config = _json(place / TASK_CONFIG) if (place / TASK_CONFIG).exists() else None
         self._adapter = ModelFolder(f"adapter {name}", place)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cart_plugin.compress.names import tied_names
+from cart_plugin.errors import CartError
 from cart_plugin.lowrank import LowRank
 from cart_plugin.merging import is_decomposed
 
@@ -234,6 +235,9 @@ def assign(
             that another tensor has stored whole.
         errors: largest relative difference from the base, of the tensors for which it is known.
         refused: modules that PEFT does not give LoRA to.
+
+    Raises:
+        CartError: modules stored whole would leave nothing to LoRA.
     """
     found = Assignment()
     changed = [name for name in structure.state if name in changed and name in structure.stored]
@@ -282,6 +286,12 @@ def assign(
             for layer in candidates.values()
             if not layer.is_parameter and layer.name not in found.exact
         ]
+        if not free:
+            raise CartError(
+                "all matrices lie in modules that are stored whole for other tensors' sake, and "
+                "PEFT loads no adapter without LoRA; leave those tensors out with --drop-small "
+                "(drop_small)"
+            )
         placeholder = min(free, key=lambda layer: layer.direction)
         lora[placeholder.name] = placeholder
     ordered = {name: lora[name] for name in structure.state if name in lora}
@@ -350,7 +360,12 @@ def _obstacle(structure: Structure, holders: Collection[str], lora: dict[str, La
         if isinstance(structure.modules[module], (nn.ModuleList, nn.ModuleDict)):
             return f"PEFT would take {module} for it"
     inside = tuple(f"{module}." for module in holders)
+    experts = any(layer.is_parameter for layer in lora.values())
     for layer in lora.values():
+        if experts and layer.name.startswith(inside):
+            # Such as gpt-oss's experts, which are nearly the whole model, for their biases; and
+            # its attention for the sinks: of layers with experts no bias is stored either.
+            return "its module holds matrices, too large to store beside stacked experts"
         # PEFT takes the names for regular expressions that match anywhere in a path.
         hit = any(re.match(rf"(^|.*\.){module}($|\..*)", layer.module) for module in matched)
         if hit and not layer.name.startswith(inside):

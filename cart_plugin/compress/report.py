@@ -73,6 +73,8 @@ class Report:
         models_bytes: of the weight files of all models.
         base_bytes: of the base's weight files.
         adapter_bytes: one a task: weights and config.
+        task_files: one a task: those of tokenizer and the like that differ from the base's.
+        absent_files: one a task: those that the base has and the task's model has not.
         entries: by the tensor's name.
         notes: what a user has to know.
         seconds: by step.
@@ -84,6 +86,8 @@ class Report:
     models_bytes: int = 0
     base_bytes: int = 0
     adapter_bytes: list[int] = field(default_factory=list)
+    task_files: list[list[str]] = field(default_factory=list)
+    absent_files: list[list[str]] = field(default_factory=list)
     entries: dict[str, Entry] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -140,6 +144,8 @@ class Report:
                 task: {
                     "bytes": self.adapter_bytes[index],
                     "share": self.adapter_bytes[index] / self.models_bytes,
+                    "task_files": self.task_files[index],
+                    "absent_files": self.absent_files[index],
                     **self.total(index).numbers(),
                 }
                 for index, task in enumerate(self.tasks)

@@ -69,8 +69,9 @@ def compress(
 
     Args:
         models: two or more folders of one architecture, with safetensors.
-        out: the folder to write; must not exist, or be empty.
-        names: of the adapters; those of the models' folders if None.
+        out: the folder to write; must not exist, or be empty and not the current one.
+        names: of the adapters, without dots; those of the models' folders if None, with "_" for
+            dots.
         base: folder of a model of the same architecture that is to be the base, such as the
             pretrained one (the paper's uncentred ablation); the models' average if None.
         rank_ratio: share of the singular directions that each matrix keeps (`RankRule`); 0.08 if
@@ -129,6 +130,8 @@ def compress(
         progress or (lambda *_: None),
         report,
     )
+    if names is None:
+        _note_names(report, paths)
     _note_configs(work)
     with writing.unfinished(Path(out)) as folder:
         writing.check_space(folder, writing.file_bytes(layout))
@@ -144,6 +147,13 @@ def compress(
         with _timed(report, "decompose"):
             write_adapters(work, stored, folder, assignment, all_ranks, task_type)
         _note_left(report)
+        _note_files(report)
+        if report.share >= 1:
+            report.notes.append(
+                f"base and adapters take {report.share:.0%} of the models' bytes, saving none: "
+                "keep fewer directions (rank_ratio, rank, energy), or leave out what is stored "
+                "whole (drop_small, small_error)"
+            )
         report.seconds["total"] = time.perf_counter() - started
         report.write(folder)
     return report
@@ -258,9 +268,20 @@ def _ranks(
     if size(chosen) > target:
         raise CartError(
             f"the base and what is stored exactly take {size(chosen):,} bytes alone, but "
-            f"--target-size allows {target:,}; give a larger one"
+            f"target_size={work.options.target_size:g} allows {target:,}; give a larger one"
         )
     return [peft_files.not_empty(layers, found) for found in chosen]
+
+
+def _note_names(report: Report, paths: Sequence[Path]) -> None:
+    """Say which adapters have another name than their models' folders."""
+    folders = (path.resolve().name for path in paths)
+    pairs = zip(folders, report.tasks, strict=True)
+    renamed = [f"{task} ({folder})" for folder, task in pairs if task != folder]
+    if renamed:
+        report.notes.append(
+            f"PEFT takes no dots in adapters' names; these are called {', '.join(renamed)}"
+        )
 
 
 def _note_left(report: Report) -> None:
@@ -274,6 +295,20 @@ def _note_left(report: Report) -> None:
         report.notes.append(
             f"{len(held)} tensors, such as {held[0]}, stay at the {report.center} ({reason}): "
             f"relative error at most {worst:.1e}"
+        )
+
+
+def _note_files(report: Report) -> None:
+    """Say which tasks have files of tokenizer and the like that PEFT does not give them."""
+    found: dict[str, list[str]] = {}
+    rows = zip(report.tasks, report.task_files, report.absent_files, strict=True)
+    for task, different, absent in rows:
+        if different or absent:
+            found.setdefault(", ".join(sorted([*different, *absent])), []).append(task)
+    for names, held in found.items():
+        report.notes.append(
+            f"{names} of {', '.join(held)} differ from the base's: `mergekit-cart expand` gives "
+            "every model its own, but who loads an adapter with PEFT gets the base's"
         )
 
 

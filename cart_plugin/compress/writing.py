@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -123,16 +123,18 @@ def write_index(folder: Path, files: Mapping[str, Layout]) -> None:
 def unfinished(out: Path) -> Iterator[Path]:
     """A folder beside ``out`` that takes its place if all goes well, and else is removed.
 
-    What a killed run has left there is removed, too.
+    What a killed run has left there is removed, too. The mark in it stays until it has its name: a
+    run that is killed just then leaves a finished folder with an empty file that nobody reads.
 
     Raises:
-        CartError: ``out`` exists, another run is writing it, or the disk is full.
+        CartError: ``out`` exists, or cannot be replaced; another run is writing it, or the disk is
+            full.
     """
     from filelock import FileLock, Timeout
 
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise CartError(f"{out} exists; name a new folder, or remove it")
-    place = out.absolute().parent
+    out = out.resolve()  # "." has no name, and a link is no folder to be replaced
+    _check_way(out)
+    place = out.parent
     folder = place / f".{out.name}.unfinished"
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -153,9 +155,10 @@ def unfinished(out: Path) -> Iterator[Path]:
         yield folder
         if out.exists():
             out.rmdir()  # empty, as seen above: else this fails
-        (folder / _MARK).unlink(missing_ok=True)
         os.rename(folder, out)
         done = True
+        with suppress(OSError):
+            (out / _MARK).unlink()
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full" if full else error.strerror or str(error)
@@ -164,6 +167,27 @@ def unfinished(out: Path) -> Iterator[Path]:
         lock.release()
         if not done:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_way(out: Path) -> None:
+    """Refuse a folder that cannot be replaced, before the work rather than after it.
+
+    Raises:
+        CartError: it holds something, or is a mount point, the current folder, or protected.
+    """
+    if not out.exists():
+        return
+    try:
+        if not out.is_dir() or any(out.iterdir()):
+            raise CartError(f"{out} exists; name a new folder, or remove it")
+        if out.samefile("."):
+            raise CartError(f"{out} is the current folder and cannot be replaced; name a new one")
+        out.rmdir()
+        out.mkdir()
+    except OSError as error:
+        raise CartError(
+            f"{out} cannot be replaced ({error.strerror}); name a new folder, such as one inside it"
+        ) from None
 
 
 def check_space(place: Path, needed: int) -> None:

@@ -1,7 +1,8 @@
-"""Compressed models, made once a kind."""
+"""Models, and compressed ones, made once a kind."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,3 +46,15 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Compre
         return done[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three small language models."""
+    return save_tasks(tmp_path_factory.mktemp("originals"), "llama", num_hidden_layers=1)
+
+
+@pytest.fixture
+def models(originals: list[Path], tmp_path: Path) -> list[Path]:
+    """Copies that a test may break."""
+    return [Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in originals]

@@ -51,6 +51,16 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
             "eos_token_id": 0,
         },
     ),
+    "gpt-oss": (
+        "GptOssForCausalLM",
+        {
+            **_MIXTURE,
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 4,
+        },
+    ),
     "llama": ("LlamaForCausalLM", _DECODER),
     "tied-llama": ("LlamaForCausalLM", {**_DECODER, "tie_word_embeddings": True}),
     "qwen2": ("Qwen2ForCausalLM", _DECODER),

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from peft import PeftModel
 
+from cart_plugin import CartError
 from cart_plugin.cli import main
 from cart_plugin.compress import writing
 from cart_plugin.compress.checkpoints import open_model
-from tests.compress.models import TASKS, load, save_tasks, tensors
+from cart_plugin.compress.side_files import side_files
+from tests.compress.models import TASKS, answer, load, save_tasks, tensors
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +93,12 @@ def test_a_dtype_for_all(models, tmp_path):
     ("arguments", "message"),
     [
         (["--rank", 4, "--energy", 0.5], "are two rules at once"),
-        (["--target-size", "1%"], "--target-size allows"),
+        (["--target-size", "1%"], "target_size=0.01 allows"),
         (["--drop-small", "--small-error", 0.1], "drop_small leaves out more than small_error=0.1"),
         (["--small-error", 1], "small_error must be at least 0 and below 1, got 1.0"),
         (["--names", "a,b"], "3 models but 2 names"),
+        (["--names", ""], "'' cannot name an adapter's folder"),
+        (["--names", "a,b,c.1"], "'c.1' cannot name an adapter: PEFT takes no dots; use 'c_1'"),
     ],
 )
 def test_errors_are_one_line(models, tmp_path, arguments, message):
@@ -108,6 +113,35 @@ def test_a_share_that_is_none(models, tmp_path):
     result = invoke("compress", *models, "--out", tmp_path / "out", "--target-size", "small")
     assert result.exit_code == 2
     assert "no share such as 20%" in result.output
+
+
+@pytest.mark.parametrize("option", ["--target-size", "--small-error"])
+def test_a_share_above_one_lacks_its_per_cent(models, tmp_path, option):
+    result = invoke("compress", *models, "--out", tmp_path / "out", option, 20)
+    assert result.exit_code == 2
+    assert "20 is more than the whole; write 20% for per cent" in " ".join(result.output.split())
+
+
+def test_options_reach_the_function(models, tmp_path, monkeypatch):
+    given = {}
+
+    def run(*arguments, **options):
+        given.update(options)
+        raise CartError("enough")
+
+    monkeypatch.setattr("cart_plugin.indexing.compress", run, raising=False)
+    arguments = ["--small-error", "1%", "--seed", 7, "--svd", "fast"]
+    assert invoke("compress", *models, "--out", tmp_path / "out", *arguments).exit_code == 1
+    assert given["small_error"] == pytest.approx(0.01)
+    assert (given["seed"], given["svd"], given["names"]) == (7, "fast", None)
+
+
+@pytest.mark.parametrize(("ratio", "noted"), [(1, True), (0.05, False)])
+def test_a_result_that_saves_nothing_is_noted(models, tmp_path, ratio, noted):
+    result = invoke("compress", *models, "--out", tmp_path / "out", "--rank-ratio", ratio)
+    share = json.loads((tmp_path / "out" / "report.json").read_text())["share"]
+    assert (share >= 1) == noted
+    assert ("of the models' bytes, saving none" in result.output) == noted
 
 
 def test_an_unknown_task(models, tmp_path):
@@ -129,15 +163,49 @@ def test_large_models_come_in_shards(models, tmp_path, monkeypatch):
         torch.testing.assert_close(tensor, first[name], atol=1e-5, rtol=1e-4)
 
 
-def test_a_tokenizer_comes_along(tmp_path):
+def test_every_task_gets_its_own_tokenizer_template_and_generation_config_back(tmp_path):
     folders = save_tasks(tmp_path, "llama")
-    (folders[0] / "tokenizer.json").write_text("{}")
-    (folders[0] / "trainer_state.json").write_text("{}")
-    assert invoke("compress", *folders, "--out", tmp_path / "out").exit_code == 0
-    assert invoke("expand", tmp_path / "out", "two", tmp_path / "full").exit_code == 0
-    for folder in (tmp_path / "out" / "base", tmp_path / "full"):
-        assert (folder / "tokenizer.json").read_text() == "{}"
-        assert not (folder / "trainer_state.json").exists()
+    for number, folder in enumerate(folders):
+        (folder / "vocab.bpe").write_text("common")
+        (folder / "tokenizer.json").write_text(str(number))
+        (folder / "trainer_state.json").write_text("{}")
+        (folder / "eval_results.json").write_text(str(number))
+    (folders[0] / "chat_template.jinja").write_text("{{ messages }}")
+    generation = json.loads((folders[1] / "generation_config.json").read_text())
+    generation["temperature"] = 0.5
+    (folders[1] / "generation_config.json").write_text(json.dumps(generation))
+    (folders[1] / "source.spm").write_text("two's")
+    own = {folder.name: side_files(folder) for folder in folders}
+
+    out = tmp_path / "out"
+    result = invoke("compress", *folders, "--out", out)
+    assert result.exit_code == 0, result.output
+    for folder in folders:
+        assert invoke("expand", out, folder.name, tmp_path / "full" / folder.name).exit_code == 0
+        found = side_files(tmp_path / "full" / folder.name)
+        assert found.keys() == own[folder.name].keys()
+        for name, path in found.items():
+            assert path.read_bytes() == own[folder.name][name].read_bytes(), name
+        assert not (tmp_path / "full" / folder.name / "trainer_state.json").exists()
+        assert not (tmp_path / "full" / folder.name / "eval_results.json").exists()
+    assert not (out / "adapters" / "one" / "task_files").exists()
+    stored = {path.name for path in (out / "adapters" / "two" / "task_files").iterdir()}
+    assert stored == {"tokenizer.json", "generation_config.json", "source.spm"}
+    told = "chat_template.jinja, tokenizer.json of three differ from the base's"
+    assert told in result.output
+
+    report = json.loads((out / "report.json").read_text())
+    files = [path for path in (out / "adapters" / "two").iterdir() if path.is_file()]
+    assert report["tasks"]["two"]["bytes"] == sum(path.stat().st_size for path in files)
+    model = PeftModel.from_pretrained(load(out / "base"), out / "adapters" / "two").eval()
+    full = answer(load(tmp_path / "full" / "two"))
+    torch.testing.assert_close(answer(model), full, atol=2e-5, rtol=2e-5)
+
+
+def test_files_that_all_have_are_stored_once(models, tmp_path):
+    assert invoke("compress", *models, "--out", tmp_path / "out").exit_code == 0
+    assert not list((tmp_path / "out").rglob("task_files"))
+    assert (tmp_path / "out" / "base" / "generation_config.json").exists()
 
 
 def test_a_task_gets_its_own_config_back(tmp_path):

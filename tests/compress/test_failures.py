@@ -1,60 +1,18 @@
-"""Bad input, full disks and killed runs: one clear line, and nothing that looks finished."""
+"""Bad input: one clear line, and nothing that looks finished."""
 
 from __future__ import annotations
 
-import errno
 import json
-import shutil
-import subprocess
-import sys
-from collections import namedtuple
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from transformers import MambaConfig, MambaForCausalLM
 
 from cart_plugin import CartError
-from cart_plugin.compress import adapters, writing
 from cart_plugin.indexing import compress, expand, load_task, task_tensors, tasks
-from tests.compress.models import TASKS, save_tasks, tensors
-
-
-@pytest.fixture(scope="module")
-def originals(tmp_path_factory):
-    return save_tasks(tmp_path_factory.mktemp("models"), "llama", num_hidden_layers=1)
-
-
-@pytest.fixture
-def models(originals, tmp_path):
-    """Copies that a test may break."""
-    return [Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in originals]
-
-
-def refusal(models, tmp_path, **options) -> str:
-    """The message with which compression is refused; nothing is left behind."""
-    out = tmp_path / "out"
-    with pytest.raises(CartError) as caught:
-        compress(models, out, **options)
-    assert not out.exists()
-    assert not list(tmp_path.glob(".out*"))
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-def change(folder: Path, name: str, make) -> None:
-    """Replace a tensor of a checkpoint."""
-    for file in folder.glob("*.safetensors"):
-        held = load_file(file)
-        if name in held:
-            held[name] = make(held[name])
-            save_file(held, file, metadata={"format": "pt"})
-
-
-def configure(folder: Path, **values) -> None:
-    file = folder / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+from tests.compress.models import save_tasks, tensors
+from tests.compress.refused import change, configure, refusal
 
 
 def test_one_model_is_too_few(models, tmp_path):
@@ -156,6 +114,60 @@ def test_quantised_weights(models, tmp_path):
     assert "quantised weights cannot be averaged" in refusal(models, tmp_path)
 
 
+def test_packed_weights(models, tmp_path):
+    for folder in models:
+        change(folder, "model.norm.weight", lambda tensor: tensor.to(torch.uint32))
+    message = refusal(models, tmp_path)
+    assert "tensor 'model.norm.weight' is U32; quantised weights cannot be averaged" in message
+    assert "again" not in message
+
+
+def test_a_config_of_quantised_weights(models, tmp_path):
+    configure(models[1], quantization_config={"quant_method": "gptq", "bits": 4})
+    message = refusal(models, tmp_path)
+    assert "model two: config.json has a quantization_config; quantised weights" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "its header is no JSON object"),
+        ('{"a": []}', "list indices"),
+        ('{"a": {"dtype": "F32", "shape": 3, "data_offsets": [0, 4]}}', "not iterable"),
+        ("\xff", "decode"),
+    ],
+)
+def test_headers_that_are_none(models, tmp_path, text, message):
+    shard = sorted(models[1].glob("*.safetensors"))[0]
+    content = text.encode("latin-1")
+    shard.write_bytes(len(content).to_bytes(8, "little") + content + b"1234")
+    found = refusal(models, tmp_path)
+    assert found.startswith(f"model two: {shard.name}: ")
+    assert message in found
+
+
+@pytest.mark.parametrize("shard", [1, ["a.safetensors"], None])
+def test_an_index_that_names_no_files(models, tmp_path, shard):
+    index = models[1] / "model.safetensors.index.json"
+    found = json.loads(index.read_text())
+    found["weight_map"]["model.norm.weight"] = shard
+    index.write_text(json.dumps(found))
+    assert "names no file for model.norm.weight" in refusal(models, tmp_path)
+
+
+def test_matrices_that_are_all_stored_whole_for_something_else(tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 64, "state_size": 4}
+    for task in "ab":
+        torch.manual_seed(ord(task))
+        model = MambaForCausalLM(MambaConfig(**sizes))
+        for parameter in model.parameters():
+            parameter.data.add_(torch.randn_like(parameter))
+        model.save_pretrained(tmp_path / task)
+    message = refusal([tmp_path / "a", tmp_path / "b"], tmp_path, rank=2)
+    assert "PEFT loads no adapter without LoRA" in message
+    assert "--drop-small" in message
+
+
 def test_integers_in_one_model_only(models, tmp_path):
     change(models[1], "model.norm.weight", lambda tensor: tensor.to(torch.int64))
     assert "is torch.int64 in two but torch.float32 in one" in refusal(models, tmp_path)
@@ -180,6 +192,20 @@ def test_names(models, tmp_path):
     assert "3 models but 2 names" in refusal(models, tmp_path, names=["a", "b"])
     assert "cannot name" in refusal(models, tmp_path, names=["a", "b", "../c"])
     assert "cannot name" in refusal(models, tmp_path, names=["a", "b", ".c"])
+    assert "cannot name" in refusal(models, tmp_path, names=["a", "", "c"])
+    message = refusal(models, tmp_path, names=["a", "b", "Mistral-7B-v0.1"])
+    assert "'Mistral-7B-v0.1' cannot name an adapter: PEFT takes no dots" in message
+    assert "use 'Mistral-7B-v0_1'" in message
+
+
+def test_folders_with_dots_give_names_without(models, tmp_path):
+    dotted = models[1].rename(tmp_path / "Mistral-7B-v0.1")
+    report = compress([models[0], dotted], tmp_path / "out", rank=2)
+    assert tasks(tmp_path / "out") == ["one", "Mistral-7B-v0_1"]
+    assert any("are called Mistral-7B-v0_1 (Mistral-7B-v0.1)" in note for note in report.notes)
+    other = models[2].rename(tmp_path / "Mistral-7B-v0_1")
+    message = refusal([dotted, other], tmp_path / "other")
+    assert "two models are called 'Mistral-7B-v0_1'" in message
 
 
 def test_two_rules(models, tmp_path):
@@ -215,95 +241,6 @@ def test_values_out_of_range(models, tmp_path, options):
 def test_a_dtype_that_does_not_hold_the_weights(models, tmp_path):
     change(models[1], "model.norm.weight", lambda tensor: tensor.fill_(1e6))
     assert "leave the range of torch.float16" in refusal(models, tmp_path, dtype="float16")
-
-
-def test_a_folder_that_exists_is_left_alone(models, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "mine").touch()
-    with pytest.raises(CartError, match="exists; name a new folder"):
-        compress(models, out)
-    assert [path.name for path in out.iterdir()] == ["mine"]
-
-
-def test_an_empty_folder_is_filled(models, tmp_path):
-    (tmp_path / "out").mkdir()
-    compress(models, tmp_path / "out")
-    assert tasks(tmp_path / "out") == list(TASKS)
-
-
-def test_a_folder_of_another_is_not_cleared(models, tmp_path):
-    other = tmp_path / ".out.unfinished"
-    other.mkdir()
-    (other / "mine").touch()
-    with pytest.raises(CartError, match="in the way"):
-        compress(models, tmp_path / "out")
-    assert (other / "mine").exists()
-
-
-def test_two_runs_do_not_mix(models, tmp_path):
-    with writing.unfinished(tmp_path / "out"):
-        with pytest.raises(CartError, match="another run is writing"):
-            compress(models, tmp_path / "out")
-        assert (tmp_path / ".out.unfinished").exists()
-
-
-def test_too_small_a_disk_is_noticed_before(models, tmp_path, monkeypatch):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(writing.shutil, "disk_usage", lambda place: usage(1, 1, 1000))
-    assert "1,000 bytes free and" in refusal(models, tmp_path)
-
-
-def test_a_disk_that_runs_full(models, tmp_path, monkeypatch):
-    def full(self, name, tensor):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(writing.TensorFile, "write", full)
-    assert "the disk is full" in refusal(models, tmp_path)
-
-
-def test_an_error_half_way_leaves_nothing(models, tmp_path, monkeypatch):
-    done = []
-
-    def broken(*arguments):
-        done.append(arguments)
-        if len(done) == 4:
-            raise RuntimeError("half-way")
-        return real(*arguments)
-
-    real = adapters.decompose
-    monkeypatch.setattr(adapters, "decompose", broken)
-    with pytest.raises(RuntimeError, match="half-way"):
-        compress(models, tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(TASKS)
-
-
-def test_a_killed_run_leaves_nothing_finished_and_the_next_completes(models, tmp_path):
-    out = tmp_path / "out"
-    script = (
-        "import os, sys\n"
-        "from cart_plugin.compress import adapters, run\n"
-        "real, done = adapters.decompose, []\n"
-        "def kill(*arguments):\n"
-        "    done.append(1)\n"
-        "    if len(done) == 4: os._exit(9)\n"
-        "    return real(*arguments)\n"
-        "adapters.decompose = kill\n"
-        "run.compress(sys.argv[2:], sys.argv[1])\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", script, out, *models], check=False)
-    assert killed.returncode == 9
-    assert not out.exists()
-    left = tmp_path / ".out.unfinished"
-    assert left.is_dir()
-    assert not (left / "report.json").exists()
-    compress(models, out)
-    assert not left.exists()
-    assert sorted(path.name for path in out.iterdir()) == ["adapters", "base", "report.json"]
-    fresh = compress(models, tmp_path / "fresh")
-    for task in TASKS:
-        one, other = (tensors(place / "adapters" / task) for place in (out, fresh.out))
-        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_expand_names_what_it_does_not_find(models, tmp_path):

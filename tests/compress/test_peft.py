@@ -158,6 +158,19 @@ def test_embeddings_of_a_model_with_a_head_are_exact(compressed):
     assert compressed("dinov2").report.entries["dinov2.embeddings.cls_token"].kind == "exact"
 
 
+def test_small_tensors_that_would_bring_experts_along_are_averaged_with_a_reason(compressed):
+    made = compressed("gpt-oss")
+    layer = "model.layers.1"
+    for name in ("self_attn.sinks", "mlp.experts.gate_up_proj_bias", "mlp.experts.down_proj_bias"):
+        entry = made.report.entries[f"{layer}.{name}"]
+        assert entry.kind == "averaged"
+        assert "too large to store beside stacked experts" in entry.reason
+    kinds = {name: entry.kind for name, entry in made.report.entries.items()}
+    for name in ("self_attn.q_proj.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"):
+        assert kinds[f"{layer}.{name}"] == "lora"
+    assert kinds[f"{layer}.mlp.router.weight"] == kinds["model.norm.weight"] == "exact"
+
+
 def test_dropping_the_small_leaves_lora_alone(compressed):
     made = compressed("llama", rank_ratio=0.25, drop_small=True)
     names = tensors(made.adapter("one"))
