@@ -69,7 +69,10 @@ class Percent(click.ParamType):
     help="Leave those of them that differ from the base by at most this (such as 1%), relatively.",
 )
 @click.option(
-    "--svd", type=click.Choice(["auto", "exact", "fast"]), default="auto", show_default=True
+    "--svd",
+    type=click.Choice(["auto", "exact", "fast", "subspace"]),
+    default="auto",
+    show_default=True,
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the solver.")
 def compress(

@@ -29,6 +29,9 @@ from cart_plugin.errors import CartError
 from cart_plugin.indexing import factors_of
 from cart_plugin.lowrank import RankRule
 
+# Short sides from which on a near best subspace takes the place of the best one.
+_LARGE = 512
+
 
 def write_adapters(
     work: Work,
@@ -104,36 +107,38 @@ def _fill(
             for copy in copies[name]:
                 file.write(peft_files.exact_name(copy), tensor)
             continue
-        delta = minus(tensor, around)
-        loss = Loss(square(tensor), square(delta))
+        loss = Loss(square(tensor), square(tensor, around))
+        loss.lost = loss.difference
         if name in assignment.lora:
             kind, layer = "lora", assignment.lora[name]
             rank = all_ranks[task][name]
             if rank:
+                delta = minus(tensor, around)
                 a, b = decompose(work, layer, delta, rank, dtype)
                 file.write(peft_files.lora_name(layer, "A"), a)
                 file.write(peft_files.lora_name(layer, "B"), b)
-                delta -= layer.difference(a, b)
+                loss.lost = square(delta, layer.difference(a, b))
         elif name in biases:
             kind = "bias"
+            delta = minus(tensor, around)
             rounded = delta.to(dtype)
             file.write(peft_files.bias_name(biases[name]), rounded)
-            delta -= rounded
+            loss.lost = square(delta, rounded)
         elif name in copies:
             kind = "exact"
             rounded = tensor.to(dtype)
             for copy in copies[name]:
                 file.write(peft_files.exact_name(copy), rounded)
-            delta = minus(tensor, rounded)
+            loss.lost = square(tensor, rounded)
         else:
             kind = work.report.left
             reason = reason or "the model that config.json describes has no such tensor"
-        loss.lost = square(delta)
         if any(source in work.changed for source in unit.sources):
             entry = work.report.entries.setdefault(name, Entry(kind, tuple(tensor.shape), reason))
             entry.losses.append(loss)
             if kind == "lora":
                 entry.ranks.append(all_ranks[task][name])
+        del tensor, around  # before the next ones are read
 
 
 def _write_no_biases(
@@ -156,7 +161,12 @@ def decompose(
         CartError: they leave the dtype's range.
     """
     matrices, rule, options = layer.to_matrices(delta), RankRule(rank=rank), work.options
-    found = factors_of(matrices, rule, layer.name, svd=options.svd, seed=options.seed)
+    svd = options.svd
+    if svd == "auto":
+        # What counts is the energy that is left out, and not which of two directions with all but
+        # the same energy is kept: of large matrices a near best subspace will do.
+        svd = "subspace" if layer.full_rank >= _LARGE else "fast"
+    found = factors_of(matrices, rule, layer.name, svd=svd, seed=options.seed)
     a, b = layer.to_lora(found, dtype)
     if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):  # a sum may overflow fp16
         raise CartError(f"tensor {layer.name!r}: its factors leave the range of {dtype}")

@@ -53,21 +53,24 @@ def _average(work: Work, name: str, dtype: torch.dtype) -> tuple[Tensor, bool]:
     if not dtype.is_floating_point:
         return agreed_buffer(list(work.versions(name)), labels, name), True
     mean: Tensor | None = None
-    first: Tensor | None = None
-    same = True
+    common: Tensor | None = None  # what all models hold, as far as they have been read
     for tensor in work.versions(name):
-        if mean is None or first is None:
+        if mean is None:
             kind = torch.promote_types(dtype, torch.promote_types(tensor.dtype, torch.float32))
-            first, mean = tensor, torch.zeros(tensor.shape, dtype=kind)
-        else:
-            same = same and tensor.dtype == first.dtype and torch.equal(tensor, first)
+            common, mean = tensor, torch.zeros(tensor.shape, dtype=kind)
+        elif common is not None and not _same(tensor, common):
+            common = None
         mean.add_(tensor, alpha=1 / len(work.models))
+        del tensor  # before the next one is read
     assert mean is not None
-    assert first is not None
     if not bool(torch.isfinite(mean.sum())):
         check_finite(mean, labels, list(work.versions(name)), where)
     # A mean of equal numbers is not always that number, to the last bit.
-    return _rounded(first if same else mean, dtype, where), same
+    return _rounded(mean if common is None else common, dtype, where), common is not None
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _given(work: Work, name: str, dtype: torch.dtype) -> tuple[Tensor, bool]:

@@ -87,7 +87,9 @@ def compress(
             task's tensor (Frobenius norms), in every task. A module that PEFT stores whole is
             stored if any tensor that needs it exceeds that; biases of decomposed layers decide
             one by one.
-        svd: solver (`cart_plugin.lowrank.SOLVERS`).
+        svd: solver (`cart_plugin.lowrank.SOLVERS`); `auto` is `subspace` for matrices whose short
+            side is 512 or more, whose squared error is then up to a few thousandths above the
+            least, and `fast` for others.
         seed: of the solver.
         progress: is told how far the work is.
 

@@ -170,6 +170,7 @@ def differences(
                 if name in wanted:
                     yield task, unit, name, there.pop(name), around[name]
             work.progress(step, number * len(work.models) + task + 1, total)
+        del around, there  # before the next ones are read
 
 
 def stored_dtypes(work: Work) -> dict[str, torch.dtype]:
@@ -202,14 +203,16 @@ def minus(tensor: Tensor, around: Tensor) -> Tensor:
     return tensor.to(kind) - around
 
 
-def square(tensor: Tensor) -> float:
-    """Squared Frobenius norm, in fp64.
+def square(tensor: Tensor, around: Tensor | None = None) -> float:
+    """Squared Frobenius norm of a tensor, or of its difference from another, in fp64.
 
     `vector_norm` in fp32 adds up in one long sum, and of 2^27 numbers loses 3 % of it. In chunks,
-    because a copy of a whole tensor in fp64 would be most of the memory.
+    because a copy of a whole tensor would be most of the memory.
     """
     total = 0.0
-    for chunk in tensor.reshape(-1).split(_CHUNK):
-        wide = chunk.double()
+    chunks = tensor.reshape(-1).split(_CHUNK)
+    others = around.reshape(-1).split(_CHUNK) if around is not None else [None] * len(chunks)
+    for chunk, other in zip(chunks, others, strict=True):
+        wide = chunk.double() if other is None else chunk.double() - other
         total += float(wide.dot(wide))
     return total
