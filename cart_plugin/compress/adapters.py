@@ -129,7 +129,7 @@ def _fill(
             rounded = tensor.to(dtype)
             for copy in copies[name]:
                 file.write(peft_files.exact_name(copy), rounded)
-            loss.lost = square(tensor, rounded)
+            loss.lost = 0.0 if rounded is tensor else square(tensor, rounded)
         else:
             kind = work.report.left
             reason = reason or "the model that config.json describes has no such tensor"
