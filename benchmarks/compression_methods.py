@@ -172,27 +172,14 @@ def _masked_bytes(encoders: Encoders) -> int:
     return 2 * one + len(encoders.tuned) * (numbers // 8)
 
 
-class _Module(torch.nn.Module):
-    """Tensors as a module's parameters, which is what FusionBench's algorithms take."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        for name, tensor in tensors.items():
-            *path, leaf = name.split(".")
-            owner: torch.nn.Module = self
-            for part in path:
-                if not hasattr(owner, part):
-                    owner.add_module(part, torch.nn.Module())
-                owner = owner.get_submodule(part)
-            owner.register_parameter(leaf, torch.nn.Parameter(tensor.clone(), requires_grad=False))
-
-
 def emr(encoders: Encoders) -> Stored:
     """FusionBench's EMR: one elected vector, and a mask and a scale a task."""
     from fusion_bench.method.emr_merging.emr_merging import EMRMerging
 
+    from cart_plugin.fusion_bench.vectors import TaskVector
+
     models = {"_pretrained_": pretrained_tensors(encoders), **encoders.tuned}
-    merged = EMRMerging().run({name: _Module(tensors) for name, tensors in models.items()})
+    merged = EMRMerging().run({name: TaskVector(tensors) for name, tensors in models.items()})
 
     def restored(task: str) -> dict[str, Tensor]:
         own = deepcopy(merged)

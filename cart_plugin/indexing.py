@@ -28,13 +28,13 @@ import torch
 from torch import Tensor
 
 from cart_plugin.inputs import check_finite, check_inputs, normalised
-from cart_plugin.lowrank import LowRank, RankRule, truncated_svd
+from cart_plugin.lowrank import LowRank, RankRule
 from cart_plugin.merging import (
     CartSettings,
     centre_of,
+    factors_of,
     is_decomposed,
     matrix_shape,
-    tensor_seed,
 )
 from cart_plugin.ranks import spectrum
 
@@ -185,24 +185,6 @@ def spectra_of(
         centre, deltas = _around_centre(tensors, settings, weights, base, models, where)
         shape = matrix_shape(name, centre.shape)
         return [spectrum(delta.reshape(shape)) for delta in deltas]
-
-
-def factors_of(
-    matrices: Tensor, rule: RankRule, name: str | None, *, svd: str, seed: int
-) -> LowRank:
-    """What CART-Indexing keeps of one model's difference from the centre.
-
-    Args:
-        matrices: the difference as ``(stack, m, n)``.
-        rule: how much to keep.
-        name: the tensor's, which the solver's start depends on.
-        svd: solver, one of `cart_plugin.lowrank.SOLVERS`.
-        seed: of the solver, for all tensors.
-
-    Raises:
-        CartError: as `truncated_svd`.
-    """
-    return truncated_svd(matrices, rule, svd=svd, seed=tensor_seed(seed, name or ""))
 
 
 def _checked(

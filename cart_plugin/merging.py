@@ -340,8 +340,25 @@ def centre_of(
 def truncated(delta: Tensor, settings: CartSettings, name: str | None) -> LowRank:
     """The low-rank part of a task vector, as factors of its matrices (`matrix_shape`)."""
     matrices = delta.reshape(matrix_shape(name, delta.shape))
-    seed = tensor_seed(settings.seed, name or "")
-    return truncated_svd(matrices, settings.rule, svd=settings.solver, seed=seed)
+    return factors_of(matrices, settings.rule, name, svd=settings.solver, seed=settings.seed)
+
+
+def factors_of(
+    matrices: Tensor, rule: RankRule, name: str | None, *, svd: str, seed: int
+) -> LowRank:
+    """What is kept of one model's difference from the centre.
+
+    Args:
+        matrices: the difference as ``(stack, m, n)``.
+        rule: how much to keep.
+        name: the tensor's, which the solver's start depends on.
+        svd: solver, one of `cart_plugin.lowrank.SOLVERS`.
+        seed: of the solver, for all tensors.
+
+    Raises:
+        CartError: as `truncated_svd`.
+    """
+    return truncated_svd(matrices, rule, svd=svd, seed=tensor_seed(seed, name or ""))
 
 
 def tensor_seed(seed: int, name: str) -> int:

@@ -230,7 +230,7 @@ def _errors(work: Work, base: ModelFolder, names: set[str]) -> dict[str, float]:
     """Relative differences of tensors from the base (Frobenius), the largest of all tasks."""
     largest = dict.fromkeys(names, 0.0)
     for _, _, name, tensor, around in differences(work, base, names, "measuring"):
-        difference, weight = square(minus(tensor, around)), square(tensor)
+        difference, weight = square(tensor, around), square(tensor)
         if difference:
             error = math.sqrt(difference / weight) if weight else math.inf
             largest[name] = max(largest[name], error)
