@@ -144,7 +144,7 @@ def index_tensors(
         CartError: as `merging.merge_tensors`.
     """
     settings = settings or CartSettings()
-    models, where = _checked(tensors, settings, base, name, models)
+    models, where = check_inputs(tensors, base, settings.center, name, models)
     with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
         centre, deltas = _around_centre(tensors, settings, weights, base, models, where)
         if decompose is None:
@@ -180,25 +180,11 @@ def spectra_of(
         One a model, descending, in fp64 on the CPU; of a stack of matrices their sums.
     """
     settings = settings or CartSettings()
-    models, where = _checked(tensors, settings, base, name, models)
+    models, where = check_inputs(tensors, base, settings.center, name, models)
     with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
         centre, deltas = _around_centre(tensors, settings, weights, base, models, where)
         shape = matrix_shape(name, centre.shape)
         return [spectrum(delta.reshape(shape)) for delta in deltas]
-
-
-def _checked(
-    tensors: Sequence[Tensor],
-    settings: CartSettings,
-    base: Tensor | None,
-    name: str | None,
-    models: Sequence[str] | None,
-) -> tuple[list[str], str]:
-    """What errors call the models and the tensor, which fit each other."""
-    models = list(models) if models is not None else [str(i) for i in range(len(tensors))]
-    where = f"tensor {name!r}" if name is not None else "tensor"
-    check_inputs(tensors, models, base, settings.center, where)
-    return models, where
 
 
 def _around_centre(

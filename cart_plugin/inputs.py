@@ -36,12 +36,18 @@ def normalised(weights: Sequence[float] | None, count: int, where: str) -> list[
 
 def check_inputs(
     tensors: Sequence[Tensor],
-    models: Sequence[str],
     base: Tensor | None,
     center: Literal["average", "base"],
-    where: str,
-) -> None:
-    """Refuse fewer than two tensors, unequal shapes, and dtypes that cannot be averaged."""
+    name: str | None,
+    models: Sequence[str] | None,
+) -> tuple[list[str], str]:
+    """Refuse fewer than two tensors, unequal shapes, and dtypes that cannot be averaged.
+
+    Returns:
+        What errors call the models (their numbers if None) and the tensor.
+    """
+    models = list(models) if models is not None else [str(i) for i in range(len(tensors))]
+    where = f"tensor {name!r}" if name is not None else "tensor"
     if len(tensors) < 2:
         raise CartError(
             f"CART needs at least two fine-tuned models (three to gain from it); "
@@ -50,6 +56,7 @@ def check_inputs(
     if center == "base" and base is None:
         raise CartError(f"{where}: center is 'base' but there is no base model; give one")
     check_kind(zip(models, tensors, strict=True), tensors[0].shape, models[0], where)
+    return models, where
 
 
 def check_kind(

@@ -161,9 +161,7 @@ def merge_tensors(
             inputs' dtype cannot hold.
     """
     settings = settings or CartSettings()
-    models = list(models) if models is not None else [str(i) for i in range(len(tensors))]
-    where = f"tensor {name!r}" if name is not None else "tensor"
-    check_inputs(tensors, models, base, settings.center, where)
+    models, where = check_inputs(tensors, base, settings.center, name, models)
     dtype = common_dtype(tensors)
     if tensors[0].numel() == 0:
         return tensors[0].to(dtype, copy=True)
