@@ -34,25 +34,25 @@ format: $(STAMP) ## let ruff format and fix what it can
 	$(BIN)/ruff format
 
 demo: $(STAMP) ## fine-tune, merge and evaluate a small vision suite, and print the table
-	$(BIN)/python -m benchmarks.demo
+	$(BIN)/python -m benchmarks.demo.run
 
 bench-startup: $(STAMP) ## what the import hook adds to the start of every Python
-	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.speed.startup
 
 bench-memory: $(STAMP) ## time and peak memory of mergekit-yaml with cart, beside other methods
-	$(BIN)/python -m benchmarks.merge_memory
+	$(BIN)/python -m benchmarks.speed.memory
 
 bench-solvers: $(STAMP) ## truncated SVDs: time and error of cart's solvers and of others (40 min)
-	$(BIN)/python -m benchmarks.solvers
+	$(BIN)/python -m benchmarks.solvers.suite
 
 bench-profile: $(STAMP) ## where the fast solver's time goes, and its floor
-	$(BIN)/python -m benchmarks.solver_profile
+	$(BIN)/python -m benchmarks.solvers.profile
 
 bench-merge: $(STAMP) ## whole merges: cart beside other methods, and how its time grows (30 min)
-	$(BIN)/python -m benchmarks.merge_speed
+	$(BIN)/python -m benchmarks.speed.merges
 
 bench-accuracy: $(STAMP) ## accuracy of the demo's merges by cart with svd exact and fast
-	$(BIN)/python -m benchmarks.fast_accuracy
+	$(BIN)/python -m benchmarks.solvers.fast_accuracy
 
 bench-vision: $(STAMP) ## 19 merging methods on eight image tasks, tuned alike (two hours; one from cached encoders)
 	$(BIN)/python -m benchmarks.vision.suite
@@ -69,8 +69,8 @@ bench-auto: $(STAMP) ## CART without hyperparameters: variants on validation spl
 	$(BIN)/python -m benchmarks.auto.cost
 
 bench-compress: $(STAMP) ## eight encoders as base and adapters beside other ways to store them, and what that costs (an hour)
-	$(BIN)/python -m benchmarks.compression
-	$(BIN)/python -m benchmarks.compression_speed
+	$(BIN)/python -m benchmarks.compression.suite
+	$(BIN)/python -m benchmarks.compression.speed
 
 readme: $(STAMP) ## copy result tables into README.md
 	$(BIN)/python -m benchmarks.readme

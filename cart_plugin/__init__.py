@@ -13,13 +13,13 @@ __version__ = "0.1.0"
 _HOME_OF = {
     "CartError": "errors",
     "CartWarning": "errors",
-    "LowRank": "lowrank",
-    "RankRule": "lowrank",
-    "truncated_svd": "lowrank",
-    "CartSettings": "merging",
-    "is_decomposed": "merging",
-    "merge_state_dicts": "merging",
-    "merge_tensors": "merging",
+    "LowRank": "linalg.factors",
+    "RankRule": "linalg.rules",
+    "truncated_svd": "linalg.svd",
+    "CartSettings": "merging.settings",
+    "is_decomposed": "merging.tensors",
+    "merge_state_dicts": "merging.state_dicts",
+    "merge_tensors": "merging.cart",
 }
 
 __all__ = [
@@ -36,8 +36,13 @@ __all__ = [
 
 if TYPE_CHECKING:
     from cart_plugin.errors import CartError, CartWarning
-    from cart_plugin.lowrank import LowRank, RankRule, truncated_svd
-    from cart_plugin.merging import CartSettings, is_decomposed, merge_state_dicts, merge_tensors
+    from cart_plugin.linalg.factors import LowRank
+    from cart_plugin.linalg.rules import RankRule
+    from cart_plugin.linalg.svd import truncated_svd
+    from cart_plugin.merging.cart import merge_tensors
+    from cart_plugin.merging.settings import CartSettings
+    from cart_plugin.merging.state_dicts import merge_state_dicts
+    from cart_plugin.merging.tensors import is_decomposed
 
 
 def __getattr__(name: str) -> object:

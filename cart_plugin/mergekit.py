@@ -10,7 +10,7 @@
       lambda: 1.0
 
 ``cart_auto`` has no ``lambda``: it combines the truncated differences so that they interfere least
-(`cart_plugin.coefficients`), and needs no setting at all.
+(`cart_plugin.merging.least_interference`), and needs no setting at all.
 
 Every parameter takes mergekit's filters and layer gradients; ``weight`` is per model, the others
 hold for all models. A base model is optional: it is the centre with ``center: base`` and is not
@@ -39,9 +39,11 @@ from mergekit.merge_methods.base import ParameterSpec
 from pydantic import BeforeValidator
 
 from cart_plugin.errors import CartError
-from cart_plugin.inputs import check_finite
-from cart_plugin.lowrank import RankRule
-from cart_plugin.merging import CartSettings, is_decomposed, merge_tensors
+from cart_plugin.linalg.rules import RankRule
+from cart_plugin.merging.cart import merge_tensors
+from cart_plugin.merging.inputs import check_finite
+from cart_plugin.merging.settings import CartSettings
+from cart_plugin.merging.tensors import is_decomposed
 
 
 def _named(name: str, convert: Callable[[Any], Any], kind: str, *, optional: bool = False) -> Any:
@@ -163,7 +165,7 @@ _RECIPE_GROUP = re.compile(r".*\.slices\[\d+\]")
 
 
 class CartMerge(GroupMergeMethod):
-    """Merges one tensor of all models at a time; see `cart_plugin.merging`."""
+    """Merges one tensor of all models at a time; see `cart_plugin.merging.cart`."""
 
     spec = SPEC
 

@@ -23,11 +23,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes from local fold
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from benchmarks.auto.report import write_report
-from benchmarks.cache import write_json
-from benchmarks.encoders import GENTLE, Encoders, load_encoders, task_order
-from benchmarks.incremental import Record, conditions
-from benchmarks.measure import RESULTS
-from benchmarks.training import in_processes
+from benchmarks.common.cache import write_json
+from benchmarks.common.encoders import GENTLE, Encoders, load_encoders, task_order
+from benchmarks.common.incremental import Record, conditions
+from benchmarks.common.measure import RESULTS
+from benchmarks.common.training import in_processes
 from cart_plugin import CartSettings, merge_state_dicts
 
 PACKAGES = ("torch", "transformers")

@@ -12,12 +12,12 @@ import click
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from benchmarks import merge_report as report
-from benchmarks.cache import cache_root
-from benchmarks.incremental import Record, conditions
-from benchmarks.measure import RESULTS
-from benchmarks.merge_speed import METHODS, PACKAGES, Case, model_sets, run_all
-from benchmarks.tables import markdown_table
+from benchmarks.common.cache import cache_root
+from benchmarks.common.incremental import Record, conditions
+from benchmarks.common.measure import RESULTS
+from benchmarks.common.tables import markdown_table
+from benchmarks.speed import report as report
+from benchmarks.speed.merges import METHODS, PACKAGES, Case, model_sets, run_all
 
 LABELS = ("cart, auto", "cart_auto")
 

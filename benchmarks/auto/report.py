@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import CART_COLOR, LIMIT_COLOR
-from benchmarks.tables import markdown_table
+from benchmarks.common.tables import markdown_table
+from benchmarks.demo.report import CART_COLOR, LIMIT_COLOR
 
 AUTO = "CART without hyperparameters"
 AUTO_COLOR = "#bf3989"

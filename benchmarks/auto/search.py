@@ -25,11 +25,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 
 from benchmarks.auto.variants import Variant, merge_factors
-from benchmarks.encoders import load_encoders, task_order
-from benchmarks.incremental import Record, conditions
-from benchmarks.measure import RESULTS
-from benchmarks.tables import markdown_table
-from benchmarks.training import in_processes
+from benchmarks.common.encoders import load_encoders, task_order
+from benchmarks.common.incremental import Record, conditions
+from benchmarks.common.measure import RESULTS
+from benchmarks.common.tables import markdown_table
+from benchmarks.common.training import in_processes
 
 SUITES = ("vision", "text")
 SEEDS = (0, 1)

@@ -1,4 +1,4 @@
-"""Variants of the term of least interference (`cart_plugin.coefficients`), as dense formulas.
+"""Variants of `cart_plugin.merging.least_interference`, as dense formulas.
 
 Only what is tried in `search` is here: what survived is in the plugin, in better numerics. A test
 holds `merge_factors` of the default variant against it.
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cart_plugin.coefficients import AUTO_RANK_RATIO, PULL, RIDGE
-from cart_plugin.lowrank import LowRank
+from cart_plugin.linalg.factors import LowRank
+from cart_plugin.merging.least_interference import AUTO_RANK_RATIO, PULL, RIDGE
 
 
 @dataclass(frozen=True)

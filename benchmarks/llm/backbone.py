@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cache import MANIFEST, cache_root, new_folder, read_manifest, write_json
-from benchmarks.sources import Source, fetch
+from benchmarks.common.cache import MANIFEST, cache_root, new_folder, read_manifest, write_json
+from benchmarks.common.sources import Source, fetch
 
 SOURCE = Source(
     "pip",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cache import (
+from benchmarks.common.cache import (
     MANIFEST,
     cache_root,
     new_folder,
@@ -22,10 +22,10 @@ from benchmarks.cache import (
     settings_hash,
     write_json,
 )
+from benchmarks.common.training import Settings, finetune_missing, train_model
 from benchmarks.llm.backbone import SOURCE, prepare_backbone
 from benchmarks.llm.tasks import MOST_CHARACTERS, QUESTIONS, training_examples
 from benchmarks.text.tasks import prepare_task
-from benchmarks.training import Settings, finetune_missing, train_model
 
 IGNORED = -100  # torch's label for positions that do not count
 # Of the attention and the MLP: all matrices of a layer.

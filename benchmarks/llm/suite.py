@@ -1,8 +1,8 @@
 """`python -m benchmarks.llm.suite` (`make bench-llm`): merge methods of mergekit on SmolLM2-135M.
 
-Fine-tunes (or finds) one model a task by LoRA; the rest is `benchmarks.comparison`, which runs
-`mergekit-cart compare` with lm-eval. The methods merge the whole models; at the end, those named by
-`--adapters` merge base and adapters (`model+lora`), which has to give the same.
+Fine-tunes (or finds) one model a task by LoRA; the rest is `benchmarks.common.comparison`, which
+runs `mergekit-cart compare` with lm-eval. The methods merge the whole models; at the end, those
+named by `--adapters` merge base and adapters (`model+lora`), which has to give the same.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import click
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes from local folders
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from benchmarks.cache import cache_root, settings_hash
-from benchmarks.comparison import Suite, in_threads, share_cores, write_recipe, write_results
+from benchmarks.common.cache import cache_root, settings_hash
+from benchmarks.common.comparison import Suite, in_threads, share_cores, write_recipe, write_results
+from benchmarks.common.measure import RESULTS
 from benchmarks.llm.backbone import prepare_backbone
 from benchmarks.llm.finetune import FineTuning, finetune_all
 from benchmarks.llm.tasks import QUESTIONS, task_name, write_tasks
-from benchmarks.measure import RESULTS
 
 EXAMPLES = {"validation": 100, "test": 300}
 

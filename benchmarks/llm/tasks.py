@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.cache import (
+from benchmarks.common.cache import (
     MANIFEST,
     cache_root,
     new_folder,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.sources import Source, fetch
+from benchmarks.common.sources import Source, fetch
 
 SOURCE = Source(
     "pip",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cache import (
+from benchmarks.common.cache import (
     MANIFEST,
     cache_root,
     new_folder,
@@ -23,10 +23,10 @@ from benchmarks.cache import (
     settings_hash,
     write_json,
 )
+from benchmarks.common.training import Settings, finetune_missing, train_model
 from benchmarks.text.backbone import SOURCE, prepare_backbone
 from benchmarks.text.encoder import TOKENS, all_features, features, load_encoder, load_tokenizer
 from benchmarks.text.tasks import load_split, prepare_task, task, training_sample
-from benchmarks.training import Settings, finetune_missing, train_model
 from benchmarks.vision.heads import LOGIT_SCALE, Head, first_of_each, head_of
 
 

@@ -1,6 +1,6 @@
 """Texts into train, validation and test without leaks: what reads alike stays together.
 
-Groups and the random order are those of `benchmarks.splits`; here is what is special about
+Groups and the random order are those of `benchmarks.common.splits`; here is what is special about
 texts: copies are found by their words, near-copies by the runs of words that they share.
 """
 
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.splits import SPLITS, assign_groups, check_disjoint, merge_groups
+from benchmarks.common.splits import SPLITS, assign_groups, check_disjoint, merge_groups
 
 READ_WORDS = 100  # near-copies are judged by their beginning, as an encoder of 128 tokens reads it
 RUN = 3  # words in a row that are compared

@@ -1,7 +1,7 @@
 """`python -m benchmarks.text.suite` (`make bench-text`): merge methods of mergekit on eight texts.
 
-Fine-tunes (or finds) one MiniLM a task and seed; the rest is `benchmarks.comparison`, which runs
-`mergekit-cart compare`.
+Fine-tunes (or finds) one MiniLM a task and seed; the rest is `benchmarks.common.comparison`, which
+runs `mergekit-cart compare`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import click
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes from local folders
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from benchmarks.cache import cache_root
-from benchmarks.comparison import GRIDS, Suite, share_cores, write_recipe, write_results
-from benchmarks.measure import RESULTS
+from benchmarks.common.cache import cache_root
+from benchmarks.common.comparison import GRIDS, Suite, share_cores, write_recipe, write_results
+from benchmarks.common.measure import RESULTS
 from benchmarks.text.backbone import prepare_backbone
 from benchmarks.text.evaluator import TEST_TEXTS
 from benchmarks.text.finetune import FineTuning, finetune_all

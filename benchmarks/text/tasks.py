@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.sources import Source
-from benchmarks.tasks import Task, TaskTable
+from benchmarks.common.sources import Source
+from benchmarks.common.tasks import Task, TaskTable
 from benchmarks.text import dictionaries, documents, molecules, passages, places
 from benchmarks.text.splits import Split, check_no_leak
 

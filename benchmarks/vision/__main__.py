@@ -25,7 +25,7 @@ def main() -> None:
 @click.option("--data-only", is_flag=True, help="Fetch and render, do not fine-tune.")
 def prepare(tasks: str, seed: int, workers: int, data_only: bool) -> None:
     """Prepare tasks: images and one fine-tuned encoder each. Finished parts are kept."""
-    from benchmarks.sources import SourceError
+    from benchmarks.common.sources import SourceError
     from benchmarks.vision.finetune import finetune_all
     from benchmarks.vision.tasks import TASKS, prepare_task
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.cache import (
+from benchmarks.common.cache import (
     MANIFEST,
     cache_root,
     new_folder,
@@ -21,7 +21,7 @@ from benchmarks.cache import (
     settings_hash,
     write_json,
 )
-from benchmarks.sources import Source, fetch
+from benchmarks.common.sources import Source, fetch
 
 if TYPE_CHECKING:
     from transformers import Dinov2Config, Dinov2Model

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.splits import assign_groups
+from benchmarks.common.splits import assign_groups
 from benchmarks.vision.splits import Split, image_keys
 
 SIZE = 56

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.cache import (
+from benchmarks.common.cache import (
     MANIFEST,
     cache_root,
     new_folder,
@@ -24,7 +24,7 @@ from benchmarks.cache import (
     settings_hash,
     write_json,
 )
-from benchmarks.training import Settings, finetune_missing, train_model
+from benchmarks.common.training import Settings, finetune_missing, train_model
 from benchmarks.vision.backbone import prepare_backbone, save_encoder
 from benchmarks.vision.evaluate import load_encoder
 from benchmarks.vision.heads import (

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from benchmarks.splits import SPLITS, assign_groups, merge_groups
+from benchmarks.common.splits import SPLITS, assign_groups, merge_groups
 from benchmarks.vision.splits import Split
 
 SIZE = 56

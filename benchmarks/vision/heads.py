@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from benchmarks.cache import new_folder, write_json
+from benchmarks.common.cache import new_folder, write_json
 from benchmarks.vision.backbone import IMAGE_MEAN, IMAGE_STD
 from benchmarks.vision.splits import Split
 

@@ -5,7 +5,7 @@ Debian's fonts come in the release's version; those of npm (Fontsource) are pinn
 
 from __future__ import annotations
 
-from benchmarks.sources import Source
+from benchmarks.common.sources import Source
 
 
 def apt(*names: str) -> tuple[Source, ...]:

@@ -1,4 +1,4 @@
-"""Splits of images: what they hold, and their check for leaks; groups are `benchmarks.splits`'s."""
+"""Splits of images: what they hold, and their check for leaks (groups: `common.splits`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.splits import check_disjoint
+from benchmarks.common.splits import check_disjoint
 
 
 @dataclass(frozen=True)

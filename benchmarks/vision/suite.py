@@ -23,10 +23,10 @@ from rich.console import Console
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes from local folders
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads must not spin on a busy machine
 
-from benchmarks.cache import write_json
-from benchmarks.incremental import Record, conditions
-from benchmarks.measure import RESULTS
-from benchmarks.sources import SourceError
+from benchmarks.common.cache import write_json
+from benchmarks.common.incremental import Record, conditions
+from benchmarks.common.measure import RESULTS
+from benchmarks.common.sources import SourceError
 from benchmarks.vision.suite_jobs import Case, Job, mean, run_all
 from benchmarks.vision.suite_methods import (
     BY_TASKS,

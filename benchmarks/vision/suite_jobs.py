@@ -12,7 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.training import one_thread
+from benchmarks.common.training import one_thread
 from benchmarks.vision.suite_methods import Method, Point
 from benchmarks.vision.suite_program import between, command, evaluate, merge
 

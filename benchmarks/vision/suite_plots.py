@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import CART_COLOR, LIMIT_COLOR, MERGED_COLOR
+from benchmarks.demo.report import CART_COLOR, LIMIT_COLOR, MERGED_COLOR
 from benchmarks.vision.suite_report import by_task, limit
 
 DATA_COLOR = "#d9a441"

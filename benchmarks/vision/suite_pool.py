@@ -26,7 +26,7 @@ import torch
 import yaml
 from torch.utils.data import Dataset, TensorDataset
 
-from benchmarks.cache import MANIFEST, cache_root, new_folder, read_manifest, write_json
+from benchmarks.common.cache import MANIFEST, cache_root, new_folder, read_manifest, write_json
 from benchmarks.vision.heads import link, pixels
 from benchmarks.vision.tasks import load_split
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cache import MANIFEST
+from benchmarks.common.cache import MANIFEST
 from benchmarks.vision.suite_pool import conf_argument, suite_folder
 
 State = dict[str, Tensor]

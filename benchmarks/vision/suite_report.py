@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.cache import read_manifest
-from benchmarks.tables import markdown_table
+from benchmarks.common.cache import read_manifest
+from benchmarks.common.tables import markdown_table
 from benchmarks.vision.suite_jobs import mean
 from benchmarks.vision.suite_methods import BY_TASKS, HEAT, INDIVIDUAL, METHODS, MOST_POINTS
 from benchmarks.vision.suite_pool import ADAPTING_IMAGES

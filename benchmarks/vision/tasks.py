@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.sources import Source
-from benchmarks.tasks import Task, TaskTable
+from benchmarks.common.sources import Source
+from benchmarks.common.tasks import Task, TaskTable
 from benchmarks.vision import digits, glyphs, icons, scripts
 from benchmarks.vision.splits import Split, check_no_leak
 

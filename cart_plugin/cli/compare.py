@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cart_plugin.cli.findings import console
+from cart_plugin.cli.console import console
 from cart_plugin.errors import CartError
 
 if TYPE_CHECKING:
@@ -161,10 +161,10 @@ def _comparison(
     keep: Any,
     options: tuple[str, ...],
 ) -> Comparison:
-    from cart_plugin.cli.recipe import load
     from cart_plugin.compare.merge import read_inputs
     from cart_plugin.compare.steps import Comparison
     from cart_plugin.compare.variants import absolute, parse_assignment, variants
+    from cart_plugin.doctor.recipe import load
 
     missing = [name for name in ("filelock", "jinja2", "matplotlib") if find_spec(name) is None]
     if missing:
@@ -212,8 +212,8 @@ def _check_inputs(comparison: Comparison) -> None:
 
 
 def _check_disk(comparison: Comparison) -> None:
-    from cart_plugin.cli.machine import size
     from cart_plugin.compare.steps import needed_bytes
+    from cart_plugin.doctor.machine import size
 
     place = comparison.out.absolute()
     while not place.exists():

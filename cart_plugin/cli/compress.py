@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
 
-from cart_plugin.cli.findings import console
+from cart_plugin.cli.console import console, progress
 from cart_plugin.errors import CartError
 
 
@@ -96,7 +94,7 @@ def compress(
     ordinary PEFT LoRA, loaded with PeftModel.from_pretrained(base, adapter). `mergekit-cart expand`
     gives full models back. Nothing appears under OUT before all is done.
     """
-    from cart_plugin.indexing import compress as run
+    from cart_plugin.compress import compress as run
 
     terminal = console()
     try:
@@ -130,20 +128,3 @@ def compress(
         soft_wrap=True,
         markup=False,
     )
-
-
-@contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on the terminal, for functions that tell a step, how much is done, and of how much."""
-    from rich.progress import Progress, TaskID
-
-    bars: dict[str, TaskID] = {}
-    terminal = console()
-    with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as bar:
-
-        def tell(step: str, done: int, total: int) -> None:
-            if step not in bars:
-                bars[step] = bar.add_task(step, total=total)
-            bar.update(bars[step], completed=done)
-
-        yield tell

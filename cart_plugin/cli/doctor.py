@@ -8,14 +8,13 @@ from pathlib import Path
 
 import click
 
-from cart_plugin.cli.findings import (
+from cart_plugin.cli.console import console, print_section
+from cart_plugin.doctor.findings import (
     Finding,
     Level,
     Section,
-    console,
     count,
     first_line,
-    print_section,
     problem,
 )
 
@@ -35,7 +34,7 @@ def doctor(recipe: Path | None, out: Path | None) -> None:
     Each line is marked ok, warning or problem, and says what to do. Exit code 1 if there is a
     problem; warnings do not count.
     """
-    from cart_plugin.cli.environment import check_environment
+    from cart_plugin.doctor.environment import check_environment
 
     terminal = console()
     findings: list[Finding] = []
@@ -66,7 +65,7 @@ def doctor(recipe: Path | None, out: Path | None) -> None:
 
 
 def _check_recipe(recipe: Path, out: Path | None, show: Callable[[Section], None]) -> None:
-    from cart_plugin.cli.recipe import check_recipe
+    from cart_plugin.doctor.recipe import check_recipe
 
     try:
         check_recipe(recipe, out, show)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from cart_plugin.cli.findings import console
+from cart_plugin.cli.console import console, progress
 from cart_plugin.errors import CartError
 
 
@@ -16,8 +16,7 @@ from cart_plugin.errors import CartError
 @click.argument("out", type=click.Path(path_type=Path))
 def expand(folder: Path, name: str, out: Path) -> None:
     """Write the full checkpoint of task NAME, compressed in DIR, to OUT."""
-    from cart_plugin.cli.compress import progress
-    from cart_plugin.indexing import expand as run
+    from cart_plugin.compress import expand as run
 
     try:
         with progress() as tell:

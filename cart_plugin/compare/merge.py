@@ -19,13 +19,13 @@ from mergekit.config import MergeConfiguration
 from mergekit.io import ShardedTensorIndex
 from mergekit.options import MergeOptions, add_merge_options
 
-from cart_plugin.cli import checkpoints as files
-from cart_plugin.cli import planning, result, schema
-from cart_plugin.cli.checkpoints import Checkpoint
-from cart_plugin.cli.findings import Finding, Level, count, some
-from cart_plugin.cli.layout import references
-from cart_plugin.cli.parameters import check_method
 from cart_plugin.compare import child
+from cart_plugin.doctor import inputs as files
+from cart_plugin.doctor import planning, result, schema
+from cart_plugin.doctor.findings import Finding, Level, count, some
+from cart_plugin.doctor.inputs import Checkpoint
+from cart_plugin.doctor.layout import references
+from cart_plugin.doctor.parameters import check_method
 from cart_plugin.errors import CartError
 
 FLAT_RECIPE = "recipe-flat.yaml"  # beside a variant's recipe: the one for mergekit-pytorch

@@ -22,10 +22,10 @@ from typing import Any, Literal
 import yaml
 
 import cart_plugin
-from cart_plugin.cli.findings import first_line
-from cart_plugin.cli.parameters import is_cart
 from cart_plugin.compare import child, merge
 from cart_plugin.compare.variants import Variant, find_method
+from cart_plugin.doctor.findings import first_line
+from cart_plugin.doctor.parameters import is_cart
 from cart_plugin.errors import CartError
 
 Keep = Literal["none", "best", "all"]

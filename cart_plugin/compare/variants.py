@@ -19,9 +19,9 @@ from mergekit.common import ModelReference
 from mergekit.merge_methods import BasePolicy, MergeMethod
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 
-from cart_plugin.cli.parameters import RANK_RULES, did_you_mean
+from cart_plugin.doctor.parameters import RANK_RULES, did_you_mean
 from cart_plugin.errors import CartError
-from cart_plugin.merging import CartSettings
+from cart_plugin.merging.settings import CartSettings
 
 Settings = dict[str, Any]
 

@@ -1,8 +1,21 @@
-"""CART-Indexing of whole checkpoints: one common base, and a standard PEFT adapter a task.
+"""T models into one base and T adapters, and back: CART-Indexing of whole checkpoints.
 
-The public functions are re-exported by `cart_plugin.indexing`. Modules, from the bottom:
-`checkpoints` (reading), `writing`, `side_files` (tokenizers and the like), `names` (the
-checkpoint's and the model's), `layers` (what becomes of each tensor), `peft_files` (how PEFT wants
-it), `report`, `work` (what the steps share), `base` and `adapters` (the steps), `run` (all of it),
-`expand` (the way back).
+::
+
+    from cart_plugin.compress import compress, expand, load_task, task_tensors, tasks
+
+    compress(["mistral-math", "mistral-code", "mistral-german"], "served", rank_ratio=0.04)
+    tasks("served")                                      # the adapters' names
+    weights = load_task("served", "mistral-math")        # one task's state dict
+    for name, tensor in task_tensors("served", "mistral-math"): ...     # a tensor at a time
+    expand("served", "mistral-math", "mistral-math-again")              # its full checkpoint
+
+Modules, from the bottom: `ranks` (of all tensors and tasks), `layers` (what becomes of each
+tensor), `peft_files` (how PEFT wants it), `report`, `work` (what the steps share), `base` and
+`adapters` (the steps), `run` (all of it), `expansion` (the way back).
 """
+
+from cart_plugin.compress.expansion import expand, load_task, task_tensors, tasks
+from cart_plugin.compress.run import compress
+
+__all__ = ["compress", "expand", "load_task", "task_tensors", "tasks"]

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cart_plugin.compress import peft_files, side_files, writing
-from cart_plugin.compress.checkpoints import ModelFolder
+from cart_plugin.checkpoints import side_files, writing
+from cart_plugin.checkpoints.folders import ModelFolder
+from cart_plugin.compress import peft_files
 from cart_plugin.compress.layers import Assignment, Layer
 from cart_plugin.compress.report import Entry, Loss
 from cart_plugin.compress.work import (
@@ -26,8 +27,8 @@ from cart_plugin.compress.work import (
     stored_dtypes,
 )
 from cart_plugin.errors import CartError
-from cart_plugin.indexing import factors_of
-from cart_plugin.lowrank import RankRule
+from cart_plugin.linalg.rules import RankRule
+from cart_plugin.merging.cart import factors_of
 
 # Short sides from which on a near best subspace takes the place of the best one.
 _LARGE = 512

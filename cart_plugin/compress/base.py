@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cart_plugin.compress import side_files, writing
+from cart_plugin.checkpoints import side_files, writing
 from cart_plugin.compress.work import Work
 from cart_plugin.errors import CartError
-from cart_plugin.inputs import agreed_buffer, check_finite
+from cart_plugin.merging.inputs import agreed_buffer, check_finite
 
 
 def write_base(work: Work, folder: Path) -> None:

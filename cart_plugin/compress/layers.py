@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cart_plugin.compress.names import tied_names
+from cart_plugin.checkpoints.names import tied_names
 from cart_plugin.errors import CartError
-from cart_plugin.lowrank import LowRank
-from cart_plugin.merging import is_decomposed
+from cart_plugin.linalg.factors import LowRank
+from cart_plugin.merging.tensors import is_decomposed
 
 Kind = Literal["linear", "transposed", "convolution", "experts", "transposed experts"]
 

@@ -11,18 +11,20 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from cart_plugin.compress import names as naming
-from cart_plugin.compress import peft_files, writing
-from cart_plugin.compress.adapters import write_adapters
-from cart_plugin.compress.base import write_base
-from cart_plugin.compress.checkpoints import (
+from cart_plugin.checkpoints import names as naming
+from cart_plugin.checkpoints import writing
+from cart_plugin.checkpoints.folders import (
     ModelFolder,
     check_holds,
     open_base,
     open_model,
     open_models,
 )
+from cart_plugin.compress import peft_files
+from cart_plugin.compress.adapters import write_adapters
+from cart_plugin.compress.base import write_base
 from cart_plugin.compress.layers import Assignment, Structure, assign
+from cart_plugin.compress.ranks import by_rule, by_size
 from cart_plugin.compress.report import Report
 from cart_plugin.compress.work import (
     BASE,
@@ -39,7 +41,7 @@ from cart_plugin.compress.work import (
     stored_dtypes,
 )
 from cart_plugin.errors import CartError
-from cart_plugin.ranks import by_rule, by_size, spectrum
+from cart_plugin.linalg.spectra import spectrum
 
 _BOOKKEEPING = ("name_or_path", "transformers_version", "dtype", "torch_dtype")
 
@@ -87,9 +89,9 @@ def compress(
             task's tensor (Frobenius norms), in every task. A module that PEFT stores whole is
             stored if any tensor that needs it exceeds that; biases of decomposed layers decide
             one by one.
-        svd: solver (`cart_plugin.lowrank.SOLVERS`); `auto` is `subspace` for matrices whose short
-            side is 512 or more, whose squared error is then up to a few thousandths above the
-            least, and `fast` for others.
+        svd: solver (`cart_plugin.linalg.svd.SOLVERS`); `auto` is `subspace` for matrices whose
+            short side is 512 or more, whose squared error is then up to a few thousandths above
+            the least, and `fast` for others.
         seed: of the solver.
         progress: is told how far the work is.
 

@@ -9,14 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cart_plugin.checkpoints.folders import ModelFolder
+from cart_plugin.checkpoints.names import Unit
 from cart_plugin.compress import peft_files
-from cart_plugin.compress.checkpoints import ModelFolder
 from cart_plugin.compress.layers import Assignment, Structure
-from cart_plugin.compress.names import Unit
+from cart_plugin.compress.ranks import checked_rule
 from cart_plugin.compress.report import Report
 from cart_plugin.errors import CartError
-from cart_plugin.lowrank import SOLVERS, RankRule
-from cart_plugin.ranks import checked_rule
+from cart_plugin.linalg.rules import RankRule
+from cart_plugin.linalg.svd import SOLVERS
 
 BASE = "base"
 ADAPTERS = "adapters"

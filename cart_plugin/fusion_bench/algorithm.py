@@ -37,11 +37,13 @@ from fusion_bench.modelpool import BaseModelPool
 from fusion_bench.models.wrappers.switch import SwitchModule
 from torch import Tensor, nn
 
+from cart_plugin.compress.ranks import Matrices, by_size, checked_rule
 from cart_plugin.errors import CartError
 from cart_plugin.fusion_bench.base import CartBase, Fleet, copied
-from cart_plugin.indexing import index_tensors, spectra_of, stored_share
-from cart_plugin.merging import CartSettings, matrix_shape, merge_state_dicts
-from cart_plugin.ranks import Matrices, by_size, checked_rule
+from cart_plugin.merging.indexing import index_tensors, spectra_of, stored_share
+from cart_plugin.merging.settings import CartSettings
+from cart_plugin.merging.state_dicts import merge_state_dicts
+from cart_plugin.merging.tensors import matrix_shape
 
 
 class CartAlgorithm(CartBase):
@@ -76,7 +78,7 @@ class CartAlgorithm(CartBase):
             dictionary of the models by name, and the merged one as ``merged``.
 
         Raises:
-            CartError: see `CartBase.load` and `cart_plugin.merging.merge_state_dicts`.
+            CartError: see `CartBase.load` and `cart_plugin.merging.cart.merge_state_dicts`.
         """
         if self.return_single_task_models:
             self.check_not_saved()
@@ -122,8 +124,8 @@ class CartIndexingAlgorithm(CartBase):
     Args:
         target_size: in the place of a rank rule, the share of all models' numbers that centre and
             differences may take: the ranks of all matrices and models are chosen together, by one
-            threshold, for the least squared error (`cart_plugin.ranks.by_size`). The models are
-            then read twice.
+            threshold, for the least squared error (`cart_plugin.compress.ranks.by_size`). The
+            models are then read twice.
         switch: return one module that holds all models and shows the one that a task pool asks
             for (`fusion_bench.models.wrappers.switch`), so that each is evaluated on its own task
             only. Task pools that do not switch evaluate every model on every task without it.
@@ -148,8 +150,8 @@ class CartIndexingAlgorithm(CartBase):
             ``storage``: numbers to store, and their share of all models' numbers.
 
         Raises:
-            CartError: see `CartBase.load` and `cart_plugin.indexing.index_tensors`; or the target
-                size is too small for the centre and what is not decomposed.
+            CartError: see `CartBase.load` and `cart_plugin.merging.indexing.index_tensors`; or the
+                target size is too small for the centre and what is not decomposed.
         """
         self.check_not_saved()
         fleet = self.load(modelpool)

@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 
 from cart_plugin.errors import CartError
 from cart_plugin.fusion_bench.selection import Decision, selection
-from cart_plugin.inputs import check_same_tensors
-from cart_plugin.merging import CartSettings
+from cart_plugin.merging.inputs import check_same_tensors
+from cart_plugin.merging.settings import CartSettings
 
 BASE = "the base model"
 Weights = Mapping[str, float] | Iterable[float] | None
@@ -36,7 +36,7 @@ class CartBase(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         decompose: a preset or patterns, see `cart_plugin.fusion_bench.selection`.
         exclude_keys: names or patterns of parameters that are not decomposed all the same: merges
             average them, CART-Indexing keeps each model's own.
-        svd: solver, one of `cart_plugin.lowrank.SOLVERS`.
+        svd: solver, one of `cart_plugin.linalg.svd.SOLVERS`.
         seed: start of the randomised solvers.
     """
 

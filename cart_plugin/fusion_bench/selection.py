@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 import torch
 
 from cart_plugin.errors import CartError
-from cart_plugin.merging import is_decomposed
+from cart_plugin.merging.tensors import is_decomposed
 
 Decision = Callable[[str, torch.Size], bool]
 

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from cart_plugin.errors import CartError
 from cart_plugin.fusion_bench.base import BASE, Fleet
-from cart_plugin.indexing import index_tensors
-from cart_plugin.inputs import check_finite, check_same_tensors
-from cart_plugin.merging import CartSettings, merge_state_dicts
+from cart_plugin.merging.indexing import index_tensors
+from cart_plugin.merging.inputs import check_finite, check_same_tensors
+from cart_plugin.merging.settings import CartSettings
+from cart_plugin.merging.state_dicts import merge_state_dicts
 
 GRANULARITIES = ("layer", "task")
 
@@ -50,7 +51,7 @@ def cart_parts(fleet: Fleet, settings: CartSettings) -> Parts:
     so that the first merged model is that of ``method=cart``.
 
     Raises:
-        CartError: models that are no modules, and as `cart_plugin.indexing.index_tensors`.
+        CartError: models that are no modules, and as `cart_plugin.merging.indexing.index_tensors`.
     """
     model = fleet.models[fleet.names[0]]
     if not isinstance(model, nn.Module):

@@ -73,7 +73,7 @@ def test_isolated_module_merges(real_environment: Environment, tmp_path: Path) -
 
 
 def test_missing_dependency_leaves_mergekit_working(real_environment: Environment) -> None:
-    real_environment.write({"cart_plugin/lowrank.py": "import scipy_is_missing"})
+    real_environment.write({"cart_plugin/linalg/svd.py": "import scipy_is_missing"})
     program = (
         "from mergekit.merge_methods import get; print(get('ties').spec.name)\n"
         "from cart_plugin.autoload import hook; print('scipy_is_missing' in hook.status().error)"

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.tasks import Task
+from benchmarks.common.tasks import Task
 from benchmarks.vision.splits import Split
 
 LETTERS = "abcdef"

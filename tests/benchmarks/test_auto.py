@@ -11,10 +11,12 @@ from click.testing import CliRunner
 from benchmarks.auto import carry, cost, search
 from benchmarks.auto.report import AUTO, COLORS, markdown, write_report
 from benchmarks.auto.variants import Variant, merge_factors
-from benchmarks.encoders import Encoders
+from benchmarks.common.encoders import Encoders
 from cart_plugin import CartSettings, merge_state_dicts
-from cart_plugin.coefficients import least_interference
-from cart_plugin.lowrank import LowRank, RankRule, truncated_svd
+from cart_plugin.linalg.factors import LowRank
+from cart_plugin.linalg.rules import RankRule
+from cart_plugin.linalg.svd import truncated_svd
+from cart_plugin.merging.least_interference import least_interference
 
 
 def tasks(count: int, m: int, n: int) -> list[LowRank]:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from mergekit.config import MergeConfiguration
 
-from benchmarks import comparison
+from benchmarks.common import comparison
 from cart_plugin.compare.variants import parse_assignment, variants
 
 

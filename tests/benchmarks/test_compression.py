@@ -12,9 +12,12 @@ from click.testing import CliRunner
 from torch import Tensor
 from transformers import BertConfig, BertModel
 
-from benchmarks import compression, compression_methods, compression_report, compression_speed
-from benchmarks.compression_methods import WEIGHTS
-from benchmarks.encoders import Encoders
+from benchmarks.common.encoders import Encoders
+from benchmarks.compression import methods as compression_methods
+from benchmarks.compression import report as compression_report
+from benchmarks.compression import speed as compression_speed
+from benchmarks.compression import suite as compression
+from benchmarks.compression.methods import WEIGHTS
 
 TASKS = ("a", "b", "c")
 

@@ -9,8 +9,10 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from benchmarks import demo, recipes, report
-from benchmarks.recipes import Candidate, MergeError, check_whole, merge
+from benchmarks.common import recipes
+from benchmarks.common.recipes import Candidate, MergeError, check_whole, merge
+from benchmarks.demo import report
+from benchmarks.demo import run as demo
 from benchmarks.vision import backbone
 from tests.benchmarks.synthetic import tiny_encoder
 

@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from benchmarks import fast_accuracy
+from benchmarks.solvers import fast_accuracy
 
 
 def test_differences_are_points_of_fast_over_exact() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import incremental
+from benchmarks.common import incremental
 
 PLUGIN = Path(__file__).parents[2] / "cart_plugin"
 

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.comparison import write_recipe
+from benchmarks.common.comparison import write_recipe
 from benchmarks.llm import tasks
 from benchmarks.llm.backbone import prepare_backbone
 from benchmarks.llm.finetune import FineTuning, answer_loss, encode, finetune_all

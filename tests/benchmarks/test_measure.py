@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.measure import CommandError, measure, run
+from benchmarks.common.measure import CommandError, measure, run
 
 MB = 1_000_000
 

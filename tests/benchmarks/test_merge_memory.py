@@ -2,8 +2,8 @@
 
 import json
 
-from benchmarks.measure import RESULTS
-from benchmarks.merge_memory import METHODS, markdown
+from benchmarks.common.measure import RESULTS
+from benchmarks.speed.memory import METHODS, markdown
 
 
 def test_the_table_says_what_was_merged_and_has_a_row_a_method() -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from rich.progress import Progress
 
-from benchmarks import merge_report, merge_speed
-from benchmarks.incremental import Record
-from benchmarks.merge_speed import METHODS, Case, Method
+from benchmarks.common.incremental import Record
+from benchmarks.speed import merges as merge_speed
+from benchmarks.speed import report as merge_report
+from benchmarks.speed.merges import METHODS, Case, Method
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -84,7 +85,7 @@ def test_the_quick_benchmark_writes_its_results(tmp_path: Path) -> None:
     environment = os.environ | {"CART_CACHE": str(tmp_path / "cache")}
     # One thread: on a busy machine, threads that wait for each other take minutes.
     environment |= {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")}
-    command = [sys.executable, "-m", "benchmarks.merge_speed", "--quick"]
+    command = [sys.executable, "-m", "benchmarks.speed.merges", "--quick"]
     command += ["--no-growth", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

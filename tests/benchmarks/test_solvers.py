@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import solvers, solvers_report
-from benchmarks.incremental import Record
-from benchmarks.matrices import REAL, SPECTRA, MatrixMaker, Reference
+from benchmarks.common.incremental import Record
+from benchmarks.common.matrices import REAL, SPECTRA, MatrixMaker, Reference
+from benchmarks.solvers import report as solvers_report
+from benchmarks.solvers import suite as solvers
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -126,7 +127,7 @@ def test_bars_say_where_they_are_missed() -> None:
 def test_the_quick_benchmark_writes_its_results(tmp_path: Path) -> None:
     # One thread: on a busy machine, threads that wait for each other take minutes.
     threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")}
-    command = [sys.executable, "-m", "benchmarks.solvers", "--quick", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks.solvers.suite", "--quick", "--out", str(tmp_path)]
     done = subprocess.run(
         command, cwd=REPOSITORY, env=os.environ | threads, capture_output=True, text=True
     )

@@ -6,9 +6,9 @@ import zipfile
 
 import pytest
 
-from benchmarks import sources
-from benchmarks.cache import file_sha256, new_folder, read_manifest
-from benchmarks.sources import Source, SourceError, fetch
+from benchmarks.common import sources
+from benchmarks.common.cache import file_sha256, new_folder, read_manifest
+from benchmarks.common.sources import Source, SourceError, fetch
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.splits import assign_groups, balanced_order, merge_groups
+from benchmarks.common.splits import assign_groups, balanced_order, merge_groups
 from benchmarks.vision.splits import Split, check_no_leak
 
 

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.cache import read_manifest
+from benchmarks.common.cache import read_manifest
 from benchmarks.text import dictionaries, documents, molecules, passages, places, tasks
 from benchmarks.text.splits import Example, Split, at_most, check_no_leak, split_examples
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.sources import fetch
+from benchmarks.common.sources import fetch
 from benchmarks.vision import backbone
 
 
@@ -31,7 +31,7 @@ def test_the_encoder_agrees_with_the_onnx_run(tmp_path):
 def test_the_prepared_folder_holds_every_tensor_under_its_name():
     from transformers import Dinov2Model
 
-    from benchmarks.recipes import tensor_shapes
+    from benchmarks.common.recipes import tensor_shapes
 
     found = tensor_shapes(backbone.prepare_backbone())
     expected = {k: tuple(v.shape) for k, v in Dinov2Model(backbone.config()).state_dict().items()}

@@ -8,7 +8,7 @@ import torch
 import typing_extensions
 from safetensors.torch import load_file, save_file
 
-from benchmarks.cache import read_manifest
+from benchmarks.common.cache import read_manifest
 from benchmarks.vision import finetune, heads
 from benchmarks.vision.evaluate import accuracy, evaluate_encoder, load_encoder
 from benchmarks.vision.finetune import FineTuning, finetune_task, load_head

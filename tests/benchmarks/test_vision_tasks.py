@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.cache import read_manifest
+from benchmarks.common.cache import read_manifest
 from benchmarks.vision import tasks
 from tests.benchmarks.synthetic import BLOCKS, blocks
 

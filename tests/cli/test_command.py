@@ -11,9 +11,10 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from cart_plugin.cli import findings, main
-from tests.cli.conftest import Report
-from tests.cli.tiny import write_recipe
+from cart_plugin.cli import main
+from cart_plugin.doctor import findings
+from tests.doctor.conftest import Report
+from tests.doctor.tiny import write_recipe
 
 
 def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -57,7 +58,7 @@ def test_doctor_as_a_process_checks_installation_and_recipe(
 def test_recipe_is_not_checked_where_mergekit_is_missing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("cart_plugin.cli.environment.check_environment", lambda show: False)
+    monkeypatch.setattr("cart_plugin.doctor.environment.check_environment", lambda show: False)
     result = CliRunner().invoke(main, ["doctor", str(tmp_path / "cart.yaml")])
     assert "The recipe was not checked" in result.output
 
@@ -68,7 +69,7 @@ def test_an_error_of_the_check_itself_is_a_problem_without_traceback(
     def fail(*_: object) -> None:
         raise KeyError("surprise")
 
-    monkeypatch.setattr("cart_plugin.cli.recipe.check_recipe", fail)
+    monkeypatch.setattr("cart_plugin.doctor.recipe.check_recipe", fail)
     doctor(tmp_path / "cart.yaml").has_only_problem("KeyError: 'surprise'", "report this")
 
 

@@ -27,7 +27,7 @@ from cart_plugin.cli import main
 from cart_plugin.compare import steps
 from cart_plugin.compare.judge import figures
 from cart_plugin.compare.steps import needed_bytes
-from tests.cli.tiny import save_models
+from tests.doctor.tiny import save_models
 
 EVALUATORS = "tests.compare.evaluators"
 

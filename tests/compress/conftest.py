@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from cart_plugin.compress import compress
 from cart_plugin.compress.report import Report
-from cart_plugin.indexing import compress
 from tests.compress.models import save_tasks
 
 

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from cart_plugin import CartError
-from cart_plugin.indexing import compress
+from cart_plugin.compress import compress
 
 
 def refusal(models: Sequence[Path], tmp_path: Path, **options: Any) -> str:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from cart_plugin import CartError, RankRule, truncated_svd
 from cart_plugin.cli import main
-from cart_plugin.indexing import compress, expand, load_task
+from cart_plugin.compress import compress, expand, load_task
 from tests.compress.models import TASKS, answer, load, new_model, save_tasks, tensors
 
 

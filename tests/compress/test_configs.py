@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cart_plugin import CartError
-from cart_plugin.indexing import compress
+from cart_plugin.compress import compress
 from tests.compress.models import new_model, save_tasks
 
 

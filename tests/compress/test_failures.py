@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import MambaConfig, MambaForCausalLM
 
 from cart_plugin import CartError
-from cart_plugin.indexing import compress, expand, load_task, task_tensors, tasks
+from cart_plugin.compress import compress, expand, load_task, task_tensors, tasks
 from tests.compress.models import save_tasks, tensors
 from tests.compress.refused import change, configure, refusal
 

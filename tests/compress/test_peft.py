@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from cart_plugin.indexing import compress, expand, load_task
+from cart_plugin.compress import compress, expand, load_task
 from tests.compress.models import KINDS, TASKS, answer, load, save_tasks, tensors
 
 # Of fp32, after a few layers: of numbers of the size of these answers.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cart_plugin import CartError, RankRule, lowrank, truncated_svd
-from cart_plugin.compress import adapters
+from cart_plugin import CartError, RankRule, truncated_svd
+from cart_plugin.compress import adapters, compress
 from cart_plugin.compress.layers import Layer
 from cart_plugin.compress.peft_files import not_empty
-from cart_plugin.indexing import compress
-from cart_plugin.ranks import by_rule
+from cart_plugin.compress.ranks import by_rule
+from cart_plugin.linalg import svd
 from tests.compress.models import save_tasks
 
 
@@ -83,7 +83,7 @@ def test_the_root_of_the_singular_values_on_both_sides_loses_least_in_bf16():
 def test_of_large_matrices_hardly_more_than_the_least_error_is_left(tmp_path, monkeypatch):
     """`auto` takes subspace iteration for them; smaller matrices stand in."""
     monkeypatch.setattr(adapters, "_LARGE", 64)
-    monkeypatch.setattr(lowrank, "_FAST_SIDE", 64)
+    monkeypatch.setattr(svd, "_FAST_SIDE", 64)
     models = save_tasks(tmp_path, "llama", hidden_size=64, intermediate_size=128)
     errors = {
         svd: compress(models, tmp_path / svd, rank=4, svd=svd).squared_error

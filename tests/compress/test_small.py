@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from cart_plugin.checkpoints.folders import ModelFolder
 from cart_plugin.cli import main
-from cart_plugin.compress.checkpoints import ModelFolder
-from cart_plugin.indexing import compress, expand, load_task
+from cart_plugin.compress import compress, expand, load_task
 from tests.compress.models import TASKS, answer, load, new_model, save_tasks, tensors
 
 

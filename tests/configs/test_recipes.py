@@ -21,7 +21,7 @@ from transformers import (
 
 from cart_plugin import CartSettings, merge_tensors
 from cart_plugin.mergekit import register
-from tests.cli.tiny import load_tensors, save_model, save_models
+from tests.doctor.tiny import load_tensors, save_model, save_models
 
 RECIPES = Path(__file__).parents[2] / "configs" / "mergekit"
 register()

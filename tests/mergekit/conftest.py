@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cart_plugin.mergekit import register
-from tests.cli.tiny import load_tensors, save_models, write_recipe
+from tests.doctor.tiny import load_tensors, save_models, write_recipe
 from tests.mergekit.helpers import Tensors, run
 
 register()

@@ -21,7 +21,7 @@ from mergekit.scripts import run_yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.cli.tiny import load_tensors, write_recipe
+from tests.doctor.tiny import load_tensors, write_recipe
 from tests.support import cart_formula, random, relative_error
 
 Tensors = dict[str, Tensor]

@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from mergekit.scripts import legacy, merge_raw_pytorch, multimerge
 from safetensors.torch import save_file
 
-from cart_plugin.krylov import leading_subspace
-from tests.cli.tiny import load_tensors, save_models, write_recipe
+from cart_plugin.linalg.krylov import leading_subspace
+from tests.doctor.tiny import load_tensors, save_models, write_recipe
 from tests.mergekit.helpers import (
     QUERY,
     QUIET,

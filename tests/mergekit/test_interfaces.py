@@ -11,7 +11,8 @@ import torch
 
 from cart_plugin.errors import CartError, CartWarning
 from cart_plugin.mergekit import register
-from cart_plugin.merging import CartSettings, merge_tensors
+from cart_plugin.merging.cart import merge_tensors
+from cart_plugin.merging.settings import CartSettings
 from tests.mergekit.helpers import is_average, is_cart, matrices
 from tests.support import cart_formula, random, relative_error
 

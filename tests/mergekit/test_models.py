@@ -14,7 +14,7 @@ import transformers
 from mergekit.scripts import merge_raw_pytorch
 from safetensors.torch import save_file
 
-from tests.cli.tiny import load_tensors, save_model, save_models
+from tests.doctor.tiny import load_tensors, save_model, save_models
 from tests.mergekit.helpers import (
     DOWN,
     HIDDEN,

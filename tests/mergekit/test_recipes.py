@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cart_plugin.errors import CartWarning
-from tests.cli.tiny import load_tensors
+from tests.doctor.tiny import load_tensors
 from tests.mergekit.helpers import DOWN, KEY, QUERY, TABLES, Tensors, edit, is_average, is_cart
 from tests.support import cart_formula, relative_error
 

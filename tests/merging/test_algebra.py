@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cart_plugin.errors import CartWarning
-from cart_plugin.merging import CartSettings, merge_tensors
+from cart_plugin.merging.cart import merge_tensors
+from cart_plugin.merging.settings import CartSettings
 from tests.merging.helpers import EXACT
 from tests.support import cart_formula, random, relative_error
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from cart_plugin import CartError, CartSettings, merge_tensors
-from cart_plugin.coefficients import least_interference
 from cart_plugin.errors import CartWarning
-from cart_plugin.lowrank import LowRank, RankRule, truncated_svd
+from cart_plugin.linalg.factors import LowRank
+from cart_plugin.linalg.rules import RankRule
+from cart_plugin.linalg.svd import truncated_svd
+from cart_plugin.merging.least_interference import least_interference
 
 AUTO = CartSettings(lambda_="auto")
 

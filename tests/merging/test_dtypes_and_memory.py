@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from cart_plugin.errors import CartError
-from cart_plugin.merging import CartSettings, merge_tensors
+from cart_plugin.merging.cart import merge_tensors
+from cart_plugin.merging.settings import CartSettings
 from tests.merging.helpers import EXACT, versions
 from tests.support import cart_formula, random, rank_deficient, relative_error, with_spectrum
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cart_plugin.merging import CartSettings, merge_tensors
+from cart_plugin.merging.cart import merge_tensors
+from cart_plugin.merging.settings import CartSettings
 from tests.merging.helpers import EXACT, versions, with_spectra
 from tests.support import (
     cart_formula,

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cart_plugin import merging
-from cart_plugin.lowrank import RankRule, truncated_svd
-from cart_plugin.merging import CartSettings, merge_state_dicts, merge_tensors
+from cart_plugin.linalg.rules import RankRule
+from cart_plugin.linalg.svd import truncated_svd
+from cart_plugin.merging.cart import merge_tensors
+from cart_plugin.merging.settings import CartSettings
+from cart_plugin.merging.state_dicts import merge_state_dicts
 from tests.merging.helpers import state_dict, versions
 from tests.support import cart_formula, random, relative_error
 
@@ -85,7 +87,7 @@ def test_each_tensor_has_its_own_random_start(monkeypatch: pytest.MonkeyPatch) -
         seeds.append(seed)
         return truncated_svd(x, rule, svd=svd, seed=seed)
 
-    monkeypatch.setattr(merging, "truncated_svd", recorded)
+    monkeypatch.setattr("cart_plugin.merging.cart.truncated_svd", recorded)
     tensors = versions(8, 8, count=3)
     for name, seed in (("a.weight", 0), ("b.weight", 0), ("a.weight", 5), ("a.weight", 0)):
         merge_tensors(tensors, CartSettings(seed=seed), name=name)

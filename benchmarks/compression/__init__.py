@@ -1,0 +1,1 @@
+"""Fine-tuned models as a base and adapters: accuracy, bytes and cost."""

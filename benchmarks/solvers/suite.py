@@ -1,0 +1,368 @@
+"""Truncated SVD solvers side by side: `make bench-solvers`.
+
+Times, errors and error estimates of cart_plugin's solvers and of those that people use instead, on
+matrices of a model's shapes. All solvers take turns in one process, so that a change of the
+machine's load meets them all; the tables come from medians. A full SVD serves all ratios of a
+matrix, since its time does not depend on them.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+from torch import Tensor
+
+from benchmarks.common.cache import cache_root
+from benchmarks.common.incremental import Record, conditions
+from benchmarks.common.matrices import REAL, SPECTRA, MatrixMaker, Reference
+from benchmarks.common.measure import RESULTS
+from benchmarks.demo.models import MISSING
+from benchmarks.solvers import report
+from cart_plugin import RankRule, truncated_svd
+from cart_plugin.linalg.gram import PARTIAL_SIDE
+
+SHAPES = (
+    (384, 384),
+    (384, 1536),
+    (768, 768),
+    (768, 3072),
+    (1024, 1024),
+    (2816, 1024),
+    (2048, 2048),
+    (2048, 8192),
+    (4096, 4096),
+    (4096, 14336),
+)
+REAL_SHAPES = ((384, 384), (384, 1536))
+RATIOS = (0.01, 0.08, 0.16, 0.32)
+QUICK_SHAPES = ((384, 384), (384, 1536), (768, 768))
+QUICK_RATIOS = (0.08, 0.32)
+
+PACKAGES = ("cart-plugin", "torch", "scipy", "scikit-learn", "numpy")
+
+# What ARPACK and the randomised solvers may cost, as m * n * k: beyond that a call takes
+# many seconds, and a case is left out (and recorded as such).
+_WORK_LIMITS = {
+    "svds": 1e9,
+    "svd_lowrank, niter 2": 2e10,
+    "svd_lowrank, niter 4": 1e10,
+    "randomized_svd": 6e9,
+}
+# A singular vector more costs little and gives the randomised solvers most of their accuracy;
+# scikit-learn's default.
+_OVERSAMPLING = 10
+
+
+@dataclass(frozen=True)
+class Factors:
+    """``u diag(s) vh``, and the solver's own estimate of its relative error, if it has one."""
+
+    u: Tensor
+    s: Tensor
+    vh: Tensor
+    estimate: float | None = None
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How often to run: until `seconds` are spent or `most` runs made, but at least `least`."""
+
+    seconds: float
+    least: int
+    most: int
+
+    def wants_more(self, runs: Sequence[float]) -> bool:
+        """Whether these runs, in seconds, are not enough."""
+        return len(runs) < self.least or (len(runs) < self.most and sum(runs) < self.seconds)
+
+
+def _cart(name: str) -> Callable[[Tensor, int], Factors]:
+    def solve(x: Tensor, k: int) -> Factors:
+        found = truncated_svd(x, RankRule(rank=k), svd=name, seed=0)
+        return Factors(found.U, found.S, found.Vh, found.error)
+
+    return solve
+
+
+def _full(x: Tensor, k: int) -> Factors:
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    return Factors(u[:, :k], s[:k], vh[:k])
+
+
+def _lowrank(niter: int) -> Callable[[Tensor, int], Factors]:
+    def solve(x: Tensor, k: int) -> Factors:
+        torch.manual_seed(0)
+        u, s, v = torch.svd_lowrank(x, q=min(k + _OVERSAMPLING, *x.shape), niter=niter)
+        return Factors(u[:, :k], s[:k], v[:, :k].mT)
+
+    return solve
+
+
+def _svds(x: Tensor, k: int) -> Factors:
+    import scipy.sparse.linalg
+
+    start = torch.randn(min(x.shape), generator=torch.Generator().manual_seed(0))
+    u, s, vh = scipy.sparse.linalg.svds(x.numpy(), k=k, v0=start.numpy())
+    return _from_numpy(u[:, ::-1], s[::-1], vh[::-1])
+
+
+def _randomized_svd(x: Tensor, k: int) -> Factors:
+    from sklearn.utils.extmath import randomized_svd  # type: ignore[import-untyped]
+
+    u, s, vh = randomized_svd(x.numpy(), k, n_oversamples=_OVERSAMPLING, random_state=0)
+    return _from_numpy(u, s, vh)
+
+
+def _from_numpy(*arrays: Any) -> Factors:
+    u, s, vh = (torch.from_numpy(array.copy()) for array in arrays)
+    return Factors(u, s, vh)
+
+
+FULL = "torch.linalg.svd"
+SOLVERS: dict[str, Callable[[Tensor, int], Factors]] = {
+    FULL: _full,
+    "exact": _cart("exact"),
+    "fast": _cart("fast"),
+    "auto": _cart("auto"),
+    "svd_lowrank, niter 2": _lowrank(2),
+    "svd_lowrank, niter 4": _lowrank(4),
+    "svds": _svds,
+    "randomized_svd": _randomized_svd,
+}
+
+
+def _shape(text: str) -> tuple[int, int]:
+    m, _, n = text.partition("x")
+    return int(m), int(n)
+
+
+def _listed(convert: Callable[[str], Any]) -> Callable[..., Any]:
+    """A click callback for a list with commas."""
+
+    def parse(_context: click.Context, _option: click.Parameter, value: str | None) -> Any:
+        try:
+            return None if value is None else [convert(part.strip()) for part in value.split(",")]
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from error
+
+    return parse
+
+
+def _spectrum(text: str) -> str:
+    if text not in SPECTRA:
+        raise ValueError(f"{text!r} is none of {', '.join(SPECTRA)}")
+    return text
+
+
+@click.command()
+@click.option("--shapes", callback=_listed(_shape), help="Such as 768x768,768x3072; default: all.")
+@click.option("--ratios", callback=_listed(float), help="Rank ratios; default: all.")
+@click.option("--spectra", callback=_listed(_spectrum), help=f"Of: {', '.join(SPECTRA)}.")
+@click.option("--quick", is_flag=True, help="Three small shapes, two ratios, few repetitions.")
+@click.option("--resume/--anew", default=True, help="Keep what is measured already, or do not.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the results.")
+def main(
+    shapes: Sequence[tuple[int, int]] | None,
+    ratios: Sequence[float] | None,
+    spectra: Sequence[str] | None,
+    quick: bool,
+    resume: bool,
+    out: Path | None,
+) -> None:
+    """Compare the solvers; results go to benchmarks/results, or with --quick to the cache."""
+    console = Console()
+    shapes = shapes or (QUICK_SHAPES if quick else SHAPES)
+    ratios = ratios or (QUICK_RATIOS if quick else RATIOS)
+    out = out or (cache_root() / "solvers-quick" if quick else RESULTS / "solvers")
+    current = conditions(PACKAGES, threads=torch.get_num_threads(), quick=quick)
+    record = Record(out / "results.json", current, resume)
+    if record.discarded:
+        console.print(f"Starting anew: {out / 'results.json'} was {record.discarded}")
+    _warm_up()
+    matrices = [(shape, spectrum) for shape in shapes for spectrum in spectra or SPECTRA]
+    with Progress(
+        *Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn()
+    ) as bar:
+        task = bar.add_task("", total=len(matrices))
+        for shape, spectrum in matrices:
+            bar.update(task, description=f"{shape[0]}x{shape[1]}, {spectrum}")
+            measure_matrix(shape, spectrum, ratios, record, quick)
+            bar.advance(task)
+    cases = list(record.cases.values())
+    if not any(case["solvers"] for case in cases):
+        raise click.ClickException("nothing was measured")
+    (out / "table.md").write_text(report.markdown(record.conditions, cases))
+    (out / "summary.md").write_text(report.markdown(record.conditions, cases, [report.RATIO]))
+    report.save_plot(cases, out / "time_error.png")
+    for table in report.console_tables(cases):
+        console.print(table)
+    console.print(f"Saved to {out}: results.json, table.md, summary.md, time_error.png")
+
+
+def measure_matrix(
+    shape: tuple[int, int], spectrum: str, ratios: Sequence[float], record: Record, quick: bool
+) -> None:
+    """Measure all solvers on one matrix at the ratios that the record lacks."""
+    keys = {ratio: f"{shape[0]}x{shape[1]} | {spectrum} | {ratio:g}" for ratio in ratios}
+    missing = [ratio for ratio in ratios if keys[ratio] not in record.cases]
+    if not missing or (spectrum == REAL and shape not in REAL_SHAPES):
+        return
+    ranks = {ratio: max(1, int(ratio * min(shape))) for ratio in missing}
+    x = MatrixMaker(*shape).make(spectrum)
+    if x is None:
+        # Nothing goes into the record: the next run may find the checkpoints.
+        click.echo(f"left out {shape[0]}x{shape[1]}, {spectrum}: {MISSING}", file=sys.stderr)
+        return
+    reference = Reference(x, max(ranks.values()))
+    load = os.getloadavg()[0]
+    times, figures, omitted = _measure(x, shape, ranks, reference, quick)
+    for ratio in missing:
+        solvers = {
+            name: {
+                "seconds": round(statistics.median(runs), 6),
+                "fastest": round(min(runs), 6),
+                "runs": len(runs),
+                **figures[ratio, name],
+            }
+            for (at, name), runs in times.items()
+            if at == ratio
+        }
+        case = {
+            "shape": list(shape),
+            "spectrum": spectrum,
+            "ratio": ratio,
+            "k": ranks[ratio],
+            "load_before": round(load, 2),
+            "solvers": solvers,
+            "omitted": {name: why for (at, name), why in omitted.items() if at == ratio},
+        }
+        record.put(keys[ratio], case)
+
+
+Case = tuple[float, str]  # ratio, solver
+
+
+def _measure(
+    x: Tensor, shape: tuple[int, int], ranks: dict[float, int], reference: Reference, quick: bool
+) -> tuple[dict[Case, list[float]], dict[Case, dict[str, Any]], dict[Case, str]]:
+    """Run every solver at every rank in rounds: times, accuracies, and what was left out why."""
+    times: dict[Case, list[float]] = {(ratio, name): [] for ratio in ranks for name in SOLVERS}
+    figures: dict[Case, dict[str, Any]] = {}
+    omitted: dict[Case, str] = {}
+    full: list[float] = []
+    for case in list(times):
+        if reason := _too_slow(case[1], shape, ranks[case[0]]):
+            omitted[case] = reason
+            del times[case]
+    for round_ in range(_effort(shape, report.RATIO, quick).most):
+        if _effort(shape, report.RATIO, quick, full=True).wants_more(full):
+            elapsed, found = _timed(_full, x, min(shape))
+            full.append(elapsed)
+            for ratio, k in ranks.items() if not figures else ():
+                figures[ratio, FULL] = _figures(_first(found, k), reference)
+            del found
+        for ratio, name in _rotated(times, round_):
+            if name == FULL or not _effort(shape, ratio, quick).wants_more(times[ratio, name]):
+                continue
+            try:
+                elapsed, found = _timed(SOLVERS[name], x, ranks[ratio])
+            except (ImportError, RuntimeError, ValueError) as error:
+                omitted[ratio, name] = f"{type(error).__name__}: {error}"
+                del times[ratio, name]
+                continue
+            times[ratio, name].append(elapsed)
+            if (ratio, name) not in figures:
+                figures[ratio, name] = _figures(found, reference)
+            del found
+    for ratio in ranks:
+        times[ratio, FULL] = full
+    return times, figures, omitted
+
+
+def _effort(shape: tuple[int, int], ratio: float, quick: bool, full: bool = False) -> Effort:
+    if quick:
+        return Effort(seconds=0.3, least=1, most=3)
+    # A bar rests on these.
+    bar = ratio == report.RATIO and shape in report.BAR_SHAPES
+    return Effort(seconds=12 if full else 2, least=3 if bar else 1, most=7 if bar or full else 3)
+
+
+def _too_slow(name: str, shape: tuple[int, int], k: int) -> str | None:
+    limit, work = _WORK_LIMITS.get(name), shape[0] * shape[1] * k
+    if limit is None or work <= limit:
+        return None
+    return f"too slow here: m * n * k is {work:.1e}, the limit is {limit:.1e}"
+
+
+def _timed(solver: Callable[[Tensor, int], Factors], x: Tensor, k: int) -> tuple[float, Factors]:
+    gc.disable()
+    start = time.perf_counter()
+    found = solver(x, k)
+    elapsed = time.perf_counter() - start
+    gc.enable()
+    if solver in (_svds, _randomized_svd) or min(x.shape) >= PARTIAL_SIDE:  # `exact` uses scipy
+        _settle()
+    return elapsed, found
+
+
+def _settle() -> None:
+    """Let other libraries' threads fall asleep, and wake torch's.
+
+    scipy, scikit-learn and torch have threads of their own, which spin on for a while after their
+    work and take the cores from whoever comes next: up to five times the time, always to the same
+    solver where the order is fixed.
+    """
+    time.sleep(0.1)
+    x = torch.ones(384, 384)
+    for _ in range(10):
+        x @ x
+
+
+def _first(found: Factors, k: int) -> Factors:
+    return Factors(found.u[:, :k], found.s[:k], found.vh[:k])
+
+
+def _figures(found: Factors, reference: Reference) -> dict[str, Any]:
+    accuracy = reference.accuracy(found.u, found.s, found.vh)
+    estimate = None if found.estimate is None else _rounded(found.estimate)
+    return {
+        "error": _rounded(accuracy.error),
+        "excess": _rounded(accuracy.excess),
+        "estimate": estimate,
+    }
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def _rotated(cases: Iterable[Case], by: int) -> list[Case]:
+    """The cases, another one first each time: who follows whom should not decide."""
+    cases = list(cases)
+    by = by * 3 % max(1, len(cases))
+    return cases[by:] + cases[:by]
+
+
+def _warm_up() -> None:
+    """Let every solver load its libraries and start its threads."""
+    x = torch.randn(128, 160, generator=torch.Generator().manual_seed(0))
+    for solver in SOLVERS.values():
+        with suppress(ImportError):
+            solver(x, 8)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Whole merges: time, memory, and what the start-up hook costs."""

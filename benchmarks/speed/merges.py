@@ -1,0 +1,319 @@
+"""Whole `mergekit-yaml` runs, cart beside other methods, and how cart grows: `make bench-merge`.
+
+Every run is a process of its own, measured from start to exit. The cases take turns, so that a
+change of the machine's load meets them all; tables come from medians. Models that are made for
+this benchmark lie in the cache meanwhile (about 8 GB) and are removed when all is measured.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+from benchmarks.common.cache import MANIFEST, cache_root, new_folder, read_manifest, write_json
+from benchmarks.common.incremental import Record, conditions
+from benchmarks.common.measure import RESULTS, LlamaShape, measure
+from benchmarks.demo.models import MISSING, find_demo_models
+from benchmarks.speed import report as report
+
+PACKAGES = ("cart-plugin", "mergekit", "torch", "scipy", "transformers", "safetensors")
+TUNED = 4
+RATIO = {"rank_ratio": 0.08}
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a recipe says beside its models.
+
+    Attributes:
+        merge_method: mergekit's name of it.
+        base: whether the recipe names a base model.
+        parameters: of the recipe.
+        plain: needs `benchmarks/plain_cart.py` in the place of `mergekit-yaml`.
+    """
+
+    merge_method: str
+    base: bool = False
+    parameters: dict[str, Any] = field(default_factory=dict)
+    plain: bool = False
+
+
+METHODS = {
+    "linear": Method("linear"),
+    "ties": Method("ties", base=True, parameters={"density": 0.2}),
+    "dare_ties": Method("dare_ties", base=True, parameters={"density": 0.5}),
+    "cart, auto": Method("cart", parameters={**RATIO, "svd": "auto"}),
+    "cart, exact": Method("cart", parameters={**RATIO, "svd": "exact"}),
+    "cart, fast": Method("cart", parameters={**RATIO, "svd": "fast"}),
+    "cart_auto": Method("cart_auto"),
+    "plain full SVD": Method("plain_cart", parameters=RATIO, plain=True),
+}
+
+
+@dataclass(frozen=True)
+class Models:
+    """Llama-shaped models to merge: their sizes, and how many fine-tuned ones of them.
+
+    Attributes:
+        shape: their sizes.
+        tuned: how many fine-tuned ones.
+        noise: share of the differences' energy without a decaying spectrum.
+    """
+
+    shape: LlamaShape
+    tuned: int = TUNED
+    noise: float = 0.0
+
+    @property
+    def folder(self) -> Path:
+        """Where they lie in the cache; whatever number of them."""
+        sizes = "-".join(str(size) for size in asdict(self.shape).values())
+        noisy = f"-noise-{self.noise:g}" if self.noise else ""
+        return cache_root() / "merge-speed" / f"llama-{sizes}{noisy}"
+
+    def write(self, tuned: int) -> None:
+        """Write them, in another process: torch would count into this one's memory."""
+        if (read_manifest(self.folder) or {}).get("tuned", 0) >= tuned:
+            return
+        with new_folder(self.folder) as temporary:
+            program = (
+                "import sys; from pathlib import Path; from benchmarks.common.measure import *; "
+                f"write_llama_models(Path(sys.argv[1]), {tuned}, shape={self.shape}, "
+                # As fine-tuning of the demo's encoders leaves them; rounding to bf16 adds noise.
+                f"directions=None, decay=0.6, noise={self.noise})"
+            )
+            measure([sys.executable, "-c", program, temporary], temporary / "log.txt")
+            write_json(temporary / MANIFEST, {"tuned": tuned})
+
+    def paths(self) -> list[Path]:
+        """The base first, then the fine-tuned ones."""
+        tuned = (self.folder / f"tuned-{index}" for index in range(self.tuned))
+        return [self.folder / "base", *tuned]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure.
+
+    Attributes:
+        series: which table or curve it belongs to.
+        label: what differs within the series: a method, a size.
+        method: how to merge.
+        models: what to merge: made for it, or folders, the base first.
+    """
+
+    series: str
+    label: str
+    method: Method
+    models: Models | tuple[Path, ...]
+
+    @property
+    def key(self) -> str:
+        """Its key in the results."""
+        return f"{self.series} | {self.label}"
+
+    def paths(self) -> Sequence[Path]:
+        """The models' folders, the base first."""
+        return self.models.paths() if isinstance(self.models, Models) else self.models
+
+    def size(self) -> dict[str, Any]:
+        """The models' sizes, for the results."""
+        if isinstance(self.models, Models):
+            return {**asdict(self.models.shape), "models": self.models.tuned}
+        return {"models": len(self.models) - 1}
+
+
+def llama(hidden: int, layers: int, vocabulary: int = 32000) -> LlamaShape:
+    """The sizes of a Llama with heads of 64 and an MLP 2.75 times as wide as its hidden state."""
+    return LlamaShape(hidden, hidden * 11 // 4, layers, hidden // 64, vocabulary)
+
+
+def model_sets(console: Console, quick: bool) -> dict[str, Models | tuple[Path, ...]]:
+    """The models that methods are compared on, by name; the demo's if there are any."""
+    main_shape = llama(64, 2, 256) if quick else llama(1024, 8)
+    sets: dict[str, Models | tuple[Path, ...]] = {"Llama": Models(main_shape)}
+    demo = None if quick else find_demo_models()
+    if demo is not None:
+        sets["DINOv2 ViT-S"] = tuple(demo)
+    elif not quick:
+        console.print(f"Left out the vision models: {MISSING}")
+    return sets
+
+
+def growth_cases(quick: bool) -> list[Case]:
+    """Cart on more models, wider ones and deeper ones, and on next to nothing."""
+    cart = METHODS["cart, auto"]
+    start = Case("start", "tiny", cart, Models(llama(64, 1, 256), 3))
+    if quick:
+        counts = [Case("models", str(n), cart, Models(llama(64, 2, 256), n)) for n in (3, 4)]
+        return [start, *counts]
+    return [
+        start,
+        *(Case("models", str(n), cart, Models(llama(1024, 4), n)) for n in (3, 4, 8, 16)),
+        *(Case("hidden", str(n), cart, Models(llama(n, 4))) for n in (512, 1024, 2048)),
+        *(Case("layers", str(n), cart, Models(llama(1024, n))) for n in (4, 8, 16)),
+    ]
+
+
+@click.command()
+@click.option("--runs", type=int, help="Of each case; default 3, with --quick 1.")
+@click.option("--quick", is_flag=True, help="Tiny models: shows that it works, and no speed.")
+@click.option("--growth/--no-growth", default=True, help="Measure how cart's time grows.")
+@click.option("--resume/--anew", default=True, help="Keep what is measured already, or do not.")
+@click.option("--keep-models", is_flag=True, help="Leave the models in the cache.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the results.")
+def main(
+    runs: int | None, quick: bool, growth: bool, resume: bool, keep_models: bool, out: Path | None
+) -> None:
+    """Measure merges; results go to benchmarks/results, or with --quick to the cache."""
+    console = Console()
+    runs = runs or (1 if quick else 3)
+    out = out or (cache_root() / "merge-speed-quick" if quick else RESULTS / "merge_speed")
+    record = Record(out / "results.json", conditions(PACKAGES, quick=quick), resume)
+    if record.discarded:
+        console.print(f"Starting anew: {out / 'results.json'} was {record.discarded}")
+
+    sets = model_sets(console, quick)
+    cases = [
+        Case(f"methods on {name}", label, method, models)
+        for name, models in sets.items()
+        for label, method in METHODS.items()
+    ]
+    cases += growth_cases(quick) if growth else []
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bar:
+        run_all(cases, runs, record, bar)
+        for name, models in sets.items():
+            _compare_solvers(name, models, record, bar)
+    (out / "table.md").write_text(report.markdown(record.conditions, record.cases))
+    report.save_plot(record.cases, out / "merge_speed.png")
+    for table in report.console_tables(record.conditions, record.cases):
+        console.print(table)
+    console.print(f"Saved to {out}: results.json, table.md, merge_speed.png")
+    if not keep_models:
+        shutil.rmtree(cache_root() / "merge-speed", ignore_errors=True)
+
+
+def run_all(cases: Sequence[Case], runs: int, record: Record, bar: Progress) -> None:
+    """Run each case as often as it lacks runs, all cases in turns."""
+    made = {case.key: len(record.cases.get(case.key, {"runs": []})["runs"]) for case in cases}
+    due = [case for case in cases if made[case.key] < runs]
+    _write_models((case.models for case in due), bar)
+    task = bar.add_task("merging", total=sum(runs - made[case.key] for case in due))
+    for round_ in range(runs):
+        for case in due:
+            if made[case.key] > round_:
+                continue
+            bar.update(task, description=f"merging: {case.key}")
+            with merged(case.method, case.paths()) as (_, needed):
+                known = record.cases.get(case.key, {"runs": []})["runs"]
+                value = {"series": case.series, "label": case.label, "size": case.size()}
+                record.put(case.key, {**value, "runs": [*known, needed]})
+            bar.advance(task)
+
+
+def _write_models(models: Iterable[Models | tuple[Path, ...]], bar: Progress) -> None:
+    most: dict[LlamaShape, int] = {}
+    for one in models:
+        if isinstance(one, Models):
+            most[one.shape] = max(one.tuned, most.get(one.shape, 0))
+    if not most:
+        return
+    task = bar.add_task("making models", total=len(most))
+    for shape, tuned in most.items():
+        Models(shape).write(tuned)
+        bar.advance(task)
+
+
+@contextmanager
+def merged(
+    method: Method, models: Sequence[Path], dtype: str | None = None
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Merge into a folder that vanishes again; yields it, and what the merge needed."""
+    base, *tuned = map(str, models)
+    recipe: dict[str, Any] = {
+        "merge_method": method.merge_method,
+        "models": [{"model": model} for model in tuned],
+        "parameters": method.parameters,
+    }
+    if not method.plain:
+        for model in recipe["models"]:
+            model["parameters"] = {"weight": 1.0}
+    if method.base:
+        recipe["base_model"] = base
+    if dtype:
+        recipe["dtype"] = dtype
+    command = [str(Path(sys.executable).with_name("mergekit-yaml"))]
+    if method.plain:
+        command = [sys.executable, str(Path(__file__).with_name("plain_cart.py"))]
+    place = cache_root()
+    place.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place, prefix=".merge-") as name:
+        folder = Path(name)
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        command += [str(folder / "recipe.yaml"), str(folder / "out"), "--no-write-model-card"]
+        load = round(os.getloadavg()[0], 1)
+        needed = asdict(measure(command, folder / "log.txt")) | {"load_before": load}
+        if not any((folder / "out").glob("*.safetensors")):
+            raise click.ClickException(f"{method.merge_method} wrote no weights")
+        yield folder / "out", needed
+
+
+def _compare_solvers(
+    name: str, models: Models | tuple[Path, ...], record: Record, bar: Progress
+) -> None:
+    """How far `fast` and `auto` are from `exact` in the merged weights, in fp32, not timed."""
+    key = f"accuracy on {name}"
+    if key in record.cases:
+        return
+    _write_models([models], bar)
+    paths = models.paths() if isinstance(models, Models) else models
+    task = bar.add_task(key, total=4)
+    with (
+        merged(METHODS["linear"], paths, "float32") as (centre, _),
+        merged(METHODS["cart, exact"], paths, "float32") as (exact, _),
+    ):
+        bar.advance(task, 2)
+        for label in ("cart, fast", "cart, auto"):
+            with merged(METHODS[label], paths, "float32") as (other, _):
+                record.put(f"{key} | {label}", _difference(other, exact, centre))
+            bar.advance(task)
+    record.put(key, {"done": True})
+
+
+def _difference(one: Path, other: Path, centre: Path) -> dict[str, float]:
+    """Relative difference of what two merges add to the mean: of all tensors, and of the worst."""
+    import torch
+    from safetensors import safe_open
+
+    difference = added = worst = 0.0
+    for path in sorted(other.glob("*.safetensors")):
+        with (
+            safe_open(one / path.name, "pt") as left,
+            safe_open(path, "pt") as right,
+            safe_open(centre / path.name, "pt") as middle,
+        ):
+            for name in right.keys():  # noqa: SIM118  (no mapping)
+                a, b, c = (file.get_tensor(name).double() for file in (left, right, middle))
+                apart, size = float((a - b).square().sum()), float((b - c).square().sum())
+                difference, added = difference + apart, added + size
+                # What is averaged differs from the mean by rounding only.
+                if b.ndim == 2 and size > 1e-10 * float(torch.sum(c * c)):
+                    worst = max(worst, apart / size)
+    return {"relative_difference": (difference / added) ** 0.5, "worst_tensor": worst**0.5}
+
+
+if __name__ == "__main__":
+    main()

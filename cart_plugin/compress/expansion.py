@@ -1,0 +1,176 @@
+"""The way back: one task's full checkpoint, or its tensors one at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cart_plugin.checkpoints import names as naming
+from cart_plugin.checkpoints import side_files, writing
+from cart_plugin.checkpoints.folders import ModelFolder, open_model, read_header
+from cart_plugin.checkpoints.names import Unit
+from cart_plugin.compress import peft_files
+from cart_plugin.compress.layers import Layer, Structure, nested
+from cart_plugin.compress.report import FILE
+from cart_plugin.compress.work import ADAPTERS, BASE, TASK_CONFIG, Progress
+from cart_plugin.errors import CartError
+
+
+def tasks(folder: str | Path) -> list[str]:
+    """Names of the tasks of a folder that `compress` has written.
+
+    Raises:
+        CartError: it is no such folder.
+    """
+    return list(_entries(Path(folder)))
+
+
+def _entries(root: Path) -> dict[str, dict[str, Any]]:
+    """What the report says of each task."""
+    try:
+        report = json.loads((root / FILE).read_text(encoding="utf-8"))
+        return dict(report["tasks"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CartError(
+            f"{root} is no folder that `mergekit-cart compress` has written: {FILE} is missing or "
+            "broken"
+        ) from None
+
+
+def task_tensors(folder: str | Path, name: str) -> Iterator[tuple[str, Tensor]]:
+    """One task's tensors, one after the other, under the names of its checkpoint.
+
+    Args:
+        folder: written by `compress`.
+        name: one of `tasks(folder)`.
+
+    Raises:
+        CartError: there is no such folder or task, or files are missing.
+    """
+    task = _Task(Path(folder), name)
+    for unit in task.units:
+        yield from task.restored(unit).items()
+
+
+def load_task(folder: str | Path, name: str) -> dict[str, Tensor]:
+    """One task's whole state dict, under the names of its checkpoint; see `task_tensors`."""
+    return dict(task_tensors(folder, name))
+
+
+def expand(
+    folder: str | Path, name: str, out: str | Path, *, progress: Progress | None = None
+) -> None:
+    """Write one task's full checkpoint, as it was before `compress` but for what that has lost.
+
+    Args:
+        folder: written by `compress`.
+        name: one of `tasks(folder)`.
+        out: the folder to write; must not exist, or be empty. It appears when all is done.
+        progress: is told how far the work is.
+
+    Raises:
+        CartError: as `task_tensors`; ``out`` exists, or the disk is full.
+    """
+    task = _Task(Path(folder), name)
+    layout = {source: (stored.dtype, stored.shape) for source, stored in task.base.tensors.items()}
+    files = writing.shards(layout)
+    with writing.unfinished(Path(out)) as place:
+        writing.check_space(place, writing.file_bytes(layout))
+        with ExitStack() as stack:
+            opened = {}
+            for file, part in files.items():
+                writer = stack.enter_context(writing.TensorFile(place / file, part))
+                opened.update(dict.fromkeys(part, writer))
+            for done, unit in enumerate(task.units, 1):
+                for source, tensor in task.restored(unit).items():
+                    opened[source].write(source, tensor)
+                if progress is not None:
+                    progress("expanding", done, len(task.units))
+        writing.write_index(place, files)
+        side_files.restore(task.base.path, task.place, task.absent_files, place)
+        config = task.base.config
+        if task.config is not None:
+            config = {**task.config, "dtype": config["dtype"]}
+            config.pop("torch_dtype", None)
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (place / "config.json").write_text(text, encoding="utf-8")
+
+
+class _Task:
+    """A base and one adapter."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        known = _entries(folder)
+        if name not in known:
+            raise CartError(f"{folder} has no task {name!r}; it has {', '.join(known)}")
+        self.place = place = folder / ADAPTERS / name
+        self.absent_files: list[str] = known[name].get("absent_files", [])
+        self.base = open_model(folder / BASE, f"the base of {folder}")
+        self.config = _json(place / TASK_CONFIG) if (place / TASK_CONFIG).exists() else None
+        self._adapter = ModelFolder(f"adapter {name}", place)
+        weights = place / peft_files.WEIGHTS
+        try:
+            self._adapter.tensors = read_header(weights)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CartError(f"adapter {name}: {weights}: {error}") from None
+        settings = _json(place / peft_files.CONFIG)
+        meta = naming.meta_model(self.base.path, self.base.config, self.base.name)
+        shapes = {source: stored.shape for source, stored in self.base.tensors.items()}
+        self.units = naming.units(meta, shapes)
+        targets = [target for unit in self.units for target in unit.targets]
+        self._layers = self._find(Structure(meta, targets), settings)
+        self._biases = {f"{layer.module}.bias": layer for layer in self._layers.values()}
+
+    def restored(self, unit: Unit) -> dict[str, Tensor]:
+        """A unit's tensors in the checkpoint, in the base's dtype."""
+        stored = {source: self.base.read(source) for source in unit.sources}
+        if not unit.targets:
+            return stored
+        found = {
+            name: self._with_adapter(name, tensor) for name, tensor in unit.to_model(stored).items()
+        }
+        return unit.to_checkpoint(found)
+
+    def _with_adapter(self, name: str, tensor: Tensor) -> Tensor:
+        exact = peft_files.exact_name(name)
+        if exact in self._adapter.tensors:
+            return self._adapter.read(exact)
+        if name in self._layers:
+            sides = [peft_files.lora_name(self._layers[name], side) for side in "AB"]
+            a, b = (self._adapter.read(side) for side in sides)
+            return (self._layers[name].difference(a, b) + tensor).to(tensor.dtype)
+        bias = self._biases.get(name)
+        if bias is not None and peft_files.bias_name(bias) in self._adapter.tensors:
+            delta = self._adapter.read(peft_files.bias_name(bias))
+            work = torch.promote_types(tensor.dtype, torch.float32)
+            return (tensor.to(work) + delta).to(tensor.dtype)
+        return tensor
+
+    def _find(self, structure: Structure, settings: Mapping[str, Any]) -> dict[str, Layer]:
+        """The layers that the adapter holds, by the parameter's name."""
+        parameters = set(settings.get("target_parameters") or ())
+        layers = {}
+        for name in structure.state:
+            layer = structure.layer(name)
+            if layer is None:
+                continue
+            if layer.is_parameter:
+                if name in parameters:
+                    layers[name] = layer
+            elif peft_files.lora_name(layer, "A") in self._adapter.tensors:
+                layers[name] = layer
+        return nested(layers, structure)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CartError(f"{path}: {error}; compress the models again") from None
+    return found

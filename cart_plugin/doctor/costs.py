@@ -1,0 +1,120 @@
+"""The memory and disk space that a planned merge will need, against what there is."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
+from pathlib import Path
+
+import torch
+from mergekit.common import dtype_from_name
+from mergekit.options import MergeOptions
+
+from cart_plugin.doctor.findings import Finding, count, ok, problem, warning
+from cart_plugin.doctor.inputs import Checkpoint
+from cart_plugin.doctor.layout import Recipe, references
+from cart_plugin.doctor.machine import available_memory, size
+from cart_plugin.doctor.result import Merge
+from cart_plugin.merging.tensors import matrix_shape
+
+# Python, torch, transformers and mergekit, before anything is loaded.
+_PROGRAM_BYTES = 0.45e9
+# Upper bounds of the copies of one tensor in fp32 that a merge holds beside its inputs: measured at
+# 2048x2048, 4 to 5 while few directions are kept, up to 13 (full SVD) beyond and with `energy`.
+_COPIES_FEW_DIRECTIONS = 6
+_FEW_DIRECTIONS = 1 / 8  # of the full rank
+_COPIES_MANY_DIRECTIONS = 13
+_COPIES_AVERAGED = 2
+_COPIES_SYSTEM = 2  # `least_interference`: of all models' factors, and of their Gram matrix
+
+
+def check_memory(merges: Sequence[Merge], config: Recipe) -> Iterator[Finding]:
+    """Estimate the main memory that a merge with `cart` takes on the CPU: an upper bound.
+
+    The sum of: the program; all inputs of the tensor that needs most, in the dtype they are merged
+    in; its copies in fp32, six if at most an eighth of its full rank is kept, thirteen if more is
+    or may be (`energy`), two if it is averaged; with `cart_auto` all models' factors and the system
+    that combines them; and the finished tensors that wait until their
+    shard of the result is full, 5 GB of them unless --out-shard-size is set.
+    Files that the system keeps in memory because they were read are not counted: it gives that
+    memory back.
+    """
+    merges = [merge for merge in merges if merge.inputs]
+    largest = max(merges, key=lambda merge: _peak(merge, config))
+    shard = min(_result_bytes(merges, config), MergeOptions().out_shard_size)
+    needed = _PROGRAM_BYTES + shard + _peak(largest, config)
+    fact = f"memory needed on the CPU: up to about {size(needed)}; most for {largest.planned.name}"
+    free = available_memory()
+    if free is None or needed <= free:
+        yield ok(fact)
+    else:
+        yield warning(
+            f"{fact}; but only {size(free)} is available",
+            "pass --out-shard-size 1B to mergekit, or close other programs",
+        )
+
+
+def check_disk(
+    merges: Sequence[Merge],
+    checkpoints: Mapping[str, Checkpoint],
+    config: Recipe,
+    out: Path | None,
+) -> Iterator[Finding]:
+    """Compare the size of the result with the room on its file system."""
+    folder = (out or Path()).absolute()
+    if out is not None and folder.is_dir() and any(folder.iterdir()):
+        yield warning(
+            f"{out} is not empty; mergekit overwrites files of the same name and keeps the others",
+            "choose another folder, or empty it",
+        )
+    fused = [label for label, model in references(config).items() if model.lora is not None]
+    if fused:
+        tensors = [info for label in fused for info in checkpoints[label].tensors.values()]
+        yield ok(
+            f"{count(len(fused), 'input')} with LoRA: pass --lora-merge-cache FOLDER to mergekit, "
+            f"which puts {size(sum(info.bytes for info in tensors))} of fused models there"
+        )
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    needed = _result_bytes([merge for merge in merges if merge.inputs], config)
+    fact = f"disk needed: {size(needed)}, free at {folder}: {size(free)}"
+    if needed <= free:
+        yield ok(fact)
+    else:
+        yield problem(
+            fact, "write to another file system (--out FOLDER checks it), or delete something there"
+        )
+
+
+def _peak(merge: Merge, config: Recipe) -> float:
+    """Bytes of one tensor's inputs and working copies."""
+    elements = next(iter(merge.inputs.values())).elements
+    inputs = len(merge.inputs) * elements * _merge_dtype(merge, config).itemsize
+    copies = _COPIES_AVERAGED
+    if merge.is_decomposed:
+        share = merge.rank_share
+        few = share is not None and share <= _FEW_DIRECTIONS
+        copies = _COPIES_FEW_DIRECTIONS if few else _COPIES_MANY_DIRECTIONS
+        if config.merge_method == "cart_auto":
+            stack, m, n = matrix_shape(merge.planned.name, merge.shape)
+            rank = min(m, n) if share is None else round(share * min(m, n))
+            ranks = min(n, len(merge.inputs) * rank)
+            inputs += 4 * stack * _COPIES_SYSTEM * (ranks * (m + n) + ranks**2)
+    return inputs + copies * 4 * elements
+
+
+def _result_bytes(merges: Sequence[Merge], config: Recipe) -> int:
+    total = 0
+    for merge in merges:
+        first = next(iter(merge.inputs.values()))
+        dtype = dtype_from_name(config.out_dtype) or _merge_dtype(merge, config)
+        total += first.elements * dtype.itemsize if merge.is_floating else first.bytes
+    return total
+
+
+def _merge_dtype(merge: Merge, config: Recipe) -> torch.dtype:
+    """The dtype a tensor is merged in: the recipe's, or what the inputs promote to."""
+    dtypes = [info.dtype for info in merge.inputs.values() if info.dtype is not None]
+    return dtype_from_name(config.dtype) or reduce(torch.promote_types, dtypes)

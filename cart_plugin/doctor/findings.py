@@ -1,0 +1,65 @@
+"""What a check found: a level, a short fact, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Level(Enum):
+    """How bad a finding is; the value is the word printed."""
+
+    OK = "ok"
+    WARNING = "warning"
+    PROBLEM = "problem"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of a report; everything that is not ok carries advice."""
+
+    level: Level
+    fact: str
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Findings under a heading."""
+
+    title: str
+    findings: Sequence[Finding]
+
+
+def ok(fact: str) -> Finding:
+    """A fact that needs no action."""
+    return Finding(Level.OK, fact)
+
+
+def warning(fact: str, advice: str) -> Finding:
+    """Something that works but may not do what is wanted, and what to do about it."""
+    return Finding(Level.WARNING, fact, advice)
+
+
+def problem(fact: str, advice: str) -> Finding:
+    """Something that stops the merge or spoils its result, and what to do about it."""
+    return Finding(Level.PROBLEM, fact, advice)
+
+
+def count(number: int, noun: str) -> str:
+    """The number with its noun, in the plural where it needs one: `1 tensor`, `1,204 tensors`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def some(names: Iterable[object], limit: int = 3) -> str:
+    """The first few names of a list, and how many more there are."""
+    shown = [str(name) for name in names]
+    rest = len(shown) - limit
+    return ", ".join(shown[:limit]) + (f" and {rest:,} more" if rest > 0 else "")
+
+
+def first_line(error: BaseException) -> str:
+    """An error as one line without a traceback: its type and the start of its message."""
+    message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__

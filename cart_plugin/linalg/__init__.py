@@ -1,0 +1,6 @@
+"""Matrices in, factors out: truncated singular value decompositions and what they rest on.
+
+Modules, from the bottom: `precision`, `rules` (how many directions), `factors` (what comes out),
+`gram`, `krylov` and `subspace` (the solvers), `spectra` (values without vectors), `svd` (one
+function for all solvers). Nothing here knows of models, names or files.
+"""

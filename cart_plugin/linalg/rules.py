@@ -1,0 +1,88 @@
+"""How many singular directions to keep."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cart_plugin.errors import CartError
+
+DEFAULT_RANK_RATIO = 0.08
+
+
+@dataclass(frozen=True)
+class RankRule:
+    """How many singular directions to keep: one of a share, a count or an energy.
+
+    Attributes:
+        rank_ratio: share of the full rank, ``k = max(1, floor(rank_ratio * min(m, n)))`` (the
+            paper's rule); 0 keeps nothing. The default rule, at 0.08, when none is given.
+        rank: ``k`` itself, cut at ``min(m, n)``; 0 keeps nothing.
+        energy: the smallest ``k`` whose squared singular values reach this share of their sum; 0
+            keeps nothing.
+
+    Raises:
+        CartError: a value that is no number or out of range, or two rules at once.
+    """
+
+    rank_ratio: float | None = None
+    rank: int | None = None
+    energy: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) > 1:
+            listed = " and ".join(f"{name}={value}" for name, value in given.items())
+            raise CartError(f"{listed} are two rank rules at once; give one of them")
+        if not given:
+            object.__setattr__(self, "rank_ratio", DEFAULT_RANK_RATIO)
+        for name, value in given.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise CartError(f"{name} must be a number, got {value!r}")
+        if self.rank_ratio is not None and not 0 <= self.rank_ratio <= 1:
+            raise CartError(f"rank_ratio must lie between 0 and 1, got {self.rank_ratio}")
+        if self.energy is not None and not 0 <= self.energy <= 1:
+            raise CartError(f"energy must lie between 0 and 1, got {self.energy}")
+        if self.rank is not None:
+            if not (self.rank >= 0 and self.rank % 1 == 0):
+                raise CartError(f"rank must be 0 or a positive whole number, got {self.rank}")
+            object.__setattr__(self, "rank", int(self.rank))
+
+    @property
+    def keeps_nothing(self) -> bool:
+        """Whether the rule asks for rank 0, that is, for plain averaging."""
+        return 0 in (self.rank_ratio, self.rank, self.energy)
+
+    def fixed_rank(self, m: int, n: int) -> int | None:
+        """The rank kept of an ``(m, n)`` matrix, or None if that depends on its spectrum."""
+        if self.keeps_nothing:
+            return 0
+        if self.energy is not None:
+            return None
+        if self.rank is not None:
+            return min(self.rank, m, n)
+        assert self.rank_ratio is not None
+        return max(1, math.floor(self.rank_ratio * min(m, n)))
+
+
+def energy_rank(values: Tensor, energy: float, total: float, *, slack: float) -> int:
+    """The smallest rank whose squared singular values reach a share of their sum.
+
+    Args:
+        values: squared singular values, ``(n,)``, descending, in fp64.
+        energy: the share, above 0.
+        total: their sum, or the matrix's squared Frobenius norm where that is more accurate.
+        slack: relative; how far rounding may have moved the sums, so that it does not turn "all of
+            it" into more directions than there are.
+
+    Returns:
+        The rank; all directions where rounding keeps even these from reaching the share, 0 where
+        there is nothing to keep.
+    """
+    if total == 0:
+        return 0
+    reached = values.cumsum(0) >= energy * total * (1 - slack)
+    return int(reached.to(torch.int8).argmax()) + 1 if bool(reached.any()) else len(values)

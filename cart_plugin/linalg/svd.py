@@ -1,0 +1,226 @@
+"""Truncated singular value decompositions: one function and a table of its solvers.
+
+Everything here works on matrices ``(m, n)`` or stacks of them ``(stack, m, n)`` on whatever device
+they live on, computes in fp32 (fp64 for fp64 inputs), leaves its inputs alone and is deterministic
+for a given seed and thread count.
+
+Solvers (`SOLVERS`): ``exact`` takes leading eigenvectors of the Gram matrix of the short side,
+``fast`` is a block Krylov iteration (`cart_plugin.linalg.krylov`) with an error estimate that falls
+back to ``exact`` when it does not converge, ``auto`` picks one by shape, rank and device.
+``subspace`` (`cart_plugin.linalg.subspace`) captures nearly the energy of the best directions, not
+these themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cart_plugin.errors import CartError
+from cart_plugin.linalg.factors import LowRank
+from cart_plugin.linalg.gram import leading_left
+from cart_plugin.linalg.krylov import leading_subspace
+from cart_plugin.linalg.precision import full_precision
+from cart_plugin.linalg.rules import RankRule
+from cart_plugin.linalg.spectra import energy_rank_of
+from cart_plugin.linalg.subspace import near_subspace, oversampled
+
+# Relative errors (Frobenius) of the truncated matrix in fp32: what `exact` promises, and what
+# `fast` stops at, half of the 1e-3 that it promises.
+EXACT_TOLERANCE = 1e-5
+FAST_TOLERANCE = 5e-4
+
+# Above this share of the short side the Gram matrix saves little over the full SVD.
+_GRAM_SHARE = 0.6
+
+# Where `fast` beats `exact` (`make bench-solvers`): few directions of large matrices, not too wide.
+_FAST_SHARE = 1 / 8
+_FAST_ASPECT = 6
+_FAST_SIDE = 512
+
+# Share of the short side that subspace iteration may work on.
+_SUBSPACE_SHARE = 0.5
+
+
+def truncated_svd(x: Tensor, rule: RankRule, *, svd: str = "auto", seed: int = 0) -> LowRank:
+    """The best approximation of a matrix at the rank that a rule asks for.
+
+    Args:
+        x: ``(m, n)`` or ``(stack, m, n)``, floating point, finite. Not modified.
+        rule: how many directions to keep. With ``energy``, each matrix of a stack has its own
+            rank; ``S`` and ``Vh`` are then padded with zeros to the largest.
+        svd: name of a solver, one of `SOLVERS`.
+        seed: start of the randomised solvers.
+
+    Returns:
+        The factors, in fp32 (fp64 if ``x`` is fp64), on the device of ``x``. Where the k-th and the
+        next singular value (almost) coincide, there are several best approximations: one of them.
+
+    Raises:
+        CartError: ``x`` is not a matrix or a stack of them, ``rule`` is no rule, or ``svd`` names
+            no solver.
+    """
+    if x.ndim not in (2, 3):
+        raise CartError(f"truncated_svd takes matrices, got a tensor of shape {tuple(x.shape)}")
+    if not isinstance(rule, RankRule):
+        raise CartError(f"rule must be a RankRule, such as RankRule(rank=8), got {rule!r}")
+    if svd not in SOLVERS:
+        raise CartError(f"svd must be one of {', '.join(SOLVERS)}, got {svd!r}")
+    if x.device.type == "mps":  # it has no fp64, which the solvers need for their estimates
+        return truncated_svd(x.cpu(), rule, svd=svd, seed=seed).to(x.device)
+    with torch.no_grad():
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        # One orientation inside: a stack whose rows are the short side.
+        tall = x.shape[-2] > x.shape[-1]
+        stack = x if x.ndim == 3 else x[None]
+        with full_precision(x.device):
+            factors = _scaled(stack.mT if tall else stack, rule, SOLVERS[svd], seed)
+        factors = factors.mT if tall else factors
+        if x.ndim == 3:
+            return factors
+        return LowRank(factors.U[0], factors.S[0], factors.Vh[0], factors.error)
+
+
+Solver = Callable[[Tensor, int, int], LowRank]
+
+
+def _scaled(x: Tensor, rule: RankRule, solver: Solver, seed: int) -> LowRank:
+    """Solve with entries of moderate size: squares of very small or large ones leave fp32.
+
+    Each matrix of a stack by itself: one may be a trillion times smaller than the others.
+    """
+    m, n = x.shape[1:]
+    k = rule.fixed_rank(m, n)
+    if k == 0 or x.numel() == 0:
+        return _zeros(x, 0)
+    low, high = (x if x.is_contiguous() else x.mT).flatten(1).aminmax(dim=1)
+    largest = torch.maximum(-low, high).tolist()
+    if not any(largest):
+        return _zeros(x, k or 1)
+    # fp32 holds the powers from -126 to 127; a matrix of zeros has none.
+    exponents = [min(max(math.frexp(entry)[1], -126), 126) for entry in largest]
+    moved = [exponent for exponent, entry in zip(exponents, largest, strict=True) if entry]
+    if max(map(abs, moved)) > 20 or max(moved) - min(moved) > 10:
+        powers = x.new_tensor([2.0**exponent for exponent in exponents])
+        scaled = _scaled(x / powers[:, None, None], rule, solver, seed)
+        return LowRank(scaled.U, scaled.S * powers[:, None], scaled.Vh, scaled.error)
+    if k is not None:
+        return solver(x, k, seed)
+    assert rule.energy is not None
+    ranks = [energy_rank_of(matrix, rule.energy) for matrix in x]
+    return _cut(solver(x, max(ranks), seed), ranks)
+
+
+def _zeros(x: Tensor, k: int) -> LowRank:
+    stack, m, n = x.shape
+    return LowRank(x.new_zeros(stack, m, k), x.new_zeros(stack, k), x.new_zeros(stack, k, n))
+
+
+def _cut(factors: LowRank, ranks: list[int]) -> LowRank:
+    """Set what a matrix of the stack has beyond its own rank to zero."""
+    for index, rank in enumerate(ranks):
+        factors.S[index, rank:] = 0
+        factors.Vh[index, rank:] = 0
+    return factors
+
+
+def _auto(x: Tensor, k: int, seed: int) -> LowRank:
+    """``fast`` where it pays, else ``exact``, for ``x`` ``(stack, m, n)``, ``m <= n``.
+
+    ``fast`` pays for up to an eighth of the full rank. On CPUs, wide matrices and small ones go to
+    ``exact`` all the same: its Gram matrix costs little there and its eigensolver is LAPACK's. So
+    do large shares of large matrices, but at the accuracy of ``fast``: to correct what fp32 does to
+    a Gram matrix costs more than all the rest.
+    """
+    m, n = x.shape[1:]
+    few = k <= _FAST_SHARE * m
+    if x.device.type == "cpu" and not (m >= _FAST_SIDE and n < _FAST_ASPECT * m):
+        return _exact(x, k, seed)
+    return _fast(x, k, seed) if few else _by_gram(x, k, FAST_TOLERANCE)
+
+
+def _fast(x: Tensor, k: int, seed: int) -> LowRank:
+    """Relative error at most 1e-3 for ``x`` ``(stack, m, n)``, ``m <= n``, or what `exact` gives.
+
+    On CPUs the matrices of a stack are solved one by one, since batched products gain nothing
+    there; on accelerators all at once.
+    """
+    stack = x.shape[0]
+    if stack == 1 or x.device.type != "cpu":
+        found = leading_subspace(x, k, tolerance=FAST_TOLERANCE, seed=seed)
+        if found is not None:
+            return _from_left(found.left, found.right, found.error)
+        if stack == 1:
+            return _exact(x, k, seed)
+    # Also where one matrix of a stack keeps all others from being solved together.
+    return _stacked([_fast(part, k, seed) for part in x.split(1)])
+
+
+def _subspace(x: Tensor, k: int, seed: int) -> LowRank:
+    """Directions that capture nearly as much energy as the best for ``x`` ``(stack, m, n)``.
+
+    Small matrices, on CPUs, and nearly all directions are solved like ``exact`` and ``auto`` do.
+    """
+    stack, m, _ = x.shape
+    if x.device.type == "cpu" and m < _FAST_SIDE:
+        return _exact(x, k, seed)
+    if oversampled(k) > _SUBSPACE_SHARE * m:
+        return _by_gram(x, k, FAST_TOLERANCE)
+    if stack > 1 and x.device.type == "cpu":
+        return _stacked([_subspace(part, k, seed) for part in x.split(1)])
+    found = near_subspace(x, k, seed=seed)
+    return _from_left(found.left, found.right, found.error)
+
+
+def _exact(x: Tensor, k: int, _seed: int) -> LowRank:
+    """LAPACK-accurate factors of ``x`` ``(stack, m, n)``, ``m <= n``.
+
+    The error is at most 1e-5 in fp32 where LAPACK's own is: not for singular values k and k + 1
+    that are closer than rounding can tell apart.
+
+    On CPUs the leading eigenvectors of ``x x^T`` cost a fraction of the full SVD. The product
+    squares the condition number; where fp32 cannot separate the kept directions from the rest any
+    more, it is formed in fp64 (`cart_plugin.linalg.gram`).
+    """
+    return _by_gram(x, k, EXACT_TOLERANCE)
+
+
+def _by_gram(x: Tensor, k: int, tolerance: float) -> LowRank:
+    m = x.shape[1]
+    # Whatever the error of the vectors, products with them are rounded.
+    rounding = 10 * torch.finfo(x.dtype).eps
+    if x.device.type != "cpu" or k > _GRAM_SHARE * m:
+        u, s, vh = torch.linalg.svd(x, full_matrices=False)
+        return LowRank(u[..., :k].contiguous(), s[:, :k], vh[:, :k].contiguous(), rounding)
+    parts = [leading_left(part, k, tolerance=tolerance) for part in x.split(1)]
+    solved = [
+        _from_left(part.vectors, part.vectors.mT @ matrix, max(part.error, rounding))
+        for matrix, part in zip(x.split(1), parts, strict=True)
+    ]
+    return solved[0] if len(solved) == 1 else _stacked(solved)
+
+
+def _from_left(left: Tensor, right: Tensor, error: float) -> LowRank:
+    """Factors from singular vectors ``left`` ``(stack, m, k)`` of x, and ``right = left^T x``."""
+    s = torch.linalg.vector_norm(right, dim=-1)
+    return LowRank(left, s, right / s.clamp_min(torch.finfo(s.dtype).tiny)[..., None], error)
+
+
+def _stacked(parts: list[LowRank]) -> LowRank:
+    return LowRank(
+        torch.cat([part.U for part in parts]),
+        torch.cat([part.S for part in parts]),
+        torch.cat([part.Vh for part in parts]),
+        max(part.error for part in parts),
+    )
+
+
+SOLVERS: dict[str, Solver] = {
+    "auto": _auto,
+    "exact": _exact,
+    "fast": _fast,
+    "subspace": _subspace,
+}

@@ -1,0 +1,199 @@
+"""CART on one weight: centre, truncate, recombine.
+
+For fine-tuned weights ``W_1 .. W_T`` of one tensor (arXiv 2412.12153, section 4)::
+
+    centre = sum_t w_t W_t / sum_t w_t
+    merged = centre + lambda * sum_t (w_t / mean(w)) * SVD_k(W_t - centre)
+
+With ``lambda: auto`` the second term is the one of least interference between the tasks instead
+(`cart_plugin.merging.least_interference`), which has no scale to choose.
+Tensors that are not decomposed end at the centre: the centred task vectors sum to zero.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from cart_plugin.errors import CartError, CartWarning
+from cart_plugin.linalg.factors import LowRank
+from cart_plugin.linalg.rules import RankRule
+from cart_plugin.linalg.svd import truncated_svd
+from cart_plugin.merging.inputs import (
+    check_finite,
+    check_inputs,
+    check_kind,
+    common_dtype,
+    normalised,
+)
+from cart_plugin.merging.least_interference import least_interference
+from cart_plugin.merging.settings import CartSettings
+from cart_plugin.merging.tensors import is_decomposed, matrix_shape, tensor_seed
+
+
+def merge_tensors(
+    tensors: Sequence[Tensor],
+    settings: CartSettings | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    base: Tensor | None = None,
+    name: str | None = None,
+    models: Sequence[str] | None = None,
+    decompose: bool | None = None,
+) -> Tensor:
+    """Merge the versions of one tensor that several fine-tuned models hold.
+
+    Peak memory beyond the inputs is a few copies of one tensor in fp32, for any number of models:
+    about five where an eighth of the directions or less is kept, up to thirteen where nearly all
+    are, or with ``energy``. With ``lambda_="auto"`` it depends on their number, too, up to a limit
+    (`cart_plugin.merging.least_interference.least_interference`).
+
+    Args:
+        tensors: one a model, all of one shape, on one device. At least two.
+        settings: parameters of the method; the defaults if None.
+        weights: one a model: weights of the mean, and, scaled to mean 1, of each model's low-rank
+            term. None means equal.
+        base: the base model's tensor; needed by ``center="base"`` only.
+        name: the tensor's name: decides what it is (see `is_decomposed`) and appears in errors.
+        models: the models' names, for errors; their numbers if None.
+        decompose: overrides `is_decomposed`.
+
+    Returns:
+        The merged tensor, in the dtype to which the inputs promote.
+
+    Raises:
+        CartError: fewer than two tensors, shapes that differ, values that are not finite or not
+            floating point, weights that sum to nothing, a missing base, or a result that the
+            inputs' dtype cannot hold.
+    """
+    settings = settings or CartSettings()
+    models, where = check_inputs(tensors, base, settings.center, name, models)
+    dtype = common_dtype(tensors)
+    if tensors[0].numel() == 0:
+        return tensors[0].to(dtype, copy=True)
+    if decompose is None:
+        decompose = is_decomposed(name, tensors[0].shape)
+    if settings.rule.keeps_nothing:
+        decompose = False
+
+    with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+        shares = normalised(weights, len(tensors), where)
+        around = base if decompose and settings.center == "base" else None
+        centre = centre_of(tensors, shares, around, models, where)
+        if decompose:
+            merged = _add_low_rank(tensors, centre, shares, settings, name, models, where)
+        else:
+            merged = centre
+        result = merged.to(dtype)
+        # The sum alone is cheaper, but may overflow where no value does.
+        if not bool(torch.isfinite(result.sum(dtype=merged.dtype)) or torch.isfinite(result).all()):
+            raise CartError(
+                f"{where}: the merged values leave the range of {dtype}; use a wider dtype "
+                "(float32 or bfloat16)"
+                + ("" if settings.lambda_ == "auto" else ", or a smaller lambda")
+            )
+        return result
+
+
+def _add_low_rank(
+    tensors: Sequence[Tensor],
+    centre: Tensor,
+    shares: Sequence[float],
+    settings: CartSettings,
+    name: str | None,
+    models: Sequence[str],
+    where: str,
+) -> Tensor:
+    """``centre + lambda * T * sum_t share_t SVD_k(W_t - centre)``, for shares that sum to 1.
+
+    With ``lambda: auto`` the truncated differences, so weighted, make the term of least
+    interference.
+    """
+    shape = matrix_shape(name, centre.shape)
+    if settings.center == "average":
+        _, m, n = shape
+        if settings.lambda_ != "auto" and settings.rule.fixed_rank(m, n) == min(m, n):
+            # At full rank nothing is truncated, and the weighted sum is zero.
+            return centre
+        if sum(share != 0 for share in shares) == 2:
+            warnings.warn(
+                "with two models CART is plain averaging: their centred task vectors are opposite "
+                "and cancel at any rank; use three or more (of weight above 0), or "
+                "center: base",
+                CartWarning,
+                stacklevel=4,
+            )
+
+    def parts() -> Iterator[tuple[LowRank, float]]:
+        for tensor, share, model in zip(tensors, shares, models, strict=True):
+            if share == 0:
+                continue
+            delta = tensor - centre
+            if settings.center == "base":
+                check_finite(delta, [model], [tensor], where)
+            factors = truncated(delta, settings, name)
+            del delta  # before the next one is made
+            yield factors, len(tensors) * share
+
+    if settings.lambda_ == "auto":
+        if min(shares) < 0:
+            raise CartError(
+                f"{where}: cart_auto (lambda: auto) takes no negative weights; merge with cart"
+            )
+        found = least_interference(parts()).to(centre.device).view(centre.shape)
+        return centre.clone(memory_format=torch.contiguous_format).add_(found)
+    merged = centre.clone(memory_format=torch.contiguous_format)
+    sums = merged.view(shape)
+    for factors, weight in parts():
+        factors.add_to_(sums, settings.lambda_ * weight)
+    return merged
+
+
+def centre_of(
+    tensors: Sequence[Tensor],
+    shares: Sequence[float],
+    base: Tensor | None,
+    models: Sequence[str],
+    where: str,
+) -> Tensor:
+    """The base model's tensor if there is one, else the weighted mean; checked to be finite.
+
+    In fp32 or better: fp16 values may overflow in a sum in fp16.
+    """
+    work = torch.promote_types(common_dtype(tensors), torch.float32)
+    if base is not None:
+        check_kind([("the base model", base)], tensors[0].shape, models[0], where)
+        check_finite(base, ["the base model"], [base], where)
+        return base.to(work, copy=True)
+    mean = torch.zeros(tensors[0].shape, dtype=work, device=tensors[0].device)
+    for tensor, share in zip(tensors, shares, strict=True):
+        mean.add_(tensor, alpha=share)
+    check_finite(mean, models, tensors, where)
+    return mean
+
+
+def truncated(delta: Tensor, settings: CartSettings, name: str | None) -> LowRank:
+    """The low-rank part of a task vector, as factors of its matrices (`matrix_shape`)."""
+    matrices = delta.reshape(matrix_shape(name, delta.shape))
+    return factors_of(matrices, settings.rule, name, svd=settings.solver, seed=settings.seed)
+
+
+def factors_of(
+    matrices: Tensor, rule: RankRule, name: str | None, *, svd: str, seed: int
+) -> LowRank:
+    """What is kept of one model's difference from the centre.
+
+    Args:
+        matrices: the difference as ``(stack, m, n)``.
+        rule: how much to keep.
+        name: the tensor's, which the solver's start depends on.
+        svd: solver, one of `cart_plugin.linalg.svd.SOLVERS`.
+        seed: of the solver, for all tensors.
+
+    Raises:
+        CartError: as `truncated_svd`.
+    """
+    return truncated_svd(matrices, rule, svd=svd, seed=tensor_seed(seed, name or ""))

@@ -1,0 +1,66 @@
+"""The parameters of CART that hold for all models."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from cart_plugin.errors import CartError
+from cart_plugin.linalg.rules import RankRule
+from cart_plugin.linalg.svd import SOLVERS
+from cart_plugin.merging.least_interference import AUTO_RANK_RATIO
+
+
+@dataclass(frozen=True, kw_only=True)
+class CartSettings:
+    """The parameters of CART that hold for all models.
+
+    Attributes:
+        rank_ratio: share of the singular directions to keep (`RankRule`). If none is given: 0.08,
+            and 0.16 with ``lambda_="auto"``.
+        rank: their number instead.
+        energy: as many as hold this share of the squared singular values instead.
+        lambda_: scale of the sum of truncated task vectors, or ``"auto"``: they are combined so
+            that they interfere least (`cart_plugin.merging.least_interference.least_interference`).
+        center: ``"average"``, the weighted mean of the fine-tuned weights, or ``"base"``, the base
+            model (the paper's uncentred ablation).
+        svd: solver, one of `cart_plugin.linalg.svd.SOLVERS`; ``"auto"`` is ``"subspace"`` with
+            ``lambda_="auto"``, which needs no singular vectors.
+        seed: start of the randomised solvers, mixed with each tensor's name.
+
+    Raises:
+        CartError: a value of the wrong kind or out of range, or two rank rules at once.
+    """
+
+    rank_ratio: float | None = None
+    rank: int | None = None
+    energy: float | None = None
+    lambda_: float | Literal["auto"] = 1.0
+    center: Literal["average", "base"] = "average"
+    svd: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        RankRule(self.rank_ratio, self.rank, self.energy)
+        number = isinstance(self.lambda_, (int, float)) and not isinstance(self.lambda_, bool)
+        if self.lambda_ != "auto" and not (number and math.isfinite(self.lambda_)):
+            raise CartError(f"lambda must be a finite number or 'auto', got {self.lambda_!r}")
+        if self.center not in ("average", "base"):
+            raise CartError(f"center must be 'average' or 'base', got {self.center!r}")
+        if self.svd not in SOLVERS:
+            raise CartError(f"svd must be one of {', '.join(SOLVERS)}, got {self.svd!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise CartError(f"seed must be a whole number, got {self.seed!r}")
+
+    @property
+    def rule(self) -> RankRule:
+        """The rank rule that is given, or the default one."""
+        if self.lambda_ == "auto" and self.rank_ratio is self.rank is self.energy is None:
+            return RankRule(AUTO_RANK_RATIO)
+        return RankRule(self.rank_ratio, self.rank, self.energy)
+
+    @property
+    def solver(self) -> str:
+        """The solver that `svd` stands for."""
+        return "subspace" if self.lambda_ == self.svd == "auto" else self.svd

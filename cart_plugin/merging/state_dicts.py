@@ -1,0 +1,70 @@
+"""Whole state dicts, merged one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from cart_plugin.errors import CartError
+from cart_plugin.merging.cart import merge_tensors
+from cart_plugin.merging.inputs import agreed_buffer, check_same_tensors
+from cart_plugin.merging.settings import CartSettings
+from cart_plugin.merging.tensors import is_decomposed
+
+
+def merge_state_dicts(
+    state_dicts: Mapping[str, Mapping[str, Tensor]] | Sequence[Mapping[str, Tensor]],
+    settings: CartSettings | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    base: Mapping[str, Tensor] | None = None,
+    decompose: Callable[[str, torch.Size], bool] = is_decomposed,
+) -> dict[str, Tensor]:
+    """Merge whole state dicts, one tensor at a time.
+
+    Args:
+        state_dicts: one a model, or a mapping from the models' names to them; all with the same
+            tensors. Lazily loading mappings work: each tensor is asked for once, when it is due.
+        settings: parameters of the method; the defaults if None.
+        weights: one a model, as in `merge_tensors`.
+        base: the base model's state dict; needed by ``center="base"`` only.
+        decompose: which tensors to decompose, by name and shape.
+
+    Returns:
+        The merged tensors, in the order of the first model. Integer tensors (buffers) are copied
+        if all models agree on them.
+
+    Raises:
+        CartError: as `merge_tensors`, and for tensors that a model lacks.
+    """
+    named = (
+        dict(state_dicts)
+        if isinstance(state_dicts, Mapping)
+        else {str(i): state_dict for i, state_dict in enumerate(state_dicts)}
+    )
+    models = list(named)
+    if not models:
+        raise CartError("CART needs at least two fine-tuned models, got none")
+    settings = settings or CartSettings()
+    holders = dict(named)
+    if settings.center == "base" and base is not None:
+        holders["the base model"] = base
+    check_same_tensors(holders)
+    merged = {}
+    for name in named[models[0]]:
+        tensors = [named[model][name] for model in models]
+        if not any(tensor.is_floating_point() for tensor in tensors):
+            merged[name] = agreed_buffer(tensors, models, name)
+            continue
+        merged[name] = merge_tensors(
+            tensors,
+            settings,
+            weights=weights,
+            base=base[name] if base is not None and settings.center == "base" else None,
+            name=name,
+            models=models,
+            decompose=decompose(name, tensors[0].shape),
+        )
+    return merged
