@@ -19,3 +19,7 @@ from cart_plugin.compress.expansion import expand, load_task, task_tensors, task
 from cart_plugin.compress.run import compress
 
 __all__ = ["compress", "expand", "load_task", "task_tensors", "tasks"]
+
+REVISION = 1
+"""Raised when the numbers that come out of this room change by more than rounding: what was measured
+or merged with another revision is then done anew. Not raised when files move or comments change."""

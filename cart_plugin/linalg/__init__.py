@@ -4,3 +4,7 @@ Modules, from the bottom: `precision`, `rules` (how many directions), `factors` 
 `gram`, `krylov` and `subspace` (the solvers), `spectra` (values without vectors), `svd` (one
 function for all solvers). Nothing here knows of models, names or files.
 """
+
+REVISION = 1
+"""Raised when the numbers that come out of this room change by more than rounding: what was measured
+or merged with another revision is then done anew. Not raised when files move or comments change."""

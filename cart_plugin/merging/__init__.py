@@ -4,3 +4,7 @@ Modules, from the bottom: `tensors` (what is decomposed, and as which matrices),
 `least_interference` (`cart_auto`), `settings`, `cart` (the method), `state_dicts` (whole models),
 `indexing` (CART-Indexing of one tensor).
 """
+
+REVISION = 1
+"""Raised when the numbers that come out of this room change by more than rounding: what was measured
+or merged with another revision is then done anew. Not raised when files move or comments change."""
