@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.common.cache import cache_root, read_manifest
+
+if TYPE_CHECKING:
+    from benchmarks.vision.finetune import FineTuning
 
 TASKS = ("mnist", "georgian", "hangul", "hiragana")
 MISSING = "the demo's checkpoints are not in the cache: run `make demo` first"
 
 
-def find_demo_models() -> list[Path] | None:
-    """Folders of the pretrained encoder and the fine-tuned ones, or None unless all are there."""
+def fine_tuning() -> FineTuning:
+    """How the demo fine-tunes."""
     from benchmarks.vision.finetune import FineTuning
 
-    wanted = asdict(FineTuning())
+    return FineTuning()
+
+
+def find_demo_models() -> list[Path] | None:
+    """Folders of the pretrained encoder and the fine-tuned ones, or None unless all are there."""
+    wanted = asdict(fine_tuning())
     found: dict[str, tuple[float, Path, str]] = {}
     encoders = cache_root() / "encoders"
     for folder in encoders.glob("seed0/*"):

@@ -6,6 +6,7 @@ is needed to rerun.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,23 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common.tables import markdown_table
+
+NEXT = """\
+Next: your own models, three or more of one base. Write my.yaml (more in configs/mergekit):
+
+  merge_method: cart_auto
+  models:
+    - model: path/to/first
+    - model: path/to/second
+    - model: path/to/third
+  dtype: bfloat16
+
+  mergekit-cart doctor my.yaml     before: will it run, what does it need?
+  mergekit-yaml my.yaml merged     merge
+  mergekit-cart compare my.yaml --tasks arc_easy --out comparison
+                                   the recipe by every method, judged by lm-eval
+
+The commands are in .venv/bin."""
 
 MERGED_COLOR, CART_COLOR, LIMIT_COLOR = "#9aa5b1", "#1f6feb", "#3d4852"
 
@@ -25,8 +43,6 @@ def columns(result: dict[str, Any]) -> list[str]:
         *result["tasks"].values(),
         "mean",
         "of fine-tuned",
-        "merge s",
-        "peak MB",
         "setting",
     ]
 
@@ -36,15 +52,12 @@ def cells(result: dict[str, Any]) -> list[list[str]]:
     lines = []
     for row in result["rows"]:
         accuracies = [f"{100 * row['test'][name]:.1f}" for name in result["tasks"]]
-        merged = row["seconds"] is not None
         lines.append(
             [
                 row["method"],
                 *accuracies,
                 f"{100 * row['mean']:.1f}",
                 f"{100 * row['share']:.0f} %",
-                f"{row['seconds']:.1f}" if merged else "",
-                f"{row['peak_mb']:.0f}" if merged else "",
                 row["setting"],
             ]
         )
@@ -70,7 +83,7 @@ def print_table(result: dict[str, Any], console: Console) -> None:
 
 
 def _console_table(result: dict[str, Any], *, settings: bool) -> Table:
-    headings = ["method", *result["tasks"].values(), "mean", "share", "merge s", "MB", "setting"]
+    headings = ["method", *result["tasks"].values(), "mean", "share", "setting"]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for position, heading in enumerate(headings if settings else headings[:-1]):
         text = position == 0 or heading == "setting"
@@ -85,9 +98,7 @@ def _console_table(result: dict[str, Any], *, settings: bool) -> Table:
 
 def best_merged(result: dict[str, Any]) -> dict[str, Any]:
     """The merged row with the highest mean."""
-    return max(
-        (row for row in result["rows"] if row["seconds"] is not None), key=lambda row: row["mean"]
-    )
+    return max((row for row in result["rows"] if row["merged"]), key=lambda row: row["mean"])
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -106,6 +117,21 @@ def markdown(result: dict[str, Any]) -> str:
         f"setting was picked from those in `results.json` on {counts['validation']} validation "
         f"images a task. Made by `make demo`.\n\n{markdown_table(heading, lines, ruler)}\n"
     )
+
+
+def print_end(console: Console, out: Path, seconds: Mapping[str, float], whole: float) -> None:
+    """Print where the results are, each stage's time, and what to try next.
+
+    Args:
+        console: where to.
+        out: the results' folder.
+        seconds: of each stage, by title.
+        whole: seconds from start to end.
+    """
+    lines = [f"Plot: {out / 'accuracy.png'}, numbers: {out / 'results.json'}", "", "Time"]
+    lines += [f"  {value:5.0f} s  {title}" for title, value in seconds.items()]
+    lines += [f"  {whole:5.0f} s  in all", "", NEXT]
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
 def save_plot(result: dict[str, Any], path: Path) -> None:

@@ -1,9 +1,9 @@
 """`python -m benchmarks.demo.run`: CART beside mergekit's other methods on four image tasks.
 
-Fetches a ViT-S/14 and four tasks, fine-tunes one encoder a task, merges them with the real
-`mergekit-yaml` by each method, and evaluates every merged model on all tasks. Each method's setting
-is picked on the validation split; the test split is used once, for the picked one. What is finished
-is kept in the cache and not done again.
+Fetches a ViT-S/14 and four tasks, fine-tunes one encoder a task, merges them by each method with
+mergekit (`mergekit-yaml`, or the function behind that command), and evaluates every merged model on
+all tasks. Each method's setting is picked on the validation split; the test split is used once, for
+the picked one. What is finished is kept in the cache and not done again.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,47 +22,15 @@ from rich.console import Console
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes from local folders
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads must not spin on a busy machine
 
-from benchmarks.common.cache import cache_root, read_manifest, settings_hash, write_json
-from benchmarks.common.recipes import Candidate, Merge, MergeError, merge
-from benchmarks.common.sources import SourceError
-from benchmarks.demo import report
-from benchmarks.demo.models import TASKS
+from benchmarks.common.cache import cache_root, read_manifest, write_json
+from benchmarks.common.recipes import Candidate, Merge, MergeError
+from benchmarks.common.sources import SourceError, fetch
+from benchmarks.demo import report, work
+from benchmarks.demo.methods import CANDIDATES
+from benchmarks.demo.models import TASKS, fine_tuning
+from benchmarks.demo.stages import Stage, Stages
 
-CANDIDATES = (
-    Candidate("linear", "average", model_parameters={"weight": 1.0}, needs_base=False),
-    *(
-        Candidate("task_arithmetic", f"lambda {scale}", {"lambda": scale}, {"weight": 1.0})
-        for scale in (0.3, 0.4)
-    ),
-    *(
-        Candidate(
-            "ties",
-            f"density 0.2, lambda 1, {words}",
-            {"lambda": 1.0, "normalize": normalize},
-            {"weight": 1.0, "density": 0.2},
-        )
-        for normalize, words in ((True, "normalised"), (False, "not normalised"))
-    ),
-    *(
-        Candidate(
-            "dare_ties",
-            f"density {density}, lambda {scale}",
-            {"lambda": scale, "normalize": False},
-            {"weight": 1.0, "density": density},
-        )
-        for density, scale in ((0.5, 0.3), (0.2, 0.4))
-    ),
-    *(
-        Candidate(
-            "cart",
-            f"rank_ratio {ratio}, lambda {scale}",
-            {"rank_ratio": ratio, "lambda": scale},
-            needs_base=False,
-        )
-        for ratio, scale in ((0.08, 1.0), (0.16, 2.3))
-    ),
-    Candidate("cart_auto", "nothing to set", {}, needs_base=False),
-)
+Trial = tuple[Candidate, Merge, dict[str, float]]
 
 
 @click.command()
@@ -93,11 +62,13 @@ def main(
     fresh: bool,
 ) -> None:
     """Fine-tune, merge by each method, evaluate, and print one table."""
+    started = time.perf_counter()
     console = Console()
+    stages = Stages(console, 4)
     names = [name.strip() for name in tasks.split(",")]
     counts = {"validation": validation_images, "test": test_images}
     try:
-        result = run(console, names, seed, counts, workers, fresh)
+        result = run(stages, names, seed, counts, workers, fresh)
     except (SourceError, MergeError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     out.mkdir(parents=True, exist_ok=True)
@@ -105,11 +76,11 @@ def main(
     (out / "table.md").write_text(report.markdown(result))
     report.save_plot(result, out / "accuracy.png")
     report.print_table(result, console)
-    console.print(f"Saved to {out}: results.json, table.md, accuracy.png")
+    report.print_end(console, out, stages.seconds, time.perf_counter() - started)
 
 
 def run(
-    console: Console,
+    stages: Stages,
     names: Sequence[str],
     seed: int,
     counts: Mapping[str, int],
@@ -123,50 +94,42 @@ def run(
         MergeError: mergekit failed or lost tensors.
         ValueError: unknown task, or a merged model that does not load whole.
     """
-    console.print(f"Cache: {cache_root()}")
-    with console.status("loading libraries"):
-        import torch
+    from benchmarks.vision.tasks import task
 
-        from benchmarks.vision.backbone import prepare_backbone
-        from benchmarks.vision.finetune import FineTuning, finetune_all, load_head
-        from benchmarks.vision.tasks import prepare_task, task
-
-    torch.set_num_threads(max(1, workers))
-    console.print("1/4 images and the pretrained encoder")
-    base = prepare_backbone()
-    data = {name: prepare_task(name) for name in names}
-    console.print(f"2/4 fine-tune one encoder a task ({len(names)} tasks)")
-    settings = FineTuning()
-    tuned = finetune_all(names, seed, settings, workers)
-    heads = {name: load_head(name, seed, settings) for name in names}
-    evaluator = Evaluator(heads, {name: path.name for name, path in data.items()}, counts, fresh)
-
-    console.print(f"3/4 merge {len(CANDIDATES)} recipes with mergekit-yaml, validate")
-    trials: dict[str, list[tuple[Candidate, Merge, dict[str, float]]]] = {}
-    for candidate in CANDIDATES:
-        with console.status(f"{candidate.method} ({candidate.setting})"):
-            merged = merge(candidate, list(tuned.values()), base, fresh=fresh)
-            scores = evaluator(merged.folder, "validation")
-        trials.setdefault(candidate.method, []).append((candidate, merged, scores))
-        console.print(
-            f"    {candidate.method:16} {candidate.setting:36} {100 * _mean(scores):5.1f}",
-            highlight=False,
-        )
-
-    console.print("4/4 test images")
-    with console.status("test"):
-        fine = {name: evaluator(folder, "test", [name])[name] for name, folder in tuned.items()}
-        rows = [
-            _row("pretrained", "", evaluator(base, "test"), fine),
-            _row("fine-tuned", "one model a task", fine, fine),
-        ]
-        for method, tried in trials.items():
-            candidate, merged, _ = max(tried, key=lambda trial: _mean(trial[2]))
-            rows.append(
-                _row(method, candidate.setting, evaluator(merged.folder, "test"), fine, merged)
-            )
+    titles = {name: task(name).title for name in names}
+    stages.console.print(f"Cache: {cache_root()}", highlight=False, soft_wrap=True)
+    with work.Workers(workers) as pool:
+        with stages.stage("images and the pretrained encoder", len(names) + 1) as stage:
+            base, data = _prepare(pool, stage, names)
+        settings = fine_tuning()
+        with stages.stage(f"fine-tune one encoder a task ({len(names)})", len(names)) as stage:
+            tuned = _finetune(pool, stage, titles, seed, settings)
+        common = ((tuple(names), seed, settings), counts, fresh)
+        with stages.stage(
+            f"merge {len(CANDIDATES)} recipes with mergekit, validate", len(CANDIDATES)
+        ) as stage:
+            trials = _merge(pool, stage, tuned, base, common)
+        best = {
+            method: max(tried, key=lambda trial: _mean(trial[2]))
+            for method, tried in trials.items()
+        }
+        # The models of all tasks first: the small jobs fill what is left of the workers' time.
+        jobs = {"pretrained": (base, names)}
+        jobs |= {method: (merged.folder, names) for method, (_, merged, _) in best.items()}
+        jobs |= {f"fine-tuned {name}": (folder, [name]) for name, folder in tuned.items()}
+        with stages.stage(f"test {len(jobs)} models", len(jobs)) as stage:
+            found = _test(pool, stage, jobs, common)
+    fine = {name: found[f"fine-tuned {name}"][name] for name in names}
+    rows = [
+        _row("pretrained", "", found["pretrained"], fine),
+        _row("fine-tuned", "one model a task", fine, fine),
+        *(
+            _row(method, candidate.setting, found[method], fine, merged=True)
+            for method, (candidate, _, _) in best.items()
+        ),
+    ]
     return {
-        "tasks": {name: task(name).title for name in names},
+        "tasks": titles,
         "rows": rows,
         "counts": dict(counts),
         "seed": seed,
@@ -182,65 +145,87 @@ def run(
                 "base_model": candidate.needs_base,
                 "validation": scores,
                 "validation_mean": _mean(scores),
-                "seconds": merged.seconds,
-                "peak_mb": merged.peak_mb,
             }
             for tried in trials.values()
-            for candidate, merged, scores in tried
+            for candidate, _, scores in tried
         ],
         "versions": _versions(),
     }
 
 
-class Evaluator:
-    """Accuracy of encoder folders on the demo's tasks, remembered in the cache.
+def _prepare(
+    pool: work.Workers, stage: Stage, names: Sequence[str]
+) -> tuple[Path, dict[str, Path]]:
+    """The pretrained encoder and the tasks' images; what has come is unpacked meanwhile."""
+    from benchmarks.vision import backbone
+    from benchmarks.vision.tasks import task, task_folder
 
-    Args:
-        heads: the tasks' heads.
-        data: the names of the tasks' data folders, which name their settings.
-        counts: images a task by split.
-        fresh: evaluate again what the cache knows.
-    """
-
-    def __init__(
-        self,
-        heads: Mapping[str, Any],
-        data: Mapping[str, str],
-        counts: Mapping[str, int],
-        fresh: bool,
-    ) -> None:
-        self.heads = heads
-        self.data = data
-        self.counts = counts
-        self.fresh = fresh
-
-    def __call__(
-        self, folder: Path, split: str, names: Sequence[str] | None = None
-    ) -> dict[str, float]:
-        """Accuracy (0 to 1) by task, of all tasks or the named ones."""
-        names = list(self.heads) if names is None else list(names)
-        identity = {
-            "model": [str(folder), _stamp(folder)],
-            "heads": {name: self.heads[name].digest() for name in names},
-            "data": {name: self.data[name] for name in names},
-            "split": split,
-            "images": self.counts[split],
-        }
-        path = cache_root() / "evaluations" / settings_hash(identity)
-        known = None if self.fresh else read_manifest(path)
-        if known is not None:
-            return {name: known[name] for name in names}
-        from benchmarks.vision.evaluate import evaluate_encoder
-
-        heads = {name: self.heads[name] for name in names}
-        scores = evaluate_encoder(folder, heads, split, self.counts[split])
-        write_json(path / "manifest.json", scores)
-        return scores
+    if read_manifest(backbone.backbone_folder()) is None:
+        fetch([backbone.SOURCE], quiet=True)
+    first = pool.submit(work.prepare_backbone)
+    waiting = {}
+    for name in sorted(names, key=lambda name: -len(task(name).sources)):
+        if read_manifest(task_folder(name)) is None:
+            fetch(task(name).sources, quiet=True)
+        waiting[name] = pool.submit(work.prepare_task, name)
+    for future in pool.finished([first, *waiting.values()], stage.advance):
+        future.result()
+    return first.result(), {name: waiting[name].result() for name in names}
 
 
-def _stamp(folder: Path) -> list[int]:
-    """Changes when the folder's weights are written anew."""
-    return [path.stat().st_mtime_ns for path in sorted(folder.glob("*.safetensors"))]
+def _finetune(
+    pool: work.Workers, stage: Stage, titles: Mapping[str, str], seed: int, settings: Any
+) -> dict[str, Path]:
+    jobs = {pool.submit(work.finetune, name, seed, settings): name for name in titles}
+    tuned = {}
+    for future in pool.finished(jobs, stage.advance):
+        name = jobs[future]
+        tuned[name] = future.result()
+        losses = (read_manifest(tuned[name]) or {})["epoch_losses"]
+        stage.tell(f"{titles[name]:12} loss {losses[-1]:.2f} in the last epoch")
+    return {name: tuned[name] for name in titles}
+
+
+def _merge(
+    pool: work.Workers, stage: Stage, tuned: Mapping[str, Path], base: Path, common: tuple[Any, ...]
+) -> dict[str, list[Trial]]:
+    """Each method's settings, tried: by method, in the order of `CANDIDATES`."""
+    models = list(tuned.values())
+    # The longest first: none is left to run alone in the end.
+    order = sorted(CANDIDATES, key=lambda candidate: _SLOWEST.index(candidate.method))
+    jobs = {
+        pool.submit(work.merge_and_validate, candidate, models, base, *common): candidate
+        for candidate in order
+    }
+    done = {}
+    for future in pool.finished(jobs, stage.advance):
+        candidate = jobs[future]
+        done[candidate.method, candidate.setting] = future.result()
+        mean = 100 * _mean(future.result()[1])
+        stage.tell(f"{candidate.method:16} {candidate.setting:36} {mean:5.1f}")
+    trials: dict[str, list[Trial]] = {}
+    for candidate in CANDIDATES:
+        tried = done[candidate.method, candidate.setting]
+        trials.setdefault(candidate.method, []).append((candidate, *tried))
+    return trials
+
+
+_SLOWEST = ("cart_auto", "ties", "cart", "dare_ties", "task_arithmetic", "linear")
+
+
+def _test(
+    pool: work.Workers,
+    stage: Stage,
+    jobs: Mapping[str, tuple[Path, Sequence[str]]],
+    common: tuple[Any, ...],
+) -> dict[str, dict[str, float]]:
+    waiting = {
+        pool.submit(work.test, folder, names, *common): key for key, (folder, names) in jobs.items()
+    }
+    found = {}
+    for future in pool.finished(waiting, stage.advance):
+        found[waiting[future]] = future.result()
+    return found
 
 
 def _row(
@@ -248,7 +233,7 @@ def _row(
     setting: str,
     test: dict[str, float],
     fine: dict[str, float],
-    merged: Merge | None = None,
+    merged: bool = False,
 ) -> dict[str, Any]:
     return {
         "method": method,
@@ -256,8 +241,7 @@ def _row(
         "test": test,
         "mean": _mean(test),
         "share": _mean(test) / _mean(fine),
-        "seconds": merged.seconds if merged else None,
-        "peak_mb": merged.peak_mb if merged else None,
+        "merged": merged,
     }
 
 

@@ -7,11 +7,12 @@ decomposition's accuracy for time; what counts is whether merged models notice.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -21,8 +22,11 @@ from benchmarks.common.incremental import conditions
 from benchmarks.common.measure import RESULTS
 from benchmarks.common.recipes import MergeError, merge
 from benchmarks.common.tables import markdown_table
-from benchmarks.demo.models import MISSING, TASKS, find_demo_models
-from benchmarks.demo.run import CANDIDATES, Evaluator  # keeps to local folders, as the demo does
+from benchmarks.demo.methods import CANDIDATES
+from benchmarks.demo.models import MISSING, TASKS, find_demo_models, fine_tuning
+
+if TYPE_CHECKING:
+    from benchmarks.demo.evaluator import Evaluator
 
 LIMIT = 0.3  # points between the means that are allowed
 SOLVERS = ("exact", "fast")
@@ -80,13 +84,12 @@ def main(test_images: int, out: Path, fresh: bool) -> None:
 
 def _demo_evaluator(test_images: int, fresh: bool) -> tuple[Evaluator, dict[str, str]]:
     """The demo's evaluator with its heads, as the demo makes it, and the tasks' titles."""
-    from benchmarks.vision.finetune import load_head
-    from benchmarks.vision.tasks import prepare_task, task
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes from local folders
+    from benchmarks.demo.evaluator import Evaluator
+    from benchmarks.vision.tasks import task
 
-    heads = {name: load_head(name, seed=0) for name in TASKS}
-    data = {name: prepare_task(name).name for name in TASKS}
     titles = {name: task(name).title for name in TASKS}
-    return Evaluator(heads, data, {"test": test_images}, fresh), titles
+    return Evaluator.of_tuned(TASKS, 0, fine_tuning(), {"test": test_images}, fresh), titles
 
 
 def comparison(scores: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
