@@ -168,6 +168,7 @@ def _prepare(
         if read_manifest(task_folder(name)) is None:
             fetch(task(name).sources, quiet=True)
         waiting[name] = pool.submit(work.prepare_task, name)
+        pool.hear(stage.advance)
     for future in pool.finished([first, *waiting.values()], stage.advance):
         future.result()
     return first.result(), {name: waiting[name].result() for name in names}

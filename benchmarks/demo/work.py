@@ -70,9 +70,13 @@ class Workers:
         waiting = set(futures)
         while waiting:
             done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
-            while not self._ticks.empty():
-                told(self._ticks.get())
+            self.hear(told)
             yield from done
+
+    def hear(self, told: Told) -> None:
+        """Pass on the shares that have been done since the last time."""
+        while not self._ticks.empty():
+            told(self._ticks.get())
 
 
 def _start(ticks: Any) -> None:
