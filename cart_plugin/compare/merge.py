@@ -19,11 +19,12 @@ from mergekit.config import MergeConfiguration
 from mergekit.io import ShardedTensorIndex
 from mergekit.options import MergeOptions, add_merge_options
 
+from cart_plugin.checkpoints.headers import WEIGHT_SUFFIXES
+from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.compare import child
 from cart_plugin.doctor import inputs as files
 from cart_plugin.doctor import planning, result, schema
 from cart_plugin.doctor.findings import Finding, Level, count, some
-from cart_plugin.doctor.inputs import Checkpoint
 from cart_plugin.doctor.layout import references
 from cart_plugin.doctor.parameters import check_method
 from cart_plugin.errors import CartError
@@ -297,7 +298,7 @@ def _complete(inputs: Inputs, out: Path) -> None:
     first = inputs.config.base_model or next(iter(references(inputs.config).values()))
     source = inputs.checkpoints[str(first)].path
     for file in sorted(source.iterdir()):
-        weights = file.suffix in files.WEIGHT_SUFFIXES or file.name.endswith(".index.json")
+        weights = file.suffix in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
         if file.is_file() and not weights and file.name not in _NOT_COPIED:
             target = out / file.name
             if not target.exists():

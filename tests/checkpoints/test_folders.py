@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cart_plugin.checkpoints.folders import open_model
 from cart_plugin.compress.adapters import decompose
+from cart_plugin.compress.inputs import open_model
 from cart_plugin.compress.layers import Layer
 from cart_plugin.compress.work import square
 from tests.compress.models import load, new_model

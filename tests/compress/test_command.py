@@ -12,9 +12,9 @@ from peft import PeftModel
 
 from cart_plugin import CartError
 from cart_plugin.checkpoints import writing
-from cart_plugin.checkpoints.folders import open_model
 from cart_plugin.checkpoints.side_files import side_files
 from cart_plugin.cli import main
+from cart_plugin.compress.inputs import open_model
 from tests.compress.models import TASKS, answer, load, save_tasks, tensors
 
 
