@@ -129,7 +129,7 @@ def test_options_reach_the_function(models, tmp_path, monkeypatch):
         given.update(options)
         raise CartError("enough")
 
-    monkeypatch.setattr("cart_plugin.merging.indexing.compress", run, raising=False)
+    monkeypatch.setattr("cart_plugin.compress.compress", run)
     arguments = ["--small-error", "1%", "--seed", 7, "--svd", "fast"]
     assert invoke("compress", *models, "--out", tmp_path / "out", *arguments).exit_code == 1
     assert given["small_error"] == pytest.approx(0.01)

@@ -13,6 +13,7 @@ import torch
 
 from cart_plugin import CartError
 from cart_plugin.checkpoints import writing
+from cart_plugin.checkpoints.files import unfinished
 from cart_plugin.compress import adapters, compress, run, tasks
 from tests.compress.models import TASKS, tensors
 from tests.compress.refused import refusal
@@ -73,36 +74,8 @@ def test_a_link_to_an_empty_folder(models, tmp_path):
     assert tasks(tmp_path / "disk") == list(TASKS)
 
 
-@pytest.mark.parametrize("renamed", [False, True])
-def test_a_run_that_is_killed_as_it_ends(tmp_path, renamed):
-    out, left = tmp_path / "out", tmp_path / ".out.unfinished"
-    script = (
-        "import os, sys\n"
-        "from pathlib import Path\n"
-        "from cart_plugin.compress import writing\n"
-        "real = os.rename\n"
-        "def rename(*places):\n"
-        f"    if {renamed}: real(*places)\n"
-        "    os._exit(9)\n"
-        "with writing.unfinished(Path(sys.argv[1])) as folder:\n"
-        "    (folder / 'result').touch()\n"
-        "    os.rename = rename\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", script, out], check=False)
-    assert killed.returncode == 9
-    assert out.exists() == renamed == (not left.exists())
-    if renamed:
-        assert (out / "result").exists()
-        with pytest.raises(CartError, match="exists; name a new folder"), writing.unfinished(out):
-            pass
-    else:
-        with writing.unfinished(out) as folder:
-            assert not (folder / "result").exists()
-        assert list(out.iterdir()) == []
-
-
 def test_two_runs_do_not_mix(models, tmp_path):
-    with writing.unfinished(tmp_path / "out"):
+    with unfinished(tmp_path / "out"):
         with pytest.raises(CartError, match="another run is writing"):
             compress(models, tmp_path / "out")
         assert (tmp_path / ".out.unfinished").exists()
@@ -110,7 +83,7 @@ def test_two_runs_do_not_mix(models, tmp_path):
 
 def test_too_small_a_disk_is_noticed_before(models, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(writing.shutil, "disk_usage", lambda place: usage(1, 1, 1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda place: usage(1, 1, 1000))
     assert "1,000 bytes free and" in refusal(models, tmp_path)
 
 
