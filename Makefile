@@ -24,10 +24,11 @@ test: $(STAMP) ## the tests, without the slow ones
 test-all: $(STAMP) ## the tests, slow ones included
 	$(BIN)/python -m pytest -m ''
 
-lint: $(STAMP) ## ruff (rules and format) and mypy
+lint: $(STAMP) ## ruff (rules and format), mypy, and which room may import which
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(STAMP) ## let ruff format and fix what it can
 	$(BIN)/ruff check --fix-only

@@ -42,9 +42,13 @@ def test_a_run_that_is_killed_as_it_ends(tmp_path, renamed):
 
 
 def test_an_error_inside_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), unfinished(tmp_path / "out") as folder:
-        (folder / "result").touch()
-        raise RuntimeError
+    def fail() -> None:
+        with unfinished(tmp_path / "out") as folder:
+            (folder / "result").touch()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert list(tmp_path.iterdir()) == []
 
 

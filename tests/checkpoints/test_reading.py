@@ -143,7 +143,7 @@ def test_a_file_that_was_cut_off(folder: Path) -> None:
     file = folder / "model.safetensors"
     for kept in (0, 4, 50, file.stat().st_size - 1):
         file.write_bytes(file.read_bytes()[:kept])
-        with pytest.raises(CheckpointError, match="is not a whole safetensors file .* truncated"):
+        with pytest.raises(CheckpointError, match=r"is not a whole safetensors file .* truncated"):
             open_folder(folder, "one")
         save_file(TENSORS, file)
 
