@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-all lint format demo bench-startup bench-memory bench-solvers bench-merge bench-accuracy bench-profile bench-vision bench-text bench-llm bench-auto bench-compress readme clean
+.PHONY: help venv test test-all lint format demo bench-startup bench-memory bench-solvers bench-merge bench-accuracy bench-profile bench-vision bench-text bench-llm bench-auto bench-compress readme dist clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -73,8 +73,15 @@ bench-compress: $(STAMP) ## eight encoders as base and adapters beside other way
 	$(BIN)/python -m benchmarks.compression.suite
 	$(BIN)/python -m benchmarks.compression.speed
 
-readme: $(STAMP) ## copy result tables into README.md
+readme: $(STAMP) ## copy result tables into README.md and docs/
 	$(BIN)/python -m benchmarks.readme
+
+# No isolation: what builds it is pinned and installed already, and nothing is fetched.
+dist: $(STAMP) ## build sdist and wheel, check them, and try the wheel in a fresh environment
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python .ci/try_wheel.py dist/*.whl
 
 clean: ## remove .venv, builds and caches of this folder (not the benchmarks' cache)
 	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
