@@ -1,6 +1,6 @@
 """The vision suite: a ViT-S/14 and copies of it, each fine-tuned on a small image task.
 
-`python -m benchmarks.vision prepare --tasks mnist,thai --seed 0` fetches, renders and fine-tunes
+`python -m benchmarks.vision.prepare --tasks mnist,thai --seed 0` fetches, renders and fine-tunes
 into a cache (`CART_CACHE`, or `~/.cache/cart-plugin`). The rooms, in the order in which they are
 used:
 
