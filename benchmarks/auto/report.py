@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.colors import CART_COLOR, LIMIT_COLOR
 from benchmarks.common.provenance import made_by
 from benchmarks.common.tables import markdown_table
-from benchmarks.demo.report import CART_COLOR, LIMIT_COLOR
 
 AUTO = "CART without hyperparameters"
 AUTO_COLOR = "#bf3989"

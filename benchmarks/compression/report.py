@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.colors import CART_COLOR, LIMIT_COLOR, MERGED_COLOR
 from benchmarks.common.provenance import made_by
 from benchmarks.common.tables import markdown_table
-from benchmarks.demo.report import CART_COLOR, LIMIT_COLOR, MERGED_COLOR
 
 INDIVIDUAL = "fine-tuned"
 _TITLES = {"vision": "eight image tasks, DINOv2 ViT-S", "text": "eight text tasks, MiniLM"}

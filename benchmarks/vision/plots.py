@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from benchmarks.demo.report import CART_COLOR, LIMIT_COLOR, MERGED_COLOR
+from benchmarks.common.colors import CART_COLOR, LIMIT_COLOR, MERGED_COLOR
 from benchmarks.vision.report import by_task, limit
 
 DATA_COLOR = "#d9a441"
