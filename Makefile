@@ -44,7 +44,7 @@ bench-memory: $(STAMP) ## time and peak memory of mergekit-yaml with cart, besid
 	$(BIN)/python -m benchmarks.speed.memory
 
 bench-solvers: $(STAMP) ## truncated SVDs: time and error of cart's solvers and of others (40 min)
-	$(BIN)/python -m benchmarks.solvers.suite
+	$(BIN)/python -m benchmarks.solvers
 
 bench-profile: $(STAMP) ## where the fast solver's time goes, and its floor
 	$(BIN)/python -m benchmarks.solvers.profile
@@ -56,13 +56,13 @@ bench-accuracy: $(STAMP) ## accuracy of the demo's merges by cart with svd exact
 	$(BIN)/python -m benchmarks.solvers.fast_accuracy
 
 bench-vision: $(STAMP) ## 19 merging methods on eight image tasks, tuned alike (two hours; one from cached encoders)
-	$(BIN)/python -m benchmarks.vision.suite
+	$(BIN)/python -m benchmarks.vision
 
 bench-text: $(STAMP) ## merge methods of mergekit on eight text tasks, by mergekit-cart compare
-	$(BIN)/python -m benchmarks.text.suite
+	$(BIN)/python -m benchmarks.text
 
 bench-llm: $(STAMP) ## merge methods of mergekit on a language model, by mergekit-cart compare and lm-eval
-	$(BIN)/python -m benchmarks.llm.suite
+	$(BIN)/python -m benchmarks.llm
 
 bench-auto: $(STAMP) ## CART without hyperparameters: variants on validation splits, then other tasks and models (an hour)
 	$(BIN)/python -m benchmarks.auto.search
@@ -70,7 +70,7 @@ bench-auto: $(STAMP) ## CART without hyperparameters: variants on validation spl
 	$(BIN)/python -m benchmarks.auto.cost
 
 bench-compress: $(STAMP) ## eight encoders as base and adapters beside other ways to store them, and what that costs (an hour)
-	$(BIN)/python -m benchmarks.compression.suite
+	$(BIN)/python -m benchmarks.compression
 	$(BIN)/python -m benchmarks.compression.speed
 
 readme: $(STAMP) ## copy result tables into README.md and docs/

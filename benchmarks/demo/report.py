@@ -13,9 +13,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.common.colors import CART_COLOR, LIMIT_COLOR, MERGED_COLOR
 from benchmarks.common.tables import markdown_table
-
-MERGED_COLOR, CART_COLOR, LIMIT_COLOR = "#9aa5b1", "#1f6feb", "#3d4852"
 
 
 def columns(result: dict[str, Any]) -> list[str]:

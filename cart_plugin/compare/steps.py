@@ -211,7 +211,9 @@ class Comparison:
                 },
                 "versions": versions(),
                 # Those of other methods are the versions' alone.
-                "revisions": _REVISIONS if is_cart(find_method(variant.method)) else [],
+                "revisions": _REVISIONS
+                if is_cart(find_method(variant.recipe["merge_method"]))
+                else [],
                 "options": list(self.options),
             }
         )
