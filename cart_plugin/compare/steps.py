@@ -199,6 +199,7 @@ class Comparison:
             self._tidy(rows)
 
     def _merge_key(self, variant: Variant) -> str:
+        method = find_method(variant.recipe["merge_method"])
         return _digest(
             {
                 "recipe": dict(variant.recipe),
@@ -211,9 +212,7 @@ class Comparison:
                 },
                 "versions": versions(),
                 # Those of other methods are the versions' alone.
-                "revisions": _REVISIONS
-                if is_cart(find_method(variant.recipe["merge_method"]))
-                else [],
+                "revisions": _REVISIONS if is_cart(method) else [],
                 "options": list(self.options),
             }
         )
