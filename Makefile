@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-all lint format demo bench-startup bench-memory bench-solvers bench-merge bench-accuracy bench-profile bench-vision bench-text bench-llm bench-auto bench-compress readme clean
+.PHONY: help venv test test-all lint format demo bench-startup bench-memory bench-solvers bench-merge bench-accuracy bench-profile bench-vision bench-text bench-llm bench-auto bench-compress readme dist clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -24,10 +24,11 @@ test: $(STAMP) ## the tests, without the slow ones
 test-all: $(STAMP) ## the tests, slow ones included
 	$(BIN)/python -m pytest -m ''
 
-lint: $(STAMP) ## ruff (rules and format) and mypy
+lint: $(STAMP) ## ruff (rules and format), mypy, and which room may import which
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(STAMP) ## let ruff format and fix what it can
 	$(BIN)/ruff check --fix-only
@@ -43,7 +44,7 @@ bench-memory: $(STAMP) ## time and peak memory of mergekit-yaml with cart, besid
 	$(BIN)/python -m benchmarks.speed.memory
 
 bench-solvers: $(STAMP) ## truncated SVDs: time and error of cart's solvers and of others (40 min)
-	$(BIN)/python -m benchmarks.solvers.suite
+	$(BIN)/python -m benchmarks.solvers
 
 bench-profile: $(STAMP) ## where the fast solver's time goes, and its floor
 	$(BIN)/python -m benchmarks.solvers.profile
@@ -55,13 +56,13 @@ bench-accuracy: $(STAMP) ## accuracy of the demo's merges by cart with svd exact
 	$(BIN)/python -m benchmarks.solvers.fast_accuracy
 
 bench-vision: $(STAMP) ## 19 merging methods on eight image tasks, tuned alike (two hours; one from cached encoders)
-	$(BIN)/python -m benchmarks.vision.suite
+	$(BIN)/python -m benchmarks.vision
 
 bench-text: $(STAMP) ## merge methods of mergekit on eight text tasks, by mergekit-cart compare
-	$(BIN)/python -m benchmarks.text.suite
+	$(BIN)/python -m benchmarks.text
 
 bench-llm: $(STAMP) ## merge methods of mergekit on a language model, by mergekit-cart compare and lm-eval
-	$(BIN)/python -m benchmarks.llm.suite
+	$(BIN)/python -m benchmarks.llm
 
 bench-auto: $(STAMP) ## CART without hyperparameters: variants on validation splits, then other tasks and models (an hour)
 	$(BIN)/python -m benchmarks.auto.search
@@ -69,11 +70,18 @@ bench-auto: $(STAMP) ## CART without hyperparameters: variants on validation spl
 	$(BIN)/python -m benchmarks.auto.cost
 
 bench-compress: $(STAMP) ## eight encoders as base and adapters beside other ways to store them, and what that costs (an hour)
-	$(BIN)/python -m benchmarks.compression.suite
+	$(BIN)/python -m benchmarks.compression
 	$(BIN)/python -m benchmarks.compression.speed
 
-readme: $(STAMP) ## copy result tables into README.md
+readme: $(STAMP) ## copy result tables into README.md and docs/
 	$(BIN)/python -m benchmarks.readme
+
+# No isolation: what builds it is pinned and installed already, and nothing is fetched.
+dist: $(STAMP) ## build sdist and wheel, check them, and try the wheel in a fresh environment
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python .ci/try_wheel.py dist/*.whl
 
 clean: ## remove .venv, builds and caches of this folder (not the benchmarks' cache)
 	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,11 +1,6 @@
 """Benchmarks of cart-plugin on real models and data, through what its users have, nothing more.
 
-The suites are `vision`, `text` and `llm`. What they share:
-
-- `cache`: where things are kept; folders that appear whole or not at all
-- `sources`: downloads from PyPI, npm and Debian
-- `splits`: train, validation and test without leaks
-- `tasks`: tables of tasks, and their data in the cache
-- `training`: the loop that fine-tunes, in processes of one thread
-- `comparison`: `mergekit-cart compare` on a suite (`text` and `llm`)
+`README.md` says what each one asks and found. A folder each: `demo`, `solvers`, `speed`, `vision`,
+`text`, `llm`, `auto` and `compression`; `suites` gives the encoders of `vision` and `text` to the
+last two, `common` what all share.
 """

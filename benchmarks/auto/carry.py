@@ -24,10 +24,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from benchmarks.auto.report import write_report
 from benchmarks.common.cache import write_json
-from benchmarks.common.encoders import GENTLE, Encoders, load_encoders, task_order
-from benchmarks.common.incremental import Record, conditions
-from benchmarks.common.measure import RESULTS
+from benchmarks.common.commands import out_option, report_option, workers_option
+from benchmarks.common.provenance import distinct
+from benchmarks.common.record import MERGES, Record, conditions
 from benchmarks.common.training import in_processes
+from benchmarks.suites import GENTLE, Encoders, load_encoders, task_order
 from cart_plugin import CartSettings, merge_state_dicts
 
 PACKAGES = ("torch", "transformers")
@@ -84,8 +85,8 @@ SETTINGS = (
 
 def carry(setting: Setting, folder: Path) -> None:
     """Tune and test in one setting; what is known is not done again."""
-    known = conditions(PACKAGES, validation=VALIDATION, test=TEST, seeds=list(setting.seeds))
-    del known["environment"]
+    sizes = {"validation": VALIDATION, "test": TEST}
+    known = conditions(MERGES, PACKAGES, timed=False, seeds=list(setting.seeds), **sizes)
     record = Record(setting.file(folder), known)
 
     def judge(encoders: Encoders, settings: CartSettings, split: str, seed: int) -> float:
@@ -114,9 +115,11 @@ def carry(setting: Setting, folder: Path) -> None:
 
 def results(folder: Path) -> dict[str, Any]:
     """What all settings' records say, as `report.write_report` takes it."""
-    rows = []
+    rows, measured = [], []
     for setting in SETTINGS:
-        cases = json.loads(setting.file(folder).read_text())["cases"]
+        record = json.loads(setting.file(folder).read_text())
+        cases = record["cases"]
+        measured += record["measured"]
         first = setting.seeds[0]
         scores = {
             _name(settings): _mean(cases[f"validation {first} {_name(settings)}"])
@@ -140,7 +143,8 @@ def results(folder: Path) -> dict[str, Any]:
                 }
             }
         )
-    return {"settings": rows, "examples": {"validation": VALIDATION, "test": TEST}}
+    examples = {"validation": VALIDATION, "test": TEST}
+    return {"settings": rows, "examples": examples, "measured": distinct(measured)}
 
 
 def _mean(accuracies: Mapping[str, float]) -> float:
@@ -156,11 +160,9 @@ def _name(settings: CartSettings) -> str:
 
 
 @click.command()
-@click.option("--workers", default=2, show_default=True, help="Processes of one thread each.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=RESULTS / "auto", help="Results' folder."
-)
-@click.option("--report", "only_report", is_flag=True, help="Table and plot from the results.")
+@workers_option
+@out_option("auto")
+@report_option
 def main(workers: int, out: Path, only_report: bool) -> None:
     """Compare CART without hyperparameters with CART tuned anew, on other tasks and models."""
     if not only_report:

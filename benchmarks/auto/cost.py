@@ -10,38 +10,34 @@ from pathlib import Path
 
 import click
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from benchmarks.common.cache import cache_root
-from benchmarks.common.incremental import Record, conditions
-from benchmarks.common.measure import RESULTS
+from benchmarks.common.commands import out_option, progress, publish, quick_option, runs_option
+from benchmarks.common.provenance import made_by
+from benchmarks.common.record import MERGES, Record, conditions
 from benchmarks.common.tables import markdown_table
-from benchmarks.speed import report as report
+from benchmarks.speed import report
 from benchmarks.speed.merges import METHODS, PACKAGES, Case, model_sets, run_all
 
 LABELS = ("cart, auto", "cart_auto")
 
 
 @click.command()
-@click.option("--runs", default=5, show_default=True, help="Of each case.")
-@click.option("--quick", is_flag=True, help="Tiny models: shows that it works, and no speed.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=RESULTS / "auto", help="Results' folder."
-)
+@runs_option(5)
+@quick_option
+@out_option("auto")
 def main(runs: int, quick: bool, out: Path) -> None:
     """Measure merges by cart and by cart_auto."""
     console = Console()
-    record = Record(out / "cost.json", conditions(PACKAGES, quick=quick))
+    record = Record(out / "cost.json", conditions(MERGES, PACKAGES, quick=quick))
     cases = [
         Case(f"methods on {name}", label, METHODS[label], models)
         for name, models in model_sets(console, quick).items()
         for label in LABELS
     ]
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
+    with progress(console) as bar:
         run_all(cases, runs, record, bar)
-    (out / "cost.md").write_text(markdown(record, runs))
-    console.print(markdown(record, runs), highlight=False, markup=False, soft_wrap=True)
+    publish(markdown(record, runs), out / "cost.md", console)
     shutil.rmtree(cache_root() / "merge-speed", ignore_errors=True)
 
 
@@ -62,8 +58,8 @@ def markdown(record: Record, runs: int) -> str:
     return (
         f"Whole `mergekit-yaml` runs, medians of {runs}, both methods in turns, on "
         f"{machine['processor']}, {machine['cores']} cores: four Llama-shaped models of 1024 "
-        "hidden and 8 layers in bf16, and the four encoders of `make demo`. Made by `make "
-        f"bench-auto`.\n\n{table}\n"
+        "hidden and 8 layers in bf16, and the four encoders of `make demo`. "
+        f"{made_by('bench-auto', record.measured)}\n\n{table}\n"
     )
 
 

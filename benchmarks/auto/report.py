@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.colors import CART_COLOR, LIMIT_COLOR
+from benchmarks.common.provenance import made_by
 from benchmarks.common.tables import markdown_table
-from benchmarks.demo.report import CART_COLOR, LIMIT_COLOR
 
 AUTO = "CART without hyperparameters"
 AUTO_COLOR = "#bf3989"
@@ -45,8 +46,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     return (
         f"Test accuracy in per cent ({examples['test']} examples a task), mean over fine-tuning "
         "seeds ± standard error where there are several. CART was tuned anew for each row on "
-        f"{examples['validation']} validation examples a task of the first seed. Made by "
-        f"`make bench-auto`.\n\n{table}\n"
+        f"{examples['validation']} validation examples a task of the first seed. "
+        f"{made_by('bench-auto', result['measured'])}\n\n{table}\n"
     )
 
 

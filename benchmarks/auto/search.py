@@ -24,12 +24,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
+from benchmarks.auto import variants
 from benchmarks.auto.variants import Variant, merge_factors
-from benchmarks.common.encoders import load_encoders, task_order
-from benchmarks.common.incremental import Record, conditions
-from benchmarks.common.measure import RESULTS
+from benchmarks.common.commands import out_option, workers_option
+from benchmarks.common.provenance import made_by
+from benchmarks.common.record import Record, conditions
 from benchmarks.common.tables import markdown_table
 from benchmarks.common.training import in_processes
+from benchmarks.suites import load_encoders, task_order
 
 SUITES = ("vision", "text")
 SEEDS = (0, 1)
@@ -90,8 +92,9 @@ VARIANTS: dict[str, dict[str, Variant]] = {
 
 def search(suite: str, seed: int, folder: Path) -> None:
     """Judge all variants on one suite and seed; what is known is not done again."""
-    known = conditions(PACKAGES, examples=EXAMPLES)
-    del known["environment"]
+    known = conditions(
+        ("linalg",), PACKAGES, timed=False, variants=variants.REVISION, examples=EXAMPLES
+    )
     record = Record(folder / f"{suite}-{seed}.json", known)
     todo = {
         key_of(variant): variant
@@ -124,25 +127,26 @@ def key_of(variant: Variant) -> str:
     return ", ".join(f"{field.name}={getattr(variant, field.name)}" for field in fields(variant))
 
 
-def means(folder: Path) -> dict[str, dict[str, float]]:
+def means(records: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """Mean accuracy by variant's key, by suite and seed."""
     found: dict[str, dict[str, float]] = {}
-    for suite in SUITES:
-        for seed in SEEDS:
-            record: Mapping[str, Any] = json.loads((folder / f"{suite}-{seed}.json").read_text())
-            for key, case in record["cases"].items():
-                mean = statistics.fmean(case["accuracy"].values())
-                found.setdefault(key, {})[f"{suite} {seed}"] = mean
+    for column, record in records.items():
+        for key, case in record["cases"].items():
+            found.setdefault(key, {})[column] = statistics.fmean(case["accuracy"].values())
     return found
 
 
 def markdown(folder: Path) -> str:
     """The table of all variants, a row each."""
-    found = means(folder)
-    columns = [f"{suite} {seed}" for suite in SUITES for seed in SEEDS]
+    records = {
+        f"{suite} {seed}": json.loads((folder / f"{suite}-{seed}.json").read_text())
+        for suite in SUITES
+        for seed in SEEDS
+    }
+    found, columns = means(records), list(records)
     rows = []
-    for group, variants in VARIANTS.items():
-        for title, variant in variants.items():
+    for group, members in VARIANTS.items():
+        for title, variant in members.items():
             values = found[key_of(variant)]
             by_suite = [
                 statistics.fmean(values[f"{suite} {seed}"] for seed in SEEDS) for suite in SUITES
@@ -152,20 +156,23 @@ def markdown(folder: Path) -> str:
             rows.append([group, f"{default}{title}{default}", *cells])
     heading = ["what varies", "value", *SUITES, *columns]
     ruler = ["---", "---", *["---:"] * (len(heading) - 2)]
-    return markdown_table(heading, rows, ruler)
+    measured = [one for record in records.values() for one in record["measured"]]
+    return (
+        f"Accuracy in per cent on the validation splits ({EXAMPLES} examples a task): means of "
+        f"the seeds, and each seed. {made_by('bench-auto', measured)}\n\n"
+        f"{markdown_table(heading, rows, ruler)}\n"
+    )
 
 
 @click.command()
-@click.option("--workers", default=2, show_default=True, help="Processes of one thread each.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=RESULTS / "auto", help="Results' folder."
-)
+@workers_option
+@out_option("auto")
 def main(workers: int, out: Path) -> None:
     """Judge variants of CART without hyperparameters on two suites' validation splits."""
     folder = out / "search"
     pairs: Sequence[tuple[str, int]] = [(suite, seed) for seed in SEEDS for suite in SUITES]
     in_processes([partial(search, suite, seed, folder) for suite, seed in pairs], workers)
-    (out / "search.md").write_text(markdown(folder) + "\n")
+    (out / "search.md").write_text(markdown(folder))
     click.echo(markdown(folder))
 
 

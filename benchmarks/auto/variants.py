@@ -16,6 +16,8 @@ from torch import Tensor
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.merging.least_interference import AUTO_RANK_RATIO, PULL, RIDGE
 
+REVISION = 1  # raised when a variant gives other weights
+
 
 @dataclass(frozen=True)
 class Variant:

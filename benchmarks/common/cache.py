@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cart_plugin.checkpoints import files
+
 MANIFEST = "manifest.json"
 
 
@@ -38,11 +40,9 @@ def file_sha256(path: Path) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader sees the old file or the whole new one."""
+    """Write JSON so that a reader sees the old file or the whole new one; make its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
+    files.write_json(path, content)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

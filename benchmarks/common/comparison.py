@@ -24,6 +24,7 @@ import click
 import yaml
 
 from benchmarks.common.cache import write_json
+from benchmarks.common.provenance import made_by, provenance
 from benchmarks.common.tables import markdown_table
 from cart_plugin.compare.steps import versions
 
@@ -255,10 +256,44 @@ def _error(seeds: Sequence[Mapping[str, Any]], names: Sequence[str]) -> float:
     return sum(seeds[0]["stderr"][name] ** 2 for name in names) ** 0.5 / len(names)
 
 
-def write_results(results: Mapping[str, Any], caption: str, out: Path) -> None:
-    """Write `results.json`, `table.md` and `methods.png` into a folder."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "results.json", dict(results))
+def write_results(results: Mapping[str, Any], caption: str, target: str, out: Path) -> None:
+    """Write `results.json`, `table.md` and `methods.png` into a folder.
+
+    Args:
+        results: of `Suite.results`.
+        caption: of the table.
+        target: of make, that made them.
+        out: the folder.
+    """
+    path = out / "results.json"
+    older = json.loads(path.read_text()) if path.exists() else {"test": {}, "measured": []}
+    measured = sittings(results, older)
+    write_json(path, {**results, "caption": caption, "target": target, "measured": measured})
+    write_report(out)
+
+
+def sittings(results: Mapping[str, Any], older: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Where the rows of `test` come from: `compare` finds those again that an older run made.
+
+    Returns:
+        Provenances with `cases`, a seed and a name each, as a record has them.
+    """
+    now, before = _rows(results), _rows(older)
+    again = {key for key, row in now.items() if before.get(key) == row}
+    kept = [
+        one | {"cases": [key for key in one["cases"] if key in again]} for one in older["measured"]
+    ]
+    new = [key for key in now if key not in again]
+    return [one for one in (*kept, provenance() | {"cases": new}) if one["cases"]]
+
+
+def _rows(results: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{seed} {row['name']}": row for seed, rows in results["test"].items() for row in rows}
+
+
+def write_report(out: Path) -> None:
+    """Write `table.md` and `methods.png` from a folder's `results.json`."""
+    results = json.loads((out / "results.json").read_text())
     table = lines(results)
     whole = next(line["mean"] for line in table if line["name"] == "fine-tuned")
     best = max((line for line in table if line["name"] in results["chosen"]), key=_by_mean)
@@ -274,6 +309,7 @@ def write_results(results: Mapping[str, Any], caption: str, out: Path) -> None:
     ]
     header = ["method", *results["tasks"].values(), "mean", "of fine-tuned", "chosen"]
     ruler = ["---", *["---:"] * (len(header) - 2), "---"]
+    caption = f"{results['caption']} {made_by(results['target'], results['measured'])}"
     (out / "table.md").write_text(f"{caption}\n\n{markdown_table(header, rows, ruler)}\n")
     _plot(table, out / "methods.png")
 

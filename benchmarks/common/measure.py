@@ -1,7 +1,8 @@
 """Running a command and measuring it, and the models that merging is measured on.
 
 Run as a script, this file is the small process that `measure` puts between itself and the command:
-`python -S benchmarks/measure.py LOG COMMAND...` prints what COMMAND needed as one line of JSON.
+`python -S benchmarks/common/measure.py LOG COMMAND...` prints what COMMAND needed, as one line of
+JSON.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent.parent / "results"
 _BYTES_PER_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
 
 

@@ -22,7 +22,7 @@ from benchmarks.common.cache import (
     settings_hash,
     write_json,
 )
-from benchmarks.common.incremental import plugin_digest
+from benchmarks.common.record import MERGES, revisions
 
 MERGED = "merged"  # subfolder of a finished merge that holds the model
 SEED = 0  # for DARE's random masks
@@ -86,7 +86,7 @@ def merge(
     merged weights are the same.
 
     The cache knows a merge by its recipe (whose paths name settings and seeds of the inputs) and
-    the versions of mergekit and, for `cart` and `cart_auto`, of this plugin's core.
+    the version of mergekit and, for `cart` and `cart_auto`, the revisions of this plugin's core.
 
     Raises:
         MergeError: mergekit is not installed, failed, or lost tensors.
@@ -94,7 +94,7 @@ def merge(
     recipe = candidate.recipe(models, base)
     identity = {"recipe": recipe, "seed": SEED, "mergekit": importlib.metadata.version("mergekit")}
     if candidate.method.startswith("cart"):
-        identity["cart_plugin"] = plugin_digest()
+        identity["revisions"] = revisions(MERGES)
     folder = cache_root() / "merges" / f"{candidate.method}-{settings_hash(identity)}"
     record = None if fresh else read_manifest(folder)
     if record is None:

@@ -6,27 +6,52 @@ do not depend on the fine-tuning seed: what was test for one seed must not be tu
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from itertools import combinations
-from typing import Protocol, TypeVar
+from pathlib import Path
+from typing import ClassVar, TypeVar
 
 import numpy as np
 
 SPLITS = ("train", "validation", "test")
 SPLIT_SEED = 20241216  # one for all suites, see above
 
-S = TypeVar("S")
+S = TypeVar("S", bound="Labelled")
 
 
-class Labelled(Protocol):
-    """What splits of images and of texts have in common."""
+class Labelled(ABC):
+    """What splits of images and of texts have in common.
 
-    @property
-    def labels(self) -> np.ndarray: ...
-    @property
-    def groups(self) -> np.ndarray: ...
-    def __len__(self) -> int: ...
-    def take(self: S, index: np.ndarray) -> S: ...
+    Attributes:
+        labels: int64, (N,), class numbers.
+        groups: int64, (N,), numbers of the groups that must not be in two splits.
+        suffix: of the file of a split.
+    """
+
+    labels: np.ndarray
+    groups: np.ndarray
+    suffix: ClassVar[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def take(self: S, index: np.ndarray) -> S:
+        """The examples at these positions."""
+
+    @abstractmethod
+    def save(self, path: Path) -> None:
+        """Write the split."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls: type[S], path: Path) -> S:
+        """Read what `save` wrote."""
+
+    def head(self: S, count: int | None) -> S:
+        """The first `count` (all if None): a fair sample, as splits are stored shuffled."""
+        return self if count is None else self.take(np.arange(min(count, len(self))))
 
 
 def assign_groups(

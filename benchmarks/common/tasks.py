@@ -56,9 +56,7 @@ class TaskTable(Generic[S]):
         examples: what one split is full of, as manifests call it.
         most: examples that are kept of each split.
         data_format: raised when a builder changes, so that cached data are made anew.
-        suffix: of the file of a split.
-        write: writes a split to its file.
-        read: reads it.
+        kind: of the splits.
         check_no_leak: raises ValueError if splits share what they must not.
         hint: how to prepare a task; `{name}` stands for its name.
         drop_copies: leaves the first of equal examples of a split; by default nothing is dropped.
@@ -69,9 +67,7 @@ class TaskTable(Generic[S]):
     examples: str
     most: Mapping[str, int]
     data_format: int
-    suffix: str
-    write: Callable[[Path, S], None]
-    read: Callable[[Path], S]
+    kind: type[S]
     check_no_leak: Callable[[dict[str, S]], None]
     hint: str
     drop_copies: Callable[[S], S] = _keep_all  # no lambda: bound methods can go to processes
@@ -121,7 +117,7 @@ class TaskTable(Generic[S]):
         self.check_no_leak(splits)
         with new_folder(folder) as target:
             for split, data in splits.items():
-                self.write(target / f"{split}{self.suffix}", data)
+                data.save(target / f"{split}{self.kind.suffix}")
             counts = {
                 split: {self.examples: len(data), "groups": len(np.unique(data.groups))}
                 for split, data in splits.items()
@@ -148,11 +144,11 @@ class TaskTable(Generic[S]):
         """
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; the splits are {', '.join(SPLITS)}")
-        path = self.folder(name) / f"{split}{self.suffix}"
+        path = self.folder(name) / f"{split}{self.kind.suffix}"
         if not path.exists():
             hint = self.hint.format(name=name)
             raise FileNotFoundError(f"task {name} is not prepared: {hint}")
-        return self.read(path)
+        return self.kind.load(path)
 
     def training_sample(self, name: str, count: int, seed: int) -> S:
         """`count` training examples (or all, if fewer), balanced by class, another draw a seed."""

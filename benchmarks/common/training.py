@@ -8,13 +8,20 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from benchmarks.common.cache import read_manifest
+from benchmarks.common.cache import (
+    MANIFEST,
+    cache_root,
+    new_folder,
+    read_manifest,
+    settings_hash,
+    write_json,
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,9 @@ class Settings:
 
 
 S = TypeVar("S", bound=Settings)
+# Where training shows how far it is: a line of the terminal for its bar, or, in the place of a bar,
+# what takes the share of the work that each step has done.
+Shown = int | Callable[[float], None]
 
 
 def train_model(
@@ -48,8 +58,7 @@ def train_model(
     settings: Settings,
     seed: int,
     title: str = "task",
-    row: int = 0,
-    told: Callable[[float], None] | None = None,
+    shown: Shown = 0,
 ) -> list[float]:
     """Train a model in place by AdamW: a short warm-up, then linear decay to zero.
 
@@ -60,8 +69,7 @@ def train_model(
         settings: see `Settings`.
         seed: decides the order of the examples; nothing else is random.
         title: of the progress bar.
-        row: its line of the terminal.
-        told: in the place of a bar, gets the share of the work that each step has done.
+        shown: where the progress is shown.
 
     Returns:
         Each epoch's mean loss.
@@ -84,8 +92,8 @@ def train_model(
         desc=f"fine-tune {title}",
         unit="step",
         leave=False,
-        position=row,
-        disable=told is not None,
+        position=shown if isinstance(shown, int) else None,
+        disable=not isinstance(shown, int),
     ) as bar:
         for _ in range(settings.epochs):
             total = 0.0
@@ -99,40 +107,89 @@ def train_model(
                 total += loss.item() * len(chosen)
                 bar.update()
                 bar.set_postfix(loss=f"{loss.item():.2f}")
-                if told is not None:
-                    told(1 / steps)
+                if not isinstance(shown, int):
+                    shown(1 / steps)
             losses.append(total / count)
     model.eval()
     return losses
 
 
-def finetune_missing(
-    finetune_task: Callable[[str, int, S, int], object],
-    folder_of: Callable[[str, int, S], Path],
-    settings: Mapping[str, S],
-    examples: Callable[[S], int],
-    seed: int,
-    workers: int,
-) -> dict[str, Path]:
-    """Fine-tune the tasks that are not done, `workers` at a time; return the folders of all.
+Trained = tuple[list[float], Callable[[Path], None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuner(Generic[S]):
+    """Fine-tunes one model a task, once: what is done is found again by all that decides it.
 
     Args:
-        finetune_task: of a suite; takes task, seed, settings and the progress bar's line.
-        folder_of: where a task's result is kept, whether or not it is there.
-        settings: of each task, by name.
-        examples: how many of a task these settings train on.
-        seed: of the fine-tuning.
-        workers: see `in_processes`.
+        place: folder of the cache.
+        settings: their class; its defaults are the suite's.
+        examples: the setting that says how many of a task it trains on.
+        identity: all that decides a model: of a task, a seed and settings; names its folder.
+        train: takes the same and where to show progress; returns each epoch's mean loss, and what
+            writes the model into a folder.
     """
-    folders = {name: folder_of(name, seed, own) for name, own in settings.items()}
-    todo = [name for name, folder in folders.items() if read_manifest(folder) is None]
-    # The longest first: none is left to run alone in the end.
-    todo.sort(key=lambda name: -examples(settings[name]) * settings[name].epochs)
-    in_processes(
-        [partial(finetune_task, name, seed, settings[name], row) for row, name in enumerate(todo)],
-        workers,
-    )
-    return folders
+
+    place: str
+    settings: type[S]
+    examples: str
+    identity: Callable[[str, int, S], dict[str, object]]  # no lambdas: they go to processes
+    train: Callable[[str, int, S, Shown], Trained]
+
+    def folder(self, name: str, seed: int, settings: S) -> Path:
+        """Where the task's fine-tuned model is kept, whether or not it is there."""
+        own = settings_hash(self.identity(name, seed, settings))
+        return cache_root() / self.place / f"seed{seed}" / f"{name}-{own}"
+
+    def finetune(self, name: str, seed: int, settings: S | None = None, shown: Shown = 0) -> Path:
+        """Fine-tune the pretrained model on a task unless that is done; return the folder.
+
+        Args:
+            name: the task.
+            seed: draws the training examples and their order.
+            settings: of the training.
+            shown: where the progress is shown.
+        """
+        settings = settings or self.settings()
+        folder = self.folder(name, seed, settings)
+        if read_manifest(folder) is not None:
+            return folder
+        losses, save = self.train(name, seed, settings, shown)
+        with new_folder(folder) as target:
+            save(target)
+            manifest = self.identity(name, seed, settings) | {"epoch_losses": losses}
+            write_json(target / MANIFEST, manifest)
+        return folder
+
+    def finetune_all(
+        self,
+        names: Sequence[str],
+        seed: int,
+        settings: S | Mapping[str, S] | None = None,
+        workers: int = 2,
+    ) -> dict[str, Path]:
+        """Fine-tune the tasks that are not done; return the folders of all.
+
+        Args:
+            names: the tasks.
+            seed: of the fine-tuning.
+            settings: of all tasks, or of each by name.
+            workers: see `in_processes`.
+        """
+        if not isinstance(settings, Mapping):
+            settings = dict.fromkeys(names, settings or self.settings())
+        folders = {name: self.folder(name, seed, settings[name]) for name in names}
+        todo = [name for name, folder in folders.items() if read_manifest(folder) is None]
+        # The longest first: none is left to run alone in the end.
+        steps = {
+            name: getattr(settings[name], self.examples) * settings[name].epochs for name in todo
+        }
+        todo.sort(key=lambda name: -steps[name])
+        jobs = [
+            partial(self.finetune, name, seed, settings[name], row) for row, name in enumerate(todo)
+        ]
+        in_processes(jobs, workers)
+        return folders
 
 
 def in_processes(jobs: Sequence[Callable[[], Any]], workers: int) -> list[Any]:

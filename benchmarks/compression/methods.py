@@ -18,9 +18,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.common.encoders import Encoders
+from benchmarks.suites import Encoders
 from cart_plugin.compress import compress, load_task
 
+REVISION = 1  # raised when a way to store gives other models or counts other bytes
 WEIGHTS = "model.safetensors"
 ADAPTER = "adapter_model.safetensors"
 GROUP = 64  # weights that share a scale in rounding
@@ -62,7 +63,7 @@ def indexed(encoders: Encoders, work: Path, *, around_base: bool = False, **opti
         encoders: to store.
         work: an empty folder.
         around_base: around the pretrained encoder rather than the average.
-        options: of `cart_plugin.merging.indexing.compress`.
+        options: of `cart_plugin.compress.compress`.
     """
     base = encoders.pretrained if around_base else None
     tasks = list(encoders.folders)

@@ -1,4 +1,4 @@
-"""The table and the plot of `benchmarks.compression.suite`, from its records."""
+"""The table and the plot of `benchmarks.compression`, from its records."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.colors import CART_COLOR, LIMIT_COLOR, MERGED_COLOR
+from benchmarks.common.provenance import made_by
 from benchmarks.common.tables import markdown_table
-from benchmarks.demo.report import CART_COLOR, LIMIT_COLOR, MERGED_COLOR
 
 INDIVIDUAL = "fine-tuned"
 _TITLES = {"vision": "eight image tasks, DINOv2 ViT-S", "text": "eight text tasks, MiniLM"}
@@ -44,13 +45,13 @@ def write_report(folder: Path, suites: Sequence[str], seeds: Sequence[int]) -> s
     """Write `table.md` and `accuracy_bytes.png`; returns the table."""
     from matplotlib import pyplot as plt
 
-    known = {
-        suite: [
-            json.loads((folder / f"{suite}-{seed}.json").read_text())["cases"] for seed in seeds
-        ]
+    records = {
+        suite: [json.loads((folder / f"{suite}-{seed}.json").read_text()) for seed in seeds]
         for suite in suites
     }
-    text = markdown(known, len(seeds))
+    known = {suite: [one["cases"] for one in of_suite] for suite, of_suite in records.items()}
+    measured = [one for of_suite in records.values() for own in of_suite for one in own["measured"]]
+    text = markdown(known, len(seeds), made_by("bench-compress", measured))
     (folder / "table.md").write_text(text)
     figure = plot({suite: records[0] for suite, records in known.items()})
     figure.savefig(folder / "accuracy_bytes.png", dpi=150)
@@ -58,8 +59,14 @@ def write_report(folder: Path, suites: Sequence[str], seeds: Sequence[int]) -> s
     return text
 
 
-def markdown(known: Mapping[str, Sequence[Cases]], seeds: int) -> str:
-    """One row a way of storing that all seeds have; both suites side by side."""
+def markdown(known: Mapping[str, Sequence[Cases]], seeds: int, made: str) -> str:
+    """One row a way of storing that all seeds have; both suites side by side.
+
+    Args:
+        known: cases by suite and seed.
+        seeds: how many.
+        made: the caption's last sentence.
+    """
     rows = []
     for name in sorted(next(iter(known.values()))[-1], key=_place):
         cells: list[str] = []
@@ -78,8 +85,8 @@ def markdown(known: Mapping[str, Sequence[Cases]], seeds: int) -> str:
         "average. Rank 23 is 6 % of the short sides. `compress` leaves tensors other than "
         "matrices as the base has them (`--small-error 0.1`), and so does `extract-lora` where it "
         "says so; by their defaults both store them whole. Outputs of PEFT with the third row's "
-        f"adapters, switched or merged, differ from those of `expand` by {peft:.0e} at most. Made "
-        f"by `make bench-compress`.\n\n{table}\n"
+        f"adapters, switched or merged, differ from those of `expand` by {peft:.0e} at most. "
+        f"{made}\n\n{table}\n"
     )
 
 

@@ -9,23 +9,22 @@ from __future__ import annotations
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from benchmarks.common.incremental import COMPRESS as SOURCES
-from benchmarks.common.incremental import Record, conditions, digest
-from benchmarks.common.measure import RESULTS, Measurement, measure
+from benchmarks.common.commands import out_option, progress, publish, quick_option, runs_option
+from benchmarks.common.measure import Measurement, measure
+from benchmarks.common.provenance import made_by
+from benchmarks.common.record import COMPRESSES, Record, conditions
 from benchmarks.common.tables import markdown_table
 from benchmarks.compression.methods import extract_command
 from benchmarks.speed.merges import Models, llama
 
-PACKAGES = ("cart-plugin", "mergekit", "peft", "torch", "transformers", "safetensors")
+PACKAGES = ("mergekit", "peft", "torch", "transformers", "safetensors")
 COMPRESS, EXTRACT = "mergekit-cart compress", "mergekit-extract-lora"
 
 
@@ -99,8 +98,9 @@ def _together(runs: Sequence[Measurement]) -> dict[str, float]:
     }
 
 
-def markdown(cases: Mapping[str, Sequence[Mapping[str, float]]], machine: Mapping[str, Any]) -> str:
+def markdown(record: Record) -> str:
     """A row a case and command; the ratios are to `compress`."""
+    cases, machine = record.cases, record.conditions["machine"]
     rows = []
     titles = list(dict.fromkeys(key.partition(" | ")[0] for key in cases))
     for title in titles:
@@ -122,26 +122,21 @@ def markdown(cases: Mapping[str, Sequence[Mapping[str, float]]], machine: Mappin
         f"Whole commands, start-up included: medians of {runs}, in turns, on "
         f"{machine['processor']}, {machine['cores']} cores; Llamas of 1024 hidden and 8 layers in "
         "bf16, MiniLM in fp32. `mergekit-extract-lora` makes one adapter a "
-        "run: times are added up, the largest peak counts. Made by `make bench-compress`.\n\n"
-        f"{table}\n"
+        "run: times are added up, the largest peak counts. "
+        f"{made_by('bench-compress', record.measured)}\n\n{table}\n"
     )
 
 
 @click.command()
-@click.option("--runs", default=3, show_default=True, help="Of each command.")
-@click.option("--quick", is_flag=True, help="Tiny models: shows that it works, and no speed.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=RESULTS / "compression", help="For results."
-)
+@runs_option(3)
+@quick_option
+@out_option("compression")
 def main(runs: int, quick: bool, out: Path) -> None:
     """Measure both commands."""
     console = Console()
-    record = Record(
-        out / "speed.json", conditions(PACKAGES, quick=quick, compress_sources=digest(SOURCES))
-    )
+    record = Record(out / "speed.json", conditions(COMPRESSES, PACKAGES, quick=quick))
     cases = find_cases(quick)
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
+    with progress(console) as bar:
         task = bar.add_task("measuring", total=runs * 2 * len(cases))
         for round_ in range(runs):
             for case in cases:
@@ -151,11 +146,9 @@ def main(runs: int, quick: bool, out: Path) -> None:
                     bar.update(task, description=key)
                     known = record.cases.get(key, [])
                     if len(known) <= round_:
-                        record.put(key, [*known, run(case, command)])
+                        record.put(key, [*known, run(case, command)], adds=True)
                     bar.advance(task)
-    text = markdown(record.cases, record.conditions["machine"])
-    (out / "speed.md").write_text(text)
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    publish(markdown(record), out / "speed.md", console)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.compression.suite` (`make bench-compress`): accuracy against bytes.
+"""`python -m benchmarks.compression` (`make bench-compress`): accuracy against bytes.
 
 The vision and the text suite, eight tasks each: every task's encoder as it comes back from
 `mergekit-cart compress`, around the average and around the pretrained encoder, from
@@ -26,13 +26,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 
-from benchmarks.common.encoders import Encoders, load_encoders, task_order
-from benchmarks.common.incremental import COMPRESS, Record, conditions, digest
-from benchmarks.common.measure import RESULTS
+from benchmarks.common.commands import out_option, report_option, workers_option
+from benchmarks.common.record import COMPRESSES, Record, conditions
 from benchmarks.common.training import in_processes
 from benchmarks.compression import methods
 from benchmarks.compression.methods import Stored
 from benchmarks.compression.report import write_report
+from benchmarks.suites import Encoders, load_encoders, task_order
 from cart_plugin.errors import CartError
 
 SUITES = ("vision", "text")
@@ -100,8 +100,8 @@ def _rounded(bits: int, encoders: Encoders, _: Path) -> Stored:
 
 def judge_all(suite: str, seed: int, curves: bool, folder: Path) -> None:
     """Judge all ways on one suite and seed; what is known is not done again."""
-    known = conditions(PACKAGES, examples=TEST, compress_sources=digest(COMPRESS))
-    del known["environment"]
+    own = {"methods": methods.REVISION, "examples": TEST}
+    known = conditions(COMPRESSES, PACKAGES, timed=False, **own)
     record = Record(folder / f"{suite}-{seed}.json", known)
     known_cases = {name for name, case in record.cases.items() if "error" not in case}
     todo = {name: make for name, make in cases(curves).items() if name not in known_cases}
@@ -165,11 +165,9 @@ def judged(encoders: Encoders, stored: Stored) -> dict[str, Any]:
 
 
 @click.command()
-@click.option("--workers", default=2, show_default=True, help="Processes of one thread each.")
-@click.option("--report", "only_report", is_flag=True, help="Tables and plots from the results.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=RESULTS / "compression", help="For results."
-)
+@workers_option
+@report_option
+@out_option("compression")
 def main(workers: int, only_report: bool, out: Path) -> None:
     """Accuracy against bytes of compressed encoders."""
     if not only_report:
@@ -178,7 +176,3 @@ def main(workers: int, only_report: bool, out: Path) -> None:
         ]
         in_processes(jobs, workers)
     click.echo(write_report(out, SUITES, SEEDS))
-
-
-if __name__ == "__main__":
-    main(prog_name="python -m benchmarks.compression.suite")

@@ -14,6 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.common.colors import CART_COLOR, LIMIT_COLOR, MERGED_COLOR
 from benchmarks.common.tables import markdown_table
 
 NEXT = """\
@@ -32,8 +33,6 @@ Next: your own models, three or more of one base. Write my.yaml (more in configs
                                    the recipe by every method, judged by lm-eval
 
 The commands are in .venv/bin."""
-
-MERGED_COLOR, CART_COLOR, LIMIT_COLOR = "#9aa5b1", "#1f6feb", "#3d4852"
 
 
 def columns(result: dict[str, Any]) -> list[str]:

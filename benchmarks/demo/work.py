@@ -121,7 +121,7 @@ def finetune(told: Told, name: str, seed: int, settings: Any) -> Path:
     """The folder of a task's fine-tuned encoder."""
     from benchmarks.vision.finetune import finetune_task
 
-    return finetune_task(name, seed, settings, told=told)
+    return finetune_task(name, seed, settings, told)
 
 
 def merge_and_validate(

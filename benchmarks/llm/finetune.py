@@ -14,15 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common.cache import (
-    MANIFEST,
-    cache_root,
-    new_folder,
-    read_manifest,
-    settings_hash,
-    write_json,
-)
-from benchmarks.common.training import Settings, finetune_missing, train_model
+from benchmarks.common.training import FineTuner, Settings, Shown, Trained, train_model
 from benchmarks.llm.backbone import SOURCE, prepare_backbone
 from benchmarks.llm.tasks import MOST_CHARACTERS, QUESTIONS, training_examples
 from benchmarks.text.tasks import prepare_task
@@ -58,14 +50,8 @@ class Tuned:
 
     @classmethod
     def of(cls, folder: Path) -> Tuned:
-        """Those in a `tuned_folder`."""
+        """Those in a folder of the cache."""
         return cls(folder / "adapter", folder / "model")
-
-
-def tuned_folder(name: str, seed: int, settings: FineTuning) -> Path:
-    """Where the task's fine-tuned model is kept, whether or not it is there."""
-    identity = settings_hash(_identity(name, seed, settings))
-    return cache_root() / "llm" / f"seed{seed}" / f"{name}-{identity}"
 
 
 def _identity(name: str, seed: int, settings: FineTuning) -> dict[str, object]:
@@ -79,23 +65,10 @@ def _identity(name: str, seed: int, settings: FineTuning) -> dict[str, object]:
     }
 
 
-def finetune_task(name: str, seed: int, settings: FineTuning | None = None, row: int = 0) -> Tuned:
-    """Fine-tune the pretrained model on a task unless that is done; return its folders.
-
-    Args:
-        name: the task.
-        seed: draws the training examples, their order and the adapter's start.
-        settings: of the training.
-        row: line of the terminal for the progress bar.
-    """
+def _train(name: str, seed: int, settings: FineTuning, shown: Shown) -> Trained:
     from peft import LoraConfig, TaskType, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    settings = settings or FineTuning()
-    folder = tuned_folder(name, seed, settings)
-    tuned = Tuned.of(folder)
-    if read_manifest(folder) is not None:
-        return tuned
     base = prepare_backbone()
     tokenizer = AutoTokenizer.from_pretrained(base)
     frozen = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -115,15 +88,14 @@ def finetune_task(name: str, seed: int, settings: FineTuning | None = None, row:
     def loss(chosen: Tensor) -> Tensor:
         return answer_loss(model, [data[position] for position in chosen.tolist()])
 
-    title = QUESTIONS[name].title
-    losses = train_model(model, loss, len(data), settings, seed, title=title, row=row)
-    with new_folder(folder) as target:
+    def save(target: Path) -> None:
         model.save_pretrained(str(target / "adapter"))
         merged: Any = model.merge_and_unload()
         merged.save_pretrained(target / "model")
         tokenizer.save_pretrained(target / "model")
-        write_json(target / MANIFEST, _identity(name, seed, settings) | {"epoch_losses": losses})
-    return tuned
+
+    title = QUESTIONS[name].title
+    return train_model(model, loss, len(data), settings, seed, title=title, shown=shown), save
 
 
 def encode(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], int]:
@@ -157,12 +129,22 @@ def answer_loss(model: torch.nn.Module, batch: Sequence[tuple[list[int], int]]) 
     )
 
 
+TUNER = FineTuner(
+    place="llm", settings=FineTuning, examples="examples", identity=_identity, train=_train
+)
+
+
+def finetune_task(name: str, seed: int, settings: FineTuning | None = None) -> Tuned:
+    """Fine-tune the pretrained model on a task unless that is done.
+
+    The seed decides the adapter's start, too.
+    """
+    return Tuned.of(TUNER.finetune(name, seed, settings))
+
+
 def finetune_all(
     names: Sequence[str], seed: int, settings: FineTuning | None = None, workers: int = 2
 ) -> dict[str, Tuned]:
     """Fine-tune several tasks, `workers` at a time (0: in this process); return their folders."""
-    chosen = dict.fromkeys(names, settings or FineTuning())
-    folders = finetune_missing(
-        finetune_task, tuned_folder, chosen, lambda own: own.examples, seed, workers
-    )
+    folders = TUNER.finetune_all(names, seed, settings, workers)
     return {name: Tuned.of(folder) for name, folder in folders.items()}

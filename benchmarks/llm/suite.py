@@ -1,4 +1,4 @@
-"""`python -m benchmarks.llm.suite` (`make bench-llm`): merge methods of mergekit on SmolLM2-135M.
+"""`python -m benchmarks.llm` (`make bench-llm`): merge methods of mergekit on SmolLM2-135M.
 
 Fine-tunes (or finds) one model a task by LoRA; the rest is `benchmarks.common.comparison`, which
 runs `mergekit-cart compare` with lm-eval. The methods merge the whole models; at the end, those
@@ -19,8 +19,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes from local fold
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from benchmarks.common.cache import cache_root, settings_hash
+from benchmarks.common.commands import out_option
 from benchmarks.common.comparison import Suite, in_threads, share_cores, write_recipe, write_results
-from benchmarks.common.measure import RESULTS
 from benchmarks.llm.backbone import prepare_backbone
 from benchmarks.llm.finetune import FineTuning, finetune_all
 from benchmarks.llm.tasks import QUESTIONS, task_name, write_tasks
@@ -99,9 +99,7 @@ def suites(
 @click.option("--adapters", default="cart,linear", show_default=True, help="See above.")
 @click.option("--workers", default=2, show_default=True, help="Processes at work at a time.")
 @click.option("--tiny", is_flag=True, help="A few steps and settings, to see that it runs.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=RESULTS / "llm", help="Results' folder."
-)
+@out_option("llm")
 def main(tasks: str, methods: str, adapters: str, workers: int, tiny: bool, out: Path) -> None:
     """Compare mergekit's methods on the LLM suite."""
     if not set(adapters.split(",")) <= set(methods.split(",")):
@@ -130,12 +128,7 @@ def main(tasks: str, methods: str, adapters: str, workers: int, tiny: bool, out:
     caption = (
         f"Test accuracy in per cent ({examples['test']} examples a task, lm-eval), ± standard "
         "error over the examples. Settings were chosen on the validation split "
-        f"({examples['validation']} examples a task), among at most four. Made by "
-        "`make bench-llm`."
+        f"({examples['validation']} examples a task), among at most four."
     )
-    write_results(results, caption, out)
+    write_results(results, caption, "bench-llm", out)
     click.echo((out / "table.md").read_text())
-
-
-if __name__ == "__main__":
-    main(prog_name="python -m benchmarks.llm.suite")

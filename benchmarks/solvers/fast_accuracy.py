@@ -18,9 +18,10 @@ import click
 from rich.console import Console
 
 from benchmarks.common.cache import write_json
-from benchmarks.common.incremental import conditions
-from benchmarks.common.measure import RESULTS
+from benchmarks.common.commands import out_option, publish
+from benchmarks.common.provenance import made_by, provenance
 from benchmarks.common.recipes import MergeError, merge
+from benchmarks.common.record import MERGES, conditions
 from benchmarks.common.tables import markdown_table
 from benchmarks.demo.methods import CANDIDATES
 from benchmarks.demo.models import MISSING, TASKS, find_demo_models, fine_tuning
@@ -30,12 +31,12 @@ if TYPE_CHECKING:
 
 LIMIT = 0.3  # points between the means that are allowed
 SOLVERS = ("exact", "fast")
-PACKAGES = ("cart-plugin", "mergekit", "torch", "transformers")
+PACKAGES = ("mergekit", "torch", "transformers")
 
 
 @click.command()
 @click.option("--test-images", default=500, show_default=True, help="A task.")
-@click.option("--out", type=click.Path(path_type=Path), default=RESULTS, show_default=True)
+@out_option("solvers")
 @click.option("--fresh", is_flag=True, help="Merge and evaluate what the cache knows, too.")
 def main(test_images: int, out: Path, fresh: bool) -> None:
     """Merge and evaluate with both solvers; the exit code is 1 if their means differ too much."""
@@ -44,7 +45,8 @@ def main(test_images: int, out: Path, fresh: bool) -> None:
     if models is None:
         raise click.ClickException(MISSING)
     base, *tuned = models
-    known = conditions(PACKAGES)  # before the merges: sources may change while they run
+    known = conditions(MERGES, PACKAGES)
+    measured = [provenance()]  # before the merges: sources may change while they run
     evaluator, titles = _demo_evaluator(test_images, fresh)
     settings = []
     try:
@@ -68,16 +70,15 @@ def main(test_images: int, out: Path, fresh: bool) -> None:
         raise click.ClickException(str(error)) from error
     result = {
         **known,
+        "measured": measured,
         "tasks": titles,
         "test_images": test_images,
         "limit": LIMIT,
         "settings": settings,
         "agree": agree(settings),
     }
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "fast_accuracy.json", result)
-    (out / "fast_accuracy.md").write_text(markdown(result))
-    console.print(markdown(result), markup=False, highlight=False, soft_wrap=True)
+    publish(markdown(result), out / "fast_accuracy.md", console)
     if not result["agree"]:
         sys.exit(1)
 
@@ -149,7 +150,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"Test accuracy in per cent, {result['test_images']} images a task, of the demo's four "
         f"encoders merged by `cart` with each solver. Means less than {result['limit']} points "
         f"apart: {verdict}. The merged weights of both solvers differ: {apart}. "
-        f"Made by `make bench-accuracy`.\n\n{table}\n"
+        f"{made_by('bench-accuracy', result['measured'])}\n\n{table}\n"
     )
 
 

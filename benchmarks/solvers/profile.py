@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common.cache import write_json
-from benchmarks.common.incremental import conditions
-from benchmarks.common.matrices import MatrixMaker
-from benchmarks.common.measure import RESULTS
+from benchmarks.common.commands import out_option
+from benchmarks.common.provenance import made_by, provenance
+from benchmarks.common.record import conditions
 from benchmarks.common.tables import markdown_table
+from benchmarks.solvers.matrices import MatrixMaker
 from benchmarks.solvers.report import BAR_SHAPES, RATIO
 from cart_plugin import RankRule, truncated_svd
 from cart_plugin.linalg import krylov
@@ -102,19 +103,27 @@ def rows_of(cases: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     ]
 
 
+def markdown(result: dict[str, Any]) -> str:
+    """The table with its caption."""
+    threads = result["conditions"]["threads"]
+    return (
+        f"`fast` at ratio {RATIO:g}, {SPECTRUM}, on {threads} threads. Floor: the products with "
+        "the matrix alone, two a block of the basis. Shares of the time by torch's profiler. "
+        f"{made_by('bench-profile', result['measured'])}\n\n"
+        f"{markdown_table(*rows_of(result['cases']))}\n"
+    )
+
+
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=RESULTS / "solvers")
+@out_option("solvers")
 def main(out: Path) -> None:
     """Profile `fast` on the shapes that have a bar."""
     cases = [measured(MatrixMaker(m, n).make(SPECTRUM)) for m, n in BAR_SHAPES]  # type: ignore[arg-type]
-    current = conditions(("cart-plugin", "torch"), threads=torch.get_num_threads())
-    write_json(out / "profile.json", {"conditions": current, "cases": cases})
+    current = conditions(("linalg",), ("torch",), threads=torch.get_num_threads())
+    result = {"conditions": current, "measured": [provenance()], "cases": cases}
+    write_json(out / "profile.json", result)
+    (out / "profile.md").write_text(markdown(result))
     heading, rows = rows_of(cases)
-    (out / "profile.md").write_text(
-        f"`fast` at ratio {RATIO:g}, {SPECTRUM}, on {current['threads']} threads (`make "
-        "bench-profile`). Floor: the products with the matrix alone, two a block of the basis. "
-        f"Shares of the time by torch's profiler.\n\n{markdown_table(heading, rows)}\n"
-    )
     table = Table(title="Where `fast` spends its time", title_justify="left")
     for name in heading:
         table.add_column(name)

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
+from benchmarks.common.provenance import made_by
 from benchmarks.common.tables import markdown_table
 
 Case = dict[str, Any]
@@ -218,22 +219,27 @@ def console_tables(cases: Sequence[Case]) -> list[Table]:
 
 
 def markdown(
-    conditions: dict[str, Any], cases: Sequence[Case], ratios: Sequence[float] | None = None
+    conditions: dict[str, Any],
+    measured: Sequence[dict[str, Any]],
+    cases: Sequence[Case],
+    ratios: Sequence[float] | None = None,
 ) -> str:
     """The same as Markdown, with what a reader needs to place the figures.
 
     Args:
         conditions: what the figures were measured under.
+        measured: where they come from.
         cases: the figures.
         ratios: rank ratios to give an overview of; None means all.
     """
     versions = ", ".join(f"{name} {number}" for name, number in conditions["versions"].items())
     machine = conditions["machine"]
     omitted = sum(len(case["omitted"]) for case in cases)
+    where = f"on {machine['processor']}, {conditions['threads']} threads"
     parts = [
-        f"Made by `make bench-solvers` on {machine['processor']}, {conditions['threads']} threads; "
-        f"{versions}. Errors are relative (Frobenius) to the best approximation of the rank, "
-        "computed in fp64; excess is residual energy beyond the optimum's, relative to it. "
+        f"{made_by('bench-solvers', measured, where)} With {versions}. "
+        "Errors are relative (Frobenius) to the best approximation of the rank, computed in fp64; "
+        "excess is residual energy beyond the optimum's, relative to it. "
         f"Left out as too slow: {omitted} of {sum(len(STYLES) for _ in cases)} "
         "(`omitted` in `results.json`; – below).",
         f"### Bars, at rank ratio {RATIO:g}",

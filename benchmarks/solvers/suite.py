@@ -22,15 +22,15 @@ from typing import Any
 import click
 import torch
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from torch import Tensor
 
 from benchmarks.common.cache import cache_root
-from benchmarks.common.incremental import Record, conditions
-from benchmarks.common.matrices import REAL, SPECTRA, MatrixMaker, Reference
+from benchmarks.common.commands import progress, resume_option
 from benchmarks.common.measure import RESULTS
+from benchmarks.common.record import Record, conditions
 from benchmarks.demo.models import MISSING
 from benchmarks.solvers import report
+from benchmarks.solvers.matrices import REAL, SPECTRA, MatrixMaker, Reference
 from cart_plugin import RankRule, truncated_svd
 from cart_plugin.linalg.gram import PARTIAL_SIDE
 
@@ -51,7 +51,7 @@ RATIOS = (0.01, 0.08, 0.16, 0.32)
 QUICK_SHAPES = ((384, 384), (384, 1536), (768, 768))
 QUICK_RATIOS = (0.08, 0.32)
 
-PACKAGES = ("cart-plugin", "torch", "scipy", "scikit-learn", "numpy")
+PACKAGES = ("torch", "scipy", "scikit-learn", "numpy")
 
 # What ARPACK and the randomised solvers may cost, as m * n * k: beyond that a call takes
 # many seconds, and a case is left out (and recorded as such).
@@ -172,7 +172,7 @@ def _spectrum(text: str) -> str:
 @click.option("--ratios", callback=_listed(float), help="Rank ratios; default: all.")
 @click.option("--spectra", callback=_listed(_spectrum), help=f"Of: {', '.join(SPECTRA)}.")
 @click.option("--quick", is_flag=True, help="Three small shapes, two ratios, few repetitions.")
-@click.option("--resume/--anew", default=True, help="Keep what is measured already, or do not.")
+@resume_option
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the results.")
 def main(
     shapes: Sequence[tuple[int, int]] | None,
@@ -187,15 +187,13 @@ def main(
     shapes = shapes or (QUICK_SHAPES if quick else SHAPES)
     ratios = ratios or (QUICK_RATIOS if quick else RATIOS)
     out = out or (cache_root() / "solvers-quick" if quick else RESULTS / "solvers")
-    current = conditions(PACKAGES, threads=torch.get_num_threads(), quick=quick)
+    current = conditions(("linalg",), PACKAGES, threads=torch.get_num_threads(), quick=quick)
     record = Record(out / "results.json", current, resume)
     if record.discarded:
         console.print(f"Starting anew: {out / 'results.json'} was {record.discarded}")
     _warm_up()
     matrices = [(shape, spectrum) for shape in shapes for spectrum in spectra or SPECTRA]
-    with Progress(
-        *Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn()
-    ) as bar:
+    with progress() as bar:
         task = bar.add_task("", total=len(matrices))
         for shape, spectrum in matrices:
             bar.update(task, description=f"{shape[0]}x{shape[1]}, {spectrum}")
@@ -204,8 +202,9 @@ def main(
     cases = list(record.cases.values())
     if not any(case["solvers"] for case in cases):
         raise click.ClickException("nothing was measured")
-    (out / "table.md").write_text(report.markdown(record.conditions, cases))
-    (out / "summary.md").write_text(report.markdown(record.conditions, cases, [report.RATIO]))
+    given = (record.conditions, record.measured, cases)
+    (out / "table.md").write_text(report.markdown(*given))
+    (out / "summary.md").write_text(report.markdown(*given, [report.RATIO]))
     report.save_plot(cases, out / "time_error.png")
     for table in report.console_tables(cases):
         console.print(table)
@@ -362,7 +361,3 @@ def _warm_up() -> None:
     for solver in SOLVERS.values():
         with suppress(ImportError):
             solver(x, 8)
-
-
-if __name__ == "__main__":
-    main()

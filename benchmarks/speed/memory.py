@@ -23,6 +23,7 @@ from rich.table import Table
 
 from benchmarks.common.cache import MANIFEST, cache_root, new_folder, read_manifest, write_json
 from benchmarks.common.measure import RESULTS, Measurement, machine, measure
+from benchmarks.common.provenance import made_by, provenance
 from benchmarks.common.tables import markdown_table
 
 TUNED = 4
@@ -55,9 +56,15 @@ def main(runs: int) -> None:
 
     rows = {name: _summary(of_method) for name, of_method in measured.items()}
     versions = {name: version(name) for name in ("cart-plugin", "mergekit", "torch")}
-    result = {"machine": where, "versions": versions, "runs": runs, "methods": rows}
-    write_json(RESULTS / "merge_memory.json", result)
-    (RESULTS / "merge_memory.md").write_text(markdown(result))
+    result = {
+        "machine": where,
+        "versions": versions,
+        "measured": [provenance()],
+        "runs": runs,
+        "methods": rows,
+    }
+    write_json(RESULTS / "speed" / "merge_memory.json", result)
+    (RESULTS / "speed" / "merge_memory.md").write_text(markdown(result))
     table = Table(title=f"mergekit-yaml, 4 models of 103 M parameters, medians of {runs}")
     for column in ("method", "wall", "CPU", "peak memory", "peaks of the runs"):
         table.add_column(column, justify="left" if column == "method" else "right")
@@ -80,7 +87,8 @@ def markdown(result: dict[str, Any]) -> str:
     heading, ruler = ["method", "wall s", "CPU s", "peak MB"], ["---", "---:", "---:", "---:"]
     return (
         f"`mergekit-yaml` on {TUNED} Llama-shaped models of 103 M parameters in bf16, {how}, "
-        f"{where['cores']} cores ({where['processor']}). Made by `make bench-memory`.\n\n"
+        f"{where['cores']} cores ({where['processor']}). "
+        f"{made_by('bench-memory', result['measured'])}\n\n"
         f"{markdown_table(heading, rows, ruler)}\n"
     )
 

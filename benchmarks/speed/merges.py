@@ -20,15 +20,16 @@ from typing import Any
 import click
 import yaml
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+from rich.progress import Progress
 
 from benchmarks.common.cache import MANIFEST, cache_root, new_folder, read_manifest, write_json
-from benchmarks.common.incremental import Record, conditions
+from benchmarks.common.commands import progress, quick_option, resume_option
 from benchmarks.common.measure import RESULTS, LlamaShape, measure
+from benchmarks.common.record import MERGES, Record, conditions
 from benchmarks.demo.models import MISSING, find_demo_models
-from benchmarks.speed import report as report
+from benchmarks.speed import report
 
-PACKAGES = ("cart-plugin", "mergekit", "torch", "scipy", "transformers", "safetensors")
+PACKAGES = ("mergekit", "torch", "scipy", "transformers", "safetensors")
 TUNED = 4
 RATIO = {"rank_ratio": 0.08}
 
@@ -41,7 +42,7 @@ class Method:
         merge_method: mergekit's name of it.
         base: whether the recipe names a base model.
         parameters: of the recipe.
-        plain: needs `benchmarks/plain_cart.py` in the place of `mergekit-yaml`.
+        plain: needs `benchmarks/speed/plain_cart.py` in the place of `mergekit-yaml`.
     """
 
     merge_method: str
@@ -169,9 +170,9 @@ def growth_cases(quick: bool) -> list[Case]:
 
 @click.command()
 @click.option("--runs", type=int, help="Of each case; default 3, with --quick 1.")
-@click.option("--quick", is_flag=True, help="Tiny models: shows that it works, and no speed.")
+@quick_option
 @click.option("--growth/--no-growth", default=True, help="Measure how cart's time grows.")
-@click.option("--resume/--anew", default=True, help="Keep what is measured already, or do not.")
+@resume_option
 @click.option("--keep-models", is_flag=True, help="Leave the models in the cache.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the results.")
 def main(
@@ -180,8 +181,10 @@ def main(
     """Measure merges; results go to benchmarks/results, or with --quick to the cache."""
     console = Console()
     runs = runs or (1 if quick else 3)
-    out = out or (cache_root() / "merge-speed-quick" if quick else RESULTS / "merge_speed")
-    record = Record(out / "results.json", conditions(PACKAGES, quick=quick), resume)
+    out = out or (
+        cache_root() / "merge-speed-quick" if quick else RESULTS / "speed" / "merge_speed"
+    )
+    record = Record(out / "results.json", conditions(MERGES, PACKAGES, quick=quick), resume)
     if record.discarded:
         console.print(f"Starting anew: {out / 'results.json'} was {record.discarded}")
 
@@ -192,12 +195,11 @@ def main(
         for label, method in METHODS.items()
     ]
     cases += growth_cases(quick) if growth else []
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
+    with progress(console) as bar:
         run_all(cases, runs, record, bar)
         for name, models in sets.items():
             _compare_solvers(name, models, record, bar)
-    (out / "table.md").write_text(report.markdown(record.conditions, record.cases))
+    (out / "table.md").write_text(report.markdown(record.conditions, record.measured, record.cases))
     report.save_plot(record.cases, out / "merge_speed.png")
     for table in report.console_tables(record.conditions, record.cases):
         console.print(table)
@@ -220,7 +222,7 @@ def run_all(cases: Sequence[Case], runs: int, record: Record, bar: Progress) -> 
             with merged(case.method, case.paths()) as (_, needed):
                 known = record.cases.get(case.key, {"runs": []})["runs"]
                 value = {"series": case.series, "label": case.label, "size": case.size()}
-                record.put(case.key, {**value, "runs": [*known, needed]})
+                record.put(case.key, {**value, "runs": [*known, needed]}, adds=True)
             bar.advance(task)
 
 

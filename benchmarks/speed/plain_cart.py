@@ -1,6 +1,6 @@
 """CART as one would write it down from the paper, with full SVDs, for comparison only.
 
-    python benchmarks/plain_cart.py RECIPE OUT [OPTIONS]
+    python benchmarks/speed/plain_cart.py RECIPE OUT [OPTIONS]
 
 runs `mergekit-yaml` with one more merge method, ``plain_cart``.
 """

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from benchmarks.common.provenance import made_by
 from benchmarks.common.tables import markdown_table
 
 Cases = dict[str, Any]
@@ -158,15 +159,16 @@ def console_tables(conditions: dict[str, Any], cases: Cases) -> list[Table]:
     return tables
 
 
-def markdown(conditions: dict[str, Any], cases: Cases) -> str:
+def markdown(conditions: dict[str, Any], measured: list[dict[str, Any]], cases: Cases) -> str:
     """All tables as Markdown, with what a reader needs to place the figures."""
     machine, versions = conditions["machine"], conditions["versions"]
     listed = ", ".join(f"{name} {number}" for name, number in versions.items())
     counts = sorted({len(case["runs"]) for case in cases.values() if "runs" in case})
     runs = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+    where = f"on {machine['processor']}, {machine['cores']} cores"
     parts = [
-        f"Made by `make bench-merge` on {machine['processor']}, {machine['cores']} cores; "
-        f"{listed}. Each figure is the median of {runs} processes, from start to exit. "
+        f"{made_by('bench-merge', measured, where)} With {listed}. "
+        f"Each figure is the median of {runs} processes, from start to exit. "
         f"{_models(cases)}An exponent is fitted to the time beyond that of a merge of tiny models.",
     ]
     for title, (heading, rows) in _contents(conditions, cases):

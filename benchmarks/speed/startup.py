@@ -21,6 +21,7 @@ from rich.table import Table
 
 from benchmarks.common.cache import write_json
 from benchmarks.common.measure import RESULTS, Measurement, machine, run
+from benchmarks.common.provenance import provenance
 
 LIMIT_MS = 2.0
 START_UP_FILES = ("zzz_cart_plugin.pth", "zzz_cart_plugin.start")
@@ -41,6 +42,7 @@ def main(pairs: int) -> None:
 
     result: dict[str, Any] = {
         "machine": where,
+        "measured": [provenance()],
         "pairs": pairs,
         "wall_ms": _summary([m.wall for m in before], [m.wall for m in after]),
         "cpu_ms": _summary([m.cpu for m in before], [m.cpu for m in after]),
@@ -48,7 +50,7 @@ def main(pairs: int) -> None:
         "torch_imported": "torch" in added,
         "limit_ms": LIMIT_MS,
     }
-    write_json(RESULTS / "startup.json", result)
+    write_json(RESULTS / "speed" / "startup.json", result)
     _show(result)
     # Judged by CPU time: a start waits for nothing; wall time counts other work too.
     if result["torch_imported"] or result["cpu_ms"]["added"] >= LIMIT_MS:

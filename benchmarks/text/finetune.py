@@ -9,7 +9,6 @@ every seed, and made anew where it is needed (`task_head`).
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,11 +22,11 @@ from benchmarks.common.cache import (
     settings_hash,
     write_json,
 )
-from benchmarks.common.training import Settings, finetune_missing, train_model
+from benchmarks.common.heads import LOGIT_SCALE, Head, first_of_each, head_of
+from benchmarks.common.training import FineTuner, Settings, Shown, Trained, train_model
 from benchmarks.text.backbone import SOURCE, prepare_backbone
 from benchmarks.text.encoder import TOKENS, all_features, features, load_encoder, load_tokenizer
 from benchmarks.text.tasks import load_split, prepare_task, task, training_sample
-from benchmarks.vision.heads import LOGIT_SCALE, Head, first_of_each, head_of
 
 
 @dataclass(frozen=True)
@@ -41,12 +40,6 @@ class FineTuning(Settings):
 
     texts: int = 4000
     shots: int = 3
-
-
-def encoder_folder(name: str, seed: int, settings: FineTuning) -> Path:
-    """Where the task's fine-tuned encoder is kept, whether or not it is there."""
-    identity = settings_hash(_identity(name, seed, settings))
-    return cache_root() / "text-encoders" / f"seed{seed}" / f"{name}-{identity}"
 
 
 def _identity(name: str, seed: int, settings: FineTuning) -> dict[str, object]:
@@ -88,19 +81,7 @@ def _prototype_head(name: str, shots: int) -> Head:
     return head_of(found.view(classes, shots, -1).mean(dim=1))
 
 
-def finetune_task(name: str, seed: int, settings: FineTuning | None = None, row: int = 0) -> Path:
-    """Fine-tune the pretrained encoder on a task unless that is done; return the encoder's folder.
-
-    Args:
-        name: the task.
-        seed: draws the training texts and their order.
-        settings: of the training.
-        row: line of the terminal for the progress bar.
-    """
-    settings = settings or FineTuning()
-    folder = encoder_folder(name, seed, settings)
-    if read_manifest(folder) is not None:
-        return folder
+def _train(name: str, seed: int, settings: FineTuning, shown: Shown) -> Trained:
     train = training_sample(name, settings.texts, seed)
     head = task_head(name, settings)
     backbone = prepare_backbone()
@@ -112,20 +93,16 @@ def finetune_task(name: str, seed: int, settings: FineTuning | None = None, row:
         logits = head(features(model, tokenizer, texts))
         return torch.nn.functional.cross_entropy(logits, labels[chosen])
 
-    losses = train_model(model, loss, len(labels), settings, seed, title=task(name).title, row=row)
-    with new_folder(folder) as target:
+    def save(target: Path) -> None:
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
         shutil.copy2(backbone / "config.json", target)  # with its dropout
-        write_json(target / MANIFEST, _identity(name, seed, settings) | {"epoch_losses": losses})
-    return folder
+
+    title = task(name).title
+    return train_model(model, loss, len(labels), settings, seed, title=title, shown=shown), save
 
 
-def finetune_all(
-    names: Sequence[str], seed: int, settings: FineTuning | None = None, workers: int = 2
-) -> dict[str, Path]:
-    """Fine-tune several tasks, `workers` at a time (0: in this process); return their folders."""
-    chosen = dict.fromkeys(names, settings or FineTuning())
-    return finetune_missing(
-        finetune_task, encoder_folder, chosen, lambda own: own.texts, seed, workers
-    )
+TUNER = FineTuner(
+    place="text-encoders", settings=FineTuning, examples="texts", identity=_identity, train=_train
+)
+encoder_folder, finetune_task, finetune_all = TUNER.folder, TUNER.finetune, TUNER.finetune_all

@@ -6,16 +6,18 @@ texts: copies are found by their words, near-copies by the runs of words that th
 
 from __future__ import annotations
 
+import json
 import re
 import zlib
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from benchmarks.common.splits import SPLITS, assign_groups, check_disjoint, merge_groups
+from benchmarks.common.splits import SPLITS, Labelled, assign_groups, check_disjoint, merge_groups
 
 READ_WORDS = 100  # near-copies are judged by their beginning, as an encoder of 128 tokens reads it
 RUN = 3  # words in a row that are compared
@@ -33,7 +35,7 @@ class Example(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Split:
+class Split(Labelled):
     """Texts of one task and one split.
 
     Args:
@@ -45,18 +47,24 @@ class Split:
     texts: list[str]
     labels: np.ndarray
     groups: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
+    suffix: ClassVar[str] = ".json"
 
     def take(self, index: np.ndarray) -> Split:
         """The texts at these positions."""
         texts = [self.texts[position] for position in index]
         return Split(texts, self.labels[index], self.groups[index])
 
-    def head(self, count: int | None) -> Split:
-        """The first `count` texts (all if None): a fair sample, as splits are stored shuffled."""
-        return self if count is None else self.take(np.arange(min(count, len(self))))
+    def save(self, path: Path) -> None:
+        """Write everything as JSON."""
+        arrays = {"labels": self.labels.tolist(), "groups": self.groups.tolist()}
+        path.write_text(json.dumps({"texts": self.texts} | arrays))
+
+    @classmethod
+    def load(cls, path: Path) -> Split:
+        """Read what `save` wrote."""
+        content = json.loads(path.read_text())
+        labels, groups = (np.array(content[name], np.int64) for name in ("labels", "groups"))
+        return cls(content["texts"], labels, groups)
 
 
 def split_examples(

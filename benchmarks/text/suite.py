@@ -1,4 +1,4 @@
-"""`python -m benchmarks.text.suite` (`make bench-text`): merge methods of mergekit on eight texts.
+"""`python -m benchmarks.text` (`make bench-text`): merge methods of mergekit on eight texts.
 
 Fine-tunes (or finds) one MiniLM a task and seed; the rest is `benchmarks.common.comparison`, which
 runs `mergekit-cart compare`.
@@ -16,8 +16,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes from local fold
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from benchmarks.common.cache import cache_root
+from benchmarks.common.commands import out_option
 from benchmarks.common.comparison import GRIDS, Suite, share_cores, write_recipe, write_results
-from benchmarks.common.measure import RESULTS
 from benchmarks.text.backbone import prepare_backbone
 from benchmarks.text.evaluator import TEST_TEXTS
 from benchmarks.text.finetune import FineTuning, finetune_all
@@ -53,9 +53,7 @@ def suite(seeds: list[int], methods: list[str], workers: int) -> Suite:
 @click.option("--seeds", default="0,1,2", show_default=True, help="Of the fine-tuning.")
 @click.option("--methods", default=",".join(GRIDS), help="Merge methods; all by default.")
 @click.option("--workers", default=2, show_default=True, help="Processes at work at a time.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), default=RESULTS / "text", help="Results' folder."
-)
+@out_option("text")
 def main(seeds: str, methods: str, workers: int, out: Path) -> None:
     """Compare mergekit's methods on the text suite."""
     share_cores(workers)
@@ -67,11 +65,7 @@ def main(seeds: str, methods: str, workers: int, out: Path) -> None:
     caption = (
         f"Test accuracy in per cent ({TEST_TEXTS} texts a task), mean of {len(made.recipes)} "
         "fine-tuning seeds ± standard error. Settings were chosen on the validation split of the "
-        "first seed, among at most eight. Made by `make bench-text`."
+        "first seed, among at most eight."
     )
-    write_results(results, caption, out)
+    write_results(results, caption, "bench-text", out)
     click.echo((out / "table.md").read_text())
-
-
-if __name__ == "__main__":
-    main(prog_name="python -m benchmarks.text.suite")

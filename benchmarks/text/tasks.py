@@ -7,11 +7,6 @@ test = load_split("newsgroups", "test")  # texts (N strings), labels (N,)
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-import numpy as np
-
 from benchmarks.common.sources import Source
 from benchmarks.common.tasks import Task, TaskTable
 from benchmarks.text import dictionaries, documents, molecules, passages, places
@@ -114,34 +109,13 @@ SUITE = (
     *("topics", "eras", "countries", "molecules"),
 )
 
-
-def _write(path: Path, data: Split) -> None:
-    content = {
-        "texts": data.texts,
-        "labels": data.labels.tolist(),
-        "groups": data.groups.tolist(),
-    }
-    path.write_text(json.dumps(content))
-
-
-def _read(path: Path) -> Split:
-    content = json.loads(path.read_text())
-    return Split(
-        content["texts"],
-        np.array(content["labels"], dtype=np.int64),
-        np.array(content["groups"], dtype=np.int64),
-    )
-
-
 TABLE = TaskTable(
     tasks=TASKS,
     place="text-tasks",
     examples="texts",
     most=MOST_TEXTS,
     data_format=DATA_FORMAT,
-    suffix=".json",
-    write=_write,
-    read=_read,
+    kind=Split,
     check_no_leak=check_no_leak,
     hint="call `prepare_task({name!r})` first",
 )

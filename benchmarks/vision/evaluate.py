@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.vision.heads import Head, all_features
+from benchmarks.common.heads import Head
+from benchmarks.vision.heads import all_features
 from benchmarks.vision.splits import Split
 from benchmarks.vision.tasks import load_split
 

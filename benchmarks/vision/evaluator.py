@@ -13,8 +13,7 @@ from pathlib import Path
 from benchmarks.vision.evaluate import evaluate_encoder
 from benchmarks.vision.finetune import load_head
 from benchmarks.vision.strength import strength
-from benchmarks.vision.suite import TASK_ORDER
-from benchmarks.vision.tasks import load_split
+from benchmarks.vision.tasks import SUITE, load_split
 
 IMAGES = 500
 
@@ -30,7 +29,7 @@ def test(model: str) -> dict[str, float]:
 
 
 def _accuracies(model: str, split: str) -> dict[str, float]:
-    heads = {name: load_head(name, 0, strength(name)) for name in TASK_ORDER}
+    heads = {name: load_head(name, 0, strength(name)) for name in SUITE}
     found = {}
     for name, share in evaluate_encoder(Path(model), heads, split, IMAGES).items():
         count = min(IMAGES, len(load_split(name, split)))

@@ -9,27 +9,17 @@ a manifest with its settings; other settings, data or seed give another folder.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.common.cache import (
-    MANIFEST,
-    cache_root,
-    new_folder,
-    read_manifest,
-    settings_hash,
-    write_json,
-)
-from benchmarks.common.training import Settings, finetune_missing, train_model
+from benchmarks.common.heads import LOGIT_SCALE, Head
+from benchmarks.common.training import FineTuner, Settings, Shown, Trained, train_model
 from benchmarks.vision.backbone import prepare_backbone, save_encoder
 from benchmarks.vision.evaluate import load_encoder
 from benchmarks.vision.heads import (
-    LOGIT_SCALE,
-    Head,
     assemble_classifier,
     features,
     pixels,
@@ -55,16 +45,6 @@ class FineTuning(Settings):
     shots: int = 3
 
 
-def encoder_folder(name: str, seed: int, settings: FineTuning) -> Path:
-    """Where the task's fine-tuned encoder is kept, whether or not it is there."""
-    return (
-        cache_root()
-        / "encoders"
-        / f"seed{seed}"
-        / f"{name}-{settings_hash(_identity(name, seed, settings))}"
-    )
-
-
 def _identity(name: str, seed: int, settings: FineTuning) -> dict[str, object]:
     return asdict(settings) | {
         "task": name,
@@ -75,57 +55,25 @@ def _identity(name: str, seed: int, settings: FineTuning) -> dict[str, object]:
     }
 
 
-def finetune_task(
-    name: str,
-    seed: int,
-    settings: FineTuning | None = None,
-    row: int = 0,
-    told: Callable[[float], None] | None = None,
-) -> Path:
-    """Fine-tune the pretrained encoder on a task unless that is done; return the encoder's folder.
-
-    Args:
-        name: the task.
-        seed: draws the training images and their order.
-        settings: of the training.
-        row: line of the terminal for the progress bar.
-        told: in the place of a bar, gets the share of the work that each step has done.
-    """
-    settings = settings or FineTuning()
-    folder = encoder_folder(name, seed, settings)
-    if read_manifest(folder) is not None:
-        return folder
+def _train(name: str, seed: int, settings: FineTuning, shown: Shown) -> Trained:
     train = training_sample(name, settings.images, seed)
     model = load_encoder(prepare_backbone())
     head = prototype_head(model, train, task(name).classes, settings.shots)
-    losses = train_encoder(
-        model, head, train, settings, seed, title=task(name).title, row=row, told=told
-    )
-    with new_folder(folder) as target:
+    losses = train_encoder(model, head, train, settings, seed, title=task(name).title, shown=shown)
+
+    def save(target: Path) -> None:
         save_encoder(model, target)
         (target / "head").mkdir()
         head.save(target / "head")
         assemble_classifier(target, head, target / "classifier")
-        write_json(target / MANIFEST, _identity(name, seed, settings) | {"epoch_losses": losses})
-    return folder
+
+    return losses, save
 
 
-def finetune_all(
-    names: Sequence[str],
-    seed: int,
-    settings: FineTuning | Mapping[str, FineTuning] | None = None,
-    workers: int = 2,
-) -> dict[str, Path]:
-    """Fine-tune several tasks, `workers` at a time (0: in this process); return their folders.
-
-    The settings are those of all tasks, or of each by name.
-    """
-    if not isinstance(settings, Mapping):
-        settings = dict.fromkeys(names, settings or FineTuning())
-    chosen = {name: settings[name] for name in names}
-    return finetune_missing(
-        finetune_task, encoder_folder, chosen, lambda own: own.images, seed, workers
-    )
+TUNER = FineTuner(
+    place="encoders", settings=FineTuning, examples="images", identity=_identity, train=_train
+)
+encoder_folder, finetune_task, finetune_all = TUNER.folder, TUNER.finetune, TUNER.finetune_all
 
 
 def load_head(name: str, seed: int, settings: FineTuning | None = None) -> Head:
@@ -140,8 +88,7 @@ def train_encoder(
     settings: FineTuning,
     seed: int,
     title: str = "task",
-    row: int = 0,
-    told: Callable[[float], None] | None = None,
+    shown: Shown = 0,
 ) -> list[float]:
     """Train the encoder in place (the head stays as it is); return each epoch's mean loss.
 
@@ -153,4 +100,4 @@ def train_encoder(
         logits = head(features(model, images[chosen]))
         return torch.nn.functional.cross_entropy(logits, labels[chosen])
 
-    return train_model(model, loss, len(labels), settings, seed, title=title, row=row, told=told)
+    return train_model(model, loss, len(labels), settings, seed, title=title, shown=shown)

@@ -1,20 +1,14 @@
-"""Prototype heads: a frozen linear classifier from three images a class, no training.
+"""Prototype heads (`common.heads`) of images, and what they read.
 
-A trained head would let the pretrained encoder do most of the work, and merging would have little
-to lose. Class prototypes play the part that text embeddings play for CLIP: fixed class directions,
-to which fine-tuning moves the encoder.
-
-The head reads what `transformers.Dinov2ForImageClassification` reads: the class token and the mean
+A head reads what `transformers.Dinov2ForImageClassification` reads: the class token and the mean
 of the patch tokens, 2 x 384 values. So encoder and head together are that model, and FusionBench's
 DINOv2 pool loads them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,49 +16,12 @@ import numpy as np
 import torch
 
 from benchmarks.common.cache import new_folder, write_json
+from benchmarks.common.heads import Head, first_of_each, head_of
 from benchmarks.vision.backbone import IMAGE_MEAN, IMAGE_STD
 from benchmarks.vision.splits import Split
 
 if TYPE_CHECKING:
     from transformers import Dinov2Model
-
-HEAD_FILE = "head.safetensors"
-LOGIT_SCALE = 5.0  # a prototype's own logit; 20 makes the first steps ruin the encoder
-
-
-@dataclass(frozen=True)
-class Head:
-    """A linear classifier on the encoder's features: weight (classes, 768), bias (classes,)."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-
-    def __call__(self, features: torch.Tensor) -> torch.Tensor:
-        """Logits (N, classes) of features (N, 768)."""
-        return torch.nn.functional.linear(features, self.weight, self.bias)
-
-    def digest(self) -> str:
-        """A short hash of the head's values."""
-        values = torch.cat([self.weight, self.bias[:, None]], dim=1)
-        return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
-
-    def save(self, folder: Path) -> None:
-        """Write `head.safetensors` into an existing folder."""
-        from safetensors.torch import save_file
-
-        tensors = {
-            "classifier.weight": self.weight.contiguous(),
-            "classifier.bias": self.bias.contiguous(),
-        }
-        save_file(tensors, folder / HEAD_FILE)
-
-    @staticmethod
-    def load(folder: Path) -> Head:
-        """Read `head.safetensors` of a folder."""
-        from safetensors.torch import load_file
-
-        tensors = load_file(folder / HEAD_FILE)
-        return Head(tensors["classifier.weight"], tensors["classifier.bias"])
 
 
 def pixels(images: np.ndarray) -> torch.Tensor:
@@ -93,41 +50,13 @@ def all_features(model: Dinov2Model, images: np.ndarray, batch: int = 100) -> to
 def prototype_head(model: Dinov2Model, train: Split, classes: int, shots: int) -> Head:
     """Class means of `shots` training images a class, centred and normalised, as a linear head.
 
-    With c the mean of the prototypes and p_k the unit vector from c to prototype k, the logit of a
-    feature f is `s * p_k . (f - c)`, where s makes a prototype's own logit `LOGIT_SCALE` on
-    average.
+    See `head_of` for the formula.
 
     Raises:
         ValueError: a class has fewer than `shots` images.
     """
     found = all_features(model, train.images[first_of_each(train.labels, classes, shots)])
     return head_of(found.view(classes, shots, -1).mean(dim=1))
-
-
-def first_of_each(labels: np.ndarray, classes: int, shots: int) -> np.ndarray:
-    """Positions of the first `shots` examples of each class, class by class.
-
-    Raises:
-        ValueError: a class has fewer.
-    """
-    positions = []
-    for label in range(classes):
-        own = np.flatnonzero(labels == label)[:shots]
-        if len(own) < shots:
-            raise ValueError(
-                f"class {label} has {len(own)} training examples; its prototype needs {shots}"
-            )
-        positions.append(own)
-    return np.concatenate(positions)
-
-
-def head_of(prototypes: torch.Tensor) -> Head:
-    """The head of class prototypes (classes, width); see `prototype_head` for the formula."""
-    centre = prototypes.mean(dim=0)
-    offsets = prototypes - centre
-    lengths = offsets.norm(dim=1, keepdim=True)
-    weight = offsets / lengths * (LOGIT_SCALE / lengths.mean())
-    return Head(weight, -(weight @ centre))
 
 
 def assemble_classifier(encoder: Path, head: Head, folder: Path) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
-from benchmarks.common.splits import check_disjoint
+from benchmarks.common.splits import Labelled, check_disjoint
 
 
 @dataclass(frozen=True)
-class Split:
+class Split(Labelled):
     """Images of one task and one split.
 
     Args:
@@ -22,17 +24,26 @@ class Split:
     images: np.ndarray
     labels: np.ndarray
     groups: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
+    suffix: ClassVar[str] = ".npz"
 
     def take(self, index: np.ndarray) -> Split:
         """The images at these positions."""
         return Split(self.images[index], self.labels[index], self.groups[index])
 
-    def head(self, count: int | None) -> Split:
-        """The first `count` images (all if None): a fair sample, as splits are stored shuffled."""
-        return self if count is None else self.take(np.arange(min(count, len(self))))
+    def without_copies(self) -> Split:
+        """The first of images that are equal to the last bit, in their order."""
+        _, first = np.unique(self.images.reshape(len(self), -1), axis=0, return_index=True)
+        return self.take(np.sort(first))
+
+    def save(self, path: Path) -> None:
+        """Write the arrays."""
+        np.savez_compressed(path, images=self.images, labels=self.labels, groups=self.groups)
+
+    @classmethod
+    def load(cls, path: Path) -> Split:
+        """Read what `save` wrote."""
+        with np.load(path) as arrays:
+            return cls(arrays["images"], arrays["labels"], arrays["groups"])
 
 
 def image_keys(images: np.ndarray) -> list[bytes]:

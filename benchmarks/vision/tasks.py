@@ -88,21 +88,8 @@ TASKS: dict[str, Task[Split]] = {
     "devanagari": _script("Devanagari", scripts.DEVANAGARI, scripts.DEVANAGARI_FONTS),
 }
 
-
-def _write(path: Path, data: Split) -> None:
-    np.savez_compressed(path, images=data.images, labels=data.labels, groups=data.groups)
-
-
-def _read(path: Path) -> Split:
-    with np.load(path) as arrays:
-        return Split(arrays["images"], arrays["labels"], arrays["groups"])
-
-
-def _drop_copies(data: Split) -> Split:
-    """The first of images that are equal to the last bit, in their order."""
-    _, first = np.unique(data.images.reshape(len(data), -1), axis=0, return_index=True)
-    return data.take(np.sort(first))
-
+# The suite's eight, in the order in which they are merged; a curve adds one after the other.
+SUITE = ("mnist", "georgian", "hangul", "fashion", "hiragana", "thai", "themes", "emoji")
 
 TABLE = TaskTable(
     tasks=TASKS,
@@ -110,12 +97,10 @@ TABLE = TaskTable(
     examples="images",
     most=MOST_IMAGES,
     data_format=DATA_FORMAT,
-    suffix=".npz",
-    write=_write,
-    read=_read,
+    kind=Split,
     check_no_leak=check_no_leak,
-    hint="run `python -m benchmarks.vision prepare --tasks {name}`",
-    drop_copies=_drop_copies,
+    hint="run `python -m benchmarks.vision.prepare --tasks {name}`",
+    drop_copies=Split.without_copies,
 )
 task, task_folder, prepare_task = TABLE.task, TABLE.folder, TABLE.prepare
 load_split, training_sample = TABLE.load_split, TABLE.training_sample

@@ -1,4 +1,4 @@
-"""What a checkpoint has beside config and weights: tokenizer, chat template, generation config.
+"""What a checkpoint has beside config and weights: tokenizer, processor, generation config, code.
 
 The base has those of one model; a task's that differ from them lie in its adapter's folder, where
 PEFT does not look, for `expand` to put back.
@@ -11,13 +11,15 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
+from cart_plugin.checkpoints.reading import ADAPTER_CONFIG, CONFIG
+
 FOLDER = "task_files"
 
 _SUFFIXES = {
     *(".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab"),
-    *(".spm", ".codes", ".bpe"),
+    *(".spm", ".codes", ".bpe", ".py"),
 }
-_OTHERS = {"config.json", "adapter_config.json", "trainer_state.json"}
+_OTHERS = {CONFIG, ADAPTER_CONFIG, "trainer_state.json"}
 _GENERATION = "generation_config.json"
 
 
@@ -29,6 +31,13 @@ def side_files(folder: Path) -> dict[str, Path]:
         if path.is_file() and path.suffix in _SUFFIXES and path.name not in _OTHERS
         if not path.name.endswith((".index.json", "_results.json"))
     }
+
+
+def complete(folder: Path, source: Path) -> None:
+    """Give a folder of weights what it lacks of a model's config and side files."""
+    for name, path in {**side_files(source), CONFIG: source / CONFIG}.items():
+        if not (folder / name).exists():
+            shutil.copyfile(path, folder / name)
 
 
 def copy_to_base(base: Path, models: Collection[Path]) -> None:

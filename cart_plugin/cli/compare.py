@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,15 +80,16 @@ def compare(
     method's defaults (`weight`, which has none in mergekit: 1/number of models). Every recipe is
     kept in OUT/<method>/recipe.yaml. Started again, the same command goes on where it stopped.
     """
+    from cart_plugin.compare import request as asked
     from cart_plugin.compare.report import report, write_report
     from cart_plugin.compare.steps import ask
 
     terminal = console()
     try:
-        request = _request(tasks, evaluator, lm_eval)
-        comparison = _comparison(
+        request = asked.evaluator_request(tasks, evaluator, lm_eval)
+        comparison = asked.comparison_of(
             recipe,
-            _names(methods),
+            asked.names(methods),
             fixed,
             (*grid, *more_grid),
             request,
@@ -98,12 +97,12 @@ def compare(
             keep_models,
             merge_options,
         )
-        _check_inputs(comparison)
-        _check_disk(comparison)
+        asked.check_inputs(comparison)
+        asked.check_disk(comparison)
         if out.exists() and not out.is_dir():
             raise CartError(f"--out {out} is a file; name a folder")
         out.mkdir(parents=True, exist_ok=True)
-        _lock(out)
+        click.get_current_context().call_on_close(asked.locked(out).release)
         with terminal.status("checking the evaluator"):
             sources = ask(comparison.request, None, out)
         comparison = replace(comparison, request={**comparison.request, **sources})
@@ -115,115 +114,6 @@ def compare(
     terminal.print(f"report: {out / 'report.html'} (also report.md, report.json)", soft_wrap=True)
     if all(row.state == "failed" for row in rows if row.kind == "merged"):
         raise click.exceptions.Exit(1)
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _request(tasks: str | None, evaluator: str | None, options: dict[str, Any]) -> dict[str, Any]:
-    """The evaluator as `cart_plugin.compare.judge` takes it."""
-    given = {
-        name: value for name, value in options.items() if value is not None and value is not False
-    }
-    if (tasks is None) == (evaluator is None):
-        raise CartError("give either --tasks (for lm-eval) or --evaluator MODULE:FUNCTION")
-    if evaluator is not None:
-        if given:
-            flag = "--" + next(iter(given)).replace("_", "-")
-            raise CartError(f"{flag} is an option of lm-eval, which --evaluator replaces")
-        return {"kind": "function", "name": evaluator}
-    include, dtype = given.pop("include_path", None), given.pop("dtype", None)
-    if include is not None and not include.is_dir():
-        raise CartError(f"--include-path {include} is not a folder")
-    if str(given.get("batch_size", "")).isdigit():
-        given["batch_size"] = int(given["batch_size"])
-    if given.get("limit") == 0:
-        raise CartError("--limit is 0")
-    if not _names(tasks or ""):
-        raise CartError("--tasks names no task")
-    return {
-        "kind": "lm-eval",
-        "tasks": _names(tasks or ""),
-        "include_path": None if include is None else str(include.resolve()),
-        "model_args": {} if dtype is None else {"dtype": dtype},
-        "options": given,
-    }
-
-
-def _comparison(
-    recipe: Path,
-    methods: list[str],
-    fixed: tuple[str, ...],
-    grids: tuple[str, ...],
-    request: dict[str, Any],
-    out: Path,
-    keep: Any,
-    options: tuple[str, ...],
-) -> Comparison:
-    from cart_plugin.compare.merge import read_inputs
-    from cart_plugin.compare.steps import Comparison
-    from cart_plugin.compare.variants import absolute, parse_assignment, variants
-    from cart_plugin.doctor.recipe import load
-
-    missing = [name for name in ("filelock", "jinja2", "matplotlib") if find_spec(name) is None]
-    if missing:
-        raise CartError(f"{missing[0]} is not installed: pip install 'cart-plugin[compare]'")
-    documents, findings = load(recipe)
-    if findings:
-        raise CartError(f"{recipe}: {findings[0].fact}; {findings[0].advice}")
-    if len(documents) > 1:
-        raise CartError(f"{recipe} holds several recipes; compare takes one")
-    document = absolute(documents[0])
-    inputs = read_inputs({**document, "merge_method": document.get("merge_method", "linear")})
-    rows = variants(
-        document,
-        methods,
-        [parse_assignment(text, single=True) for text in fixed],
-        [parse_assignment(text, single=False) for text in grids],
-    )
-    if not rows:
-        raise CartError("--methods names no method")
-    return Comparison(inputs, rows, request, out, keep, options)
-
-
-def _lock(out: Path) -> None:
-    """Hold an output folder until the command ends: two would remove each other's models."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(out / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise CartError(f"another comparison is at work in {out}; name another folder") from None
-    click.get_current_context().call_on_close(lock.release)
-
-
-def _check_inputs(comparison: Comparison) -> None:
-    """Refuse models that an earlier comparison left where this one removes its own."""
-    from cart_plugin.compare.steps import MODEL
-
-    made = {(comparison.out / variant.name / MODEL).resolve() for variant in comparison.variants}
-    for label, checkpoint in comparison.inputs.checkpoints.items():
-        if checkpoint.path.resolve() in made:
-            raise CartError(
-                f"model {label} lies where this comparison would write; name another folder (--out)"
-            )
-
-
-def _check_disk(comparison: Comparison) -> None:
-    from cart_plugin.compare.steps import needed_bytes
-    from cart_plugin.doctor.machine import size
-
-    place = comparison.out.absolute()
-    while not place.exists():
-        place = place.parent
-    needed, free = needed_bytes(comparison), shutil.disk_usage(place).free
-    if needed > free:
-        raise CartError(
-            f"{place} has {size(free)} free and {size(needed)} are needed; keep fewer models "
-            "(--keep-models none) or name another folder"
-        )
 
 
 def _run(comparison: Comparison, rows: list[Row], terminal: Console) -> None:

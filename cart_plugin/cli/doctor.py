@@ -9,14 +9,8 @@ from pathlib import Path
 import click
 
 from cart_plugin.cli.console import console, print_section
-from cart_plugin.doctor.findings import (
-    Finding,
-    Level,
-    Section,
-    count,
-    first_line,
-    problem,
-)
+from cart_plugin.doctor.findings import Finding, Level, Section, count, problem
+from cart_plugin.errors import first_line
 
 
 @click.command()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 import math
 import os
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cart_plugin.checkpoints.files import read_json, write_json
 from cart_plugin.errors import CartError
 
 Metrics = dict[str, dict[str, Any]]
@@ -217,7 +217,7 @@ def _main_metric(
 def main() -> None:
     """Answer the request file of the command line by a result file, which holds any error."""
     request, result = sys.argv[1:3]
-    asked = json.loads(Path(request).read_text())
+    asked = read_json(Path(request))
     answer: dict[str, Any]
     try:
         if asked["model"] is None:
@@ -232,4 +232,4 @@ def main() -> None:
         traceback.print_exc()
         message = str(error).strip().splitlines()
         answer = {"error": f"{type(error).__name__}: {message[0] if message else ''}".rstrip(": ")}
-    Path(result).write_text(json.dumps(answer, indent=1))
+    write_json(Path(result), answer)

@@ -19,11 +19,12 @@ from mergekit.config import MergeConfiguration
 from mergekit.io import ShardedTensorIndex
 from mergekit.options import MergeOptions, add_merge_options
 
+from cart_plugin.checkpoints import side_files
+from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.compare import child
 from cart_plugin.doctor import inputs as files
 from cart_plugin.doctor import planning, result, schema
 from cart_plugin.doctor.findings import Finding, Level, count, some
-from cart_plugin.doctor.inputs import Checkpoint
 from cart_plugin.doctor.layout import references
 from cart_plugin.doctor.parameters import check_method
 from cart_plugin.errors import CartError
@@ -31,8 +32,6 @@ from cart_plugin.errors import CartError
 FLAT_RECIPE = "recipe-flat.yaml"  # beside a variant's recipe: the one for mergekit-pytorch
 # In the doctor's words: what is not the recipe's fault but mergekit's support of the architecture.
 _ARCHITECTURE = ("would silently drop", "that mergekit requires of this architecture")
-# What a merge writes about itself, or what belongs to one of the inputs only.
-_NOT_COPIED = ("README.md", "mergekit_config.yml", "adapter_config.json", "training_args.bin")
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,9 @@ def merge(recipe: Path, out: Path, options: Sequence[str], log: Path) -> str:
     else:
         _run("mergekit.scripts.run_yaml:main", [str(recipe), str(out), *options], log)
     _check(out, wanted)
-    _complete(inputs, out)
+    # From the base model, or else the first one: config, tokenizer, processor.
+    first = inputs.config.base_model or next(iter(references(inputs.config).values()))
+    side_files.complete(out, inputs.checkpoints[str(first)].path)
     return reason
 
 
@@ -287,18 +288,3 @@ def _headers(out: Path) -> tuple[Checkpoint, list[Finding]]:
         checkpoint.tensors.update(part.tensors)
         findings += problems
     return checkpoint, findings
-
-
-def _complete(inputs: Inputs, out: Path) -> None:
-    """Copy what a loadable folder needs and mergekit did not write: config, tokenizer, processor.
-
-    From the base model, or else the first one.
-    """
-    first = inputs.config.base_model or next(iter(references(inputs.config).values()))
-    source = inputs.checkpoints[str(first)].path
-    for file in sorted(source.iterdir()):
-        weights = file.suffix in files.WEIGHT_SUFFIXES or file.name.endswith(".index.json")
-        if file.is_file() and not weights and file.name not in _NOT_COPIED:
-            target = out / file.name
-            if not target.exists():
-                shutil.copy2(file, target)

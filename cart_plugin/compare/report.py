@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
+from cart_plugin.checkpoints.files import write_json, write_text
 from cart_plugin.compare.merge import FLAT_RECIPE
-from cart_plugin.compare.steps import Comparison, Row, versions, write
+from cart_plugin.compare.steps import Comparison, Row, versions
 
 _REMARKS = {
     "error": "failed: {}",
@@ -61,9 +62,9 @@ def tasks(rows: Sequence[Row]) -> list[str]:
 
 def write_report(found: Mapping[str, Any], out: Path) -> None:
     """Write `report.json`, `report.md` and `report.html` into a folder."""
-    write(out / "report.json", json.dumps(found, indent=1) + "\n")
-    write(out / "report.md", markdown(found))
-    write(out / "report.html", html(found))
+    write_json(out / "report.json", found)
+    write_text(out / "report.md", markdown(found))
+    write_text(out / "report.html", html(found))
 
 
 def title(row: Mapping[str, Any]) -> str:

@@ -21,18 +21,19 @@ from typing import Any, Literal
 
 import yaml
 
-import cart_plugin
+from cart_plugin import linalg, merging
+from cart_plugin.checkpoints.files import read_json, write_json, write_text
 from cart_plugin.compare import child, merge
 from cart_plugin.compare.variants import Variant, find_method
-from cart_plugin.doctor.findings import first_line
 from cart_plugin.doctor.parameters import is_cart
-from cart_plugin.errors import CartError
+from cart_plugin.errors import CartError, first_line
 
 Keep = Literal["none", "best", "all"]
 PACKAGES = (
     *("cart-plugin", "mergekit", "torch", "transformers", "tokenizers", "safetensors", "peft"),
     *("lm-eval", "datasets"),
 )
+_REVISIONS = [linalg.REVISION, merging.REVISION]
 MODEL = "model"  # a variant's merged folder
 
 
@@ -173,7 +174,8 @@ class Comparison:
             command = shlex.join(
                 ["mergekit-yaml", str(recipe.resolve()), "OUT", *self._options("CACHE")]
             )
-            write(recipe, f"# {command}\n{yaml.safe_dump(dict(variant.recipe), sort_keys=False)}")
+            text = yaml.safe_dump(dict(variant.recipe), sort_keys=False)
+            write_text(recipe, f"# {command}\n{text}")
             if variant.error:
                 raise CartError(variant.error)
             merged = self._merge_key(variant)
@@ -197,6 +199,7 @@ class Comparison:
             self._tidy(rows)
 
     def _merge_key(self, variant: Variant) -> str:
+        method = find_method(variant.recipe["merge_method"])
         return _digest(
             {
                 "recipe": dict(variant.recipe),
@@ -209,7 +212,7 @@ class Comparison:
                 },
                 "versions": versions(),
                 # Those of other methods are the versions' alone.
-                "sources": _sources() if is_cart(find_method(variant.method)) else "",
+                "revisions": _REVISIONS if is_cart(method) else [],
                 "options": list(self.options),
             }
         )
@@ -235,7 +238,7 @@ class Comparison:
             (scratch / MODEL).rename(model)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        _write_json(
+        write_json(
             folder / "merge.json", {"key": key, "note": row.note, "seconds": row.merge_seconds}
         )
 
@@ -257,7 +260,7 @@ class Comparison:
             "metrics": answer["metrics"],
             "seconds": round(time.perf_counter() - started, 2),
         }
-        _write_json(folder / "evaluation.json", done)
+        write_json(folder / "evaluation.json", done)
         return done
 
     def _tidy(self, rows: Sequence[Row]) -> None:
@@ -294,11 +297,11 @@ def ask(request: Mapping[str, Any], model: str | None, folder: Path) -> dict[str
     """
     asked, answer = folder / "request.json", folder / "answer.json"
     answer.unlink(missing_ok=True)
-    _write_json(asked, {**request, "model": model})
+    write_json(asked, {**request, "model": model})
     log = folder / "evaluation.log"
     error = child.run("cart_plugin.compare.judge:main", [str(asked), str(answer)], log)
     try:
-        found: dict[str, Any] = json.loads(answer.read_text())
+        found = read_json(answer)
     except (OSError, ValueError):
         raise CartError(f"the evaluator ended: {error} (see {log})") from None
     finally:
@@ -338,12 +341,6 @@ def _identity(path: str) -> list[Any]:
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-def _sources() -> str:
-    """What changes when this package's merging does, also where its version stays the same."""
-    files = sorted(Path(cart_plugin.__file__).parent.glob("*.py"))
-    return _digest([[file.name, file.read_text()] for file in files])
-
-
 def _remove(folder: Path) -> None:
     """Remove a folder so that nothing that is left of it, if this is cut off, looks whole."""
     if folder.exists():
@@ -369,18 +366,7 @@ def _digest(value: object) -> str:
 
 def _finished(path: Path, key: str) -> dict[str, Any] | None:
     try:
-        record: dict[str, Any] = json.loads(path.read_text())
+        record = read_json(path)
     except (OSError, ValueError):
         return None
     return record if record.get("key") == key else None
-
-
-def _write_json(path: Path, value: object) -> None:
-    write(path, json.dumps(value, indent=1) + "\n")
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    scratch = path.with_name(f".{path.name}.new")
-    scratch.write_text(text)
-    scratch.replace(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor
 
 from cart_plugin.checkpoints import side_files, writing
-from cart_plugin.checkpoints.folders import ModelFolder
+from cart_plugin.checkpoints.files import check_space, write_json, write_text
+from cart_plugin.checkpoints.reading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint
 from cart_plugin.compress import peft_files
 from cart_plugin.compress.layers import Assignment, Layer
 from cart_plugin.compress.report import Entry, Loss
@@ -36,7 +36,7 @@ _LARGE = 512
 
 def write_adapters(
     work: Work,
-    base: ModelFolder,
+    base: Checkpoint,
     folder: Path,
     assignment: Assignment,
     all_ranks: Sequence[Mapping[str, int]],
@@ -60,7 +60,7 @@ def write_adapters(
     layouts = [
         {**peft_files.tensor_layout(assignment, chosen, dtypes), **exact} for chosen in all_ranks
     ]
-    writing.check_space(folder, sum(writing.file_bytes(layout) for layout in layouts))
+    check_space(folder, sum(writing.file_bytes(layout) for layout in layouts))
     places = [folder / ADAPTERS / task for task in work.report.tasks]
     with ExitStack() as stack:
         files = []
@@ -69,24 +69,23 @@ def write_adapters(
         ):
             place.mkdir(parents=True)
             text = config_text(work, assignment, chosen, task_type)
-            (place / peft_files.CONFIG).write_text(text, encoding="utf-8")
+            write_text(place / ADAPTER_CONFIG, text)
             if model.config != work.described.config:
-                text = json.dumps(model.config, indent=2, sort_keys=True) + "\n"
-                (place / TASK_CONFIG).write_text(text, encoding="utf-8")
+                write_json(place / TASK_CONFIG, model.config, sort_keys=True)
             kept, absent = side_files.keep(model.path, base.path, place)
             work.report.task_files.append(kept)
             work.report.absent_files.append(absent)
-            opened = writing.TensorFile(place / peft_files.WEIGHTS, layout)
+            opened = writing.TensorFile(place / ADAPTER_WEIGHTS, layout)
             files.append(stack.enter_context(opened))
         _fill(work, base, assignment, all_ranks, files)
     for place in places:
-        written = (place / peft_files.CONFIG, place / peft_files.WEIGHTS)
+        written = (place / ADAPTER_CONFIG, place / ADAPTER_WEIGHTS)
         work.report.adapter_bytes.append(sum(path.stat().st_size for path in written))
 
 
 def _fill(
     work: Work,
-    base: ModelFolder,
+    base: Checkpoint,
     assignment: Assignment,
     all_ranks: Sequence[Mapping[str, int]],
     files: Sequence[writing.TensorFile],

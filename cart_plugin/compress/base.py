@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from cart_plugin.checkpoints import side_files, writing
+from cart_plugin.checkpoints.files import write_json
+from cart_plugin.checkpoints.reading import CONFIG
 from cart_plugin.compress.work import Work
 from cart_plugin.errors import CartError
 from cart_plugin.merging.inputs import agreed_buffer, check_finite
@@ -38,7 +39,7 @@ def write_base(work: Work, folder: Path) -> None:
     if sizes:
         config.pop("torch_dtype", None)
         config["dtype"] = str(max(sizes, key=lambda dtype: sizes[dtype])).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_json(folder / CONFIG, config, sort_keys=True)
     side_files.copy_to_base(folder, [work.described.path, work.models[0].path])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,9 +12,11 @@ from torch import Tensor
 
 from cart_plugin.checkpoints import names as naming
 from cart_plugin.checkpoints import side_files, writing
-from cart_plugin.checkpoints.folders import ModelFolder, open_model, read_header
+from cart_plugin.checkpoints.files import check_space, read_json, unfinished, write_json
 from cart_plugin.checkpoints.names import Unit
+from cart_plugin.checkpoints.reading import CONFIG, open_adapter, read_config
 from cart_plugin.compress import peft_files
+from cart_plugin.compress.inputs import open_model
 from cart_plugin.compress.layers import Layer, Structure, nested
 from cart_plugin.compress.report import FILE
 from cart_plugin.compress.work import ADAPTERS, BASE, TASK_CONFIG, Progress
@@ -34,8 +35,7 @@ def tasks(folder: str | Path) -> list[str]:
 def _entries(root: Path) -> dict[str, dict[str, Any]]:
     """What the report says of each task."""
     try:
-        report = json.loads((root / FILE).read_text(encoding="utf-8"))
-        return dict(report["tasks"])
+        return dict(read_json(root / FILE)["tasks"])
     except (OSError, ValueError, KeyError, TypeError):
         raise CartError(
             f"{root} is no folder that `mergekit-cart compress` has written: {FILE} is missing or "
@@ -78,10 +78,10 @@ def expand(
         CartError: as `task_tensors`; ``out`` exists, or the disk is full.
     """
     task = _Task(Path(folder), name)
-    layout = {source: (stored.dtype, stored.shape) for source, stored in task.base.tensors.items()}
+    layout = task.base.layout
     files = writing.shards(layout)
-    with writing.unfinished(Path(out)) as place:
-        writing.check_space(place, writing.file_bytes(layout))
+    with unfinished(Path(out)) as place:
+        check_space(place, writing.file_bytes(layout))
         with ExitStack() as stack:
             opened = {}
             for file, part in files.items():
@@ -98,8 +98,7 @@ def expand(
         if task.config is not None:
             config = {**task.config, "dtype": config["dtype"]}
             config.pop("torch_dtype", None)
-        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        (place / "config.json").write_text(text, encoding="utf-8")
+        write_json(place / CONFIG, config, sort_keys=True)
 
 
 class _Task:
@@ -112,19 +111,14 @@ class _Task:
         self.place = place = folder / ADAPTERS / name
         self.absent_files: list[str] = known[name].get("absent_files", [])
         self.base = open_model(folder / BASE, f"the base of {folder}")
-        self.config = _json(place / TASK_CONFIG) if (place / TASK_CONFIG).exists() else None
-        self._adapter = ModelFolder(f"adapter {name}", place)
-        weights = place / peft_files.WEIGHTS
-        try:
-            self._adapter.tensors = read_header(weights)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CartError(f"adapter {name}: {weights}: {error}") from None
-        settings = _json(place / peft_files.CONFIG)
+        own = (place / TASK_CONFIG).exists()
+        self.config = read_config(place, f"adapter {name}", TASK_CONFIG) if own else None
+        self._adapter = open_adapter(place, name)
         meta = naming.meta_model(self.base.path, self.base.config, self.base.name)
         shapes = {source: stored.shape for source, stored in self.base.tensors.items()}
         self.units = naming.units(meta, shapes)
         targets = [target for unit in self.units for target in unit.targets]
-        self._layers = self._find(Structure(meta, targets), settings)
+        self._layers = self._find(Structure(meta, targets), self._adapter.config)
         self._biases = {f"{layer.module}.bias": layer for layer in self._layers.values()}
 
     def restored(self, unit: Unit) -> dict[str, Tensor]:
@@ -166,11 +160,3 @@ class _Task:
             elif peft_files.lora_name(layer, "A") in self._adapter.tensors:
                 layers[name] = layer
         return nested(layers, structure)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CartError(f"{path}: {error}; compress the models again") from None
-    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 import warnings
 from collections import Counter
@@ -12,11 +11,10 @@ from typing import Any
 
 import torch
 
+from cart_plugin.checkpoints.files import json_text
 from cart_plugin.compress.layers import Assignment, Layer
 from cart_plugin.errors import CartError
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 
 Ranks = Mapping[str, int]
@@ -80,7 +78,7 @@ def config_text(
         key: sorted(value) if isinstance(value, set) else value
         for key, value in config.to_dict().items()
     }
-    return json.dumps(plain, indent=2, sort_keys=True) + "\n"
+    return json_text(plain, sort_keys=True)
 
 
 def task_type(architecture: str) -> str | None:

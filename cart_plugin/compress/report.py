@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from cart_plugin.checkpoints.files import write_json
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -169,8 +170,7 @@ class Report:
 
     def write(self, folder: Path) -> None:
         """Write the JSON file."""
-        text = json.dumps(self.document(), indent=2) + "\n"
-        (folder / FILE).write_text(text, encoding="utf-8")
+        write_json(folder / FILE, self.document())
 
     def tables(self) -> list[RenderableType]:
         """Tables of the tasks and of the worst tensors."""

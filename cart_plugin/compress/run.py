@@ -13,16 +13,17 @@ from torch import Tensor
 
 from cart_plugin.checkpoints import names as naming
 from cart_plugin.checkpoints import writing
-from cart_plugin.checkpoints.folders import (
-    ModelFolder,
+from cart_plugin.checkpoints.files import check_space, unfinished
+from cart_plugin.checkpoints.reading import Checkpoint
+from cart_plugin.compress import peft_files
+from cart_plugin.compress.adapters import write_adapters
+from cart_plugin.compress.base import write_base
+from cart_plugin.compress.inputs import (
     check_holds,
     open_base,
     open_model,
     open_models,
 )
-from cart_plugin.compress import peft_files
-from cart_plugin.compress.adapters import write_adapters
-from cart_plugin.compress.base import write_base
 from cart_plugin.compress.layers import Assignment, Structure, assign
 from cart_plugin.compress.ranks import by_rule, by_size
 from cart_plugin.compress.report import Report
@@ -137,8 +138,8 @@ def compress(
     if names is None:
         _note_names(report, paths)
     _note_configs(work)
-    with writing.unfinished(Path(out)) as folder:
-        writing.check_space(folder, writing.file_bytes(layout))
+    with unfinished(Path(out)) as folder:
+        check_space(folder, writing.file_bytes(layout))
         with _timed(report, center):
             write_base(work, folder / BASE)
         stored = open_model(folder / BASE, "base")
@@ -170,7 +171,7 @@ def _timed(report: Report, step: str) -> Iterator[None]:
     report.seconds[step] = time.perf_counter() - start
 
 
-def _check_more(base: ModelFolder, first: ModelFolder, meta: Any) -> None:
+def _check_more(base: Checkpoint, first: Checkpoint, meta: Any) -> None:
     """Refuse tensors of a base that its class has a place for and the fine-tuned models lack.
 
     What has no place is left out: older checkpoints hold buffers, such as rotary frequencies, that
@@ -181,7 +182,7 @@ def _check_more(base: ModelFolder, first: ModelFolder, meta: Any) -> None:
     check_holds(first, {source for sources in placed for source in sources}, base)
 
 
-def _assign(work: Work, base: ModelFolder, meta: Any, task_type: str | None) -> Assignment:
+def _assign(work: Work, base: Checkpoint, meta: Any, task_type: str | None) -> Assignment:
     """What becomes of the tensors that differ, as far as PEFT can hold it."""
     changed = {
         target
@@ -228,7 +229,7 @@ def _assign(work: Work, base: ModelFolder, meta: Any, task_type: str | None) -> 
     return found
 
 
-def _errors(work: Work, base: ModelFolder, names: set[str]) -> dict[str, float]:
+def _errors(work: Work, base: Checkpoint, names: set[str]) -> dict[str, float]:
     """Relative differences of tensors from the base (Frobenius), the largest of all tasks."""
     largest = dict.fromkeys(names, 0.0)
     for _, _, name, tensor, around in differences(work, base, names, "measuring"):
@@ -240,7 +241,7 @@ def _errors(work: Work, base: ModelFolder, names: set[str]) -> dict[str, float]:
 
 
 def _ranks(
-    work: Work, base: ModelFolder, assignment: Assignment, task_type: str | None
+    work: Work, base: Checkpoint, assignment: Assignment, task_type: str | None
 ) -> list[dict[str, int]]:
     """One task's ranks each, by layer."""
     rule = work.options.rule

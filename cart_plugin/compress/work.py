@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cart_plugin.checkpoints.folders import ModelFolder
 from cart_plugin.checkpoints.names import Unit
+from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.compress import peft_files
 from cart_plugin.compress.layers import Assignment, Structure
 from cart_plugin.compress.ranks import checked_rule
@@ -57,8 +57,8 @@ class Options:
 class Work:
     """What the steps of one compression share; ``given`` is the model to be the base, if any."""
 
-    models: list[ModelFolder]
-    given: ModelFolder | None
+    models: list[Checkpoint]
+    given: Checkpoint | None
     options: Options
     units: list[Unit]
     structure: Structure
@@ -68,7 +68,7 @@ class Work:
     changed: set[str] = field(default_factory=set)  # names in the checkpoint
 
     @property
-    def described(self) -> ModelFolder:
+    def described(self) -> Checkpoint:
         """The model whose config the base has: the given one, else the first."""
         return self.given or self.models[0]
 
@@ -143,18 +143,16 @@ def checked_names(paths: Sequence[Path], names: Sequence[str] | None) -> list[st
     return chosen
 
 
-def stored_dtype(
-    models: Sequence[ModelFolder], name: str, asked: torch.dtype | None
-) -> torch.dtype:
+def stored_dtype(models: Sequence[Checkpoint], name: str, asked: torch.dtype | None) -> torch.dtype:
     """In which a tensor is stored: as asked, else as the models' promote; integers as they are."""
-    dtype = models[0].tensors[name].dtype
+    dtype = models[0].dtype(name)
     for model in models[1:]:
-        dtype = torch.promote_types(dtype, model.tensors[name].dtype)
+        dtype = torch.promote_types(dtype, model.dtype(name))
     return asked if asked is not None and dtype.is_floating_point else dtype
 
 
 def differences(
-    work: Work, base: ModelFolder, wanted: set[str], step: str
+    work: Work, base: Checkpoint, wanted: set[str], step: str
 ) -> Iterator[tuple[int, Unit, str, Tensor, Tensor]]:
     """Task, unit, name, the task's tensor and the base's of all tensors in ``wanted``."""
     units = [unit for unit in work.units if wanted.intersection(unit.targets or unit.sources)]

@@ -11,8 +11,8 @@ import torch
 from mergekit.common import dtype_from_name
 from mergekit.options import MergeOptions
 
+from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor.findings import Finding, count, ok, problem, warning
-from cart_plugin.doctor.inputs import Checkpoint
 from cart_plugin.doctor.layout import Recipe, references
 from cart_plugin.doctor.machine import available_memory, size
 from cart_plugin.doctor.result import Merge

@@ -17,8 +17,9 @@ from types import ModuleType
 from typing import Any
 
 from cart_plugin.autoload import hook
-from cart_plugin.doctor.findings import Finding, Section, first_line, ok, problem, warning
+from cart_plugin.doctor.findings import Finding, Section, ok, problem, warning
 from cart_plugin.doctor.machine import check_devices, check_threads
+from cart_plugin.errors import first_line
 
 _PACKAGES = ("torch", "mergekit", "transformers")
 _REINSTALL = "pip install --force-reinstall --no-deps cart-plugin"

@@ -57,9 +57,3 @@ def some(names: Iterable[object], limit: int = 3) -> str:
     shown = [str(name) for name in names]
     rest = len(shown) - limit
     return ", ".join(shown[:limit]) + (f" and {rest:,} more" if rest > 0 else "")
-
-
-def first_line(error: BaseException) -> str:
-    """An error as one line without a traceback: its type and the start of its message."""
-    message = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {message}" if message else type(error).__name__

@@ -1,66 +1,22 @@
-"""What a model folder or weight file holds, from its headers: names, shapes, dtypes, no data."""
+"""Checks of a recipe's inputs: where they are, and whether their files are whole and mergeable."""
 
 from __future__ import annotations
 
-import json
-import math
 import os
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from mergekit.io import ShardedTensorIndex
-from safetensors import SafetensorError, safe_open
-
-from cart_plugin.checkpoints.folders import DTYPES
-from cart_plugin.doctor.findings import Finding, first_line, ok, problem, some, warning
-
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Shape and dtype of a tensor; dtype is None if torch has no name for it."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype | None
-
-    @property
-    def elements(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def bytes(self) -> int:
-        """Size of the data."""
-        return self.elements * (self.dtype.itemsize if self.dtype is not None else 1)
-
-    @property
-    def is_floating(self) -> bool:
-        """Whether its values can be averaged: 8-bit floats cannot, the core rejects them."""
-        return self.dtype is not None and self.dtype.is_floating_point and self.dtype.itemsize > 1
-
-    @property
-    def is_float8(self) -> bool:
-        """Whether it holds floats of 8 bits, which mean little without scales of their own."""
-        return self.dtype is not None and self.dtype.is_floating_point and self.dtype.itemsize == 1
-
-
-@dataclass
-class Checkpoint:
-    """One input of a merge.
-
-    Attributes:
-        label: as the recipe writes it.
-        path: its folder or weight file.
-        tensors: by name, from the headers.
-        model_type: from its config.json; empty for weight files.
-    """
-
-    label: str
-    path: Path
-    tensors: dict[str, TensorInfo] = field(default_factory=dict)
-    model_type: str = ""
+from cart_plugin.checkpoints.headers import WEIGHT_SUFFIXES, read_header
+from cart_plugin.checkpoints.reading import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    MERGEKIT_ORDER,
+    Checkpoint,
+    read_config,
+    read_weights,
+)
+from cart_plugin.doctor.findings import Finding, ok, problem, some, warning
+from cart_plugin.errors import CheckpointError
 
 
 def is_offline() -> bool:
@@ -152,30 +108,15 @@ def read_folder(label: str, path: Path) -> tuple[Checkpoint, list[Finding]]:
                 "name the folder, or write weight files for all models and run mergekit-pytorch",
             )
         ]
-    config_findings = _read_config(checkpoint)
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+    if (path / ADAPTER_CONFIG).is_file() and not (path / CONFIG).is_file():
         return checkpoint, [
             problem(
                 f"model {label} is a LoRA adapter without its model",
                 f"write BASE_MODEL+{label} and pass --lora-merge-cache FOLDER to mergekit",
             )
         ]
-    try:
-        index = ShardedTensorIndex.from_disk(str(path))
-    except Exception as error:  # no weights, truncated file, broken index
-        return checkpoint, [*config_findings, _unreadable(label, path / "model.safetensors", error)]
-    findings = list(config_findings)
-    for shard in index.shards:
-        file = path / shard.filename
-        findings += _read_into(checkpoint, file)
-        absent = [name for name in shard.contained_keys if name not in checkpoint.tensors]
-        if file.is_file() and absent and not findings:
-            findings.append(
-                problem(
-                    f"model {label}: {file.name} lacks {some(absent)}, which the index lists",
-                    "copy or download the model again",
-                )
-            )
+    findings = _check_config(checkpoint)
+    findings += _unreadable(lambda: read_weights(checkpoint, MERGEKIT_ORDER))
     return checkpoint, findings
 
 
@@ -189,13 +130,15 @@ def read_file(label: str, path: Path) -> tuple[Checkpoint, list[Finding]]:
                 f"write {label.rstrip('/')}/model.safetensors, or folders only for mergekit-yaml",
             )
         ]
-    return checkpoint, _read_into(checkpoint, path)
+    return checkpoint, _unreadable(
+        lambda: checkpoint.tensors.update(read_header(path, f"model {label}"))
+    )
 
 
 def check_adapter(adapter: str) -> list[Finding]:
     """Check the LoRA of a `model+lora` input; its shapes are PEFT's business."""
     path, findings = locate(adapter, "adapter")
-    if path is not None and not (path / "adapter_config.json").is_file():
+    if path is not None and not (path / ADAPTER_CONFIG).is_file():
         findings.append(
             problem(
                 f"adapter {adapter} has no adapter_config.json",
@@ -221,7 +164,7 @@ def check_dtypes(checkpoint: Checkpoint) -> list[Finding]:
         what = "float8"
     return [
         problem(
-            f"model {checkpoint.label} holds {', '.join(kinds)} weights ({some(weights)}); "
+            f"model {checkpoint.name} holds {', '.join(kinds)} weights ({some(weights)}); "
             f"{what} weights cannot be merged",
             "merge the original model, or dequantise this one and save it as bfloat16",
         )
@@ -233,81 +176,41 @@ def summary(checkpoint: Checkpoint) -> Finding:
     elements = sum(info.elements for info in checkpoint.tensors.values())
     kinds = sorted({str(info.dtype).removeprefix("torch.") for info in checkpoint.tensors.values()})
     return ok(
-        f"model {checkpoint.label}: {len(checkpoint.tensors):,} tensors, "
+        f"model {checkpoint.name}: {len(checkpoint.tensors):,} tensors, "
         f"{elements / 1e6:,.4g} M parameters, {', '.join(kinds)}"
     )
 
 
-def _read_config(checkpoint: Checkpoint) -> list[Finding]:
-    file = checkpoint.path / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        checkpoint.model_type = config.get("model_type", "")
-    except FileNotFoundError:
+def _check_config(checkpoint: Checkpoint) -> list[Finding]:
+    label = checkpoint.name
+    if not (checkpoint.path / CONFIG).is_file():
         return [
             problem(
-                f"model {checkpoint.label} has no config.json",
+                f"model {label} has no {CONFIG}",
                 "name a folder that save_pretrained wrote, or merge the weight files "
                 "with mergekit-pytorch",
             )
         ]
-    except (OSError, ValueError, AttributeError) as error:
+
+    def read() -> None:
+        checkpoint.config = read_config(checkpoint.path, f"model {label}")
+
+    broken = _unreadable(read)
+    architectures = checkpoint.config.get("architectures")
+    if not broken and not (isinstance(architectures, list) and len(architectures) == 1):
         return [
             problem(
-                f"model {checkpoint.label}: config.json cannot be read: {first_line(error)}",
-                "copy or download the model again",
-            )
-        ]
-    if len(config.get("architectures") or ()) != 1:
-        return [
-            problem(
-                f"model {checkpoint.label}: config.json does not name one architecture",
+                f"model {label}: {CONFIG} does not name one architecture",
                 'add it, for example "architectures": ["LlamaForCausalLM"]',
             )
         ]
-    return []
+    return broken
 
 
-def _read_into(checkpoint: Checkpoint, file: Path) -> list[Finding]:
+def _unreadable(read: Callable[[], None]) -> list[Finding]:
+    """Read something; what stops that, as a finding."""
     try:
-        if file.suffix == ".safetensors":
-            _read_safetensors(checkpoint.tensors, file)
-        else:
-            _read_pickle(checkpoint.tensors, file)
-    except Exception as error:  # missing, truncated or foreign file
-        return [_unreadable(checkpoint.label, file, error)]
+        read()
+    except CheckpointError as error:
+        return [problem(error.fact, error.advice)]
     return []
-
-
-def _read_safetensors(tensors: dict[str, TensorInfo], file: Path) -> None:
-    with safe_open(file, framework="pt") as header:
-        for name in header.keys():  # noqa: SIM118 - safe_open is no mapping
-            view = header.get_slice(name)
-            tensors[name] = TensorInfo(tuple(view.get_shape()), DTYPES.get(view.get_dtype()))
-
-
-def _read_pickle(tensors: dict[str, TensorInfo], file: Path) -> None:
-    # On the meta device nothing of the data is kept, and weights_only runs no code of the file.
-    state_dict = torch.load(file, map_location="meta", weights_only=True)
-    for name, tensor in state_dict.get("state_dict", state_dict).items():
-        if isinstance(tensor, torch.Tensor):
-            tensors[name] = TensorInfo(tuple(tensor.shape), tensor.dtype)
-
-
-def _unreadable(label: str, path: Path, error: Exception) -> Finding:
-    if isinstance(error, SafetensorError):
-        return problem(
-            f"model {label}: {path.name} is not a whole safetensors file ({error})",
-            "it was truncated or is still being written; copy or download it again",
-        )
-    if isinstance(error, FileNotFoundError):
-        return problem(f"model {label}: {path.name} is missing", "copy or download the model again")
-    if "Unable to find model files" in str(error):
-        return problem(
-            f"model {label} has no model.safetensors or pytorch_model.bin, nor their index",
-            "name the folder that save_pretrained wrote, not its parent",
-        )
-    return problem(
-        f"model {label}: {path.name} cannot be read: {first_line(error)}",
-        "copy or download the model again, or save it as safetensors",
-    )

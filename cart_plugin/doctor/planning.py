@@ -27,9 +27,11 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig, plan_flat_merge
 
-from cart_plugin.doctor.findings import Finding, first_line, problem
-from cart_plugin.doctor.inputs import Checkpoint, TensorInfo
+from cart_plugin.checkpoints.headers import TensorInfo
+from cart_plugin.checkpoints.reading import Checkpoint
+from cart_plugin.doctor.findings import Finding, problem
 from cart_plugin.doctor.layout import Recipe
+from cart_plugin.errors import first_line
 
 _LAYER = re.compile(r"\.(\d+)\.")
 FLAT = (
@@ -171,7 +173,7 @@ def source(planned: PlannedTensor, checkpoint: Checkpoint) -> TensorInfo | None:
     Where transformers names or stacks weights differently from their files (experts), shape and
     dtype are those after its conversion, as mergekit loads them.
     """
-    names = planned.sources[checkpoint.label]
+    names = planned.sources[checkpoint.name]
     for name in names:
         if name in checkpoint.tensors:
             return checkpoint.tensors[name]
@@ -226,7 +228,7 @@ def unreached(
         kind(name)
         for planned in tensors
         for label, names in planned.sources.items()
-        if label == checkpoint.label or not whole_models
+        if label == checkpoint.name or not whole_models
         for name in names
     }
     left = [name for name in checkpoint.tensors if kind(name) not in taken]

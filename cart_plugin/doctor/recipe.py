@@ -12,11 +12,12 @@ from typing import Any
 import yaml
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 
+from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor import costs, parameters, planning, result, schema
 from cart_plugin.doctor import inputs as files
-from cart_plugin.doctor.findings import Finding, Level, Section, first_line, ok, problem, warning
-from cart_plugin.doctor.inputs import Checkpoint
+from cart_plugin.doctor.findings import Finding, Level, Section, ok, problem, warning
 from cart_plugin.doctor.layout import Recipe, references
+from cart_plugin.errors import first_line
 
 
 def check_recipe(path: Path, out: Path | None, show: Callable[[Section], None]) -> None:

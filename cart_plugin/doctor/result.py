@@ -11,8 +11,9 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.base import MergeMethod
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 
+from cart_plugin.checkpoints.headers import TensorInfo
+from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor.findings import Finding, Level, count, ok, problem, some, warning
-from cart_plugin.doctor.inputs import Checkpoint, TensorInfo
 from cart_plugin.doctor.layout import Recipe, conditions, groups, places
 from cart_plugin.doctor.parameters import RANK_RULES, is_cart
 from cart_plugin.doctor.planning import FLAT, PlannedTensor, source, unreached

@@ -16,8 +16,8 @@ from mergekit.config import (
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 from pydantic import BaseModel, ValidationError
 
+from cart_plugin.checkpoints.headers import WEIGHT_SUFFIXES
 from cart_plugin.doctor.findings import Finding, problem
-from cart_plugin.doctor.inputs import WEIGHT_SUFFIXES
 from cart_plugin.doctor.layout import Recipe
 from cart_plugin.doctor.parameters import did_you_mean
 

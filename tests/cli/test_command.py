@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from cart_plugin.cli import main
+from cart_plugin.cli import console, main
 from cart_plugin.doctor import findings
 from tests.doctor.conftest import Report
 from tests.doctor.tiny import write_recipe
@@ -76,7 +76,7 @@ def test_an_error_of_the_check_itself_is_a_problem_without_traceback(
 def test_lines_are_wrapped_under_themselves_and_never_cut(capsys: pytest.CaptureFixture) -> None:
     path = "/a/very/long/path/" + "x" * 60
     finding = findings.problem(f"the model at {path} cannot be read by anybody", "copy it again")
-    findings.print_section(Console(width=60), findings.Section("Inputs", [finding]))
+    console.print_section(Console(width=60), findings.Section("Inputs", [finding]))
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["Inputs", "  problem  the model at"]
     assert lines[2] == " " * 11 + path
@@ -85,7 +85,7 @@ def test_lines_are_wrapped_under_themselves_and_never_cut(capsys: pytest.Capture
 
 def test_output_that_is_piped_is_not_wrapped(capsys: pytest.CaptureFixture) -> None:
     finding = findings.warning("word " * 60 + "end", "do this")
-    findings.print_section(findings.console(), findings.Section("Inputs", [finding]))
+    console.print_section(console.console(), findings.Section("Inputs", [finding]))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert lines[1].endswith("end")

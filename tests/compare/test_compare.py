@@ -5,64 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from click.testing import CliRunner
-from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
-from cart_plugin import CartError
-from cart_plugin.cli import main
 from cart_plugin.compare import steps
-from cart_plugin.compare.judge import figures
-from cart_plugin.compare.steps import needed_bytes
+from tests.compare.helpers import EVALUATORS, recipe_for, rows
 from tests.doctor.tiny import save_models
-
-EVALUATORS = "tests.compare.evaluators"
-
-
-def recipe_for(folders: list[str], file: Path, **more: Any) -> Path:
-    document = {
-        "merge_method": "cart",
-        "base_model": folders[0],
-        "models": [{"model": folder} for folder in folders[1:]],
-        "dtype": "float32",
-        **more,
-    }
-    file.write_text(yaml.safe_dump(document, sort_keys=False))
-    return file
-
-
-@pytest.fixture(scope="module")
-def llamas(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return save_models(tmp_path_factory.mktemp("llamas"), "llama", count=4)
-
-
-@pytest.fixture
-def compare(tmp_path: Path) -> Callable[..., Any]:
-    def run(recipe: Path, *arguments: str, evaluator: str = "mean_sizes") -> Any:
-        command = ["compare", str(recipe), "--out", str(tmp_path / "out")]
-        if evaluator:
-            command += ["--evaluator", f"{EVALUATORS}:{evaluator}"]
-        return CliRunner().invoke(main, [*command, *arguments])
-
-    return run
-
-
-def rows(out: Path) -> dict[str, dict[str, Any]]:
-    report = json.loads((out / "report.json").read_text())
-    return {row["name"]: row for row in report["rows"]}
 
 
 def test_methods_and_inputs_are_compared(
@@ -134,8 +91,8 @@ def test_methods_and_inputs_are_compared(
         file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("merge.log")
     } == times
 
-    # Other sources of the plugin: only its own methods are merged anew.
-    monkeypatch.setattr(steps, "_sources", lambda: "others")
+    # Another revision of the plugin: only its own methods are merged anew.
+    monkeypatch.setattr(steps, "_REVISIONS", [0, 0])
     options = ("--set", "cart.rank_ratio=0.5", "--keep-models", "all")
     assert compare(recipe, "--methods", "linear,cart,slerp", *options).exit_code == 0
     changed = [file.parent.name for file in times if file.stat().st_mtime_ns != times[file]]
@@ -229,109 +186,6 @@ def test_a_killed_comparison_goes_on_and_repeats_only_the_step_it_was_in(
         assert row["metrics"] == rows(tmp_path / "fresh")[name]["metrics"]
 
 
-def test_a_second_comparison_in_the_same_folder_is_refused(
-    llamas: list[str], compare: Callable[..., Any], tmp_path: Path
-) -> None:
-    (tmp_path / "out").mkdir()
-    with FileLock(tmp_path / "out" / ".lock"):
-        done = compare(recipe_for(llamas, tmp_path / "mine.yaml"), "--methods", "linear")
-    assert done.exit_code == 1
-    assert done.output.startswith("Error: another comparison is at work in ")
-
-
-def test_models_that_differ_are_not_merged_by_what_they_share(
-    compare: Callable[..., Any], tmp_path: Path
-) -> None:
-    folders = save_models(tmp_path / "models", "llama", count=3)
-    larger = save_models(tmp_path / "larger", "llama", count=1, num_hidden_layers=6)
-    done = compare(recipe_for([*larger, *folders], tmp_path / "mine.yaml"), "--methods", "cart")
-    assert done.exit_code == 1
-    error = rows(tmp_path / "out")["cart"]["error"]
-    assert "the models do not hold the same tensors" in error
-    assert not (tmp_path / "out" / "cart" / "model").exists()
-
-
-def test_groups_and_tags_of_lm_eval_are_opened() -> None:
-    def entry(kind: str, *tags: str) -> SimpleNamespace:
-        return SimpleNamespace(kind=SimpleNamespace(name=kind), tags=set(tags))
-
-    manager = SimpleNamespace(
-        match_tasks=lambda names: names,
-        task_index={
-            "sum": entry("GROUP"),
-            "bare": entry("GROUP"),
-            "tag": entry("TAG", "a", "b"),
-            **{name: entry("TASK", "tag") for name in "abc"},
-        },
-    )
-    one = {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": "x"}
-    answer = {
-        "results": {"a": one, "b": one, "c": one, "bare": {"alias": "bare"}},
-        "groups": {"sum": one},
-        "group_subtasks": {"sum": ["a"], "bare": ["c"], "a": []},
-        "higher_is_better": {"a": {"acc": True}},
-    }
-    for asked, expected in (
-        (["sum", "tag"], ["sum", "a", "b"]),
-        (["bare"], ["c"]),
-        (["tag"], ["a", "b"]),
-    ):
-        found = figures(answer, asked, manager)
-        assert list(found) == expected
-        assert all(figure["value"] == 0.5 for figure in found.values())
-    answer["results"]["c"] = {"alias": "c"}
-    with pytest.raises(CartError, match="no number for c"):
-        figures(answer, ["c"], manager)
-
-
-def test_outputs_that_cannot_be_written_are_told(
-    llamas: list[str], compare: Callable[..., Any], tmp_path: Path
-) -> None:
-    recipe = recipe_for(llamas, tmp_path / "mine.yaml")
-    (tmp_path / "out").write_text("a file")
-    done = compare(recipe, "--methods", "linear")
-    assert done.exit_code == 1
-    assert done.output.strip().endswith("out is a file; name a folder")
-    assert "Traceback" not in done.output
-
-
-def test_nothing_is_merged_for_an_evaluator_that_always_fails(
-    llamas: list[str], compare: Callable[..., Any], tmp_path: Path
-) -> None:
-    recipe = recipe_for(llamas, tmp_path / "mine.yaml")
-    done = compare(recipe, "--methods", "linear,cart", evaluator="words")
-    assert done.exit_code == 1
-    found = rows(tmp_path / "out")
-    for name in ("linear", "cart"):
-        assert found[name]["error"].startswith("not merged, since no input could be evaluated: ")
-        assert not (tmp_path / "out" / name / "merge.log").exists()
-
-
-def test_models_of_an_earlier_comparison_are_not_removed_as_its_own(
-    llamas: list[str], compare: Callable[..., Any], tmp_path: Path
-) -> None:
-    kept = tmp_path / "out" / "cart" / "model"
-    shutil.copytree(llamas[1], kept)
-    recipe = recipe_for([llamas[0], str(kept), *llamas[2:]], tmp_path / "mine.yaml")
-    done = compare(recipe, "--methods", "cart")
-    assert "lies where this comparison would write" in done.output
-    assert kept.is_dir()
-
-
-@pytest.mark.parametrize(("keep", "models"), [("none", 1), ("best", 2), ("all", 3)])
-def test_models_that_are_there_need_no_more_disk(keep: Any, models: int, tmp_path: Path) -> None:
-    request = SimpleNamespace(
-        inputs=SimpleNamespace(bytes=10, adapters={}),
-        variants=[SimpleNamespace(name=name) for name in ("a", "b", "c")],
-        out=tmp_path,
-        keep=keep,
-    )
-    assert needed_bytes(request) == 10 * models  # type: ignore[arg-type]
-    for name in ("a", "b"):
-        (tmp_path / name / "model").mkdir(parents=True)
-    assert needed_bytes(request) == 10  # type: ignore[arg-type]
-
-
 def kill_when(command: list[str], environment: dict[str, str], ready: Callable[[], bool]) -> None:
     """Start a command in a session of its own, and kill it (not its children) when it is time."""
     running = subprocess.Popen(
@@ -344,58 +198,6 @@ def kill_when(command: list[str], environment: dict[str, str], ready: Callable[[
         time.sleep(0.02)
     running.send_signal(signal.SIGKILL)
     running.wait()
-
-
-@pytest.mark.parametrize(
-    ("evaluator", "reason"),
-    [
-        ("raising", "RuntimeError: out of patience"),
-        ("nothing", "the evaluator returned NoneType"),
-        ("words", "the evaluator's accuracy is no number: 'good'"),
-        ("infinite", "the evaluator's accuracy is nan"),
-    ],
-)
-def test_an_evaluator_of_no_use_is_a_line_of_the_report(
-    evaluator: str, reason: str, llamas: list[str], compare: Callable[..., Any], tmp_path: Path
-) -> None:
-    recipe = recipe_for(llamas, tmp_path / "mine.yaml")
-    done = compare(recipe, "--methods", "linear", evaluator=evaluator)
-    assert done.exit_code == 1
-    assert "Traceback" not in done.output
-    assert reason in rows(tmp_path / "out")["linear"]["error"]
-    assert reason in done.output
-    # The inputs' rows are there all the same, where the evaluator could judge them.
-    assert (rows(tmp_path / "out")["input-llama-0"]["mean"] is not None) == (evaluator == "raising")
-
-
-def test_wrong_commands_end_in_one_line(
-    llamas: list[str], compare: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = recipe_for(llamas, tmp_path / "mine.yaml")
-
-    def line(*arguments: str, file: Path = recipe, evaluator: str = "mean_sizes") -> str:
-        done = compare(file, *arguments, evaluator=evaluator)
-        assert done.exit_code == 1, done.output
-        assert done.output.startswith("Error: "), done.output
-        assert done.output.count("\n") == 1, done.output
-        return str(done.output)
-
-    (tmp_path / "not.yaml").write_text("models: [")
-    (tmp_path / "list.yaml").write_text("- a\n- b\n")
-    assert "not valid YAML" in line(file=tmp_path / "not.yaml")
-    assert "not a recipe" in line(file=tmp_path / "list.yaml")
-    assert "cannot be read" in line(file=tmp_path / "absent.yaml")
-    gone = recipe_for([*llamas, str(tmp_path / "gone")], tmp_path / "gone.yaml")
-    assert f"{tmp_path}/gone does not exist" in line(file=gone)
-    assert "did you mean cart?" in line("--methods", "crat")
-    assert "has no parameter 'density'" in line("--grid", "cart.density=0.1,0.2")
-    assert "either --tasks" in line("--tasks", "arc_easy")
-    assert "either --tasks" in line(evaluator="")
-    assert "option of lm-eval" in line("--limit", "3")
-    assert "cannot be found" in line(evaluator="absent")
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1))
-    assert "free" in line()
-    assert not (tmp_path / "out" / "report.json").exists()
 
 
 @pytest.mark.slow
@@ -450,16 +252,6 @@ def test_lm_eval_judges_as_by_hand(tmp_path: Path, compare: Callable[..., Any]) 
     assert row["metrics"]["tiny_choice"]["metric"] == "acc,none"
     assert row["metrics"]["tiny_choice"]["value"] == by_hand["acc,none"]
     assert row["metrics"]["tiny_choice"]["stderr"] == by_hand["acc_stderr,none"]
-
-
-def test_options_of_lm_eval_are_passed_on_zero_too() -> None:
-    from cart_plugin.cli.compare import _request
-
-    options = {"num_fewshot": 0, "limit": None, "apply_chat_template": False, "dtype": "float32"}
-    request = _request("arc_easy, gsm8k", None, options)
-    assert request["tasks"] == ["arc_easy", "gsm8k"]
-    assert request["options"] == {"num_fewshot": 0}
-    assert request["model_args"] == {"dtype": "float32"}
 
 
 @pytest.mark.slow

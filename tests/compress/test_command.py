@@ -12,9 +12,9 @@ from peft import PeftModel
 
 from cart_plugin import CartError
 from cart_plugin.checkpoints import writing
-from cart_plugin.checkpoints.folders import open_model
 from cart_plugin.checkpoints.side_files import side_files
 from cart_plugin.cli import main
+from cart_plugin.compress.inputs import open_model
 from tests.compress.models import TASKS, answer, load, save_tasks, tensors
 
 
@@ -129,7 +129,7 @@ def test_options_reach_the_function(models, tmp_path, monkeypatch):
         given.update(options)
         raise CartError("enough")
 
-    monkeypatch.setattr("cart_plugin.merging.indexing.compress", run, raising=False)
+    monkeypatch.setattr("cart_plugin.compress.compress", run)
     arguments = ["--small-error", "1%", "--seed", 7, "--svd", "fast"]
     assert invoke("compress", *models, "--out", tmp_path / "out", *arguments).exit_code == 1
     assert given["small_error"] == pytest.approx(0.01)

@@ -129,21 +129,15 @@ def test_a_config_of_quantised_weights(models, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("[]", "its header is no JSON object"),
-        ('{"a": []}', "list indices"),
-        ('{"a": {"dtype": "F32", "shape": 3, "data_offsets": [0, 4]}}', "not iterable"),
-        ("\xff", "decode"),
-    ],
+    "text",
+    ["[]", '{"a": []}', '{"a": {"dtype": "F32", "shape": 3, "data_offsets": [0, 4]}}', "\xff"],
 )
-def test_headers_that_are_none(models, tmp_path, text, message):
+def test_headers_that_are_none(models, tmp_path, text):
     shard = sorted(models[1].glob("*.safetensors"))[0]
     content = text.encode("latin-1")
     shard.write_bytes(len(content).to_bytes(8, "little") + content + b"1234")
     found = refusal(models, tmp_path)
-    assert found.startswith(f"model two: {shard.name}: ")
-    assert message in found
+    assert found.startswith(f"model two: {shard.name} is not a whole safetensors file (")
 
 
 @pytest.mark.parametrize("shard", [1, ["a.safetensors"], None])

@@ -16,7 +16,7 @@ STATUS = Path("/proc/self/status")
 SCRIPT = """
 import sys
 from pathlib import Path
-from cart_plugin.merging.indexing import compress
+from cart_plugin.compress import compress
 compress(sys.argv[2:], sys.argv[1], rank=4, svd="exact")
 (peak,) = (line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
 print(int(peak.split()[1]) // 1024)

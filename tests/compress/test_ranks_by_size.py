@@ -10,6 +10,7 @@ import torch
 from cart_plugin import CartError, RankRule, truncated_svd
 from cart_plugin.compress import ranks
 from cart_plugin.compress.ranks import Matrices
+from cart_plugin.linalg.spectra import spectrum
 
 
 def spectra_of(tensors, tasks, seed=0):
@@ -37,15 +38,15 @@ def lost(spectra, chosen):
 def test_a_spectrum_holds_the_squared_singular_values():
     x = torch.randn(2, 12, 7, generator=torch.Generator().manual_seed(0))
     wanted = torch.linalg.svdvals(x.double()).square().sum(0)
-    torch.testing.assert_close(ranks.spectrum(x), wanted, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(ranks.spectrum(x * 1e-25) * 1e50, wanted, rtol=1e-4, atol=1e-4)
-    assert float(ranks.spectrum(torch.zeros(1, 3, 4)).sum()) == 0
+    torch.testing.assert_close(spectrum(x), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(spectrum(x * 1e-25) * 1e50, wanted, rtol=1e-4, atol=1e-4)
+    assert float(spectrum(torch.zeros(1, 3, 4)).sum()) == 0
 
 
 def test_rules_give_the_ranks_of_the_solvers():
     one = Matrices("a", (1, 40, 25))
     x = torch.randn(40, 25, generator=torch.Generator().manual_seed(0))
-    spectra = {one.name: ranks.spectrum(x[None])}
+    spectra = {one.name: spectrum(x[None])}
     for rule in (RankRule(0.3), RankRule(rank=4), RankRule(rank=99), RankRule(energy=0.8)):
         expected = truncated_svd(x, rule, svd="exact").rank
         assert ranks.by_rule([one], rule, spectra) == {one.name: expected}

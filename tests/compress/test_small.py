@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from cart_plugin.checkpoints.folders import ModelFolder
+from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.cli import main
 from cart_plugin.compress import compress, expand, load_task
 from tests.compress.models import TASKS, answer, load, new_model, save_tasks, tensors
@@ -166,8 +166,8 @@ def test_candidates_are_read_once_more_and_only_if_there_is_a_bound(
             reads[self.name, name] += 1
         return real(self, name)
 
-    real = ModelFolder.read
-    monkeypatch.setattr(ModelFolder, "read", read)
+    real = Checkpoint.read
+    monkeypatch.setattr(Checkpoint, "read", read)
     steps: set[str] = set()
     counts = []
     for bound in (0.0, 0.5):

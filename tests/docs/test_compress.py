@@ -1,33 +1,31 @@
-"""The loading code of the README runs on what the command writes."""
+"""The loading code of the guide runs on what the command writes."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks.readme import ROOT
 from cart_plugin.cli import main
 from tests.compress.models import save_tasks
+from tests.docs.pages import FILLED, blocks
 
 
-def test_the_readmes_loading_code_serves_each_task(
+def test_the_guides_loading_code_serves_each_task(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    section = (ROOT / "README.md").read_text().split("## Serve many fine-tunes from one base")[1]
-    (code,) = re.findall(r"```python\n(.*?)```", section.split("\n## ")[0], re.DOTALL)
+    code, _ = blocks(FILLED["docs/adapters.md"], "python")
     models = save_tasks(tmp_path, "llama")
     monkeypatch.chdir(tmp_path)
-    names = "mistral-math,mistral-code,mistral-german"
+    names = "math,code,german"
     options = ["--rank", "32", "--names", names, "--out", "served"]
     done = CliRunner().invoke(main, ["compress", *map(str, models), *options])
     assert done.exit_code == 0, done.output
 
     loaded: dict[str, object] = {}
-    exec(code, loaded)  # noqa: S102  (our own README)
+    exec(code, loaded)  # noqa: S102  (our own page)
     from transformers import AutoModelForCausalLM
 
     own = AutoModelForCausalLM.from_pretrained(models[1])

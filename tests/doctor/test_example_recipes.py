@@ -43,6 +43,7 @@ def test_an_sdist_has_all_that_its_tests_need(tmp_path: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert names >= {f"configs/mergekit/{name}" for name in RECIPES}
     assert names >= {"LICENSE", "Makefile", "README.md", "CHANGELOG.md", "constraints.txt"}
-    assert names >= {".ci/run", "pyproject.toml", "tests/cli/test_example_recipes.py"}
+    assert names >= {".ci/run", "pyproject.toml", "tests/doctor/test_example_recipes.py"}
+    assert names >= {str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "benchmarks").rglob("*.py")}
     assert names >= sources

@@ -18,7 +18,7 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from cart_plugin import cli
+import cart_plugin
 from tests.doctor.conftest import Report
 from tests.doctor.tiny import change_config, edit_weights
 
@@ -104,7 +104,7 @@ def test_relative_paths_are_fine_online(
 def test_other_packages_are_imported_from_public_modules() -> None:
     imported = [
         node.module
-        for file in Path(cli.__file__).parent.glob("*.py")
+        for file in Path(cart_plugin.__file__).parent.rglob("*.py")
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.ImportFrom) and node.module
     ]

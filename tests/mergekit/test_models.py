@@ -142,6 +142,7 @@ def save_tokenizer(folder: str, words: list[str]) -> None:
     tokenizer.save_pretrained(folder)
 
 
+@pytest.mark.filterwarnings("ignore:with two models:cart_plugin.CartWarning")
 @pytest.mark.parametrize("source", ["union", "base"])
 @pytest.mark.parametrize("setting", ["tokenizer_source", "tokenizer"])
 def test_vocabularies_are_aligned_before_they_are_averaged(

@@ -1,0 +1,209 @@
+"""The suite's methods and the settings that each may choose from on the validation split.
+
+Every method gets at most `MOST_POINTS` settings. Those of FusionBench run as it has them, under
+the names of its configs; what it lacks for image encoders is in `extra`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+MOST_POINTS = 12
+
+Point = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method, and what of it is tuned.
+
+    Args:
+        title: its name in tables.
+        choice: its config in FusionBench: `method=<choice>`.
+        options: settings that stay as they are, as Hydra overrides.
+        grid: settings to choose from, by option.
+        scale: the option in `grid` in which the merged weights are affine: values in between are
+            computed from two merges, and only the chosen one is merged on its own.
+        data: what images it needs, in words; empty for none.
+        keeps: what it stores besides one model, in words; empty for nothing.
+    """
+
+    title: str
+    choice: str
+    options: tuple[str, ...] = ()
+    grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    scale: str | None = None
+    data: str = ""
+    keeps: str = ""
+
+    def points(self) -> list[Point]:
+        """All settings of the grid."""
+        return [
+            dict(zip(self.grid, values, strict=True)) for values in product(*self.grid.values())
+        ]
+
+    def groups(self) -> Iterator[tuple[Point, list[Any]]]:
+        """The grid by merge: settings without the scale, and the scales to try with them."""
+        rest = [name for name in self.grid if name != self.scale]
+        scales = list(self.grid[self.scale]) if self.scale else []
+        for values in product(*(self.grid[name] for name in rest)):
+            yield dict(zip(rest, values, strict=True)), scales
+
+    def overrides(self, point: Mapping[str, Any]) -> list[str]:
+        """The method's part of the command line for one setting."""
+        chosen = [f"method.{name}={value}" for name, value in point.items()]
+        return [f"method={self.choice}", *self.options, *chosen]
+
+
+_SCALES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3)
+_LARGE_SCALES = (0.3, 0.5, 0.7, 0.85, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5, 3.0)
+_FEW_SCALES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6)
+_LAMBDAS = (2.0, 3.0, 4.0, 6.0)
+_OWN = "benchmarks.vision.extra"
+# AdaMerging on encoders: heads from the task pool, images that need no processing.
+_ADAPTING = (
+    "method.heads=${taskpool.heads}",
+    "method.processor={_target_: torch.nn.Identity}",
+    "method.num_workers=0",
+    "method.merging_weights_save_path=null",
+    "method.max_steps=20",
+    "method.batch_size=8",
+)
+_UNLABELLED = "unlabelled validation images"
+
+METHODS: dict[str, Method] = {
+    "average": Method("simple average", "simple_average"),
+    "task_arithmetic": Method(
+        "task arithmetic", "task_arithmetic", (), {"scaling_factor": _SCALES}, "scaling_factor"
+    ),
+    "ties": Method(
+        "TIES",
+        "ties_merging",
+        (),
+        {"threshold": (10, 20), "scaling_factor": _FEW_SCALES},
+        "scaling_factor",
+    ),
+    "dare": Method(
+        "DARE, task arithmetic",
+        "dare/task_arithmetic",
+        (),
+        {"sparsity_ratio": (0.5, 0.8), "scaling_factor": _FEW_SCALES},
+        "scaling_factor",
+    ),
+    "dare_ties": Method(
+        "DARE, TIES",
+        "dare/ties_merging",
+        (),
+        {"sparsity_ratio": (0.5, 0.8), "scaling_factor": _FEW_SCALES},
+        "scaling_factor",
+    ),
+    "model_stock": Method(
+        "model stock", "model_stock/model_stock", ("method.model_save_path=null",)
+    ),
+    "tsvm": Method(
+        "TSV-M",
+        "task_singular_vector/TaskSingularVectorMerging",
+        (),
+        {"alpha": _LARGE_SCALES},
+        "alpha",
+    ),
+    "iso_c": Method(
+        "Iso-C",
+        "isotropic_merging/iso_c",
+        (),
+        {"scaling_factor": _LARGE_SCALES},
+        "scaling_factor",
+    ),
+    "iso_cts": Method(
+        "Iso-CTS",
+        "isotropic_merging/iso_cts",
+        (),
+        {"scaling_factor": _LARGE_SCALES},
+        "scaling_factor",
+    ),
+    "wudi": Method(
+        "WUDI",
+        "wudi/wudi",
+        (f"method._target_={_OWN}.GramWUDI",),
+        {"iter_num": (100, 300, 1000)},
+    ),
+    "regmean": Method(
+        "RegMean",
+        "regmean/regmean",
+        (f"method._target_={_OWN}.ImageRegMean", "+method.weight_transpose=true"),
+        {"reduce_non_diagonal_ratio": (0.1, 0.5, 0.9, 0.95, 1.0)},
+        data="unlabelled training images",
+    ),
+    "adamerging_task": Method(
+        "AdaMerging, task-wise",
+        "cart/plain_adamerging_image",
+        (*_ADAPTING, "method.granularity=task"),
+        {"init_values": (0.15, 0.3), "lr": (0.003, 0.01, 0.03)},
+        data=_UNLABELLED,
+    ),
+    "adamerging_layer": Method(
+        "AdaMerging, layer-wise",
+        "cart/plain_adamerging_image",
+        _ADAPTING,
+        {"init_values": (0.15, 0.3), "lr": (0.003, 0.01, 0.03)},
+        data=_UNLABELLED,
+    ),
+    "low_rank": Method(
+        "uncentred low rank",
+        "cart/uncentered",
+        (),
+        {"rank_ratio": (0.08, 0.16, 0.32), "scaling_factor": (0.05, 0.1, 0.2, 0.4)},
+        "scaling_factor",
+    ),
+    "cart": Method(
+        "CART",
+        "cart",
+        (),
+        {"rank_ratio": (0.08, 0.16, 0.32), "scaling_factor": _LAMBDAS},
+        "scaling_factor",
+    ),
+    "cart_auto": Method("CART, no hyperparameters", "cart/auto"),
+    "cart_adamerging": Method(
+        "CART + AdaMerging",
+        "cart/adamerging_image",
+        (*_ADAPTING, "method.rank_ratio=0.16"),
+        {"scaling_factor": (2.0, 3.0, 4.0), "lr": (0.003, 0.01, 0.03, 0.1)},
+        data=_UNLABELLED,
+    ),
+    "emr": Method("EMR", "emr_merging/emr_merging", keeps="a mask a task"),
+    "cart_indexing": Method(
+        "CART-Indexing",
+        "cart/indexing",
+        # Position embeddings too: kept whole, they take as much as a point and a half of rank.
+        ("method.switch=true", 'method.decompose="*"'),
+        {"rank_ratio": (0.06,), "scaling_factor": (1.0, 1.2, 1.4)},
+        "scaling_factor",
+        keeps="low-rank factors a task",
+    ),
+}
+
+# The two ends of the table, by the same program.
+PRETRAINED = Method("pretrained", "dummy")
+INDIVIDUAL = Method(
+    "individual",
+    "dummy",
+    (f"method._target_={_OWN}.Individual",),
+    keeps="a model a task",
+)
+
+# What the plots need besides.
+HEAT = Method(
+    "CART",
+    "cart",
+    (),
+    {
+        "rank_ratio": (0.02, 0.04, 0.08, 0.16, 0.32, 0.64),
+        "scaling_factor": (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
+    },
+    "scaling_factor",
+)
+BY_TASKS = ("average", "task_arithmetic", "ties", "tsvm", "iso_c", "cart", "cart_auto")
+INDEXING_RATIOS = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.16, 0.32)

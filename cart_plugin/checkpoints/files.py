@@ -1,0 +1,131 @@
+"""Files and folders that appear whole or not at all; JSON."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from cart_plugin.errors import CartError
+
+_MARK = ".mergekit-cart-unfinished"
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no JSON object.
+    """
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError("it is no JSON object")
+    return found
+
+
+def json_text(value: object, *, sort_keys: bool = False) -> str:
+    """A value as the project writes JSON: two spaces a level, a line break at the end."""
+    return json.dumps(value, indent=2, sort_keys=sort_keys) + "\n"
+
+
+def write_json(file: Path, value: object, *, sort_keys: bool = False) -> None:
+    """Write a JSON file whole or not at all."""
+    write_text(file, json_text(value, sort_keys=sort_keys))
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    scratch = file.with_name(f".{file.name}.{os.getpid()}.new")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(file)
+
+
+@contextmanager
+def unfinished(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` that takes its place if all goes well, and else is removed.
+
+    What a killed run has left there is removed, too. The mark in it stays until it has its name: a
+    run that is killed just then leaves a finished folder with an empty file that nobody reads.
+
+    Raises:
+        CartError: ``out`` exists, or cannot be replaced; another run is writing it, or the disk is
+            full.
+    """
+    from filelock import FileLock, Timeout
+
+    out = out.resolve()  # "." has no name, and a link is no folder to be replaced
+    _check_way(out)
+    place = out.parent
+    folder = place / f".{out.name}.unfinished"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        if folder.exists() and any(folder.iterdir()) and not (folder / _MARK).exists():
+            raise CartError(f"{folder} is in the way and not of this program; remove it")
+        folder.mkdir(exist_ok=True)
+        lock = FileLock(folder / _MARK, timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise CartError(f"another run is writing {out}; wait for it, or name another") from None
+    except OSError as error:
+        raise CartError(f"{place}: {error.strerror}") from None
+    done = False
+    try:
+        for left in folder.iterdir():
+            if left.name != _MARK:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield folder
+        if out.exists():
+            out.rmdir()  # empty, as seen above: else this fails
+        os.rename(folder, out)
+        done = True
+        with suppress(OSError):
+            (out / _MARK).unlink()
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "the disk is full" if full else error.strerror or str(error)
+        raise CartError(f"cannot write {out}: {reason}; nothing is left of it") from error
+    finally:
+        lock.release()
+        if not done:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_way(out: Path) -> None:
+    """Refuse a folder that cannot be replaced, before the work rather than after it.
+
+    Raises:
+        CartError: it holds something, or is a mount point, the current folder, or protected.
+    """
+    if not out.exists():
+        return
+    try:
+        if not out.is_dir() or any(out.iterdir()):
+            raise CartError(f"{out} exists; name a new folder, or remove it")
+        if out.samefile("."):
+            raise CartError(f"{out} is the current folder and cannot be replaced; name a new one")
+        out.rmdir()
+        out.mkdir()
+    except OSError as error:
+        raise CartError(
+            f"{out} cannot be replaced ({error.strerror}); name a new folder, such as one inside it"
+        ) from None
+
+
+def check_space(place: Path, needed: int) -> None:
+    """Refuse to start what the disk cannot hold.
+
+    Raises:
+        CartError: fewer bytes are free.
+    """
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise CartError(
+            f"{place.parent} has {free:,} bytes free and {needed:,} are needed; make room or name "
+            "another folder"
+        )

@@ -1,0 +1,208 @@
+"""Model folders and adapters, read one tensor at a time: the project's one reader.
+
+Tensors are read into memory of their own rather than mapped: of a mapped file every page that was
+touched stays resident, and T models would fill the memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cart_plugin.checkpoints.files import read_json
+from cart_plugin.checkpoints.headers import AGAIN, StoredTensor, TensorInfo, read_header
+from cart_plugin.errors import CartError, CheckpointError, first_line
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+# Of a folder that has several of these one is stale, and programs differ in which they take.
+TRANSFORMERS_ORDER = (SINGLE, INDEX)
+MERGEKIT_ORDER = (INDEX, SINGLE, "pytorch_model.bin.index.json", "pytorch_model.bin")
+
+
+@dataclass
+class Checkpoint:
+    """A model or an adapter on the disk.
+
+    Attributes:
+        name: what errors and results call it.
+        path: its folder, or its weight file.
+        config: its config.json (of an adapter, its adapter_config.json); empty for weight files.
+        tensors: by name, from the headers.
+        files: its weight files.
+    """
+
+    name: str
+    path: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, TensorInfo] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
+
+    @property
+    def model_type(self) -> str:
+        """From its config; empty where that names none."""
+        found = self.config.get("model_type")
+        return found if isinstance(found, str) else ""
+
+    @property
+    def bytes(self) -> int:
+        """Size of its weight files."""
+        return sum(file.stat().st_size for file in self.files)
+
+    @property
+    def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of each tensor, as `writing` takes them."""
+        return {name: (self.dtype(name), info.shape) for name, info in self.tensors.items()}
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor, which must be one that torch knows."""
+        found = self.tensors[name].dtype
+        assert found is not None, name
+        return found
+
+    def read(self, name: str) -> Tensor:
+        """The values of a tensor of a safetensors file.
+
+        Raises:
+            CartError: the file cannot be read.
+        """
+        stored = self.tensors[name]
+        assert isinstance(stored, StoredTensor), name
+        tensor = torch.empty(stored.shape, dtype=self.dtype(name))
+        data = as_bytes(tensor)
+        try:
+            with stored.file.open("rb", buffering=0) as file:
+                file.seek(stored.start)
+                got = 0
+                while got < len(data):
+                    count = file.readinto(data[got:])
+                    if not count:
+                        raise CartError(
+                            f"model {self.name}: {stored.file.name} ends within {name}; {AGAIN}"
+                        )
+                    got += count
+        except OSError as error:
+            raise CartError(f"model {self.name}: {stored.file}: {error.strerror}") from None
+        return tensor
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """A contiguous tensor's memory."""
+    data: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(data)
+
+
+def read_config(folder: Path, who: str, file: str = CONFIG) -> dict[str, Any]:
+    """A JSON file of a folder.
+
+    Args:
+        folder: the model's or adapter's.
+        who: whose file it is, for errors: "model math".
+        file: its name.
+
+    Raises:
+        CheckpointError: it is missing, or no JSON object.
+    """
+    try:
+        return read_json(folder / file)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{who} has no {file} in {folder}", "name a folder that save_pretrained wrote"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{who}: {file} cannot be read: {first_line(error)}", AGAIN) from None
+
+
+def read_weights(checkpoint: Checkpoint, order: tuple[str, ...]) -> None:
+    """Find the weight files of a folder and what they hold: fills in `files` and `tensors`.
+
+    Args:
+        checkpoint: of a folder.
+        order: names of files and indexes; the first that is there decides.
+
+    Raises:
+        CheckpointError: there are none, one is missing or broken, or lacks what an index lists.
+    """
+    who, folder = f"model {checkpoint.name}", checkpoint.path
+    start = next((name for name in order if (folder / name).is_file()), None)
+    if start is None:
+        single = " or ".join(name for name in order if not name.endswith(".json"))
+        raise CheckpointError(
+            f"{who} has no {single}, nor {'an' if ' or ' in single else 'its'} index, in {folder}",
+            "name the folder that save_pretrained wrote, not its parent",
+        )
+    if not start.endswith(".json"):
+        checkpoint.files = [folder / start]
+        checkpoint.tensors = read_header(folder / start, who)
+        return
+    listed = _weight_map(folder / start, who)
+    held = {}
+    for shard in sorted(set(listed.values())):
+        if not (folder / shard).is_file():
+            raise CheckpointError(f"{who}: shard {shard} is missing from {folder}", AGAIN)
+        held[shard] = read_header(folder / shard, who)
+    checkpoint.files = [folder / shard for shard in held]
+    lacking = [name for name, shard in listed.items() if name not in held[shard]]
+    if lacking:
+        more = f" and {len(lacking) - 1:,} more" if len(lacking) > 1 else ""
+        raise CheckpointError(
+            f"{who}: {listed[lacking[0]]} lacks {lacking[0]}{more}, which the index lists there",
+            AGAIN,
+        )
+    checkpoint.tensors = {name: held[shard][name] for name, shard in listed.items()}
+
+
+def _weight_map(index: Path, who: str) -> Mapping[str, str]:
+    """The shard of each tensor."""
+    found = read_config(index.parent, who, index.name).get("weight_map")
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{who}: {index.name} has no weight_map", AGAIN)
+    for tensor, shard in found.items():
+        if not isinstance(shard, str):
+            raise CheckpointError(
+                f"{who}: {index.name} names no file for {tensor}: {shard!r}", AGAIN
+            )
+    return found
+
+
+def open_folder(path: Path, name: str) -> Checkpoint:
+    """A model's folder with safetensors, as transformers reads it; tensors in order of their names.
+
+    Raises:
+        CheckpointError: it is no such folder, or something of it is missing or broken.
+    """
+    if not path.is_dir():
+        found = "is a file" if path.exists() else "does not exist"
+        raise CheckpointError(
+            f"model {path} {found}", "name a local folder with config.json and weights"
+        )
+    model = Checkpoint(name, path, read_config(path, f"model {name}"))
+    if not any((path / file).is_file() for file in TRANSFORMERS_ORDER) and any(path.glob("*.bin")):
+        raise CheckpointError(
+            f"model {name} has its weights in .bin files, which are not read (loading them may run "
+            "code)",
+            "load it with transformers and save it with save_pretrained",
+        )
+    read_weights(model, TRANSFORMERS_ORDER)
+    model.tensors = dict(sorted(model.tensors.items()))
+    return model
+
+
+def open_adapter(path: Path, name: str) -> Checkpoint:
+    """A PEFT adapter's folder.
+
+    Raises:
+        CheckpointError: it has no config or no weights, or one of them is broken.
+    """
+    who, weights = f"adapter {name}", path / ADAPTER_WEIGHTS
+    config = read_config(path, who, ADAPTER_CONFIG)
+    return Checkpoint(name, path, config, read_header(weights, who), [weights])

@@ -1,0 +1,77 @@
+"""Files and folders that appear whole or not at all, and JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cart_plugin import CartError
+from cart_plugin.checkpoints.files import read_json, unfinished, write_json, write_text
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_run_that_is_killed_as_it_ends(tmp_path, renamed):
+    out, left = tmp_path / "out", tmp_path / ".out.unfinished"
+    script = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from cart_plugin.checkpoints.files import unfinished\n"
+        "real = os.rename\n"
+        "def rename(*places):\n"
+        f"    if {renamed}: real(*places)\n"
+        "    os._exit(9)\n"
+        "with unfinished(Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'result').touch()\n"
+        "    os.rename = rename\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, out], check=False)
+    assert killed.returncode == 9
+    assert out.exists() == renamed == (not left.exists())
+    if renamed:
+        assert (out / "result").exists()
+        with pytest.raises(CartError, match="exists; name a new folder"), unfinished(out):
+            pass
+    else:
+        with unfinished(out) as folder:
+            assert not (folder / "result").exists()
+        assert list(out.iterdir()) == []
+
+
+def test_an_error_inside_leaves_nothing(tmp_path: Path) -> None:
+    def fail() -> None:
+        with unfinished(tmp_path / "out") as folder:
+            (folder / "result").touch()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    file = tmp_path / "file.txt"
+    write_text(file, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(file, "new \ud800")
+    assert file.read_text() == "old"
+
+
+def test_json_comes_back(tmp_path: Path) -> None:
+    value = {"b": [1, 2.5, None], "a": "ä"}
+    write_json(tmp_path / "one.json", value)
+    assert read_json(tmp_path / "one.json") == value
+    assert list(read_json(tmp_path / "one.json")) == ["b", "a"]
+    write_json(tmp_path / "one.json", value, sort_keys=True)
+    assert list(json.loads((tmp_path / "one.json").read_text())) == ["a", "b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["one.json"]
+
+
+@pytest.mark.parametrize("text", ["[]", "1", "{", ""])
+def test_what_is_no_json_object_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError):
+        read_json(tmp_path / "x.json")

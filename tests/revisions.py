@@ -1,0 +1,92 @@
+"""`python -m tests.revisions`: figures that stand for the numbers of each room's REVISION.
+
+Measurements of one revision are kept as long as it lasts, so these figures must not move while it
+does. Run this after raising a REVISION; the test next door compares.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from cart_plugin import (
+    CartSettings,
+    RankRule,
+    compress,
+    linalg,
+    merge_tensors,
+    merging,
+    truncated_svd,
+)
+from cart_plugin.checkpoints.files import write_json
+from cart_plugin.compress import compress as compress_models
+from cart_plugin.linalg.svd import SOLVERS
+from cart_plugin.merging.indexing import index_tensors
+from tests.compress.models import save_tasks
+from tests.support import power_law, random, with_spectrum
+
+FILE = Path(__file__).with_name("revisions.json")
+
+
+def linalg_figures() -> dict[str, float]:
+    """Energies that each solver keeps of a few matrices."""
+    figures = {}
+    for m, n in ((96, 128), (640, 512)):
+        x = with_spectrum(power_law(min(m, n), 0.5), m, n, seed=m)
+        for svd in SOLVERS:
+            kept = truncated_svd(x, RankRule(0.08), svd=svd)
+            figures[f"{svd} {m}x{n}"] = float(kept.S.double().square().sum())
+        figures[f"energy {m}x{n}"] = truncated_svd(x, RankRule(energy=0.8)).rank
+    return figures
+
+
+def merging_figures() -> dict[str, float]:
+    """Sums over merged tensors, weighted at random so that any entry shows."""
+    figures = {}
+    weights = random(24, 40, seed=100)
+    tensors = [random(24, 40, seed=seed) for seed in range(4)]
+    base = random(24, 40, seed=9)
+    kinds = {
+        "cart": CartSettings(rank_ratio=0.2, lambda_=1.5),
+        "cart energy": CartSettings(energy=0.6),
+        "cart base": CartSettings(rank=3, center="base"),
+        "cart_auto": CartSettings(lambda_="auto"),
+        "cart_auto base": CartSettings(lambda_="auto", center="base"),
+    }
+    for name, settings in kinds.items():
+        merged = merge_tensors(tensors, settings, weights=[1, 2, 1, 1], base=base, name="a.weight")
+        figures[name] = float((merged.double() * weights).sum())
+    indexed = index_tensors(tensors, CartSettings(rank=5), name="a.weight")
+    figures["indexing"] = float((indexed.restored(2).double() * weights).sum())
+    return figures
+
+
+def compress_figures() -> dict[str, float]:
+    """Sizes and errors of three tiny models as a base and adapters."""
+    figures = {}
+    with tempfile.TemporaryDirectory() as folder:
+        models = save_tasks(Path(folder), "llama", num_hidden_layers=1)
+        for name, options in {"ratio": {"rank_ratio": 0.25}, "size": {"target_size": 0.8}}.items():
+            report = compress_models(models, Path(folder) / name, **options)
+            figures[f"{name} error"] = report.total(0).error
+            # Without the configs: they hold the folder's path.
+            files = sorted((Path(folder) / name).rglob("*.safetensors"))
+            figures[f"{name} bytes"] = sum(file.stat().st_size for file in files)
+    return figures
+
+
+ROOMS = {
+    "linalg": (linalg, linalg_figures),
+    "merging": (merging, merging_figures),
+    "compress": (compress, compress_figures),
+}
+
+
+if __name__ == "__main__":
+    write_json(
+        FILE,
+        {
+            name: {"revision": room.REVISION, "figures": figures()}
+            for name, (room, figures) in ROOMS.items()
+        },
+    )
