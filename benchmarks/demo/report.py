@@ -1,7 +1,8 @@
 """The demo's results as a table on the terminal, as Markdown and as a plot, from one dictionary.
 
-The dictionary (also the JSON file) holds `tasks` (name -> title), `rows` (see `demo.Row`) and what
-is needed to rerun.
+The dictionary (also the JSON file) holds `tasks` (name -> title), `rows` (one a method: accuracies
+on test images, their mean, its share of the fine-tuned models' mean), where and when they come from
+(`measured`) and what is needed to rerun.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common.colors import CART_COLOR, LIMIT_COLOR, MERGED_COLOR
+from benchmarks.common.provenance import made_by
 from benchmarks.common.tables import markdown_table
 
 NEXT = """\
@@ -114,7 +116,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"Test accuracy in per cent, {counts['test']} images a task. `fine-tuned` is one model a "
         f"task; every other row is one model for all {len(result['tasks'])} tasks. Each method's "
         f"setting was picked from those in `results.json` on {counts['validation']} validation "
-        f"images a task. Made by `make demo`.\n\n{markdown_table(heading, lines, ruler)}\n"
+        f"images a task. {made_by('demo', result['measured'])}\n\n"
+        f"{markdown_table(heading, lines, ruler)}\n"
     )
 
 

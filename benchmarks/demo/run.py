@@ -23,6 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes from local fold
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads must not spin on a busy machine
 
 from benchmarks.common.cache import cache_root, read_manifest, write_json
+from benchmarks.common.provenance import provenance
 from benchmarks.common.recipes import Candidate, Merge, MergeError
 from benchmarks.common.sources import SourceError, fetch
 from benchmarks.demo import report, work
@@ -97,6 +98,7 @@ def run(
     from benchmarks.vision.tasks import task
 
     titles = {name: task(name).title for name in names}
+    measured = [provenance()]  # before the work: sources may change meanwhile
     stages.console.print(f"Cache: {cache_root()}", highlight=False, soft_wrap=True)
     with work.Workers(workers) as pool:
         with stages.stage("images and the pretrained encoder", len(names) + 1) as stage:
@@ -130,6 +132,7 @@ def run(
     ]
     return {
         "tasks": titles,
+        "measured": measured,
         "rows": rows,
         "counts": dict(counts),
         "seed": seed,

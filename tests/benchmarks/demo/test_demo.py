@@ -132,11 +132,15 @@ def result():
     rows = [row("pretrained", 0.1, 0.2, False), row("fine-tuned", 1.0, 1.0, False)]
     rows += [row("linear", 0.4, 0.5), row("cart", 0.6, 0.7)]
     counts = {"validation": 3, "test": 5}
-    return {"tasks": {"a": "Task A", "b": "Task B"}, "rows": rows, "counts": counts}
+    measured = [{"cart_plugin": "0.1.0", "commit": "abc1234", "date": "2026-11-25"}]
+    tasks = {"a": "Task A", "b": "Task B"}
+    return {"tasks": tasks, "rows": rows, "counts": counts, "measured": measured}
 
 
 def test_the_markdown_table_has_a_row_a_method_and_marks_the_best(result):
-    lines = [line for line in report.markdown(result).splitlines() if line.startswith("|")]
+    text = report.markdown(result)
+    assert "Made by `make demo` (cart-plugin 0.1.0, commit abc1234, 2026-11-25)." in text
+    lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + 4
     assert lines[0].startswith("| method | Task A | Task B | mean | of fine-tuned |")
     assert lines[-1].startswith("| **cart** | **60.0** | **70.0** | **65.0** | **65 %** |")
