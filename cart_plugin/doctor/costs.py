@@ -63,11 +63,6 @@ def check_disk(
 ) -> Iterator[Finding]:
     """Compare the size of the result with the room on its file system."""
     folder = (out or Path()).absolute()
-    if out is not None and folder.is_dir() and any(folder.iterdir()):
-        yield warning(
-            f"{out} is not empty; mergekit overwrites files of the same name and keeps the others",
-            "choose another folder, or empty it",
-        )
     fused = [label for label, model in references(config).items() if model.lora is not None]
     if fused:
         tensors = [info for label in fused for info in checkpoints[label].tensors.values()]

@@ -13,7 +13,7 @@ import yaml
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 
 from cart_plugin.checkpoints.reading import Checkpoint
-from cart_plugin.doctor import costs, parameters, planning, result, schema
+from cart_plugin.doctor import costs, output, parameters, planning, result, schema
 from cart_plugin.doctor import inputs as files
 from cart_plugin.doctor.findings import Finding, Level, Section, ok, problem, warning
 from cart_plugin.doctor.layout import Recipe, references
@@ -107,6 +107,8 @@ def _check_document(
     show(Section(title, findings))
     stopped = _has_problem(findings)
 
+    if out is not None and (in_the_way := output.check_out(out, config)):
+        show(Section("Output", in_the_way))
     checkpoints, findings = _read_inputs(config, made)
     show(Section("Inputs", findings))
     if checkpoints is None:
