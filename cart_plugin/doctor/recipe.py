@@ -13,7 +13,7 @@ import yaml
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 
 from cart_plugin.checkpoints.reading import Checkpoint
-from cart_plugin.doctor import costs, output, parameters, planning, result, schema
+from cart_plugin.doctor import adapters, costs, output, parameters, planning, result, schema
 from cart_plugin.doctor import inputs as files
 from cart_plugin.doctor.findings import Finding, Level, Section, ok, problem, warning
 from cart_plugin.doctor.layout import Recipe, references
@@ -153,10 +153,15 @@ def _read_inputs(
             findings += files.check_model_card(model.model.path)
         unreadable += files.check_dtypes(checkpoint)
         if model.lora is not None:
-            unreadable += files.check_adapter(model.lora.path)
-        findings += unreadable or [files.summary(checkpoint)]
+            odd = files.check_adapter(model.lora.path)
+            if not odd and not unreadable:
+                odd = adapters.check_fit(Path(model.lora.path), model.lora.path, checkpoint)
+            findings += [finding for finding in odd if finding.level is not Level.PROBLEM]
+            unreadable += [finding for finding in odd if finding.level is Level.PROBLEM]
+        findings += unreadable or [files.summary(checkpoint), *files.check_format(checkpoint)]
         complete = complete and not unreadable
         checkpoints[label] = checkpoint
+    findings += adapters.check_cache(config)
     return checkpoints if complete else None, findings
 
 
