@@ -7,6 +7,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from mergekit.common import ModelReference
+
 from cart_plugin.checkpoints.headers import (
     WEIGHT_SUFFIXES,
     is_lfs_pointer,
@@ -24,6 +26,9 @@ from cart_plugin.checkpoints.reading import (
 from cart_plugin.checkpoints.side_files import side_files
 from cart_plugin.doctor.findings import Finding, ok, problem, some, warning
 from cart_plugin.errors import CheckpointError
+
+MAPPING = '`model: {{model: {{path: "{}"}}}}`'
+"""How a recipe names a folder with a sign in its name that means something to mergekit."""
 
 
 def is_offline() -> bool:
@@ -78,6 +83,23 @@ def locate(path: str, kind: str) -> tuple[Path | None, list[Finding]]:
             "Not checked: only local folders are",
             f"to have it checked: hf download {path} --local-dir FOLDER, and write FOLDER instead",
         )
+    ]
+
+
+def check_split(label: str, model: ModelReference) -> list[Finding]:
+    """Find folders whose names mergekit splits into a model and an adapter, or a revision."""
+    wholes = {"+": (label, model.lora is not None)}
+    for part in (model.model, model.lora):
+        if part is not None and part.revision is not None:
+            wholes["@"] = (str(part), True)
+    return [
+        problem(
+            f"{whole} is a folder, but mergekit reads `{sign}` in it as the sign "
+            f"{'between a model and its adapter' if sign == '+' else 'before a revision'}",
+            f"write it as a mapping, {MAPPING.format(whole)}, or rename the folder",
+        )
+        for sign, (whole, is_split) in wholes.items()
+        if is_split and os.path.exists(whole)
     ]
 
 

@@ -16,7 +16,7 @@ from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor import adapters, costs, output, parameters, planning, result, schema
 from cart_plugin.doctor import inputs as files
 from cart_plugin.doctor.findings import Finding, Level, Section, ok, problem, warning
-from cart_plugin.doctor.layout import Recipe, references
+from cart_plugin.doctor.layout import Recipe, check_ranges, references
 from cart_plugin.errors import first_line
 
 
@@ -113,6 +113,9 @@ def _check_document(
     show(Section("Inputs", findings))
     if checkpoints is None:
         return
+    if beyond := check_ranges(config, checkpoints):
+        show(Section("Result", beyond))
+        return
     plan, findings = planning.plan(config, checkpoints)
     if plan is None and stopped:
         findings = [
@@ -141,7 +144,8 @@ def _read_inputs(
             findings.append(ok(f"model {label} is made by another recipe of this file"))
             complete = False
             continue
-        path, located = files.locate(model.model.path, "model")
+        split = files.check_split(label, model)
+        path, located = (None, split) if split else files.locate(model.model.path, "model")
         findings += located
         if path is None:
             complete = False
