@@ -59,13 +59,11 @@ def _is_whole(config: Recipe, others: Mapping[str, Checkpoint], *, to_original: 
 
 def _other(checkpoint: Checkpoint) -> tuple[Checkpoint, bool]:
     """A model as its other format would hold it, and whether that is the original one."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import revert_weight_conversion
 
     model = names.meta_model(checkpoint.path, checkpoint.config, checkpoint.name)
     state = dict(model.state_dict())
-    model._weight_conversions = get_model_conversion_mapping(model)
-    original = revert_weight_conversion(model, dict(state))
+    original = revert_weight_conversion(model, dict(state))  # as `save_pretrained` does
     held = set(checkpoint.tensors)
     is_original = len(held & set(original)) >= len(held & set(state))
     other = state if is_original else original

@@ -13,7 +13,7 @@ import yaml
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 
 from cart_plugin.checkpoints.reading import Checkpoint
-from cart_plugin.doctor import adapters, costs, output, parameters, planning, result, schema
+from cart_plugin.doctor import adapters, costs, output, parameters, planning, result, saved, schema
 from cart_plugin.doctor import inputs as files
 from cart_plugin.doctor.findings import Finding, Level, Section, ok, problem, warning
 from cart_plugin.doctor.layout import Recipe, check_ranges, references
@@ -124,6 +124,8 @@ def _check_document(
     if plan is not None:
         merges = result.match(plan, checkpoints)
         findings = result.check_plan(merges, checkpoints, config, method)
+        held = [merge for merge in merges if merge.inputs]
+        findings += saved.check_saved(held, checkpoints, config)
         # What a merge that fails would need is of no use.
         if not stopped and not _has_problem(findings):
             if parameters.is_cart(method):  # others need other amounts
