@@ -1,7 +1,7 @@
 """Checks of what mergekit saves beside the weights: config, tokenizer, processors.
 
-All of it comes from one input, the base model or else the first, whatever the merge made of the
-weights; and not all of its files are copied.
+All of it comes from one input, whatever the merge made of the weights, and not all of its files are
+copied. That one is the base model; without one it is any, since mergekit keeps the models in a set.
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import torch
 from mergekit.architecture import arch_info_for_config
-from mergekit.common import dtype_from_name
 from mergekit.config import MergeConfiguration
 
 from cart_plugin.checkpoints import names
@@ -38,6 +36,7 @@ _RESAVED = {
     *("added_tokens.json", "merges.txt", "vocab.json", "vocab.txt", "spiece.model"),
     *("sentencepiece.bpe.model", "chat_template.jinja"),
 }
+_HEADS = ("lm_head.weight", "embed_out.weight")
 _GENERATION = "generation_config.json"
 _PROCESSORS = {
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
@@ -57,84 +56,97 @@ def check_saved(
     """
     if not isinstance(config, MergeConfiguration):
         return []
-    donor = str(config.base_model or config.referenced_models()[0])
+    donors = [
+        checkpoint
+        for label, checkpoint in checkpoints.items()
+        if config.base_model is None or label == str(config.base_model)
+    ]
     return [
-        *_check_dtype(merges, checkpoints[donor], config),
-        *_check_tied(merges, checkpoints[donor]),
-        *_check_tokens(merges, checkpoints, config),
-        *_check_files(checkpoints, donor, config),
+        *_check_dtype(merges, donors, config),
+        *_check_tied(merges, checkpoints, donors),
+        *_check_tokens(merges, checkpoints, donors, config),
+        *_check_files(checkpoints, donors, config),
     ]
 
 
 def _check_dtype(
-    merges: Sequence[Merge], donor: Checkpoint, config: MergeConfiguration
+    merges: Sequence[Merge], donors: Sequence[Checkpoint], config: MergeConfiguration
 ) -> Iterator[Finding]:
     """Report a config that names another dtype than the weights will have."""
     if config.dtype or config.out_dtype:
         return
-    named = donor.config.get("dtype") or donor.config.get("torch_dtype")
-    saved = {
-        reduce(torch.promote_types, [info.dtype for info in merge.inputs.values() if info.dtype])
-        for merge in merges
-        if merge.is_floating and any(len(info.shape) > 1 for info in merge.inputs.values())
-    }
-    try:
-        wanted = dtype_from_name(named) if isinstance(named, str) else None
-    except RuntimeError:
-        return
-    if wanted is None or not saved or saved == {wanted}:
-        return
-    kinds = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in saved))
-    yield warning(
-        f"the weights will be saved as {kinds}, to which the inputs promote, with a config that "
-        f"says {named} (of model {donor.name}); who loads them by it gets {named}",
-        f"write `dtype: {named}` or `dtype: {kinds.split(', ')[0]}` in the recipe",
-    )
-
-
-def _check_tied(merges: Sequence[Merge], donor: Checkpoint) -> Iterator[Finding]:
-    """Report a config that ties the embeddings although the result has a head of its own."""
-    if not names_tied(donor.config):
-        return
-    for merge in merges:
-        heads = [label for label in merge.tuned if label != donor.name]
-        if (
-            merge.planned.name.endswith("lm_head.weight")
-            and merge.planned.name not in donor.tensors
-            and heads
-        ):
-            yield problem(
-                f"{merge.planned.name} comes from {some(heads)} and the config from model "
-                f"{donor.name}, which says tie_word_embeddings: true: whoever loads the result "
-                "gets the embeddings in its place",
-                'set "tie_word_embeddings": false in the config.json of the result, or leave '
-                "`base_model` out and name an untied model first",
+    floating = [merge for merge in merges if merge.is_floating]
+    dtypes = [{info.dtype for info in merge.inputs.values() if info.dtype} for merge in floating]
+    if all(len(found) == 1 for found in dtypes):
+        return  # then the config is as true as the inputs' own
+    saved = {reduce(torch.promote_types, found) for found in dtypes}
+    kinds = sorted(str(dtype).removeprefix("torch.") for dtype in saved)
+    for donor in donors:
+        named = donor.config.get("dtype") or donor.config.get("torch_dtype")
+        if isinstance(named, str) and named not in kinds:
+            yield warning(
+                f"the weights will be saved as {', '.join(kinds)}, to which the inputs promote, "
+                f"with a config that says {named} ({_origin(donor, donors)}); who loads them by it "
+                f"gets {named}",
+                f"write `dtype: {named}` or `dtype: {kinds[0]}` in the recipe",
             )
+            return
 
 
-def names_tied(config: Mapping[str, Any]) -> bool:
-    """Whether a config ties the embeddings, by its own word or its text part's."""
-    text = config.get("text_config")
-    return any(
-        isinstance(part, dict) and part.get("tie_word_embeddings") is True
-        for part in (config, text)
-    )
+def _origin(donor: Checkpoint, donors: Sequence[Checkpoint]) -> str:
+    if len(donors) == 1:
+        return f"of model {donor.name}"
+    return f"of model {donor.name} or another: without base_model mergekit takes any"
+
+
+def _check_tied(
+    merges: Sequence[Merge], checkpoints: Mapping[str, Checkpoint], donors: Sequence[Checkpoint]
+) -> Iterator[Finding]:
+    """Report a config that ties the embeddings although the result has a head of its own."""
+    heads = [merge for merge in merges if merge.planned.name.endswith(_HEADS)]
+    if not heads:
+        return
+    untied = [label for label in heads[0].tuned if not _is_tied(checkpoints[label])]
+    donor = next((donor for donor in donors if _is_tied(donor)), None)
+    if untied and donor is not None:
+        yield warning(
+            f"{heads[0].planned.name} comes from {some(untied)}, and the config "
+            f"({_origin(donor, donors)}) ties it to the embeddings: programs that go by the config "
+            "take those in its place",
+            'set "tie_word_embeddings": false in the config.json of the result, or merge with '
+            "`mergekit-cart merge RECIPE OUT`, which does it",
+        )
+
+
+def _is_tied(checkpoint: Checkpoint) -> bool:
+    """Whether a model's head is its embeddings: its config's word, or its class's default."""
+    try:
+        settings = names.settings(checkpoint.path, checkpoint.name)
+    except CartError:
+        return checkpoint.config.get("tie_word_embeddings") is True
+    return getattr(settings, "tie_word_embeddings", False) is True
 
 
 def _check_tokens(
-    merges: Sequence[Merge], checkpoints: Mapping[str, Checkpoint], config: MergeConfiguration
+    merges: Sequence[Merge],
+    checkpoints: Mapping[str, Checkpoint],
+    donors: Sequence[Checkpoint],
+    config: MergeConfiguration,
 ) -> Iterator[Finding]:
     """Report tokenizers with ids beyond the embedding's rows."""
     tables = [merge for merge in merges if merge.planned.vocabulary_axis == 0]
-    aligned = config.tokenizer is not None or config.tokenizer_source is not None
+    tokenizers = {}
     for label, checkpoint in checkpoints.items():
-        rows = min(
-            (merge.inputs[label].shape[0] for merge in tables if label in merge.inputs),
-            default=None,
-        )
-        last = highest_id(checkpoint.path)
-        if rows is None or last is None or last < rows:
+        counts = [merge.inputs[label].shape[0] for merge in tables if label in merge.inputs]
+        found = _read_tokenizer(checkpoint.path)
+        if counts and found is not None:
+            tokenizers[label] = (min(counts), *found)
+    source = config.tokenizer.source if config.tokenizer else config.tokenizer_source
+    for label, (rows, ids, kind) in tokenizers.items():
+        beyond = {token for token, number in ids.items() if number >= rows}
+        if not beyond:
             continue
+        last = max(ids.values())
         fact = (
             f"model {label}: its tokenizer has ids up to {last:,} and its embeddings {rows:,} rows"
         )
@@ -142,46 +154,59 @@ def _check_tokens(
             f"load it with transformers, resize_token_embeddings({last + 1}) and save it again, or "
             "take the tokenizer of the model that it was trained from"
         )
-        if aligned:
+        # mergekit leaves such a token out, but for these three cases, which it does not foresee.
+        stops = (
+            str(source) == label
+            or (kind != "BPE" and label in [donor.name for donor in donors])
+            or any(
+                others[token] < count
+                for other, (count, others, _) in tokenizers.items()
+                if other != label
+                for token in beyond & others.keys()
+            )
+        )
+        if source is None:
+            yield warning(f"{fact}; such a token stops the model, and will stop the result", advice)
+        elif stops:
             yield problem(f"{fact}; mergekit stops when it aligns them", advice)
         else:
-            yield warning(
-                f"{fact}; a text with such a token stops the model, and the result", advice
-            )
+            yield warning(f"{fact}; mergekit leaves such tokens out", advice)
 
 
-def highest_id(folder: Path) -> int | None:
-    """The last id of a tokenizer by its files; None where they do not say."""
-    ids: list[int] = []
+def _read_tokenizer(folder: Path) -> tuple[dict[str, int], str] | None:
+    """The ids of a tokenizer by token, and its kind; None without a tokenizer.json."""
     try:
         found = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        vocabulary = found["model"].get("vocab", {})
-        if isinstance(vocabulary, dict):
-            ids += vocabulary.values()
-        else:  # pairs of a piece and its score
-            ids.append(len(vocabulary) - 1)
-        ids += [token["id"] for token in found.get("added_tokens") or ()]
-        return max((number for number in ids if isinstance(number, int)), default=None)
+        vocabulary = found["model"]["vocab"]
+        if isinstance(vocabulary, list):  # pairs of a piece and its score
+            vocabulary = {piece: number for number, (piece, _) in enumerate(vocabulary)}
+        added = {token["content"]: token["id"] for token in found.get("added_tokens") or ()}
+        ids = {str(token): int(number) for token, number in {**vocabulary, **added}.items()}
+        return (ids, str(found["model"].get("type"))) if ids else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+        return None  # mergekit and transformers say so themselves
 
 
 def _check_files(
-    checkpoints: Mapping[str, Checkpoint], donor: str, config: MergeConfiguration
+    checkpoints: Mapping[str, Checkpoint], donors: Sequence[Checkpoint], config: MergeConfiguration
 ) -> Iterator[Finding]:
     """Report files of the inputs that belong to the model and will not be in the result."""
-    kept = _kept(checkpoints[donor], config)
-    left: dict[str, list[str]] = defaultdict(list)
-    seen = set(kept)
-    for label in sorted(checkpoints, key=lambda label: label != donor):
+    kept = [_kept(donor, config) for donor in donors]
+    surely, perhaps = set.intersection(*kept), set.union(*kept)
+    left: dict[tuple[str, str], list[str]] = defaultdict(list)
+    seen = set(surely)
+    # The base's are the ones to have.
+    for label in sorted(checkpoints, key=lambda label: label not in [it.name for it in donors]):
         for name, file in side_files(checkpoints[label].path).items():
             if name not in seen and _matters(name, file):
                 seen.add(name)
-                left[label].append(name)
-    for label, files in left.items():
+                left[label, "may" if name in perhaps else "will"].append(name)
+    for (label, verb), files in left.items():
+        reason = f"mergekit-yaml does not copy {'it' if len(files) == 1 else 'them'}"
+        if verb == "may":
+            reason = "without base_model mergekit-yaml copies from any one of the models"
         yield warning(
-            f"the result will lack {some(files, 6)} of model {label}: mergekit-yaml does not copy "
-            f"{'it' if len(files) == 1 else 'them'}",
+            f"the result {verb} lack {some(files, 6)} of model {label}: {reason}",
             "copy from there into the result, or merge with `mergekit-cart merge RECIPE OUT`, "
             "which does it",
         )
