@@ -7,44 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
 
 from tests.doctor.conftest import Report
-from tests.doctor.tiny import save_model, save_models
+from tests.doctor.tiny import MISTRAL3, SIZES, save_class, save_model, save_models
 
-_SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-_MISTRAL3 = {
-    "text_config": transformers.MistralConfig(**_SIZES, num_key_value_heads=2, head_dim=8),
-    "vision_config": transformers.PixtralVisionConfig(
-        **{key: _SIZES[key] for key in _SIZES if key != "vocab_size"}, image_size=32, patch_size=8
-    ),
-    "image_token_index": 60,
-}
 _T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-
-
-def save(folder: Path, name: str, original: bool = True, **config: Any) -> list[str]:
-    """Save three random models of a class; their folders."""
-    kind = getattr(transformers, name)
-    folders = [folder / str(seed) for seed in range(3)]
-    for seed, model in enumerate(folders):
-        torch.manual_seed(seed)
-        kind(kind.config_class(**config)).save_pretrained(model, save_original_format=original)
-    return list(map(str, folders))
 
 
 @pytest.mark.parametrize(
     ("name", "config"),
     [
         ("T5ForConditionalGeneration", _T5),
-        ("GPTNeoXForCausalLM", _SIZES),
+        ("GPTNeoXForCausalLM", SIZES),
         ("FalconForCausalLM", {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}),
     ],
 )
@@ -53,7 +28,7 @@ def test_models_with_a_head_are_not_told_to_get_one(
 ) -> None:
     if name.startswith("Falcon"):
         config = {**config, "num_attention_heads": 4, "multi_query": True, "parallel_attn": True}
-    report = check(save(tmp_path, name, **config))
+    report = check(save_class(tmp_path, name, **config))
     report.has_only_problem("that mergekit requires of this architecture", "mergekit-pytorch")
     assert "head (" not in report.text
     assert "save_pretrained" not in report.text  # neither format helps
@@ -67,7 +42,7 @@ def test_bare_models_are(check: Callable[..., Report], saved: Callable[..., list
 def test_the_other_format_where_it_helps(
     original: bool, check: Callable[..., Report], tmp_path: Path
 ) -> None:
-    models = save(tmp_path, "Mistral3ForConditionalGeneration", original, **_MISTRAL3)
+    models = save_class(tmp_path, "Mistral3ForConditionalGeneration", original, **MISTRAL3)
     report = check(models)
     if original:
         assert report.problems == []
@@ -76,7 +51,7 @@ def test_the_other_format_where_it_helps(
 
 
 def test_slices_of_several_stacks(check: Callable[..., Report], tmp_path: Path) -> None:
-    models = save(tmp_path, "T5ForConditionalGeneration", **_T5)
+    models = save_class(tmp_path, "T5ForConditionalGeneration", **_T5)
     sources = [{"model": model, "layer_range": [0, 2]} for model in models]
     report = check([], models=None, slices=[{"sources": sources}])
     report.has_only_problem(
@@ -175,10 +150,10 @@ def test_methods_in_capitals(name: str, check: Callable[..., Report], llamas: li
 
 def test_tensors_are_counted_once(check: Callable[..., Report], tmp_path: Path) -> None:
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
-    text = {**_SIZES, "num_key_value_heads": 2, "rope_parameters": rope}
+    text = {**SIZES, "num_key_value_heads": 2, "rope_parameters": rope}
     vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4}
     vision |= {"out_hidden_size": 32, "patch_size": 4, "fullatt_block_indexes": [1]}
-    models = save(
+    models = save_class(
         tmp_path,
         "Qwen2_5_VLForConditionalGeneration",
         text_config=text,

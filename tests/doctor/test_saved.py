@@ -17,7 +17,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from tests.doctor.conftest import Report
-from tests.doctor.tiny import change_config, edit_weights, load_tensors, save_model, save_models
+from tests.doctor.tiny import (
+    LLAVA,
+    MISTRAL3,
+    change_config,
+    edit_weights,
+    load_tensors,
+    save_class,
+    save_model,
+    save_models,
+)
 
 
 def merge(folders: list[str], out: Path, **recipe: Any) -> None:
@@ -189,3 +198,29 @@ def test_generation_settings_that_somebody_wrote(
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
     merge(own_llamas[1:], tmp_path / "out", tokenizer_source="union", base_model=own_llamas[0])
     assert not (tmp_path / "out" / "generation_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "original", "copied"),
+    [("Mistral3", MISTRAL3, True, True), ("Llava", LLAVA, False, False)],
+)
+def test_processors_of_vision_language_models(
+    name: str,
+    config: dict[str, Any],
+    original: bool,
+    copied: bool,
+    check: Callable[..., Report],
+    tmp_path: Path,
+) -> None:
+    folders = save_class(tmp_path, f"{name}ForConditionalGeneration", original, **config)
+    for folder in folders:
+        save_tokenizer(folder, 64)
+        for file in ("preprocessor_config.json", "processor_config.json"):
+            (Path(folder) / file).write_text("{}")
+    report = check(folders)
+    if copied:
+        report.is_clean()
+    else:
+        report.has_only_warning("will lack preprocessor_config.json, processor_config.json")
+    merge(folders, tmp_path / "out")
+    assert (tmp_path / "out" / "preprocessor_config.json").exists() is copied
