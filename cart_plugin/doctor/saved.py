@@ -38,6 +38,7 @@ _RESAVED = {
 }
 _HEADS = ("lm_head.weight", "embed_out.weight")
 _GENERATION = "generation_config.json"
+_CODE = ("modeling_", "configuration_", "tokenization_", "processing_", "image_processing_")
 _PROCESSORS = {
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
     *("chat_template.json", "normalizer.json", _GENERATION),
@@ -236,6 +237,5 @@ def _matters(name: str, file: Path) -> bool:
             return not json.loads(file.read_text(encoding="utf-8")).get("_from_model_config")
         except (OSError, ValueError, AttributeError):
             return False
-    return (
-        name in _PROCESSORS or name in ("tokenizer.json", "tokenizer.model") or file.suffix == ".py"
-    )
+    is_code = file.suffix == ".py" and name.startswith(_CODE)
+    return is_code or name in _PROCESSORS or name in ("tokenizer.json", "tokenizer.model")

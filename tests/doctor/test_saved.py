@@ -157,7 +157,8 @@ def test_files_that_are_left_behind(
         for name in everywhere:
             (Path(folder) / name).write_text("{}")
     (Path(own_llamas[2]) / "modeling_own.py").write_text("")
-    (Path(own_llamas[1]) / "notes.txt").write_text("mine")
+    for notes in ("notes.txt", "convert.py", "results.json"):
+        (Path(own_llamas[1]) / notes).write_text("mine")
     report = check(own_llamas)
     assert report.problems == []
     first, *others = report.warnings
