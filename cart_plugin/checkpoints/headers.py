@@ -15,6 +15,7 @@ from cart_plugin.errors import CheckpointError, first_line
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 AGAIN = "copy or download the model again"
+_LFS = b"version https://git-lfs.github.com/spec/v1"
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,21 @@ def read_header(file: Path, who: str) -> dict[str, TensorInfo]:
         who: whose file it is, for errors: "model math".
 
     Raises:
-        CheckpointError: it is missing, truncated, or something else.
+        CheckpointError: it is missing, not to be read, truncated, or something else.
     """
     try:
-        return _safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
+        if is_lfs_pointer(file):
+            raise CheckpointError(
+                f"{who}: {file.name} is a Git LFS pointer, which stands for the file in a clone",
+                "run `git lfs pull` in the folder, or download the model (hf download)",
+            )
+        return _safetensors(file) if file.suffix == ".safetensors" else _pickled(file, who)
+    except CheckpointError:
+        raise
     except FileNotFoundError:
         raise CheckpointError(f"{who}: {file.name} is missing", AGAIN) from None
+    except OSError as error:
+        raise unreadable(file, who, error) from None
     except SafetensorError as error:
         raise CheckpointError(
             f"{who}: {file.name} is not a whole safetensors file ({error})",
@@ -89,6 +99,27 @@ def read_header(file: Path, who: str) -> dict[str, TensorInfo]:
             f"{who}: {file.name} cannot be read: {first_line(error)}",
             f"{AGAIN}, or save it as safetensors",
         ) from None
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a file is what Git leaves of a large one where Git LFS has not brought it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with file.open("rb") as opened:
+        return opened.read(len(_LFS)) == _LFS
+
+
+def unreadable(file: Path, who: str, error: OSError) -> CheckpointError:
+    """What the system says of a file that is there."""
+    reason = error.strerror or first_line(error)
+    if isinstance(error, PermissionError):
+        return CheckpointError(
+            f"{who}: {file} is not yours to read ({reason})",
+            "change its permissions (chmod u+r; of a folder u+rx), or ask its owner",
+        )
+    return CheckpointError(f"{who}: {file} cannot be read ({reason})", AGAIN)
 
 
 def _safetensors(file: Path) -> dict[str, TensorInfo]:
@@ -110,11 +141,20 @@ def _safetensors(file: Path) -> dict[str, TensorInfo]:
     }
 
 
-def _pickled(file: Path) -> dict[str, TensorInfo]:
+def _pickled(file: Path, who: str) -> dict[str, TensorInfo]:
     # On the meta device nothing of the data is kept, and weights_only runs no code of the file.
     state_dict = torch.load(file, map_location="meta", weights_only=True)
-    return {
+    found = {
         name: TensorInfo(tuple(tensor.shape), tensor.dtype)
-        for name, tensor in state_dict.get("state_dict", state_dict).items()
+        for name, tensor in (state_dict.items() if isinstance(state_dict, dict) else ())
         if isinstance(tensor, torch.Tensor)
     }
+    if not found:
+        inside = ", ".join(map(repr, state_dict)) if isinstance(state_dict, dict) else "no mapping"
+        raise CheckpointError(
+            f"{who}: {file.name} holds no tensors by name but {inside or 'nothing'}; what mergekit "
+            "loads is a plain state dict",
+            "save what is inside: torch.save(torch.load(FILE)['state_dict'], FILE), or better as "
+            "safetensors",
+        )
+    return found

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from cart_plugin.checkpoints.files import read_json
-from cart_plugin.checkpoints.headers import AGAIN, StoredTensor, TensorInfo, read_header
+from cart_plugin.checkpoints.headers import (
+    AGAIN,
+    StoredTensor,
+    TensorInfo,
+    read_header,
+    unreadable,
+)
 from cart_plugin.errors import CartError, CheckpointError, first_line
 
 CONFIG = "config.json"
@@ -118,7 +124,9 @@ def read_config(folder: Path, who: str, file: str = CONFIG) -> dict[str, Any]:
         raise CheckpointError(
             f"{who} has no {file} in {folder}", "name a folder that save_pretrained wrote"
         ) from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise unreadable(folder / file, who, error) from None
+    except ValueError as error:
         raise CheckpointError(f"{who}: {file} cannot be read: {first_line(error)}", AGAIN) from None
 
 
@@ -133,7 +141,10 @@ def read_weights(checkpoint: Checkpoint, order: tuple[str, ...]) -> None:
         CheckpointError: there are none, one is missing or broken, or lacks what an index lists.
     """
     who, folder = f"model {checkpoint.name}", checkpoint.path
-    start = next((name for name in order if (folder / name).is_file()), None)
+    try:
+        start = next((name for name in order if (folder / name).is_file()), None)
+    except OSError as error:
+        raise unreadable(folder, who, error) from None
     if start is None:
         single = " or ".join(name for name in order if not name.endswith(".json"))
         raise CheckpointError(
@@ -157,6 +168,14 @@ def read_weights(checkpoint: Checkpoint, order: tuple[str, ...]) -> None:
         raise CheckpointError(
             f"{who}: {listed[lacking[0]]} lacks {lacking[0]}{more}, which the index lists there",
             AGAIN,
+        )
+    omitted = sorted({name for names in held.values() for name in names} - set(listed))
+    if omitted:
+        more = f" and {len(omitted) - 1:,} more" if len(omitted) > 1 else ""
+        raise CheckpointError(
+            f"{who}: {start} leaves out {omitted[0]}{more}, which a shard of it holds; programs "
+            "that go by the index lose it",
+            "load the model with transformers and save it again, or " + AGAIN,
         )
     checkpoint.tensors = {name: held[shard][name] for name, shard in listed.items()}
 

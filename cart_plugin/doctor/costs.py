@@ -12,7 +12,7 @@ from mergekit.common import dtype_from_name
 from mergekit.options import MergeOptions
 
 from cart_plugin.checkpoints.reading import Checkpoint
-from cart_plugin.doctor.findings import Finding, count, ok, problem, warning
+from cart_plugin.doctor.findings import Finding, ok, problem, warning
 from cart_plugin.doctor.layout import Recipe, references
 from cart_plugin.doctor.machine import available_memory, size
 from cart_plugin.doctor.result import Merge
@@ -63,17 +63,11 @@ def check_disk(
 ) -> Iterator[Finding]:
     """Compare the size of the result with the room on its file system."""
     folder = (out or Path()).absolute()
-    if out is not None and folder.is_dir() and any(folder.iterdir()):
-        yield warning(
-            f"{out} is not empty; mergekit overwrites files of the same name and keeps the others",
-            "choose another folder, or empty it",
-        )
     fused = [label for label, model in references(config).items() if model.lora is not None]
     if fused:
         tensors = [info for label in fused for info in checkpoints[label].tensors.values()]
         yield ok(
-            f"{count(len(fused), 'input')} with LoRA: pass --lora-merge-cache FOLDER to mergekit, "
-            f"which puts {size(sum(info.bytes for info in tensors))} of fused models there"
+            f"disk needed by --lora-merge-cache FOLDER: {size(sum(info.bytes for info in tensors))}"
         )
     while not folder.exists():
         folder = folder.parent

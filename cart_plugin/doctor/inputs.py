@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from cart_plugin.checkpoints.headers import WEIGHT_SUFFIXES, read_header
+from mergekit.common import ModelReference
+
+from cart_plugin.checkpoints.headers import (
+    WEIGHT_SUFFIXES,
+    is_lfs_pointer,
+    read_header,
+    unreadable,
+)
 from cart_plugin.checkpoints.reading import (
     ADAPTER_CONFIG,
     CONFIG,
@@ -15,8 +23,12 @@ from cart_plugin.checkpoints.reading import (
     read_config,
     read_weights,
 )
+from cart_plugin.checkpoints.side_files import side_files
 from cart_plugin.doctor.findings import Finding, ok, problem, some, warning
 from cart_plugin.errors import CheckpointError
+
+MAPPING = '`model: {{model: {{path: "{}"}}}}`'
+"""How a recipe names a folder with a sign in its name that means something to mergekit."""
 
 
 def is_offline() -> bool:
@@ -36,7 +48,13 @@ def locate(path: str, kind: str) -> tuple[Path | None, list[Finding]]:
     Returns:
         The local path, if there is one, and what there is to say about it.
     """
-    if os.path.exists(path):
+    try:
+        os.stat(path)
+    except PermissionError as error:
+        return None, _refused(unreadable(Path(path), kind, error))
+    except (OSError, ValueError):
+        pass  # it is not there, or no path at all
+    else:
         return Path(path), []
     if path.startswith("~"):
         return None, [
@@ -65,6 +83,23 @@ def locate(path: str, kind: str) -> tuple[Path | None, list[Finding]]:
             "Not checked: only local folders are",
             f"to have it checked: hf download {path} --local-dir FOLDER, and write FOLDER instead",
         )
+    ]
+
+
+def check_split(label: str, model: ModelReference) -> list[Finding]:
+    """Find folders whose names mergekit splits into a model and an adapter, or a revision."""
+    wholes = {"+": (label, model.lora is not None)}
+    for part in (model.model, model.lora):
+        if part is not None and part.revision is not None:
+            wholes["@"] = (str(part), True)
+    return [
+        problem(
+            f"{whole} is a folder, but mergekit reads `{sign}` in it as the sign "
+            f"{'between a model and its adapter' if sign == '+' else 'before a revision'}",
+            f"write it as a mapping, {MAPPING.format(whole)}, or rename the folder",
+        )
+        for sign, (whole, is_split) in wholes.items()
+        if is_split and os.path.exists(whole)
     ]
 
 
@@ -108,6 +143,12 @@ def read_folder(label: str, path: Path) -> tuple[Checkpoint, list[Finding]]:
                 "name the folder, or write weight files for all models and run mergekit-pytorch",
             )
         ]
+    try:
+        os.stat(path / CONFIG)
+    except PermissionError as error:
+        return checkpoint, _refused(unreadable(path, f"model {label}", error))
+    except OSError:
+        pass  # reported below
     if (path / ADAPTER_CONFIG).is_file() and not (path / CONFIG).is_file():
         return checkpoint, [
             problem(
@@ -117,12 +158,13 @@ def read_folder(label: str, path: Path) -> tuple[Checkpoint, list[Finding]]:
         ]
     findings = _check_config(checkpoint)
     findings += _unreadable(lambda: read_weights(checkpoint, MERGEKIT_ORDER))
+    findings += _check_pointers(checkpoint)
     return checkpoint, findings
 
 
 def read_file(label: str, path: Path) -> tuple[Checkpoint, list[Finding]]:
     """Read the header of one weight file, as mergekit-pytorch needs it."""
-    checkpoint = Checkpoint(label, path)
+    checkpoint = Checkpoint(label, path, files=[path])
     if path.is_dir():
         return checkpoint, [
             problem(
@@ -133,6 +175,42 @@ def read_file(label: str, path: Path) -> tuple[Checkpoint, list[Finding]]:
     return checkpoint, _unreadable(
         lambda: checkpoint.tensors.update(read_header(path, f"model {label}"))
     )
+
+
+def _check_pointers(checkpoint: Checkpoint) -> list[Finding]:
+    """Find what a clone without Git LFS has in the place of tokenizers and the like."""
+    left = [
+        name
+        for name, file in side_files(checkpoint.path).items()
+        if os.access(file, os.R_OK) and is_lfs_pointer(file)
+    ]
+    if not left:
+        return []
+    return [
+        problem(
+            f"model {checkpoint.name}: {some(left)} {'is a' if len(left) == 1 else 'are'} Git LFS "
+            f"pointer{'' if len(left) == 1 else 's'}, and would be so in the result",
+            "run `git lfs pull` in the folder, or download the model (hf download)",
+        )
+    ]
+
+
+def check_format(checkpoint: Checkpoint) -> list[Finding]:
+    """Find pickles that one of mergekit's flags cannot read."""
+    old = [
+        file.name
+        for file in checkpoint.files
+        if file.suffix != ".safetensors" and not zipfile.is_zipfile(file)
+    ]
+    if not old:
+        return []
+    return [
+        warning(
+            f"model {checkpoint.name}: {some(old)} is in the format of torch before 1.6, at which "
+            "mergekit stops with --lazy-unpickle",
+            "do not pass that flag, or save the model as safetensors",
+        )
+    ]
 
 
 def check_adapter(adapter: str) -> list[Finding]:
@@ -212,5 +290,9 @@ def _unreadable(read: Callable[[], None]) -> list[Finding]:
     try:
         read()
     except CheckpointError as error:
-        return [problem(error.fact, error.advice)]
+        return _refused(error)
     return []
+
+
+def _refused(error: CheckpointError) -> list[Finding]:
+    return [problem(error.fact, error.advice)]

@@ -7,8 +7,22 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from mergekit.common import ModelReference
-from mergekit.config import ConditionalParameter, MergeConfiguration, ParameterSetting
+from mergekit.config import (
+    ConditionalParameter,
+    InputSliceDefinition,
+    MergeConfiguration,
+    ParameterSetting,
+)
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
+
+from cart_plugin.checkpoints.reading import Checkpoint
+from cart_plugin.doctor.findings import Finding, problem
+
+# What configs call the number of layers, of one side or both.
+_LAYERS = (
+    *("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth"),
+    *("num_decoder_layers", "encoder_layers", "decoder_layers"),
+)
 
 Recipe: TypeAlias = MergeConfiguration | RawPyTorchMergeConfig
 
@@ -99,6 +113,37 @@ def references(config: Recipe) -> dict[str, ModelReference]:
         else model
         for model in models
     }
+
+
+def check_ranges(config: Recipe, checkpoints: Mapping[str, Checkpoint]) -> list[Finding]:
+    """Find layer ranges that name no layer, or layers that a model does not have."""
+    findings = []
+    for group in groups(config):
+        for number, entry in enumerate(group.entries):
+            if not isinstance(entry, InputSliceDefinition):
+                continue
+            first, end = entry.layer_range
+            layers = _layers(checkpoints[str(entry.model)].config)
+            where = f"{group.label}[{number}].layer_range [{first}, {end}]"
+            if not 0 <= first < end:
+                findings.append(
+                    problem(f"{where} names no layer", "write [FIRST, LAST + 1], counted from 0")
+                )
+            elif layers is not None and end > layers:
+                findings.append(
+                    problem(
+                        f"{where} goes beyond model {entry.model}, which has {layers} layers",
+                        f"let it end at {layers} or before: the end does not count",
+                    )
+                )
+    return findings
+
+
+def _layers(config: Mapping[str, Any]) -> int | None:
+    """The most layers of any part of a model, by its config."""
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    counts = [part[key] for part in parts for key in _LAYERS if isinstance(part.get(key), int)]
+    return max(counts, default=None)
 
 
 def conditions(setting: ParameterSetting) -> list[ConditionalParameter]:

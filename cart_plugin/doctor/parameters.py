@@ -28,8 +28,9 @@ _LOW_LAMBDA = 0.5
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A suggestion for a name that is not known, or nothing if none is like it."""
-    matches = get_close_matches(name, list(known), n=1)
-    return f"did you mean {matches[0]}?" if matches else ""
+    by_lower = {word.lower(): word for word in known}
+    matches = get_close_matches(name.lower(), list(by_lower), n=1)
+    return f"did you mean {by_lower[matches[0]]}?" if matches else ""
 
 
 def check_method(name: object) -> tuple[MergeMethod | None, list[Finding]]:

@@ -29,15 +29,12 @@ from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig, plan_flat_
 
 from cart_plugin.checkpoints.headers import TensorInfo
 from cart_plugin.checkpoints.reading import Checkpoint
+from cart_plugin.doctor.advice import way_out
 from cart_plugin.doctor.findings import Finding, problem
 from cart_plugin.doctor.layout import Recipe
 from cart_plugin.errors import first_line
 
 _LAYER = re.compile(r"\.(\d+)\.")
-FLAT = (
-    "save the weights of each model as one .safetensors file and merge the files with "
-    "mergekit-pytorch, which needs no architecture"
-)
 
 
 @dataclass(frozen=True)
@@ -84,10 +81,15 @@ def plan(
             else:
                 options = (options or MergeOptions()).model_copy(update={"quiet": True})
                 tasks = _plan_folders(config.model_copy(deep=True), checkpoints, options)
-            return [_planned(task) for task in tasks if isinstance(task, SaveTensor)], []
+            # Some of mergekit's definitions list a tensor twice; the file holds it once.
+            found = [_planned(task) for task in tasks if isinstance(task, SaveTensor)]
+            return list({planned.name: planned for planned in found}.values()), []
     except Exception as error:  # mergekit raises whatever its assumptions run into
         return None, [
-            problem(f"mergekit cannot plan this merge: {first_line(error)}", _way_out(error))
+            problem(
+                f"mergekit cannot plan this merge: {first_line(error)}",
+                way_out(error, config, checkpoints),
+            )
         ]
 
 
@@ -99,8 +101,9 @@ def _plan_folders(
     for model in config.referenced_models():
         # Of `model+lora` the planner would load and fuse the weights, to see the names that the
         # model has without its adapter too.
-        folder = str(checkpoints[str(model)].path)
-        cache.loaders[model] = LazyTensorLoader(ShardedTensorIndex.from_disk(folder))
+        held = checkpoints[str(model)]
+        index = ShardedTensorIndex(str(held.path), True, dict.fromkeys(held.tensors, ""), [])
+        cache.loaders[model] = LazyTensorLoader(index)
     try:
         architecture = get_architecture_info(config, options)
         out_config = _model_out_config(config, architecture)
@@ -148,23 +151,6 @@ def _planned(task: Any) -> PlannedTensor:
         weights=weights,
         base=None if merge.base_model is None else str(merge.base_model),
     )
-
-
-def _way_out(error: Exception) -> str:
-    message = str(error)
-    if "concatenate list" in message or "get_input_embeddings" in message:
-        return (
-            "this mergekit cannot merge bare encoders such as BertModel or CLIPModel. Save them "
-            "with a head (BertForSequenceClassification) or their parts apart (CLIPVisionModel); "
-            f"or {FLAT}"
-        )
-    if "allow-crimes" in message or "same number of layers" in message:
-        return "merge models of one architecture and size: compare their config.json"
-    if "LoRA not merged" in message:
-        return "fuse the adapters first (PEFT: merge_and_unload) and merge the resulting models"
-    if "custom code" in message or "trust_remote_code" in message:
-        return "pass --trust-remote-code to mergekit; doctor itself does not run models' code"
-    return f"correct what the message names; or {FLAT}"
 
 
 def source(planned: PlannedTensor, checkpoint: Checkpoint) -> TensorInfo | None:

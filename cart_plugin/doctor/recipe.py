@@ -13,10 +13,10 @@ import yaml
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 
 from cart_plugin.checkpoints.reading import Checkpoint
-from cart_plugin.doctor import costs, parameters, planning, result, schema
+from cart_plugin.doctor import adapters, costs, output, parameters, planning, result, saved, schema
 from cart_plugin.doctor import inputs as files
 from cart_plugin.doctor.findings import Finding, Level, Section, ok, problem, warning
-from cart_plugin.doctor.layout import Recipe, references
+from cart_plugin.doctor.layout import Recipe, check_ranges, references
 from cart_plugin.errors import first_line
 
 
@@ -107,9 +107,14 @@ def _check_document(
     show(Section(title, findings))
     stopped = _has_problem(findings)
 
+    if out is not None and (in_the_way := output.check_out(out, config)):
+        show(Section("Output", in_the_way))
     checkpoints, findings = _read_inputs(config, made)
     show(Section("Inputs", findings))
     if checkpoints is None:
+        return
+    if beyond := check_ranges(config, checkpoints):
+        show(Section("Result", beyond))
         return
     plan, findings = planning.plan(config, checkpoints)
     if plan is None and stopped:
@@ -119,6 +124,8 @@ def _check_document(
     if plan is not None:
         merges = result.match(plan, checkpoints)
         findings = result.check_plan(merges, checkpoints, config, method)
+        held = [merge for merge in merges if merge.inputs]
+        findings += saved.check_saved(held, checkpoints, config)
         # What a merge that fails would need is of no use.
         if not stopped and not _has_problem(findings):
             if parameters.is_cart(method):  # others need other amounts
@@ -139,7 +146,8 @@ def _read_inputs(
             findings.append(ok(f"model {label} is made by another recipe of this file"))
             complete = False
             continue
-        path, located = files.locate(model.model.path, "model")
+        split = files.check_split(label, model)
+        path, located = (None, split) if split else files.locate(model.model.path, "model")
         findings += located
         if path is None:
             complete = False
@@ -151,10 +159,15 @@ def _read_inputs(
             findings += files.check_model_card(model.model.path)
         unreadable += files.check_dtypes(checkpoint)
         if model.lora is not None:
-            unreadable += files.check_adapter(model.lora.path)
-        findings += unreadable or [files.summary(checkpoint)]
+            odd = files.check_adapter(model.lora.path)
+            if not odd and not unreadable:
+                odd = adapters.check_fit(Path(model.lora.path), model.lora.path, checkpoint)
+            findings += [finding for finding in odd if finding.level is not Level.PROBLEM]
+            unreadable += [finding for finding in odd if finding.level is Level.PROBLEM]
+        findings += unreadable or [files.summary(checkpoint), *files.check_format(checkpoint)]
         complete = complete and not unreadable
         checkpoints[label] = checkpoint
+    findings += adapters.check_cache(config)
     return checkpoints if complete else None, findings
 
 

@@ -13,10 +13,12 @@ from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 
 from cart_plugin.checkpoints.headers import TensorInfo
 from cart_plugin.checkpoints.reading import Checkpoint
+from cart_plugin.doctor import formats
+from cart_plugin.doctor.advice import FLAT, lacks_a_head
 from cart_plugin.doctor.findings import Finding, Level, count, ok, problem, some, warning
 from cart_plugin.doctor.layout import Recipe, conditions, groups, places
 from cart_plugin.doctor.parameters import RANK_RULES, is_cart
-from cart_plugin.doctor.planning import FLAT, PlannedTensor, source, unreached
+from cart_plugin.doctor.planning import PlannedTensor, source, unreached
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.mergekit import settings_of
 from cart_plugin.merging.tensors import is_decomposed, matrix_shape
@@ -112,7 +114,7 @@ def check_plan(
     """
     plan = [merge.planned for merge in matched]
     merges = [merge for merge in matched if merge.inputs]
-    findings = list(_check_lacking(matched, config))
+    findings = list(_check_lacking(matched, checkpoints, config))
     if any(finding.level is Level.PROBLEM for finding in findings):
         # What is left over is the same mismatch, seen from the other side.
         return findings
@@ -127,7 +129,19 @@ def check_plan(
     return findings
 
 
-def _check_lacking(matched: Sequence[Merge], config: Recipe) -> Iterator[Finding]:
+def _other_ways(
+    config: Recipe, checkpoints: Mapping[str, Checkpoint], lacking: Sequence[str] = ()
+) -> str:
+    """What to do where mergekit knows an architecture by other tensors than its models have."""
+    way = formats.repair(config, checkpoints)
+    if not way and lacking and all(lacks_a_head(checkpoints[label]) for label in lacking):
+        way = "save the models with their head (the `...For...` class)"
+    return f"{way}; or {FLAT}" if way else FLAT
+
+
+def _check_lacking(
+    matched: Sequence[Merge], checkpoints: Mapping[str, Checkpoint], config: Recipe
+) -> Iterator[Finding]:
     """Report tensors that the plan takes from inputs which do not have them."""
     lacking: dict[tuple[str, bool, bool], list[str]] = defaultdict(list)
     for merge in matched:
@@ -150,7 +164,7 @@ def _check_lacking(matched: Sequence[Merge], config: Recipe) -> Iterator[Finding
         elif not elsewhere and not optional:
             yield problem(
                 f"{who} {what} that mergekit requires of this architecture",
-                f"save the models with their head (the `...For...` class); or {FLAT}",
+                _other_ways(config, checkpoints, labels),
             )
         elif not optional:
             yield problem(
@@ -183,8 +197,7 @@ def _check_losses(
         yield problem(
             f"mergekit would silently drop {len(in_all):,} of {held:,} tensors, for example "
             f"{some(in_all)}: transformers {_transformers_version()} names them differently",
-            "save each model again with model.save_pretrained(FOLDER, "
-            f"save_original_format=False) and merge those folders; or {FLAT}",
+            _other_ways(config, checkpoints),
         )
     if in_some:
         yield warning(
@@ -210,7 +223,9 @@ def _check_shapes(merges: Sequence[Merge], config: Recipe) -> Iterator[Finding]:
         axis = merge.planned.vocabulary_axis
         shapes = {_without(info.shape, axis if aligned else None) for info in merge.inputs.values()}
         if len(shapes) > 1:
-            differing[axis is not None].append(merge)
+            # Tokenizers can be aligned; a model that is wider stays so.
+            width = {_without(info.shape, axis) for info in merge.inputs.values()}
+            differing[axis is not None and len(width) == 1].append(merge)
     for vocabulary, found in differing.items():
         if not found:
             continue

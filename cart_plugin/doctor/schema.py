@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from cart_plugin.checkpoints.headers import WEIGHT_SUFFIXES
 from cart_plugin.doctor.findings import Finding, problem
+from cart_plugin.doctor.inputs import MAPPING
 from cart_plugin.doctor.layout import Recipe
 from cart_plugin.doctor.parameters import did_you_mean
 
@@ -76,7 +77,13 @@ def parse(
             if place != "merge_method"  # has its own check
         ]
     except RuntimeError as error:  # mergekit's own validators
-        return None, [problem(f"mergekit rejects the recipe: {error}", "correct it")]
+        advice = "correct it"
+        if "Can't parse" in str(error) or "multiple @" in str(error):
+            advice = (
+                "`+` stands between a model and its adapter and `@` before a revision; a folder "
+                f"with such a sign in its name is written as a mapping, {MAPPING.format('FOLDER')}"
+            )
+        return None, [problem(f"mergekit rejects the recipe: {error}", advice)]
 
 
 def check_keys(

@@ -90,9 +90,17 @@ def check_finite(
     for model, tensor in zip(models, tensors, strict=True):
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
+            reason = "the checkpoint is broken, or was trained in too narrow a dtype"
+            if tensor.dtype == torch.float16 and not bool(tensor.isnan().any()):
+                # mergekit casts to a recipe's dtype before anybody sees the values.
+                reason = (
+                    "values beyond 65504 do not fit float16: if the checkpoint is stored in "
+                    "another dtype, merge in bfloat16 or float32 (a recipe's dtype); else it is "
+                    "broken"
+                )
             raise CartError(
                 f"{where} of {model} holds {bad} NaN or infinite values out of {tensor.numel()}; "
-                "the checkpoint is broken, or was trained in too narrow a dtype"
+                f"{reason}"
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from safetensors.torch import save_file
 
 from cart_plugin.checkpoints.headers import StoredTensor, read_header
 from cart_plugin.checkpoints.reading import (
+    CONFIG,
     MERGEKIT_ORDER,
     TRANSFORMERS_ORDER,
     Checkpoint,
     open_adapter,
     open_folder,
+    read_config,
     read_weights,
 )
 from cart_plugin.errors import CheckpointError
@@ -137,6 +140,70 @@ def test_broken_folders_in_one_line(folder: Path, content: object, fact: str) ->
     assert caught.value.advice
     assert str(caught.value) == f"{caught.value.fact}; {caught.value.advice}"
     assert "\n" not in str(caught.value)
+
+
+def test_an_index_that_leaves_a_tensor_out(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    save_file({name: torch.zeros(1) for name in "abc"}, folder / "part.safetensors")
+    index(folder, a="part.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"index\.json leaves out b and 1 more, which a shard"
+    ):
+        open_folder(folder, "one")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"state_dict": {"a": torch.ones(2)}, "epoch": 3}, [torch.ones(2)], {}, {"step": 5}],
+)
+def test_pickles_that_are_no_state_dict(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin holds no tensors by name but"):
+        read_header(tmp_path / "pytorch_model.bin", "model one")
+
+
+def test_each_file_is_blamed_by_its_own_name(folder: Path) -> None:
+    broken = {
+        CONFIG: "{",
+        "model.safetensors.index.json": "{",
+        "pytorch_model.bin.index.json": "[1, 2",
+        "pytorch_model.bin": "no pickle",
+    }
+    for name, content in broken.items():
+        (folder / name).write_text(content)
+        model = Checkpoint("one", folder)
+        with pytest.raises(CheckpointError) as caught:
+            read_config(folder, "model one") if name == CONFIG else read_weights(model, (name,))
+        assert caught.value.fact.startswith(f"model one: {name} cannot be read"), name
+
+
+def test_a_pointer_of_git_lfs_is_called_that(folder: Path) -> None:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        (folder / name).write_text(
+            "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4976698672\n"
+        )
+        with pytest.raises(CheckpointError) as caught:
+            read_header(folder / name, "model one")
+        assert f"model one: {name} is a Git LFS pointer" in caught.value.fact
+        assert "git lfs pull" in caught.value.advice
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_that_may_not_be_read(
+    folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.open
+
+    def closed(self: Path, *arguments: Any, **options: Any) -> Any:  # root may read everything
+        if self.name == name:
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", closed)
+    with pytest.raises(CheckpointError) as caught:
+        open_folder(folder, "one")
+    assert f"{folder / name} is not yours to read (Permission denied)" in caught.value.fact
+    assert "chmod" in caught.value.advice
 
 
 def test_a_file_that_was_cut_off(folder: Path) -> None:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import MambaConfig, MambaForCausalLM
 
 from cart_plugin import CartError
@@ -70,8 +70,12 @@ def test_other_heads_are_named(tmp_path):
 def test_a_missing_tensor(models, tmp_path):
     index = models[1] / "model.safetensors.index.json"
     found = json.loads(index.read_text())
-    del found["weight_map"]["model.norm.weight"]
+    shard = models[1] / found["weight_map"].pop("model.norm.weight")
     index.write_text(json.dumps(found))
+    assert "index.json leaves out model.norm.weight" in refusal(models, tmp_path)
+    held = load_file(shard)
+    del held["model.norm.weight"]
+    save_file(held, shard)
     assert "model two lacks 1 tensors that one has" in refusal(models, tmp_path)
 
 

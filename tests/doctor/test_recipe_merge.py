@@ -219,14 +219,6 @@ def test_folder_among_the_weight_files(check: Callable[..., Report], llamas: lis
 # What the merge needs
 
 
-def test_output_folder_that_is_not_empty(
-    check: Callable[..., Report], llamas: list[str], tmp_path: Path
-) -> None:
-    check(llamas, "--out", tmp_path / "new" / "merged").is_clean()
-    report = check(llamas, "--out", llamas[0])
-    report.has_only_warning("is not empty", "choose another folder")
-
-
 def test_too_little_disk_space(
     check: Callable[..., Report], llamas: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
-import peft
 import pytest
 import torch
 from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 import cart_plugin
 from tests.doctor.conftest import Report
-from tests.doctor.tiny import change_config, edit_weights
+from tests.doctor.tiny import change_config, edit_weights, load_tensors
 
 
 def online(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,6 +188,120 @@ def test_pickled_weights_are_read_too(check: Callable[..., Report], own_llamas: 
     assert "35 decomposed" in report.text
 
 
+def to_pickle(folder: str, *, wrapped: bool = False, zipped: bool = True) -> None:
+    file = Path(folder) / "model.safetensors"
+    tensors = load_file(file)
+    held = {"state_dict": tensors, "epoch": 3} if wrapped else tensors
+    torch.save(held, file.with_name("pytorch_model.bin"), _use_new_zipfile_serialization=zipped)
+    file.unlink()
+
+
+def merge(models: list[str], out: Path, *, lazy: bool = False) -> None:
+    """Merge them with mergekit itself."""
+    LoaderCache().loaders.clear()  # one for the process, and a command is a process
+    config = {"merge_method": "cart", "models": [{"model": model} for model in models]}
+    options = MergeOptions(
+        quiet=True, copy_tokenizer=False, write_model_card=False, lazy_unpickle=lazy
+    )
+    run_merge(MergeConfiguration.model_validate(config), str(out), options)
+
+
+def test_pickles_that_are_wrapped(
+    check: Callable[..., Report], own_llamas: list[str], tmp_path: Path
+) -> None:
+    for folder in own_llamas:
+        to_pickle(folder, wrapped=True)
+    problems = check(own_llamas).problems
+    assert len(problems) == 3
+    assert "pytorch_model.bin holds no tensors by name but 'state_dict', 'epoch'" in problems[0]
+    assert "['state_dict']" in problems[0]
+    with pytest.raises(KeyError, match="lm_head"):  # and so it is
+        merge(own_llamas, tmp_path / "out")
+
+
+def test_pickles_of_the_old_format(
+    check: Callable[..., Report], own_llamas: list[str], tmp_path: Path
+) -> None:
+    to_pickle(own_llamas[1], zipped=False)
+    report = check(own_llamas)
+    report.has_only_warning(
+        f"model {own_llamas[1]}: pytorch_model.bin is in the format of torch before 1.6",
+        "--lazy-unpickle",
+        "do not pass that flag",
+    )
+    merge(own_llamas, tmp_path / "out")
+    with pytest.raises(zipfile.BadZipFile):
+        merge(own_llamas, tmp_path / "lazy", lazy=True)
+
+
+def test_an_index_that_leaves_a_tensor_out(
+    check: Callable[..., Report], own_llamas: list[str], tmp_path: Path
+) -> None:
+    for folder in own_llamas:
+        listed = shard(folder)
+        del listed["lm_head.weight"]
+        file = Path(folder) / "model.safetensors.index.json"
+        file.write_text(json.dumps({"weight_map": listed}))
+    problems = check(own_llamas).problems
+    assert len(problems) == 3
+    assert "model.safetensors.index.json leaves out lm_head.weight" in problems[0]
+    merge(own_llamas, tmp_path / "out")  # exit code 0, and no head
+    assert "lm_head.weight" not in load_tensors(tmp_path / "out")
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4976698672\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "spiece.model"])
+def test_pointers_of_git_lfs(
+    name: str, check: Callable[..., Report], own_llamas: list[str]
+) -> None:
+    (Path(own_llamas[1]) / name).write_text(LFS)
+    report = check(own_llamas)
+    report.has_only_problem(f"model {own_llamas[1]}: {name} is a Git LFS pointer", "git lfs pull")
+
+
+@pytest.mark.parametrize("closed", ["config.json", "model.safetensors", ""])
+def test_what_may_not_be_read(
+    closed: str,
+    check: Callable[..., Report],
+    own_llamas: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    place = Path(own_llamas[1]) / closed
+    real_open, real_stat = Path.open, os.stat
+
+    def refuse() -> None:  # root may read everything
+        raise PermissionError(13, "Permission denied", str(place))
+
+    def open_(self: Path, *arguments: Any, **options: Any) -> Any:
+        return refuse() if self == place else real_open(self, *arguments, **options)
+
+    def stat(path: Any, **options: Any) -> Any:
+        inside = not closed and isinstance(path, str | Path) and place in Path(path).parents
+        return refuse() if inside else real_stat(path, **options)
+
+    monkeypatch.setattr(Path, "open", open_)
+    monkeypatch.setattr(os, "stat", stat)
+    report = check(own_llamas)
+    report.has_only_problem(f"model {own_llamas[1]}: {place} is not yours to read", "chmod")
+    assert "check itself failed" not in report.text
+
+
+def test_a_place_that_may_not_be_entered(
+    check: Callable[..., Report], llamas: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.stat
+
+    def stat(path: Any, **options: Any) -> Any:
+        if str(path).startswith("/root-only"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    check([*llamas, "/root-only/model"]).has_only_problem("/root-only/model is not yours to read")
+
+
 def test_quantised_weights(check: Callable[..., Report], own_llamas: list[str]) -> None:
     def quantise(tensors: dict[str, torch.Tensor]) -> None:
         name = "model.layers.0.mlp.up_proj.weight"
@@ -209,51 +325,3 @@ def test_float8_weights(name: str, check: Callable[..., Report], own_llamas: lis
 def test_a_file_among_the_folders(check: Callable[..., Report], llamas: list[str]) -> None:
     file = Path(llamas[0]) / "config.json"
     check([*llamas[1:], str(file)]).has_only_problem("is a file", "name the folder")
-
-
-# LoRA
-
-
-@pytest.fixture
-def adapters(llamas: list[str], tmp_path: Path) -> list[str]:
-    """Three LoRA adapters of the first Llama model."""
-    folders = [str(tmp_path / f"lora-{number}") for number in range(3)]
-    for folder in folders:
-        model = AutoModelForCausalLM.from_pretrained(llamas[0])
-        config = peft.LoraConfig(r=2, target_modules=["q_proj"])
-        peft.get_peft_model(model, config).save_pretrained(folder)
-    return folders
-
-
-def test_lora_inputs_are_checked_without_fusing_them(
-    check: Callable[..., Report], llamas: list[str], adapters: list[str]
-) -> None:
-    report = check([f"{llamas[0]}+{adapter}" for adapter in adapters])
-    report.is_clean()
-    assert "3 inputs with LoRA: pass --lora-merge-cache FOLDER" in report.text
-    assert "35 decomposed" in report.text
-
-
-def test_adapter_that_is_missing(check: Callable[..., Report], llamas: list[str]) -> None:
-    report = check([*llamas[1:], f"{llamas[0]}+/no/such/adapter"])
-    report.has_only_problem("adapter /no/such/adapter does not exist")
-
-
-def test_adapter_that_is_no_adapter(check: Callable[..., Report], llamas: list[str]) -> None:
-    report = check([*llamas[1:], f"{llamas[0]}+{llamas[1]}"])
-    report.has_only_problem("has no adapter_config.json", "PEFT")
-
-
-def test_adapter_in_place_of_a_model(
-    check: Callable[..., Report], llamas: list[str], adapters: list[str]
-) -> None:
-    report = check([*llamas, adapters[0]])
-    report.has_only_problem("is a LoRA adapter without its model", f"BASE_MODEL+{adapters[0]}")
-
-
-def test_lora_on_an_inferred_architecture(
-    check: Callable[..., Report], saved: Callable[..., list[str]], adapters: list[str]
-) -> None:
-    models = saved("dinov2", original_format=False)
-    report = check([*models[1:], f"{models[0]}+{adapters[0]}"])
-    report.has_only_problem("cannot plan", "fuse the adapters first")

@@ -53,6 +53,40 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+_VISION = {
+    **{key: size for key, size in SIZES.items() if key != "vocab_size"},
+    "image_size": 32,
+    "patch_size": 8,
+}
+MISTRAL3 = {
+    "text_config": transformers.MistralConfig(**SIZES, num_key_value_heads=2, head_dim=8),
+    "vision_config": transformers.PixtralVisionConfig(**_VISION),
+    "image_token_index": 60,
+}
+LLAVA = {
+    "text_config": transformers.LlamaConfig(**SIZES, num_key_value_heads=2),
+    "vision_config": transformers.CLIPVisionConfig(**_VISION),
+    "image_token_index": 60,
+}
+
+
+def save_class(folder: Path, name: str, original: bool = True, **config: Any) -> list[str]:
+    """Save three random models of a class; their folders."""
+    kind = getattr(transformers, name)
+    folders = [folder / f"{name}-{seed}" for seed in range(3)]
+    for seed, model in enumerate(folders):
+        torch.manual_seed(seed)
+        kind(kind.config_class(**config)).save_pretrained(model, save_original_format=original)
+    return list(map(str, folders))
+
+
 def save_model(
     folder: Path, architecture: str, seed: int, *, original_format: bool = True, **config: Any
 ) -> Path:

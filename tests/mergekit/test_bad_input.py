@@ -10,7 +10,18 @@ import pytest
 import torch
 from mergekit.scripts import run_yaml
 
-from tests.mergekit.helpers import DOWN, HIDDEN, LAYERS, QUERY, Tensors, edit, fails, invoke, put
+from tests.mergekit.helpers import (
+    DOWN,
+    HIDDEN,
+    LAYERS,
+    QUERY,
+    QUIET,
+    Tensors,
+    edit,
+    fails,
+    invoke,
+    put,
+)
 from tests.support import random
 
 
@@ -24,6 +35,16 @@ def test_values_that_are_not_finite_end_the_merge(
     edit(own[1], spoil)
     where = f"tensor '{DOWN.format(4)}' of {own[1]} holds 1 NaN or infinite values out of 2048"
     fails(tmp_path, own, where)
+
+
+def test_values_beyond_fp16_are_not_the_checkpoints_fault(own: list[str], tmp_path: Path) -> None:
+    for folder in own:
+        edit(folder, lambda held: {name: tensor.bfloat16() for name, tensor in held.items()})
+        edit(folder, lambda held: held | {DOWN.format(4): held[DOWN.format(4)] + 7e4})
+    reason = "values beyond 65504 do not fit float16: if the checkpoint is stored in another dtype"
+    fails(tmp_path, own, f"of {own[0]} holds 2048", reason, "bfloat16 or float32", dtype="float16")
+    result = invoke(run_yaml.main, tmp_path, own, *QUIET, dtype="bfloat16")
+    assert result.exit_code == 0
 
 
 def test_shapes_that_differ_end_the_merge(own: list[str], tmp_path: Path) -> None:

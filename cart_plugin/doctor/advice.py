@@ -1,0 +1,77 @@
+"""What to do where mergekit cannot plan a merge."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+
+from mergekit import merge_methods
+from mergekit.architecture import get_architecture_info
+from mergekit.config import MergeConfiguration
+from mergekit.merge_methods.base import BasePolicy
+from mergekit.options import MergeOptions
+
+from cart_plugin.checkpoints.reading import Checkpoint
+from cart_plugin.doctor.findings import some
+from cart_plugin.doctor.layout import Recipe
+
+FLAT = (
+    "save the weights of each model as one .safetensors file and merge the files with "
+    "mergekit-pytorch, which needs no architecture"
+)
+
+
+def way_out(error: Exception, config: Recipe, checkpoints: Mapping[str, Checkpoint]) -> str:
+    """What to do about an exception of mergekit's planner."""
+    message = str(error)
+    if "concatenate list" in message or "get_input_embeddings" in message:
+        return (
+            "this mergekit cannot merge bare encoders such as BertModel or CLIPModel. Save them "
+            "with a head (BertForSequenceClassification) or their parts apart (CLIPVisionModel); "
+            f"or {FLAT}"
+        )
+    if "allow-crimes" in message or "same number of layers" in message:
+        return _without_base(config, checkpoints) or (
+            "merge models of one architecture and size: compare their config.json"
+        )
+    if "multiple modules" in message:
+        return _with_modules(config)
+    if "LoRA not merged" in message:
+        return "fuse the adapters first (PEFT: merge_and_unload) and merge the resulting models"
+    if "custom code" in message or "trust_remote_code" in message:
+        return "pass --trust-remote-code to mergekit; doctor itself does not run models' code"
+    return f"correct what the message names; or {FLAT}"
+
+
+def lacks_a_head(checkpoint: Checkpoint) -> bool:
+    """Whether a model is a bare one (`BertModel`), which has classes with a head beside it."""
+    return any(str(name).endswith("Model") for name in checkpoint.config.get("architectures") or ())
+
+
+def _without_base(config: Recipe, checkpoints: Mapping[str, Checkpoint]) -> str:
+    """Advice where only the base model is of another architecture, and nothing needs it."""
+    if config.base_model is None:
+        return ""
+    base = str(config.base_model)
+    classes = {label: str(held.config.get("architectures")) for label, held in checkpoints.items()}
+    tuned = {found for label, found in classes.items() if label != base}
+    if len(tuned) != 1 or classes[base] in tuned:
+        return ""
+    what = f"only the base model is a {classes[base].strip('[]')}"
+    needed = merge_methods.get(config.merge_method).spec.contract.base == BasePolicy.REQUIRED
+    if needed or (config.parameters or {}).get("center") == "base":
+        return f"{what}: name one of the models' own class as base, or use a method without a base"
+    return f"{what}: leave `base_model` out, {config.merge_method} does not need it"
+
+
+def _with_modules(config: Recipe) -> str:
+    """Advice for slices of a model that has several stacks of layers."""
+    names: list[str] = []
+    if isinstance(config, MergeConfiguration):
+        with contextlib.suppress(Exception):
+            names = list(get_architecture_info(config, MergeOptions(quiet=True)).modules)
+    form = ", ".join(f"{name}: {{slices: [...]}}" for name in names) or "NAME: {slices: [...]}"
+    return (
+        f"this architecture has several stacks of layers ({some(names) or 'modules'}): write the "
+        f"slices of each as `modules: {{{form}}}`, or merge whole models under `models:`"
+    )

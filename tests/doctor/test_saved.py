@@ -1,0 +1,227 @@
+"""What doctor says of the config, tokenizer and processor that mergekit saves with a result."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, PreTrainedTokenizerFast
+
+from tests.doctor.conftest import Report
+from tests.doctor.tiny import (
+    LLAVA,
+    MISTRAL3,
+    change_config,
+    edit_weights,
+    load_tensors,
+    save_class,
+    save_model,
+    save_models,
+)
+
+
+def merge(folders: list[str], out: Path, **recipe: Any) -> None:
+    """Merge them with mergekit itself."""
+    entries = [{"model": folder} for folder in folders]
+    config = MergeConfiguration.model_validate(
+        {"merge_method": "cart", "models": entries, **recipe}
+    )
+    run_merge(config, str(out), MergeOptions(quiet=True, write_model_card=False))
+
+
+def save_tokenizer(folder: str, size: int, added: int = 0) -> None:
+    """Save a tokenizer with ids below a number, and some more."""
+    vocabulary = {f"<{number}>": number for number in range(size)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<1>", eos_token="<2>")
+    fast.add_tokens([f"<more {number}>" for number in range(added)])
+    fast.save_pretrained(folder)
+
+
+# Tied or not
+
+
+def test_a_tied_base_of_models_with_a_head(check: Callable[..., Report], tmp_path: Path) -> None:
+    base = str(save_model(tmp_path / "base", "llama", 0, tie_word_embeddings=True))
+    tuned = save_models(tmp_path, "llama", tie_word_embeddings=False)
+    report = check(tuned, base_model=base)
+    assert any(
+        f"lm_head.weight comes from {tuned[0]}" in warning
+        and f"the config (of model {base}) ties it to the embeddings" in warning
+        and '"tie_word_embeddings": false' in warning
+        for warning in report.warnings
+    )
+    merge(tuned, tmp_path / "out", base_model=base)  # and so it is
+    held = load_tensors(tmp_path / "out")
+    assert not torch.equal(held["lm_head.weight"], held["model.embed_tokens.weight"])
+    assert AutoConfig.from_pretrained(tmp_path / "out").tie_word_embeddings
+
+
+def test_tied_models_that_store_a_copy_are_fine(
+    check: Callable[..., Report], tmp_path: Path
+) -> None:
+    tuned = save_models(tmp_path, "llama", tie_word_embeddings=True)
+    for folder in tuned:
+        edit_weights(
+            folder,
+            lambda held: held.update({"lm_head.weight": held["model.embed_tokens.weight"].clone()}),
+        )
+    check(tuned).is_clean()
+
+
+# Dtypes
+
+
+def test_a_config_of_another_dtype_than_is_saved(
+    check: Callable[..., Report], own_llamas: list[str], tmp_path: Path
+) -> None:
+    for folder, dtype in zip(own_llamas, ("float16", "bfloat16", "bfloat16"), strict=True):
+        edit_weights(
+            folder,
+            lambda held, dtype=dtype: held.update(
+                {name: tensor.to(getattr(torch, dtype)) for name, tensor in held.items()}
+            ),
+        )
+        change_config(folder, dtype=dtype)
+    report = check(own_llamas)
+    report.has_only_warning(
+        "saved as float32, to which the inputs promote, with a config that says float16",
+        "or another: without base_model mergekit takes any",
+        "write `dtype: float16` or `dtype: float32`",
+    )
+    merge(own_llamas, tmp_path / "out")
+    assert {tensor.dtype for tensor in load_tensors(tmp_path / "out").values()} == {torch.float32}
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["dtype"]
+    assert written in ("float16", "bfloat16")
+    check(own_llamas, dtype="bfloat16").is_clean()
+    check(own_llamas[1:], base_model=own_llamas[0], dtype="float32").has_only_warning("two models")
+
+
+# Tokens
+
+
+def test_a_tokenizer_with_more_ids_than_rows(
+    check: Callable[..., Report], own_llamas: list[str], tmp_path: Path
+) -> None:
+    for folder in own_llamas:
+        save_tokenizer(folder, 64)
+    check(own_llamas).is_clean()
+    save_tokenizer(own_llamas[1], 64, added=2)
+    report = check(own_llamas)
+    report.has_only_warning(
+        f"model {own_llamas[1]}: its tokenizer has ids up to 65 and its embeddings 64 rows",
+        "resize_token_embeddings(66)",
+    )
+
+
+def test_aligning_such_tokenizers(
+    check: Callable[..., Report], own_llamas: list[str], tmp_path: Path
+) -> None:
+    wide = str(save_model(tmp_path / "wide", "llama", 9, vocab_size=66))
+    save_tokenizer(wide, 64, added=2)
+    for folder in own_llamas:
+        save_tokenizer(folder, 64)
+    union = {"tokenizer": {"source": "union"}}
+    # Nobody has rows for these tokens: mergekit leaves them out.
+    save_tokenizer(own_llamas[1], 64, added=2)
+    report = check(own_llamas, **union)
+    report.has_only_warning(own_llamas[1], "mergekit leaves such tokens out")
+    merge(own_llamas, tmp_path / "out", **union)
+    # Another model has.
+    report = check([*own_llamas, wide], **union)
+    report.has_only_problem(own_llamas[1], "mergekit stops when it aligns them")
+    with pytest.raises(KeyError):
+        merge([*own_llamas, wide], tmp_path / "other", **union)
+
+
+# Files
+
+
+def test_files_that_are_left_behind(
+    check: Callable[..., Report], own_llamas: list[str], tmp_path: Path
+) -> None:
+    for folder in own_llamas:
+        save_tokenizer(folder, 64)
+    everywhere = ["preprocessor_config.json", "processor_config.json", "chat_template.json"]
+    for folder in own_llamas:
+        for name in everywhere:
+            (Path(folder) / name).write_text("{}")
+    (Path(own_llamas[2]) / "modeling_own.py").write_text("")
+    for notes in ("notes.txt", "convert.py", "results.json"):
+        (Path(own_llamas[1]) / notes).write_text("mine")
+    report = check(own_llamas)
+    assert report.problems == []
+    first, *others = report.warnings
+    assert f"lack preprocessor_config.json, processor_config.json of model {own_llamas[0]}" in first
+    assert "mergekit-cart merge RECIPE OUT" in first
+    assert len(others) == 1, others
+    assert f"lack modeling_own.py of model {own_llamas[2]}" in others[0]
+    merge(own_llamas, tmp_path / "out")  # and so it is
+    written = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"chat_template.json", "tokenizer.json", "generation_config.json"} <= written
+    assert not {"preprocessor_config.json", "processor_config.json"} & written
+
+
+def test_what_is_lost_without_a_tokenizer(
+    check: Callable[..., Report], own_llamas: list[str], tmp_path: Path
+) -> None:
+    save_tokenizer(own_llamas[1], 64)  # the others have none
+    report = check(own_llamas)
+    report.has_only_warning(
+        f"the result may lack tokenizer.json of model {own_llamas[1]}: without base_model"
+    )
+    base = {"base_model": own_llamas[0], "parameters": {"center": "base"}}
+    report = check(own_llamas[1:], **base)
+    report.has_only_warning(f"the result will lack tokenizer.json of model {own_llamas[1]}")
+    merge(own_llamas[1:], tmp_path / "out", **base)
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_generation_settings_that_somebody_wrote(
+    check: Callable[..., Report], own_llamas: list[str], tmp_path: Path
+) -> None:
+    for folder in own_llamas:
+        save_tokenizer(folder, 64)
+        (Path(folder) / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
+    check(own_llamas).is_clean()  # copied with the tokenizer
+    report = check(own_llamas, tokenizer={"source": "base"}, base_model=own_llamas[0])
+    assert any("the result will lack generation_config.json" in it for it in report.warnings)
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    merge(own_llamas[1:], tmp_path / "out", tokenizer_source="union", base_model=own_llamas[0])
+    assert not (tmp_path / "out" / "generation_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "original", "copied"),
+    [("Mistral3", MISTRAL3, True, True), ("Llava", LLAVA, False, False)],
+)
+def test_processors_of_vision_language_models(
+    name: str,
+    config: dict[str, Any],
+    original: bool,
+    copied: bool,
+    check: Callable[..., Report],
+    tmp_path: Path,
+) -> None:
+    folders = save_class(tmp_path, f"{name}ForConditionalGeneration", original, **config)
+    for folder in folders:
+        save_tokenizer(folder, 64)
+        for file in ("preprocessor_config.json", "processor_config.json"):
+            (Path(folder) / file).write_text("{}")
+    report = check(folders)
+    if copied:
+        report.is_clean()
+    else:
+        report.has_only_warning("will lack preprocessor_config.json, processor_config.json")
+    merge(folders, tmp_path / "out")
+    assert (tmp_path / "out" / "preprocessor_config.json").exists() is copied
