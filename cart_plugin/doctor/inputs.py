@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from cart_plugin.checkpoints.agreement import quantised_fact
 from cart_plugin.checkpoints.headers import WEIGHT_SUFFIXES, read_header
 from cart_plugin.checkpoints.reading import (
     ADAPTER_CONFIG,
@@ -15,7 +16,7 @@ from cart_plugin.checkpoints.reading import (
     read_config,
     read_weights,
 )
-from cart_plugin.doctor.findings import Finding, ok, problem, some, warning
+from cart_plugin.doctor.findings import Finding, ok, problem, warning
 from cart_plugin.errors import CheckpointError
 
 
@@ -150,25 +151,8 @@ def check_adapter(adapter: str) -> list[Finding]:
 
 def check_dtypes(checkpoint: Checkpoint) -> list[Finding]:
     """Find weights that cannot be averaged: quantised ones, stored as integers or 8-bit floats."""
-    weights = [
-        name
-        for name, info in checkpoint.tensors.items()
-        if info.is_float8
-        or (not info.is_floating and len(info.shape) >= 2 and not name.endswith("_ids"))
-    ]
-    if not weights:
-        return []
-    kinds = sorted({str(checkpoint.tensors[name].dtype or "packed") for name in weights})
-    what = "quantised"
-    if all(checkpoint.tensors[name].is_float8 for name in weights):
-        what = "float8"
-    return [
-        problem(
-            f"model {checkpoint.name} holds {', '.join(kinds)} weights ({some(weights)}); "
-            f"{what} weights cannot be merged",
-            "merge the original model, or dequantise this one and save it as bfloat16",
-        )
-    ]
+    found = quantised_fact(checkpoint)
+    return [] if found is None else [problem(*found)]
 
 
 def summary(checkpoint: Checkpoint) -> Finding:

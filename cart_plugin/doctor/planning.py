@@ -31,7 +31,7 @@ from cart_plugin.checkpoints.headers import TensorInfo
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor.findings import Finding, problem
 from cart_plugin.doctor.layout import Recipe
-from cart_plugin.errors import first_line
+from cart_plugin.errors import CheckpointError, first_line
 
 _LAYER = re.compile(r"\.(\d+)\.")
 FLAT = (
@@ -85,6 +85,8 @@ def plan(
                 options = (options or MergeOptions()).model_copy(update={"quiet": True})
                 tasks = _plan_folders(config.model_copy(deep=True), checkpoints, options)
             return [_planned(task) for task in tasks if isinstance(task, SaveTensor)], []
+    except CheckpointError as error:  # of our own methods
+        return None, [problem(error.fact, error.advice)]
     except Exception as error:  # mergekit raises whatever its assumptions run into
         return None, [
             problem(f"mergekit cannot plan this merge: {first_line(error)}", _way_out(error))
@@ -138,6 +140,7 @@ def _planned(task: Any) -> PlannedTensor:
         str(model): values["weight"]
         for model, values in merge.input_parameters.items()
         if "weight" in values.keys()  # noqa: SIM118 - mergekit's map has no __contains__
+        if values["weight"] is not None
     }
     return PlannedTensor(
         name=task.tensor_name,
