@@ -6,7 +6,7 @@ class CartError(ValueError):
 
 
 class CheckpointError(CartError):
-    """A file of a model that cannot be read, as a fact and what to do about it."""
+    """A model's files that cannot be read or merged, as a fact and what to do about it."""
 
     def __init__(self, fact: str, advice: str) -> None:
         super().__init__(f"{fact}; {advice}")

@@ -20,8 +20,12 @@ merged otherwise.
 from __future__ import annotations
 
 import math
+import os
 import re
+import threading
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -38,7 +42,8 @@ from mergekit.merge_methods import (
 from mergekit.merge_methods.base import ParameterSpec
 from pydantic import BeforeValidator
 
-from cart_plugin.errors import CartError
+from cart_plugin.checkpoints import agreement
+from cart_plugin.errors import CartError, CartWarning, CheckpointError
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.merging.cart import merge_tensors
 from cart_plugin.merging.inputs import check_finite
@@ -116,9 +121,9 @@ _PARAMETERS = {
         _shared("seed", _named("seed", _whole, "a whole number"), 0),
         ParameterSpec(
             "weight",
-            _named("weight", _number, "a number"),
+            _named("weight", _number, "a number", optional=True),
             ParameterScope.NON_BASE,
-            default=1.0,
+            default=None,  # counts 1, and is told from a 1 that somebody wrote
         ),
     )
 }
@@ -160,14 +165,97 @@ def settings_of(parameters: Mapping[str, Any]) -> CartSettings:
     )
 
 
-# mergekit checks a recipe's inputs once under this name, or none, before it checks each tensor's.
+def _weights(models: Sequence[str], given: Sequence[float | None]) -> list[float]:
+    """The models' weights: 1 where the recipe gives none, which one model alone may not expect."""
+    without = [model for model, weight in zip(models, given, strict=True) if weight is None]
+    if len(without) == 1 and len(given) > 2:
+        warnings.warn(
+            f"model {without[0]} has no `weight` while all others have; it counts 1.0. Give it "
+            "one, or, if it is the base model, name it as `base_model`",
+            CartWarning,
+            stacklevel=3,
+        )
+    return [1.0 if weight is None else weight for weight in given]
+
+
+def place_of(model: Any) -> tuple[str, ...]:
+    """Where a model is, whichever way its path is written: of two alike, one would count twice.
+
+    Args:
+        model: a mergekit `ModelReference`.
+    """
+
+    def where(path: Any) -> str:
+        # Of a local folder mergekit ignores the revision.
+        return os.path.realpath(path.path) if os.path.exists(path.path) else str(path)
+
+    return tuple(where(path) for path in (model.model, model.lora) if path is not None)
+
+
+def _check_models(input_ids: Sequence[Hashable], base_id: Hashable | None) -> None:
+    """Refuse what mergekit would merge in silence, though it spoils the result.
+
+    Raises:
+        CartError: a model twice, quantised weights, or models named otherwise than the base.
+    """
+    from mergekit.common import ModelReference  # not yet whole when this file is imported
+    from mergekit.io.tasks import LoaderCache
+
+    models = [model for model in input_ids if isinstance(model, ModelReference)]
+    seen: dict[tuple[str, ...], ModelReference] = {}
+    for model in models:
+        other = seen.setdefault(place_of(model), model)
+        if other is not model:
+            what = "the base model counts" if base_id in (model, other) else "one model counts"
+            raise CartError(
+                f"{other} and {model} are one folder: {what} twice; write its path in one way, and "
+                "once (`weight` makes a model count more)"
+            )
+    found = {}
+    for model in models:
+        loader = LoaderCache().loaders.get(model)
+        path = model.model.path if loader is None else loader.index.base_path
+        found[model] = agreement.headers(str(model), Path(path))
+    agreement.check_stored(list(found.values()))
+    tuned = [found[model] for model in models if model != base_id]
+    if len(tuned) < 2 or not all(checkpoint.tensors for checkpoint in found.values()):
+        return
+    # Without a base, mergekit goes by the names of any of the models.
+    for model in [base_id] if base_id in found else models:
+        others = agreement.strangers(found[model], tuned)
+        if len(tuned) - len(others) < 2 and not _is_known(model):
+            example = (next(iter(found[model].tensors)), next(iter(others[0].tensors)))
+            names = [other.name for other in others]
+            fact = agreement.stranger_fact(str(model), names, example, is_base=model == base_id)
+            raise CheckpointError(*fact)
+
+
+def _is_known(model: Any) -> bool:
+    """Whether mergekit has a list of the architecture's tensors, and stops where one is missing."""
+    from mergekit.architecture import arch_info_for_config
+
+    return os.path.isdir(model.model.path) and arch_info_for_config(model.config()) is not None
+
+
+# mergekit checks the inputs of each of a recipe's slices under this name, or none where it has no
+# slices, before it checks each tensor's.
 _RECIPE_GROUP = re.compile(r".*\.slices\[\d+\]")
+
+
+class _Planning(threading.local):
+    """The numbers of fine-tuned models by slice of the recipe that this thread plans."""
+
+    def __init__(self) -> None:
+        self.slices: dict[str, int] = {}
 
 
 class CartMerge(GroupMergeMethod):
     """Merges one tensor of all models at a time; see `cart_plugin.merging.cart`."""
 
     spec = SPEC
+
+    def __init__(self) -> None:
+        self._planning = _Planning()
 
     def validate_inputs(
         self,
@@ -176,17 +264,31 @@ class CartMerge(GroupMergeMethod):
         *,
         group_name: str | None = None,
     ) -> None:
-        """Require two fine-tuned models of a recipe, though optional tensors may come from one."""
-        of_recipe = group_name is None or bool(_RECIPE_GROUP.fullmatch(group_name))
-        if not of_recipe and base_id not in input_ids:
-            base_id = None  # the base lacks an optional tensor, which only center: base needs
+        """Require a recipe of two fine-tuned models that can be merged.
+
+        A slice may come from one model, whose layers it keeps, and an optional tensor, too.
+        """
+        of_slice = group_name is not None and bool(_RECIPE_GROUP.fullmatch(group_name))
+        of_recipe = group_name is None or of_slice
+        alone = of_slice and len(input_ids) == 1
+        if (alone or not of_recipe) and base_id not in input_ids:
+            base_id = None  # it lacks an optional tensor, or is not in this slice
         super().validate_inputs(input_ids, base_id, group_name=group_name)
         tuned = [str(model) for model in input_ids if model != base_id]
-        if len(tuned) < 2 and of_recipe:
+        known = self._planning.slices
+        self._planning.slices = {}
+        # Whether one-model slices are all of the recipe is known when the first tensor is planned.
+        nothing = not of_recipe and bool(known) and max(known.values()) < 2
+        if nothing or (of_recipe and not alone and len(tuned) < 2):
             raise CartError(
                 f"{self.spec.name} needs at least two fine-tuned models beside the base model "
                 f"(three to gain from it), got {len(tuned)}: {', '.join(tuned) or 'none'}"
             )
+        if of_recipe:
+            _check_models(input_ids, base_id)
+        if of_slice:  # a name that comes again is of another recipe, after one that failed
+            before = {} if group_name in known else known
+            self._planning.slices = {**before, str(group_name): len(tuned)}
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
         """Merge one tensor.
@@ -204,13 +306,15 @@ class CartMerge(GroupMergeMethod):
         settings = settings_of(parameters)
         tuned, name = group.non_base, group.metadata.name
         tensors, models = [entry.tensor for entry in tuned], [str(entry.id) for entry in tuned]
-        if len(tuned) == 1:
+        if len(group.entries) == 1 or len(tuned) == 1:  # of a slice or an optional tensor
+            tuned = tuned or group.entries
+            tensors, models = [tuned[0].tensor], [str(tuned[0].id)]
             check_finite(tensors[0], models, tensors, f"tensor {name!r}")
             return tensors[0]
         return merge_tensors(
             tensors,
             settings,
-            weights=parameters["weight"].values_for(tuned),
+            weights=_weights(models, parameters["weight"].values_for(tuned)),
             base=group.base.tensor if group.base is not None else None,
             name=name,
             models=models,

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from cart_plugin.checkpoints import configs, writing
 from cart_plugin.checkpoints import names as naming
-from cart_plugin.checkpoints import writing
 from cart_plugin.checkpoints.files import check_space, unfinished
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.compress import peft_files
@@ -43,8 +43,6 @@ from cart_plugin.compress.work import (
 )
 from cart_plugin.errors import CartError
 from cart_plugin.linalg.spectra import spectrum
-
-_BOOKKEEPING = ("name_or_path", "transformers_version", "dtype", "torch_dtype")
 
 
 def compress(
@@ -320,30 +318,16 @@ def _note_files(report: Report) -> None:
 def _note_configs(work: Work) -> None:
     """Say which models' configs differ from the base's: PEFT runs all adapters with that."""
     base = work.described
-    others = [model for model in work.models if model.config != base.config]
-    if not others:
-        return
-    here = _meaning(naming.settings(base.path, base.name).to_dict())
     keys: dict[str, None] = {}
     held = []
-    for model in others:
-        there = _meaning(naming.settings(model.path, model.name).to_dict())
-        different = [key for key in sorted({*here, *there}) if here.get(key) != there.get(key)]
+    for model in work.models:
+        different = configs.differences([base, model]) if model is not base else []
         if different:
             held.append(model.name)
-            keys.update(dict.fromkeys(different))
+            keys.update(dict.fromkeys(entry.key for entry in different))
     if held:
         work.report.notes.append(
             f"the config of {', '.join(held)} differs from the base's in {', '.join(keys)}: "
             "`mergekit-cart expand` gives every model its own, but PEFT runs the adapters with the "
             "base's and may answer otherwise"
         )
-
-
-def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without what changes no answer: paths, versions, dtypes."""
-    return {
-        key: _meaning(value) if isinstance(value, dict) else value
-        for key, value in config.items()
-        if not (isinstance(key, str) and key.startswith("_")) and key not in _BOOKKEEPING
-    }

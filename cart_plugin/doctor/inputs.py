@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mergekit.common import ModelReference
 
+from cart_plugin.checkpoints.agreement import quantised_fact
 from cart_plugin.checkpoints.headers import (
     WEIGHT_SUFFIXES,
     is_lfs_pointer,
@@ -228,25 +229,8 @@ def check_adapter(adapter: str) -> list[Finding]:
 
 def check_dtypes(checkpoint: Checkpoint) -> list[Finding]:
     """Find weights that cannot be averaged: quantised ones, stored as integers or 8-bit floats."""
-    weights = [
-        name
-        for name, info in checkpoint.tensors.items()
-        if info.is_float8
-        or (not info.is_floating and len(info.shape) >= 2 and not name.endswith("_ids"))
-    ]
-    if not weights:
-        return []
-    kinds = sorted({str(checkpoint.tensors[name].dtype or "packed") for name in weights})
-    what = "quantised"
-    if all(checkpoint.tensors[name].is_float8 for name in weights):
-        what = "float8"
-    return [
-        problem(
-            f"model {checkpoint.name} holds {', '.join(kinds)} weights ({some(weights)}); "
-            f"{what} weights cannot be merged",
-            "merge the original model, or dequantise this one and save it as bfloat16",
-        )
-    ]
+    found = quantised_fact(checkpoint)
+    return [] if found is None else [problem(*found)]
 
 
 def summary(checkpoint: Checkpoint) -> Finding:

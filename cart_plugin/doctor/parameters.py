@@ -7,18 +7,28 @@ each such setting is found here, at whatever level it was written.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 
 from mergekit import merge_methods
+from mergekit.common import ModelReference
 from mergekit.config import ConditionalParameter, ParameterSetting
 from mergekit.merge_methods.base import BasePolicy, MergeMethod, ParameterScope, ParameterSpec
 
 from cart_plugin.doctor.findings import Finding, count, problem, some, warning
-from cart_plugin.doctor.layout import Group, Place, Recipe, conditions, groups, places, scalars
+from cart_plugin.doctor.layout import (
+    Group,
+    Place,
+    Recipe,
+    conditions,
+    groups,
+    places,
+    references,
+    scalars,
+)
 from cart_plugin.linalg.rules import RankRule
-from cart_plugin.mergekit import CartMerge
+from cart_plugin.mergekit import CartMerge, place_of
 
 # The parameters of which a tensor may have one.
 RANK_RULES = tuple(rule.name for rule in fields(RankRule))
@@ -81,7 +91,10 @@ def _check_weight(place: Place) -> Iterator[Finding]:
 def check_groups(config: Recipe, method: MergeMethod) -> list[Finding]:
     """Check that each group of models has as many as the method needs, and the base it needs."""
     findings: list[Finding] = []
+    named = references(config)
     for group in groups(config):
+        findings += _check_places(group, named)
+        findings += _check_own_weight(group, config, method)
         if len(set(group.models)) < len(group.models):
             findings.append(
                 problem(
@@ -101,9 +114,43 @@ def check_groups(config: Recipe, method: MergeMethod) -> list[Finding]:
     return findings
 
 
+def _check_places(group: Group, named: Mapping[str, ModelReference]) -> Iterator[Finding]:
+    """Report one folder under two paths: mergekit compares what is written."""
+    labels = dict.fromkeys([*group.models, *([] if group.base is None else [group.base])])
+    seen: dict[tuple[str, ...], str] = {}
+    for label in labels:
+        other = seen.setdefault(place_of(named[label]), label)
+        if other == label:
+            continue
+        if group.base in (label, other):
+            fact = f"{other} and the base model {label} are one folder: the base would be merged"
+            advice = "write its path alike in both places"
+        else:
+            fact = f"{other} and {label} are one folder: the model would count twice"
+            advice = "delete one of them; `weight` makes a model count more"
+        yield problem(f"{group.label}: {fact}", advice)
+
+
+def _check_own_weight(group: Group, config: Recipe, method: MergeMethod) -> Iterator[Finding]:
+    """Report the one model of a group that has no weight: often the base model of a recipe."""
+    optional = any(spec.name == "weight" and not spec.required for spec in method.spec.parameters)
+    for_all = (place.settings for place in places(config) if place.model is None)
+    if not optional or any("weight" in settings for settings in for_all):
+        return
+    tuned = [entry for entry in group.entries if str(entry.model) != group.base]
+    without = [str(entry.model) for entry in tuned if "weight" not in (entry.parameters or {})]
+    if len(without) == 1 and len(tuned) > 2:
+        yield warning(
+            f"{group.label}: {without[0]} has no weight while all others have; it counts 1.0",
+            "give it one; or, if it is the base model, name it as `base_model`",
+        )
+
+
 def _check_cart_group(group: Group, config: Recipe) -> Iterator[Finding]:
     tuned = len([model for model in group.models if model != group.base])
     around_base = _is_around_base(config)
+    if _is_kept(group, config):
+        return
     if tuned < 2:
         yield problem(
             f"{group.label}: {count(tuned, 'fine-tuned model')}; cart needs at least two "
@@ -120,6 +167,15 @@ def _check_cart_group(group: Group, config: Recipe) -> Iterator[Finding]:
             f"{group.label}: center is base, but there is no base model",
             "add `base_model:` to the recipe, or delete `center`",
         )
+
+
+def _is_kept(group: Group, config: Recipe) -> bool:
+    """Whether a group is a slice of one model, beside slices that are merged."""
+    return (
+        len(group.models) == 1
+        and group.label.endswith(".sources")
+        and any(len({*other.models} - {other.base}) > 1 for other in groups(config))
+    )
 
 
 def _is_around_base(config: Recipe) -> bool:

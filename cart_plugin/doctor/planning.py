@@ -32,7 +32,7 @@ from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor.advice import way_out
 from cart_plugin.doctor.findings import Finding, problem
 from cart_plugin.doctor.layout import Recipe
-from cart_plugin.errors import first_line
+from cart_plugin.errors import CheckpointError, first_line
 
 _LAYER = re.compile(r"\.(\d+)\.")
 
@@ -84,6 +84,8 @@ def plan(
             # Some of mergekit's definitions list a tensor twice; the file holds it once.
             found = [_planned(task) for task in tasks if isinstance(task, SaveTensor)]
             return list({planned.name: planned for planned in found}.values()), []
+    except CheckpointError as error:  # of our own methods
+        return None, [problem(error.fact, error.advice)]
     except Exception as error:  # mergekit raises whatever its assumptions run into
         return None, [
             problem(
@@ -141,6 +143,7 @@ def _planned(task: Any) -> PlannedTensor:
         str(model): values["weight"]
         for model, values in merge.input_parameters.items()
         if "weight" in values.keys()  # noqa: SIM118 - mergekit's map has no __contains__
+        if values["weight"] is not None
     }
     return PlannedTensor(
         name=task.tensor_name,

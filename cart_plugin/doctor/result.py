@@ -12,13 +12,15 @@ from mergekit.merge_methods.base import MergeMethod
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 
 from cart_plugin.checkpoints.headers import TensorInfo
+from cart_plugin.checkpoints.placement import without_place
 from cart_plugin.checkpoints.reading import Checkpoint
-from cart_plugin.doctor import formats
+from cart_plugin.doctor import formats, likeness
 from cart_plugin.doctor.advice import FLAT, lacks_a_head
 from cart_plugin.doctor.findings import Finding, Level, count, ok, problem, some, warning
 from cart_plugin.doctor.layout import Recipe, conditions, groups, places
 from cart_plugin.doctor.parameters import RANK_RULES, is_cart
 from cart_plugin.doctor.planning import PlannedTensor, source, unreached
+from cart_plugin.doctor.silent import check_casts, check_contributors
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.mergekit import settings_of
 from cart_plugin.merging.tensors import is_decomposed, matrix_shape
@@ -114,12 +116,15 @@ def check_plan(
     """
     plan = [merge.planned for merge in matched]
     merges = [merge for merge in matched if merge.inputs]
-    findings = list(_check_lacking(matched, checkpoints, config))
+    findings = list(check_contributors(merges, checkpoints))
+    findings = findings or list(_check_lacking(matched, checkpoints, config))
     if any(finding.level is Level.PROBLEM for finding in findings):
         # What is left over is the same mismatch, seen from the other side.
         return findings
     findings += _check_losses(plan, checkpoints, config)
     findings += _check_shapes(merges, config)
+    findings += check_casts(merges, config)
+    findings += likeness.check(checkpoints, config)
     findings += _check_filters(merges, config, method)
     if is_cart(method):
         conflicts = [*_check_rank_rules(merges), *_check_weights(merges)]
@@ -187,11 +192,15 @@ def _check_losses(
         ".sources" in f".{group.label}" for group in groups(config)
     )
     used = {label for planned in plan for label in planned.sources}
-    lost = Counter(
-        name for label in used for name in unreached(plan, checkpoints[label], whole_models=whole)
-    )
+    lost: Counter[str] = Counter()
+    foreign: set[str] = set()
+    for label in used:
+        left = unreached(plan, checkpoints[label], whole_models=whole)
+        outside = set(without_place(checkpoints[label], left))
+        lost.update(name for name in left if name not in outside)
+        foreign |= {name for name in outside if _is_trained(name, checkpoints[label])}
     in_all = sorted(name for name, times in lost.items() if times == len(used))
-    in_some = sorted(name for name, times in lost.items() if times < len(used))
+    in_some = sorted({name for name, times in lost.items() if times < len(used)} | foreign)
     if in_all:
         held = len(checkpoints[next(iter(used))].tensors)
         yield problem(
@@ -201,10 +210,16 @@ def _check_losses(
         )
     if in_some:
         yield warning(
-            f"{count(len(in_some), 'tensor')} of some of the models will not be in the result: "
+            f"{count(len(in_some), 'tensor')} of the models will not be in the result: "
             f"{some(in_some)}",
             "make sure that is meant; task heads are left out like this",
         )
+
+
+def _is_trained(name: str, checkpoint: Checkpoint) -> bool:
+    """Whether a tensor outside its class may be a head of somebody's own, and no mask or table."""
+    last = name.rpartition(".")[2]
+    return last == "weight" or (last == "bias" and len(checkpoint.tensors[name].shape) == 1)
 
 
 def _transformers_version() -> str:

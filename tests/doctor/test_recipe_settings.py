@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -195,9 +196,12 @@ def test_shared_parameter_under_a_model(check: Callable[..., Report], llamas: li
     report.has_only_problem("models[0].parameters.rank_ratio is ignored", "move it to the recipe's")
 
 
-def test_weight_of_the_base_model(check: Callable[..., Report], llamas: list[str]) -> None:
-    models = entries([*llamas, llamas[0] + "/."], {}, {}, {}, {"weight": 1})
-    report = check(models=models, base_model=llamas[0] + "/.")
+def test_weight_of_the_base_model(
+    check: Callable[..., Report], llamas: list[str], tmp_path: Path
+) -> None:
+    base = shutil.copytree(llamas[0], tmp_path / "base").as_posix()
+    models = entries([*llamas, base], {}, {}, {}, {"weight": 1})
+    report = check(models=models, base_model=base)
     report.has_only_warning("models[3].parameters.weight is ignored", "base model", "delete it")
 
 

@@ -1,0 +1,108 @@
+"""Whether models can be merged with each other at all: stored as numbers, and named alike."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from cart_plugin.checkpoints.headers import read_header
+from cart_plugin.checkpoints.placement import quantised
+from cart_plugin.checkpoints.reading import (
+    CONFIG,
+    MERGEKIT_ORDER,
+    Checkpoint,
+    read_config,
+    read_weights,
+)
+from cart_plugin.errors import CheckpointError
+
+_NUMBER = re.compile(r"\d+")
+_SAFE = tuple(name for name in MERGEKIT_ORDER if "safetensors" in name)
+
+
+def headers(name: str, path: Path) -> Checkpoint:
+    """What can be read of a model at no cost: config and safetensors headers, as far as it goes.
+
+    Args:
+        name: what errors call it.
+        path: its folder, or its weight file.
+    """
+    found = Checkpoint(name, path)
+    try:
+        if path.suffix == ".safetensors" and path.is_file():
+            found.tensors = read_header(path, f"model {name}")
+        elif any((path / file).is_file() for file in _SAFE):
+            if (path / CONFIG).is_file():
+                found.config = read_config(path, f"model {name}")
+            read_weights(found, _SAFE)
+    except CheckpointError:
+        pass  # whoever needs the file says so
+    return found
+
+
+def quantised_fact(model: Checkpoint) -> tuple[str, str] | None:
+    """That a model's weights are stored in a way that cannot be merged, and what to do."""
+    weights = quantised(model)
+    if not weights:
+        return None
+    kinds = sorted({str(model.tensors[name].dtype or "packed") for name in weights})
+    what = "quantised"
+    if all(model.tensors[name].is_float8 for name in weights):
+        what = "float8"
+    more = f" and {len(weights) - 3:,} more" if len(weights) > 3 else ""
+    return (
+        f"model {model.name} holds {', '.join(kinds)} weights ({', '.join(weights[:3])}{more}); "
+        f"{what} weights cannot be merged",
+        "merge the original model, or dequantise this one and save it as bfloat16",
+    )
+
+
+def check_stored(models: Sequence[Checkpoint]) -> None:
+    """Refuse quantised weights, which a cast to another dtype would hide.
+
+    Raises:
+        CheckpointError: a model has some.
+    """
+    for model in models:
+        if found := quantised_fact(model):
+            raise CheckpointError(*found)
+
+
+def strangers(namer: Checkpoint, models: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Those of some models that hold less than half of the tensors by one model's names.
+
+    Numbers do not count: experts may be stored one by one, or stacked.
+    """
+    kinds = _kinds(namer.tensors)
+    return [model for model in models if 2 * len(kinds & _kinds(model.tensors)) < len(kinds)]
+
+
+def _kinds(names: Collection[str]) -> set[str]:
+    return {_NUMBER.sub("N", name) for name in names}
+
+
+def stranger_fact(
+    namer: str, others: Sequence[str], example: tuple[str, str], *, is_base: bool
+) -> tuple[str, str]:
+    """That models do not take part in a merge by another model's names, and what to do.
+
+    Args:
+        namer: whose names the merge goes by.
+        others: the models that do not have them.
+        example: one of its names, and one of theirs.
+        is_base: it is the base model.
+    """
+    who = f"models {', '.join(others[:3])}" if len(others) > 1 else f"model {others[0]}"
+    more = f" and {len(others) - 3:,} more" if len(others) > 3 else ""
+    fact = (
+        f"{who}{more} lack most tensors by the names of {namer} ({example[0]} there, "
+        f"{example[1]} in {others[0]}), by which mergekit merges; the result would be {namer} alone"
+    )
+    advice = "save all models with one class (the `...For...` class of the fine-tuned ones)"
+    if is_base:
+        advice = (
+            "leave base_model out where nothing needs it (center: base and task arithmetic do), "
+            "or save the base with the class of the fine-tuned models"
+        )
+    return fact, advice

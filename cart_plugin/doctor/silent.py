@@ -1,0 +1,98 @@
+"""Checks of what a planned merge would do to values without a word: lose or cast them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from mergekit.common import dtype_from_name
+from mergekit.config import MergeConfiguration
+
+from cart_plugin.checkpoints import agreement
+from cart_plugin.checkpoints.headers import TensorInfo
+from cart_plugin.checkpoints.reading import Checkpoint
+from cart_plugin.doctor.findings import Finding, count, problem, some, warning
+from cart_plugin.doctor.layout import Recipe
+from cart_plugin.doctor.planning import PlannedTensor
+
+
+class Merge(Protocol):
+    """What is looked at here of `result.Merge`."""
+
+    @property
+    def planned(self) -> PlannedTensor:
+        """The planned tensor."""
+
+    @property
+    def inputs(self) -> Mapping[str, TensorInfo]:
+        """What the inputs hold for it."""
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether it is merged."""
+
+
+def check_contributors(
+    merges: Sequence[Merge], checkpoints: Mapping[str, Checkpoint]
+) -> Iterator[Finding]:
+    """Report models that the names of the plan pass by: the plan is the base model's, or a part.
+
+    Fewer than two fine-tuned models hold most of the planned tensors that any input holds.
+    """
+    planned: dict[str, int] = {}
+    held: dict[str, int] = {}
+    for merge in merges:
+        for label in merge.planned.sources:
+            planned[label] = planned.get(label, 0) + 1
+            held[label] = held.get(label, 0) + (label in merge.inputs)
+    bases = {merge.planned.base for merge in merges}
+    tuned = [label for label in planned if label not in bases]
+    strangers = [label for label in tuned if 2 * held[label] < planned[label]]
+    if not strangers or len(tuned) - len(strangers) >= min(2, len(tuned)):
+        return
+    namer = next(label for label in planned if 2 * held[label] >= planned[label])
+    first = strangers[0]
+    lacking = next(merge.planned for merge in merges if first not in merge.inputs)
+    example = (lacking.sources[first][0], next(iter(checkpoints[first].tensors)))
+    yield problem(*agreement.stranger_fact(namer, strangers, example, is_base=namer in bases))
+
+
+def check_casts(merges: Sequence[Merge], config: Recipe) -> Iterator[Finding]:
+    """Report casts outside the methods' sight: of integers before, to float16 after the merge.
+
+    mergekit casts a finished tensor to `out_dtype` when it writes it, so that no method can check
+    it: this warning, and the check of the written file by `mergekit-cart merge`, stand for that.
+    """
+    wide = _dtype(config.dtype)
+    if wide is None:
+        found = {
+            info.dtype for merge in merges if merge.is_floating for info in merge.inputs.values()
+        }
+        wide = next((dtype for dtype in found if dtype and _is_beyond_half(dtype)), None)
+    if _dtype(config.out_dtype) is torch.float16 and wide and _is_beyond_half(wide):
+        yield warning(
+            f"out_dtype: values beyond 65,504 in the merged {str(wide).removeprefix('torch.')} "
+            "tensors would be saved as infinite, and mergekit does not look",
+            "write `dtype: float16` instead (cart computes in float32 all the same, and stops at "
+            "such values), or out_dtype: bfloat16",
+        )
+    dtype = config.dtype or config.out_dtype
+    whole = [merge.planned.name for merge in merges if not merge.is_floating]
+    if whole and dtype and isinstance(config, MergeConfiguration):
+        yield warning(
+            f"mergekit casts {count(len(whole), 'integer tensor')} ({some(whole)}) to {dtype}, "
+            "which does not hold all integers",
+            "leave dtype and out_dtype out, so that they are copied",
+        )
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    try:
+        return dtype_from_name(name)
+    except RuntimeError:  # has its own check
+        return None
+
+
+def _is_beyond_half(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and torch.finfo(dtype).max > torch.finfo(torch.float16).max

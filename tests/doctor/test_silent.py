@@ -1,0 +1,271 @@
+"""What doctor says about merges that would end well and give a wrong model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from tests.doctor.conftest import Report
+from tests.doctor.gpt2 import save_gpt2
+from tests.doctor.tiny import change_config, edit_weights, load_tensors
+
+# A base without the head of the fine-tuned models
+
+
+@pytest.fixture(scope="module")
+def classifiers(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Three GPT-2 with a classifier and one bare."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    tuned = [
+        save_gpt2(folder / f"tuned-{seed}", "GPT2ForSequenceClassification", seed)
+        for seed in range(3)
+    ]
+    return [*tuned, save_gpt2(folder / "bare", "GPT2Model", 3)]
+
+
+@pytest.mark.parametrize("method", ["cart", "task_arithmetic"])
+def test_a_bare_base(
+    method: str, classifiers: list[str], check: Callable[..., Report], tmp_path: Path
+) -> None:
+    *tuned, bare = classifiers
+    recipe = {"merge_method": method, "base_model": bare, "parameters": {"weight": 0.3}}
+    report = check(tuned, **recipe)
+    report.has_only_problem(f"by the names of {bare}", f"result would be {bare} alone", "leave")
+    assert "plain average" not in report.text
+    check(tuned).is_clean()
+    if method != "cart":  # which refuses; and so it is
+        config = {**recipe, "models": [{"model": model} for model in tuned]}
+        options = MergeOptions(quiet=True, copy_tokenizer=False, write_model_card=False)
+        run_merge(MergeConfiguration.model_validate(config), str(tmp_path / "out"), options)
+        merged, base = load_tensors(tmp_path / "out"), load_tensors(bare)
+        assert all(torch.equal(merged[name], tensor) for name, tensor in base.items())
+
+
+def test_a_head_that_one_model_lacks_is_none_of_it(
+    classifiers: list[str], check: Callable[..., Report], tmp_path: Path
+) -> None:
+    lacking = shutil.copytree(classifiers[0], tmp_path / "lacking").as_posix()
+    edit_weights(lacking, lambda tensors: tensors.pop("score.weight"))
+    report = check([lacking, *classifiers[1:3]])
+    assert "by the names of" not in report.text
+
+
+# One folder under two paths
+
+
+@pytest.mark.parametrize("spelling", ["{}/", "{}/../{name}", "link"])
+def test_one_folder_under_two_paths(
+    spelling: str, check: Callable[..., Report], own_llamas: list[str], tmp_path: Path
+) -> None:
+    first = own_llamas[0]
+    os.symlink(first, tmp_path / "link")
+    other = spelling.format(first, name=Path(first).name).replace("link", str(tmp_path / "link"))
+    report = check([*own_llamas, other])
+    report.has_only_problem("are one folder: the model would count twice", first, other)
+    report = check([other, *own_llamas[1:]], base_model=first)
+    report.has_only_problem("the base would be merged", "write its path alike")
+
+
+def test_the_one_model_without_a_weight(
+    check: Callable[..., Report], own_llamas: list[str]
+) -> None:
+    base, *others = own_llamas
+    entries: list[Any] = [{"model": model, "parameters": {"weight": 0.4}} for model in others]
+    report = check([], models=[{"model": base}, *entries])
+    report.has_only_warning(f"{base} has no weight", "counts 1.0", "base_model")
+    check([], models=[{"model": base}, *entries[:1], {"model": others[1]}]).is_clean()
+
+
+# Tokens
+
+
+def add_tokenizer(folder: str, *added: str) -> None:
+    """Give a model a tokenizer of three words and some tokens of its own."""
+    words = {"<unk>": 0, "a": 1, "b": 2}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    fast.add_tokens(list(added))
+    fast.save_pretrained(folder)
+
+
+def test_different_tokens_at_the_same_ids(
+    check: Callable[..., Report], own_llamas: list[str]
+) -> None:
+    for number, folder in enumerate(own_llamas):
+        add_tokenizer(folder, f"<x{number}>", "<same>")
+    report = check(own_llamas)
+    report.has_only_problem(
+        f"3 is '<x0>' in {own_llamas[0]}, '<x1>' in {own_llamas[1]}", "tokenizer: {source: union}"
+    )
+    check(own_llamas, tokenizer={"source": "union"}).is_clean()
+
+
+def test_tokens_that_a_model_lacks(check: Callable[..., Report], own_llamas: list[str]) -> None:
+    for folder, added in zip(own_llamas, (["<x>"], [], ["<x>"]), strict=True):
+        add_tokenizer(folder, *added)
+    report = check(own_llamas)
+    report.has_only_warning(f"nothing in {own_llamas[1]}", "3 is '<x>'", "union")
+
+
+def test_equal_tokens_in_other_files_are_no_difference(
+    check: Callable[..., Report], own_llamas: list[str]
+) -> None:
+    for folder in own_llamas:
+        add_tokenizer(folder, "<x>")
+    words = {"<unk>": 0, "a": 1, "b": 2}
+    old = Path(own_llamas[1])
+    (old / "tokenizer.json").unlink()
+    (old / "vocab.json").write_text(json.dumps(words))
+    (old / "added_tokens.json").write_text(json.dumps({"<x>": 3}))
+    check(own_llamas).is_clean()
+
+
+def test_a_tokenizer_that_cannot_be_read(
+    check: Callable[..., Report], own_llamas: list[str]
+) -> None:
+    for folder in own_llamas:
+        add_tokenizer(folder)
+    (Path(own_llamas[1]) / "tokenizer.json").write_text("[")
+    check(own_llamas).is_clean()
+
+
+# Configs
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4},
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
+        {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}},
+        {"rms_norm_eps": 1e-3},
+        {"hidden_act": "gelu"},
+    ],
+    ids=repr,
+)
+def test_configs_that_use_equal_weights_differently(
+    changes: dict[str, Any], check: Callable[..., Report], own_llamas: list[str]
+) -> None:
+    change_config(own_llamas[1], **changes)
+    report = check(own_llamas)
+    key = next(iter(changes))
+    report.has_only_problem("use equal weights differently", own_llamas[1], "correct it")
+    assert key in report.text or "head" in report.text
+
+
+def test_tied_and_untied_models(check: Callable[..., Report], own_llamas: list[str]) -> None:
+    change_config(own_llamas[1], tie_word_embeddings=True)
+    check(own_llamas).has_only_problem("tie_word_embeddings is False in", "True in")
+
+
+def test_records_in_configs_are_no_difference(
+    check: Callable[..., Report], own_llamas: list[str]
+) -> None:
+    change_config(
+        own_llamas[1],
+        _name_or_path="me/tuned",
+        transformers_version="4.0.0",
+        attention_dropout=0.5,
+        use_cache=False,
+        initializer_range=0.1,
+        eos_token_id=7,
+        id2label={"0": "good", "1": "bad"},
+        label2id={"good": 0, "bad": 1},
+        unsloth_fixed=True,
+    )
+    check(own_llamas).is_clean()
+
+
+def test_an_unknown_difference_is_a_warning(
+    check: Callable[..., Report], own_llamas: list[str]
+) -> None:
+    change_config(own_llamas[1], max_position_embeddings=77)
+    check(own_llamas).has_only_warning("configs differ: max_position_embeddings is", "77 in")
+
+
+# Casts that no method sees
+
+
+def test_float16_after_a_merge_in_float32(check: Callable[..., Report], llamas: list[str]) -> None:
+    report = check(llamas, dtype="float32", out_dtype="float16")
+    report.has_only_warning("beyond 65,504", "infinite", "dtype: float16")
+    check(llamas, out_dtype="float16").has_only_warning("beyond 65,504")
+    check(llamas, out_dtype="bfloat16").is_clean()
+    check(llamas, dtype="float16", out_dtype="float16").is_clean()
+
+
+# Masks and tables
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.float32])
+def test_causal_masks_of_old_checkpoints(
+    dtype: torch.dtype, check: Callable[..., Report], tmp_path: Path
+) -> None:
+    folders = [save_gpt2(tmp_path / str(seed), "GPT2LMHeadModel", seed) for seed in range(3)]
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        for layer in range(2):
+            mask = torch.ones(1, 1, 16, 16).tril().to(dtype)
+            tensors[f"transformer.h.{layer}.attn.bias"] = mask
+            tensors[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+
+    for folder in folders:
+        edit_weights(folder, add)
+    check(folders).is_clean()
+
+
+def test_index_tables_of_integers(check: Callable[..., Report], tmp_path: Path) -> None:
+    folders = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        config = transformers.SwinConfig(
+            image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4
+        )
+        transformers.SwinForImageClassification(config).save_pretrained(tmp_path / str(seed))
+        folders.append(str(tmp_path / str(seed)))
+    assert "weights cannot be merged" not in check(folders).text
+    report = check(folders, dtype="bfloat16")
+    assert "weights cannot be merged" not in report.text
+
+
+def packed(kind: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Store a matrix as a quantising tool does."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    weight = tensors.pop(name)
+    codes = torch.ones(weight.numel() // 2, 1, dtype=torch.uint8)
+    stored = {
+        "bnb4": {name: codes},
+        "gptq": {name.replace("weight", "qweight"): torch.ones(4, 64, dtype=torch.int32)},
+        "mxfp4": {name + "_blocks": codes},
+    }
+    tensors.update(stored[kind])
+
+
+@pytest.mark.parametrize("kind", ["bnb4", "gptq", "mxfp4"])
+def test_packed_weights(kind: str, check: Callable[..., Report], own_llamas: list[str]) -> None:
+    edit_weights(own_llamas[1], lambda tensors: packed(kind, tensors))
+    check(own_llamas).has_only_problem(f"model {own_llamas[1]} holds", "quantised", "dequantise")
+
+
+# Slices
+
+
+def test_a_slice_of_one_model(check: Callable[..., Report], llamas: list[str]) -> None:
+    together = {"sources": [{"model": model, "layer_range": [0, 3]} for model in llamas]}
+    alone = {"sources": [{"model": llamas[0], "layer_range": [3, 5]}]}
+    check([], models=None, slices=[together, alone]).is_clean()
+    report = check([], models=None, slices=[alone])
+    assert "cart needs at least two" in report.problems[0]
