@@ -42,8 +42,12 @@ def write_json(file: Path, value: object, *, sort_keys: bool = False) -> None:
 def write_text(file: Path, text: str) -> None:
     """Write a file whole or not at all."""
     scratch = file.with_name(f".{file.name}.{os.getpid()}.new")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(file)
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(file)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager

@@ -93,11 +93,11 @@ class Checkpoint:
                     count = file.readinto(data[got:])
                     if not count:
                         raise CartError(
-                            f"model {self.name}: {stored.file.name} ends within {name}; {AGAIN}"
+                            f"{self.name}: {stored.file.name} ends within {name}; {AGAIN}"
                         )
                     got += count
         except OSError as error:
-            raise CartError(f"model {self.name}: {stored.file}: {error.strerror}") from None
+            raise CartError(f"{self.name}: {stored.file}: {error.strerror}") from None
         return tensor
 
 
@@ -157,9 +157,15 @@ def read_weights(checkpoint: Checkpoint, order: tuple[str, ...]) -> None:
         return
     listed = _weight_map(folder / start, who)
     held = {}
-    for shard in sorted(set(listed.values())):
-        if not (folder / shard).is_file():
-            raise CheckpointError(f"{who}: shard {shard} is missing from {folder}", AGAIN)
+    shards = sorted(set(listed.values()))
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing:
+        more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
+        verb = "are" if more else "is"
+        raise CheckpointError(
+            f"{who}: shard {missing[0]}{more} {verb} missing from {folder}", AGAIN
+        )
+    for shard in shards:
         held[shard] = read_header(folder / shard, who)
     checkpoint.files = [folder / shard for shard in held]
     lacking = [name for name, shard in listed.items() if name not in held[shard]]
@@ -224,4 +230,11 @@ def open_adapter(path: Path, name: str) -> Checkpoint:
     """
     who, weights = f"adapter {name}", path / ADAPTER_WEIGHTS
     config = read_config(path, who, ADAPTER_CONFIG)
-    return Checkpoint(name, path, config, read_header(weights, who), [weights])
+    tensors = read_header(weights, who)
+    for tensor, info in tensors.items():
+        if info.dtype is None:
+            raise CheckpointError(
+                f"{who}: tensor {tensor!r} is {info.stored}, which torch has no use for",
+                "make the adapter again with floating-point weights",
+            )
+    return Checkpoint(name, path, config, tensors, [weights])

@@ -1,4 +1,4 @@
-"""What a checkpoint has beside config and weights: tokenizer, processor, generation config, code.
+"""What a checkpoint has beside config and weights: tokenizer, processor, generation config.
 
 The base has those of one model; a task's that differ from them lie in its adapter's folder, where
 PEFT does not look, for `expand` to put back.
@@ -11,16 +11,19 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
+from cart_plugin.checkpoints.headers import WEIGHT_SUFFIXES
 from cart_plugin.checkpoints.reading import ADAPTER_CONFIG, CONFIG
 
 FOLDER = "task_files"
 
 _SUFFIXES = {
     *(".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab"),
-    *(".spm", ".codes", ".bpe", ".py"),
+    *(".spm", ".codes", ".bpe"),
 }
 _OTHERS = {CONFIG, ADAPTER_CONFIG, "trainer_state.json"}
 _GENERATION = "generation_config.json"
+# What a merge writes about itself, or what belongs to one of the inputs only.
+_OF_ITS_MAKING = ("README.md", "mergekit_config.yml", ADAPTER_CONFIG, "trainer_state.json")
 
 
 def side_files(folder: Path) -> dict[str, Path]:
@@ -34,10 +37,15 @@ def side_files(folder: Path) -> dict[str, Path]:
 
 
 def complete(folder: Path, source: Path) -> None:
-    """Give a folder of weights what it lacks of a model's config and side files."""
-    for name, path in {**side_files(source), CONFIG: source / CONFIG}.items():
-        if not (folder / name).exists():
-            shutil.copyfile(path, folder / name)
+    """Give a folder of weights what it lacks of a model: all but weights and records.
+
+    Whatever its name: code, and vocabularies of any kind, too.
+    """
+    for path in sorted(source.iterdir()):
+        weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+        taken = (folder / path.name).exists() or path.name in _OF_ITS_MAKING
+        if path.is_file() and not weights and not taken:
+            shutil.copyfile(path, folder / path.name)
 
 
 def copy_to_base(base: Path, models: Collection[Path]) -> None:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import yaml
 
-from cart_plugin import linalg, merging
+from cart_plugin import linalg, mergekit, merging
 from cart_plugin.checkpoints.files import read_json, write_json, write_text
 from cart_plugin.compare import child, merge
 from cart_plugin.compare.variants import Variant, find_method
@@ -33,7 +33,7 @@ PACKAGES = (
     *("cart-plugin", "mergekit", "torch", "transformers", "tokenizers", "safetensors", "peft"),
     *("lm-eval", "datasets"),
 )
-_REVISIONS = [linalg.REVISION, merging.REVISION]
+_REVISIONS = [linalg.REVISION, merging.REVISION, mergekit.REVISION]
 MODEL = "model"  # a variant's merged folder
 
 

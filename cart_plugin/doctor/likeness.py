@@ -6,6 +6,7 @@ the tokenizer of one of the models.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from mergekit.config import MergeConfiguration
@@ -91,7 +92,10 @@ def _check_tokens(models: Sequence[Checkpoint]) -> Iterator[Finding]:
             advice,
         )
         return
-    partly = {number: found for number, found in rows.items() if _lack(number, known)}
+    rows_of = min(_rows(model) for model in models)  # a token without a row: `saved` says so
+    partly = {
+        number: found for number, found in rows.items() if number < rows_of and _lack(number, known)
+    }
     if partly:
         number, found = min(partly.items())
         yield warning(
@@ -100,6 +104,12 @@ def _check_tokens(models: Sequence[Checkpoint]) -> Iterator[Finding]:
             "was never trained",
             advice,
         )
+
+
+def _rows(model: Checkpoint) -> float:
+    """Tokens that a model has room for, by its config; without end where that does not say."""
+    size = model.config.get("vocab_size")
+    return size if isinstance(size, int) else math.inf
 
 
 def _tokens(found: Mapping[str, Sequence[str]]) -> str:

@@ -130,7 +130,8 @@ def test_equal_tokens_in_other_files_are_no_difference(
     (old / "tokenizer.json").unlink()
     (old / "vocab.json").write_text(json.dumps(words))
     (old / "added_tokens.json").write_text(json.dumps({"<x>": 3}))
-    check(own_llamas).is_clean()
+    # The files differ, and the result has those of one model only.
+    check(own_llamas).has_only_warning("the result may lack tokenizer.json")
 
 
 def test_a_tokenizer_that_cannot_be_read(
