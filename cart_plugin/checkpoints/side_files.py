@@ -37,15 +37,20 @@ def side_files(folder: Path) -> dict[str, Path]:
 
 
 def complete(folder: Path, source: Path) -> None:
-    """Give a folder of weights what it lacks of a model: all but weights and records.
+    """Give a folder of weights what it lacks of `belongings`."""
+    for name, path in belongings(source).items():
+        if not (folder / name).exists():
+            shutil.copyfile(path, folder / name)
 
-    Whatever its name: code, and vocabularies of any kind, too.
-    """
-    for path in sorted(source.iterdir()):
-        weights = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
-        taken = (folder / path.name).exists() or path.name in _OF_ITS_MAKING
-        if path.is_file() and not weights and not taken:
-            shutil.copyfile(path, folder / path.name)
+
+def belongings(folder: Path) -> dict[str, Path]:
+    """All files of a model by name but weights and records: code and any kind of vocabulary, too."""
+    return {
+        path.name: path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name not in _OF_ITS_MAKING
+        if path.suffix not in WEIGHT_SUFFIXES and not path.name.endswith(".index.json")
+    }
 
 
 def copy_to_base(base: Path, models: Collection[Path]) -> None:
