@@ -18,7 +18,7 @@ from torch import Tensor
 from cart_plugin.errors import CartError
 
 
-@dataclass
+@dataclass(eq=False)
 class Unit:
     """Tensors of a checkpoint that become tensors of the model together; mostly one and one.
 
@@ -114,15 +114,22 @@ def meta_model(folder: Path, config: Mapping[str, Any], label: str) -> Any:
 
 
 def units(model: Any, tensors: Mapping[str, tuple[int, ...]]) -> list[Unit]:
-    """How the tensors of a checkpoint become those of a model.
+    """How the tensors of a checkpoint become those of a model, and back.
 
     Args:
         model: from `meta_model`.
         tensors: shapes by name in the checkpoint.
 
     Raises:
-        CartError: a tensor has another shape than the model's.
+        CartError: a tensor has another shape than the model's, or there is no way back.
     """
+    found = one_way(model, tensors)
+    _check([unit for unit in found if unit.targets], tensors, model.state_dict())
+    return found
+
+
+def one_way(model: Any, tensors: Mapping[str, tuple[int, ...]]) -> list[Unit]:
+    """The same as `units` without its checks: how the tensors become those of the model."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
@@ -161,7 +168,6 @@ def units(model: Any, tensors: Mapping[str, tuple[int, ...]]) -> list[Unit]:
         empty = {source: torch.empty(tensors[source], device="meta") for source in sources}
         unit.targets = (target, *(name for name in unit.to_model(empty) if name != target))
         found.append(unit)
-    _check(found, tensors, state)
     return [*found, *unused]
 
 

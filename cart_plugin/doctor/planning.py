@@ -87,7 +87,11 @@ def plan(
             return [_planned(task) for task in tasks if isinstance(task, SaveTensor)], []
     except Exception as error:  # mergekit raises whatever its assumptions run into
         return None, [
-            problem(f"mergekit cannot plan this merge: {first_line(error)}", _way_out(error))
+            problem(
+                f"mergekit cannot plan this merge: {first_line(error)}",
+                _way_out(error),
+                of_architecture=True,
+            )
         ]
 
 

@@ -151,6 +151,7 @@ def _check_lacking(matched: Sequence[Merge], config: Recipe) -> Iterator[Finding
             yield problem(
                 f"{who} {what} that mergekit requires of this architecture",
                 f"save the models with their head (the `...For...` class); or {FLAT}",
+                of_architecture=True,
             )
         elif not optional:
             yield problem(
@@ -185,6 +186,7 @@ def _check_losses(
             f"{some(in_all)}: transformers {_transformers_version()} names them differently",
             "save each model again with model.save_pretrained(FOLDER, "
             f"save_original_format=False) and merge those folders; or {FLAT}",
+            of_architecture=True,
         )
     if in_some:
         yield warning(
