@@ -17,6 +17,7 @@ from mergekit.options import MergeOptions
 from cart_plugin.checkpoints import names, side_files
 from cart_plugin.checkpoints.files import read_json, write_json, write_text
 from cart_plugin.checkpoints.reading import CONFIG, Checkpoint
+from cart_plugin.errors import CartError
 from cart_plugin.execution.inputs import OrderedConfiguration, plain
 from cart_plugin.execution.layout import values, vocabulary_names
 
@@ -34,8 +35,17 @@ def add_side_files(
     """Give a folder of weights the donor's files that it lacks.
 
     Of a tokenizer only where the merge has not made one: parts of two do not fit.
+
+    Raises:
+        CartError: the merge should have made one, and has not.
     """
-    made = bool(config.tokenizer or config.tokenizer_source or config.chat_template)
+    made = bool(config.tokenizer or config.tokenizer_source)
+    made = made or bool(config.chat_template and options.copy_tokenizer)
+    if made and not (out / "tokenizer_config.json").exists():
+        raise CartError(
+            "mergekit could not write the tokenizer that the recipe asks for; look for its models' "
+            "tokenizer files, or run again with -v"
+        )
     for name, path in {**side_files.side_files(donor), CONFIG: donor / CONFIG}.items():
         if name in _TOKENIZER and (made or not options.copy_tokenizer):
             continue

@@ -48,9 +48,10 @@ class Job:
     @classmethod
     def of(cls, choice: Choice, inputs: Inputs, out: Path, options: MergeOptions) -> Job:
         """The job of a recipe's merge by the chosen route."""
-        # The card needs the folder's final name: it is written afterwards.
-        quiet = options.model_copy(update={"write_model_card": False})
-        return cls(choice.route, plain(inputs.config), str(out), quiet.model_dump())
+        # What is copied, and the card with the folder's final name, come afterwards.
+        copies = options.copy_tokenizer and bool(inputs.config.chat_template)
+        settings = {**options.model_dump(), "write_model_card": False, "copy_tokenizer": copies}
+        return cls(choice.route, plain(inputs.config), str(out), settings)
 
     def write(self, file: Path) -> None:
         """Store it for `main`."""
