@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,10 @@ def table(known: dict[str, Any]) -> str:
         "route",
     )
     rows = []
-    for key, case in known.items():
+    for name, form in product(cases.ARCHITECTURES, cases.FORMATS):
+        case = known.get(f"{name} | {form}")
         if case is None:
             continue
-        name, form = key.split(" | ")
         rows.append(
             (
                 name,
@@ -81,8 +82,8 @@ def summary(known: dict[str, Any]) -> str:
     alarms = [case for case in found if _is_false_alarm(case)]
     return (
         f"{len(names)} architectures, {len(found)} cases with both formats. Whole: `mergekit-yaml` "
-        f"{len(whole)}, `mergekit-cart merge` {len(ours)}. The doctor missed {len(missed)} failures "
-        f"and gave {len(alarms)} false alarms."
+        f"{len(whole)}, `mergekit-cart merge` {len(ours)}. The doctor missed {len(missed)} "
+        f"failures and gave {len(alarms)} false alarms."
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -147,7 +146,8 @@ def _processor(folder: Path) -> str | None:
         return None
     try:
         with _silent():
-            return type(transformers.AutoProcessor.from_pretrained(folder)).__name__
+            found = type(transformers.AutoProcessor.from_pretrained(folder)).__name__
+            return found if found.endswith("Processor") else ""  # else it is the tokenizer alone
     except (ImportError, AttributeError, ValueError):
         return ""
 
@@ -243,7 +243,6 @@ def import_all() -> None:
     """Import what the commands need, before anything is forked."""
     import mergekit.scripts.run_yaml  # noqa: F401
 
-
     torch.set_num_threads(1)  # threads do not survive a fork
     _silent()
 
@@ -258,8 +257,3 @@ def fresh(place: Path) -> Path:
 def is_whole(found: dict[str, Any]) -> bool:
     """Whether a merge is what it should be."""
     return bool(found["code"] == 0 and not found["wrong"] and found.get("processor", True))
-
-
-def as_json(case: dict[str, Any]) -> str:
-    """A case for the log."""
-    return json.dumps(case)

@@ -147,7 +147,7 @@ def read_weights(checkpoint: Checkpoint, order: tuple[str, ...]) -> None:
     listed = _weight_map(folder / start, who)
     held = {}
     for shard in sorted(set(listed.values())):
-        if not (folder / shard).is_file():
+        if not _is_file(folder / shard):
             raise CheckpointError(f"{who}: shard {shard} is missing from {folder}", AGAIN)
         held[shard] = read_header(folder / shard, who)
     checkpoint.files = [folder / shard for shard in held]
@@ -159,6 +159,14 @@ def read_weights(checkpoint: Checkpoint, order: tuple[str, ...]) -> None:
             AGAIN,
         )
     checkpoint.tensors = {name: held[shard][name] for name, shard in listed.items()}
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is a file; a name that no file can have is none's."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _weight_map(index: Path, who: str) -> Mapping[str, str]:

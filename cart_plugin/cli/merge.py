@@ -67,7 +67,8 @@ def merge(recipe: Path, out: Path, force: bool, **options: Any) -> None:
                 log=lambda text: click.echo(text, err=True),
             )
     except (CartError, OSError) as error:
-        raise click.ClickException(str(error)) from None
+        # Names of a broken file may hold anything, line breaks too.
+        raise click.ClickException(" ".join(str(error).split())) from None
     way = "by mergekit's plan" if not done.note else "tensor by tensor"
     terminal.print(
         f"wrote {out}: {done.tensors:,} tensors, merged {way}: {done.reason}",

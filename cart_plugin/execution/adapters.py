@@ -20,11 +20,15 @@ from mergekit.options import MergeOptions
 
 from cart_plugin.checkpoints import side_files
 from cart_plugin.checkpoints.files import read_json, unfinished
+from cart_plugin.checkpoints.headers import read_header
 from cart_plugin.checkpoints.names import model_class
+from cart_plugin.checkpoints.reading import ADAPTER_WEIGHTS, open_adapter
 from cart_plugin.doctor.layout import references
 from cart_plugin.errors import CartError, first_line
 from cart_plugin.execution import child
 from cart_plugin.execution.inputs import plain
+
+_PICKLED = "adapter_model.bin"
 
 
 def fuse(
@@ -54,6 +58,7 @@ def fuse(
         if model.lora is None:
             continue
         dtype = options.lora_merge_dtype or ""
+        _check(Path(model.lora.path))
         folder = cache.absolute() / _key(Path(model.model.path), Path(model.lora.path), dtype)
         made[label] = folder
         if folder.is_dir():
@@ -75,13 +80,33 @@ def fuse(
     return plain(config, whole)
 
 
+def _check(adapter: Path) -> None:
+    """Refuse an adapter that is none, before its bytes are read.
+
+    Raises:
+        CartError: its config or its weights are missing, broken or truncated.
+    """
+    if not (adapter / ADAPTER_WEIGHTS).exists() and (adapter / _PICKLED).exists():
+        read_header(adapter / _PICKLED, f"adapter {adapter}")
+    else:
+        open_adapter(adapter, str(adapter))
+
+
+def _digest(file: Path) -> str:
+    found = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
 def _key(base: Path, adapter: Path, dtype: str) -> str:
     """What a whole model depends on: the adapter's bytes, and what changes when the base does."""
     parts: list[Any] = [dtype, version("peft"), version("transformers")]
     parts += [
-        (file.name, hashlib.sha256(file.read_bytes()).hexdigest())
+        (file.name, _digest(file))
         for file in sorted(adapter.iterdir())
-        if file.is_file()
+        if file.is_file() and file.name.startswith(("adapter_", "tokenizer", "chat_template"))
     ]
     parts += [
         (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)

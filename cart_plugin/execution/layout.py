@@ -6,6 +6,7 @@ under the model's names, the same weights give the same values however they were
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,6 +91,10 @@ def _shapes(unit: names.Unit, held: Mapping[str, TensorInfo]) -> dict[str, tuple
     return {name: tuple(tensor.shape) for name, tensor in unit.to_model(empty).items()}
 
 
+# Masks and frequencies that some versions of transformers save, and every model computes anew.
+_COMPUTED = re.compile(r"\.inv_freq$|\.(?:attn|attention)\.(?:masked_)?bias$")
+
+
 def check_alike(placed: Mapping[str, Placed], inputs: Inputs) -> None:
     """Refuse to merge, tensor by tensor, models that differ: what to do would be a guess.
 
@@ -105,9 +110,9 @@ def check_alike(placed: Mapping[str, Placed], inputs: Inputs) -> None:
                 f"model {first.checkpoint.name} is a {own}, model {other.checkpoint.name} a "
                 f"{_architecture(inputs, other)}"
             )
-        used, theirs = _used(first), _used(other)
+        used, theirs = _kept(first), _kept(other)
         for left, right, names_of in ((first, other, used), (other, first, theirs)):
-            lacking = sorted(names_of.keys() - right.shapes.keys())
+            lacking = sorted(names_of.keys() - right.units.keys())
             if lacking:
                 raise CartError(
                     "the models do not hold the same tensors: model "
@@ -115,7 +120,7 @@ def check_alike(placed: Mapping[str, Placed], inputs: Inputs) -> None:
                     f"{left.checkpoint.name} ({some(lacking)})"
                 )
         for name, shape in used.items():
-            if theirs[name] != shape:
+            if theirs.get(name, shape) != shape:
                 raise CartError(
                     f"the models do not hold the same tensors: {name} is {shape} in model "
                     f"{first.checkpoint.name} and {theirs[name]} in model {other.checkpoint.name}"
@@ -127,9 +132,13 @@ def _architecture(inputs: Inputs, placed: Placed) -> str:
     return str((config.get("architectures") or ["?"])[0])
 
 
-def _used(placed: Placed) -> dict[str, tuple[int, ...]]:
-    # Buffers such as position ids come and go with versions of transformers.
-    return {name: shape for name, shape in placed.shapes.items() if name not in placed.unused}
+def _kept(placed: Placed) -> dict[str, tuple[int, ...]]:
+    """The weights; what the model has no use for may be a head, or layers beyond its own."""
+    return {
+        name: shape
+        for name, shape in placed.shapes.items()
+        if not (name in placed.unused and _COMPUTED.search(name))
+    }
 
 
 def vocabulary_names(model: Any) -> set[str]:

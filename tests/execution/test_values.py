@@ -76,10 +76,10 @@ def test_values_are_those_of_the_formula(name: str, method: str, tmp_path: Path)
     (merged,) = states(name, [out])
     for tensor, found in merged.items():
         wanted = expected(tensor, [state[tensor] for state in held], method, tensor in tables)
-        if found.is_floating_point():
+        if found.is_floating_point() and bool(wanted.any()):
             assert relative_error(found, wanted) <= 1e-5, tensor
         else:
-            assert torch.equal(found, wanted), tensor
+            assert bool((found == wanted).all()), tensor
 
 
 @pytest.mark.parametrize("name", ["DeepSeek-V3", "Mixtral", "Qwen3-MoE"])
