@@ -141,6 +141,22 @@ def _kept(placed: Placed) -> dict[str, tuple[int, ...]]:
     }
 
 
+def check_described(model: Any, placed: Placed) -> None:
+    """Refuse weights that are not of the config's model, before the work.
+
+    Raises:
+        CartError: a tensor has another shape than its config describes.
+    """
+    state, tables = model.state_dict(), vocabulary_names(model)
+    for name, shape in placed.shapes.items():
+        # Rows for more or fewer tokens are corrected when all is done.
+        if name in state and name not in tables and tuple(state[name].shape) != shape:
+            raise CartError(
+                f"model {placed.checkpoint.name} is not what its config describes: {name} is "
+                f"{shape} and should be {tuple(state[name].shape)}"
+            )
+
+
 def vocabulary_names(model: Any) -> set[str]:
     """The tensors whose rows are tokens: embeddings and heads, under all of their names."""
     tables = set()

@@ -26,7 +26,7 @@ from cart_plugin.doctor.parameters import check_method
 from cart_plugin.errors import CartError, first_line
 from cart_plugin.execution import tensorwise
 from cart_plugin.execution.inputs import Inputs, OrderedConfiguration, plain, read_inputs, stop_at
-from cart_plugin.execution.layout import donor_model, place
+from cart_plugin.execution.layout import check_described, donor_model, place
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,11 @@ def choose(inputs: Inputs, options: MergeOptions, *, force: bool = False) -> Cho
         force: go on where the doctor finds a problem in the plan.
 
     Raises:
-        CartError: neither can, or the doctor finds a problem; the message says why.
+        CartError: neither can, the doctor finds a problem, or the model brings its own code, which
+            runs with `trust_remote_code` only; the message says why.
     """
+    if not options.trust_remote_code:
+        names.model_class(inputs.donor.config, inputs.donor.name)
     plan, findings = planning.plan(inputs.config, inputs.checkpoints, options)
     if plan is None:
         loss = findings[0].fact
@@ -158,7 +161,11 @@ def _lacking(merges: list[result.Merge]) -> str:
 
 
 def _left_out(merges: list[result.Merge], inputs: Inputs) -> str:
-    """Which of the model's tensors mergekit's plan would leave out without a word."""
+    """Which of the model's tensors mergekit's plan would leave out without a word.
+
+    Raises:
+        CartError: the weights are not of the config's model.
+    """
     if not inputs.config.models:
         return ""  # of slices and modules, the recipe decides what is taken
     try:
@@ -167,6 +174,7 @@ def _left_out(merges: list[result.Merge], inputs: Inputs) -> str:
         return ""  # a model that brings its own code: the doctor compares names
     label = inputs.donor.name
     held = place(model, inputs.donor)
+    check_described(model, held)
     planned = {
         merge.planned.name: merge.inputs[label].shape for merge in merges if label in merge.inputs
     }

@@ -28,6 +28,7 @@ from cart_plugin.execution.inputs import Inputs
 from cart_plugin.execution.layout import (
     Placed,
     check_alike,
+    check_described,
     donor_model,
     place,
     values,
@@ -109,6 +110,7 @@ def check(inputs: Inputs) -> tuple[Any, dict[str, Placed]]:
         raise CartError("tokenizers cannot be: delete the recipe's tokenizer settings")
     model = donor_model(inputs)
     placed = {label: place(model, held) for label, held in inputs.checkpoints.items()}
+    check_described(model, placed[inputs.donor.name])
     check_alike(placed, inputs)
     if not any(held.shapes.keys() - held.unused for held in placed.values()):
         raise CartError("the models hold none of the tensors that their config describes")
