@@ -23,7 +23,10 @@ def read_json(file: Path) -> dict[str, Any]:
         OSError: the file cannot be read.
         ValueError: it is no JSON object.
     """
-    found = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     if not isinstance(found, dict):
         raise ValueError("it is no JSON object")
     return found

@@ -44,7 +44,7 @@ def complete(folder: Path, source: Path) -> None:
 
 
 def belongings(folder: Path) -> dict[str, Path]:
-    """All files of a model by name but weights and records: code and any kind of vocabulary, too."""
+    """All files of a model but weights and records, by name; code and odd vocabularies, too."""
     return {
         path.name: path
         for path in sorted(folder.iterdir())
