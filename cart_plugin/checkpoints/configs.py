@@ -56,7 +56,7 @@ _RECORD = re.compile(
     r"|penalty$|^early_stopping$|^forced_|^suppress|^begin_suppress|^is_encoder_decoder$|^prefix$"
     # The shapes and the number of tensors show these, the kinds of layers the last one.
     r"|vocab_size|hidden_size|intermediate_size|embed_dim$|ffn_dim$|^d_(?:model|ff|kv)$|^n_embd$"
-    r"|^n_inner$|^depths$|(?:_|^n_)layers?$|^max_window_layers$"
+    r"|^n_inner$|^depths$|(?:num_(?:\w+_)?|n_|^|encoder_|decoder_)layers?$|^max_window_layers$"
 )
 _COMPUTATION = re.compile(
     r"head|rope|rotary|eps(?:ilon)?$|act(?:ivation)?(?:_fn|_function)?$|hidden_act|activation"

@@ -255,11 +255,10 @@ def _defaults(specs: Mapping[str, ParameterSpec], given: set[str], models: int) 
     for name, spec in specs.items():
         if name in given or name in RANK_RULES:
             continue
-        if not spec.required:
-            if spec.default is not None:
-                values[name] = spec.default
-        elif name == "weight":
-            values[name] = round(1 / max(models, 1), 6)
+        if not spec.required and spec.default is not None:
+            values[name] = spec.default
+        elif name == "weight":  # ours count 1, and tell it from a written 1
+            values[name] = round(1 / max(models, 1), 6) if spec.required else 1.0
     return values
 
 

@@ -6,7 +6,6 @@ the tokenizer of one of the models.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from mergekit.config import MergeConfiguration
@@ -20,14 +19,20 @@ from cart_plugin.doctor.layout import Recipe
 from cart_plugin.errors import CartError
 
 
-def check(checkpoints: Mapping[str, Checkpoint], config: Recipe) -> list[Finding]:
-    """Compare the models of a recipe for `mergekit-yaml`; weight files have nothing to compare."""
+def check(checkpoints: Mapping[str, Checkpoint], config: Recipe, rows: int | None) -> list[Finding]:
+    """Compare the models of a recipe for `mergekit-yaml`; weight files have nothing to compare.
+
+    Args:
+        checkpoints: the inputs by label.
+        config: the recipe.
+        rows: of the merged embeddings; tokens beyond them have nothing to average.
+    """
     if not isinstance(config, MergeConfiguration):
         return []
     models = list(checkpoints.values())
     findings = list(_check_configs(models))
     if not (config.tokenizer or config.tokenizer_source):
-        findings += _check_tokens(models)
+        findings += _check_tokens(models, rows)
     return findings
 
 
@@ -65,7 +70,7 @@ def _listed(found: Sequence[Difference]) -> str:
     return "; ".join(texts[:2]) + more
 
 
-def _check_tokens(models: Sequence[Checkpoint]) -> Iterator[Finding]:
+def _check_tokens(models: Sequence[Checkpoint], limit: int | None) -> Iterator[Finding]:
     first, *others = models
     held = {first.name: tokenizers.read_vocabulary(first.path)}
     for model in others:
@@ -77,7 +82,8 @@ def _check_tokens(models: Sequence[Checkpoint]) -> Iterator[Finding]:
     rows: dict[int, dict[str, list[str]]] = {}
     for name, vocabulary in known.items():
         for number, token in vocabulary.tokens.items():
-            rows.setdefault(number, {}).setdefault(token, []).append(name)
+            if limit is None or number < limit:
+                rows.setdefault(number, {}).setdefault(token, []).append(name)
     unlike = {number: found for number, found in sorted(rows.items()) if len(found) > 1}
     advice = (
         "add `tokenizer: {source: union}` to the recipe, which aligns the rows by their tokens and "
@@ -92,10 +98,7 @@ def _check_tokens(models: Sequence[Checkpoint]) -> Iterator[Finding]:
             advice,
         )
         return
-    rows_of = min(_rows(model) for model in models)  # a token without a row: `saved` says so
-    partly = {
-        number: found for number, found in rows.items() if number < rows_of and _lack(number, known)
-    }
+    partly = {number: found for number, found in rows.items() if _lack(number, known)}
     if partly:
         number, found = min(partly.items())
         yield warning(
@@ -104,12 +107,6 @@ def _check_tokens(models: Sequence[Checkpoint]) -> Iterator[Finding]:
             "was never trained",
             advice,
         )
-
-
-def _rows(model: Checkpoint) -> float:
-    """Tokens that a model has room for, by its config; without end where that does not say."""
-    size = model.config.get("vocab_size")
-    return size if isinstance(size, int) else math.inf
 
 
 def _tokens(found: Mapping[str, Sequence[str]]) -> str:

@@ -124,7 +124,7 @@ def check_plan(
     findings += _check_losses(plan, checkpoints, config)
     findings += _check_shapes(merges, config)
     findings += check_casts(merges, config)
-    findings += likeness.check(checkpoints, config)
+    findings += likeness.check(checkpoints, config, _vocabulary_rows(merges))
     findings += _check_filters(merges, config, method)
     if is_cart(method):
         conflicts = [*_check_rank_rules(merges), *_check_weights(merges)]
@@ -142,6 +142,18 @@ def _other_ways(
     if not way and lacking and all(lacks_a_head(checkpoints[label]) for label in lacking):
         way = "save the models with their head (the `...For...` class)"
     return f"{way}; or {FLAT}" if way else FLAT
+
+
+def _vocabulary_rows(merges: Sequence[Merge]) -> int | None:
+    """How many tokens all inputs have a row for; None if that cannot be told."""
+    counts = [
+        info.shape[axis]
+        for merge in merges
+        if (axis := merge.planned.vocabulary_axis) is not None
+        for info in merge.inputs.values()
+        if axis < len(info.shape)
+    ]
+    return min(counts, default=None)
 
 
 def _check_lacking(
