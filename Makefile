@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-all lint format demo bench-startup bench-memory bench-solvers bench-merge bench-accuracy bench-profile bench-vision bench-text bench-llm bench-auto bench-compress readme dist clean
+.PHONY: help venv test test-all lint format demo bench-startup bench-memory bench-solvers bench-merge bench-accuracy bench-profile bench-vision bench-text bench-llm bench-auto bench-compress bench-architectures readme dist clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -72,6 +72,9 @@ bench-auto: $(STAMP) ## CART without hyperparameters: variants on validation spl
 bench-compress: $(STAMP) ## eight encoders as base and adapters beside other ways to store them, and what that costs (an hour)
 	$(BIN)/python -m benchmarks.compression
 	$(BIN)/python -m benchmarks.compression.speed
+
+bench-architectures: $(STAMP) ## which architectures merge whole, by mergekit-yaml and by mergekit-cart merge (ten minutes)
+	$(BIN)/python -m benchmarks.architectures
 
 readme: $(STAMP) ## copy result tables into README.md and docs/
 	$(BIN)/python -m benchmarks.readme

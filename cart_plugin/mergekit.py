@@ -50,6 +50,9 @@ from cart_plugin.merging.inputs import check_finite
 from cart_plugin.merging.settings import CartSettings
 from cart_plugin.merging.tensors import is_decomposed
 
+REVISION = 1
+"""Raised when recipes come to mean other numbers, as `cart_plugin.merging.REVISION` is."""
+
 
 def _named(name: str, convert: Callable[[Any], Any], kind: str, *, optional: bool = False) -> Any:
     """Convert a recipe's value or say which parameter it is: mergekit's errors do not name it."""

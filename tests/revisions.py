@@ -14,6 +14,7 @@ from cart_plugin import (
     RankRule,
     compress,
     linalg,
+    merge_state_dicts,
     merge_tensors,
     merging,
     truncated_svd,
@@ -56,6 +57,21 @@ def merging_figures() -> dict[str, float]:
     for name, settings in kinds.items():
         merged = merge_tensors(tensors, settings, weights=[1, 2, 1, 1], base=base, name="a.weight")
         figures[name] = float((merged.double() * weights).sum())
+    shapes = {
+        "model.embed_tokens.weight": (20, 12),
+        "layers.0.mlp.experts.up_proj": (3, 16, 24),
+        "conv.weight": (8, 6, 3),
+        "layers.0.mlp.up_proj.bias": (2, 16),
+        "encoder.position_embeddings.weight": (9, 12),
+        "layers.0.norm.weight": (12,),
+    }
+    states = [
+        {name: random(*shape, seed=10 * seed) for name, shape in shapes.items()}
+        for seed in range(3)
+    ]
+    settings = CartSettings(rank_ratio=0.25, lambda_=1.5)
+    for name, tensor in merge_state_dicts(states, settings).items():
+        figures[name] = float((tensor.double() * random(*tensor.shape, seed=7)).sum())
     indexed = index_tensors(tensors, CartSettings(rank=5), name="a.weight")
     figures["indexing"] = float((indexed.restored(2).double() * weights).sum())
     return figures

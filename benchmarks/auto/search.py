@@ -93,7 +93,7 @@ VARIANTS: dict[str, dict[str, Variant]] = {
 def search(suite: str, seed: int, folder: Path) -> None:
     """Judge all variants on one suite and seed; what is known is not done again."""
     known = conditions(
-        ("linalg",), PACKAGES, timed=False, variants=variants.REVISION, examples=EXAMPLES
+        ("linalg", "merging"), PACKAGES, timed=False, variants=variants.REVISION, examples=EXAMPLES
     )
     record = Record(folder / f"{suite}-{seed}.json", known)
     todo = {

@@ -18,8 +18,8 @@ from benchmarks.common.cache import write_json
 from benchmarks.common.measure import machine
 from benchmarks.common.provenance import Provenance, distinct, installed, provenance
 
-MERGES = ("linalg", "merging")  # the rooms that decide what a merge gives
-COMPRESSES = (*MERGES, "compress")
+MERGES = ("linalg", "merging", "mergekit")  # the rooms that decide what a merge gives
+COMPRESSES = ("linalg", "merging", "checkpoints", "compress")
 
 
 def revisions(rooms: Sequence[str]) -> dict[str, int]:
@@ -35,16 +35,18 @@ def conditions(
     Args:
         rooms: of the plugin that decide the figures.
         packages: distributions that take part; those not installed are recorded as missing.
-        timed: times are measured, so that the settings of thread pools count.
+        timed: times are measured, so that the machine and its thread pools count.
         others: whatever else matters, as JSON.
     """
-    found = {
-        # How busy the machine is changes all the time: cases record that themselves.
-        "machine": {name: value for name, value in machine().items() if name != "load_average"},
+    found: dict[str, Any] = {
         "versions": {name: installed(name) for name in packages},
         "revisions": revisions(rooms),
     }
     if timed:
+        # How busy the machine is changes all the time: cases record that themselves.
+        found["machine"] = {
+            name: value for name, value in machine().items() if name != "load_average"
+        }
         found["environment"] = {
             name: value
             for name, value in sorted(os.environ.items())

@@ -4,3 +4,6 @@ Modules, from the bottom: `dtypes`, `headers` (what a weight file holds), `files
 all; JSON), `reading` (folders, shards, adapters; a tensor at a time), `writing` (safetensors),
 `side_files` (tokenizers and the like), `names` (the checkpoint's and the model's).
 """
+
+REVISION = 1
+"""Raised when what is read or written changes, as `cart_plugin.linalg.REVISION` is."""

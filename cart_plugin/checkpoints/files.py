@@ -23,7 +23,10 @@ def read_json(file: Path) -> dict[str, Any]:
         OSError: the file cannot be read.
         ValueError: it is no JSON object.
     """
-    found = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     if not isinstance(found, dict):
         raise ValueError("it is no JSON object")
     return found
@@ -42,8 +45,12 @@ def write_json(file: Path, value: object, *, sort_keys: bool = False) -> None:
 def write_text(file: Path, text: str) -> None:
     """Write a file whole or not at all."""
     scratch = file.with_name(f".{file.name}.{os.getpid()}.new")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(file)
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(file)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager

@@ -92,7 +92,8 @@ def settings(folder: Path, label: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        # Never asks whether to run the model's code: it does not.
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         first = str(error).partition("\n")[0]
         raise CartError(f"model {label}: transformers cannot read its config: {first}") from error

@@ -6,7 +6,8 @@ touched stays resident, and T models would fill the memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,11 +94,11 @@ class Checkpoint:
                     count = file.readinto(data[got:])
                     if not count:
                         raise CartError(
-                            f"model {self.name}: {stored.file.name} ends within {name}; {AGAIN}"
+                            f"{self.name}: {stored.file.name} ends within {name}; {AGAIN}"
                         )
                     got += count
         except OSError as error:
-            raise CartError(f"model {self.name}: {stored.file}: {error.strerror}") from None
+            raise CartError(f"{self.name}: {stored.file}: {error.strerror}") from None
         return tensor
 
 
@@ -154,12 +155,19 @@ def read_weights(checkpoint: Checkpoint, order: tuple[str, ...]) -> None:
     if not start.endswith(".json"):
         checkpoint.files = [folder / start]
         checkpoint.tensors = read_header(folder / start, who)
+        _check_counts(checkpoint)
         return
     listed = _weight_map(folder / start, who)
     held = {}
-    for shard in sorted(set(listed.values())):
-        if not (folder / shard).is_file():
-            raise CheckpointError(f"{who}: shard {shard} is missing from {folder}", AGAIN)
+    shards = sorted(set(listed.values()))
+    missing = [shard for shard in shards if not _is_file(folder / shard)]
+    if missing:
+        more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
+        verb = "are" if more else "is"
+        raise CheckpointError(
+            f"{who}: shard {missing[0]}{more} {verb} missing from {folder}", AGAIN
+        )
+    for shard in shards:
         held[shard] = read_header(folder / shard, who)
     checkpoint.files = [folder / shard for shard in held]
     lacking = [name for name, shard in listed.items() if name not in held[shard]]
@@ -178,6 +186,49 @@ def read_weights(checkpoint: Checkpoint, order: tuple[str, ...]) -> None:
             "load the model with transformers and save it again, or " + AGAIN,
         )
     checkpoint.tensors = {name: held[shard][name] for name, shard in listed.items()}
+    _check_counts(checkpoint)
+
+
+# More layers than tensors, or a label for each of millions: transformers would build them all.
+_LAYERS = re.compile(r"layers?$|depths?$|blocks$")
+_ANY_MODEL = {"layers": 1_000, "labels": 1_000_000}
+
+
+def _check_counts(checkpoint: Checkpoint) -> None:
+    """Refuse a config that describes a model of another order of size than the weights are.
+
+    Raises:
+        CheckpointError: building it would take hours, and memory without end.
+    """
+    limits = {**_ANY_MODEL, "layers": max(_ANY_MODEL["layers"], len(checkpoint.tensors))}
+    for key, number in _numbers(checkpoint.config):
+        kind = "labels" if key == "num_labels" else "layers" if _LAYERS.search(key) else None
+        if kind is not None and number > limits[kind]:
+            raise CheckpointError(
+                f"model {checkpoint.name}: {CONFIG} says {key}: {number:,}, and the weights are "
+                f"{len(checkpoint.tensors):,} tensors",
+                f"correct {CONFIG}, or {AGAIN}",
+            )
+
+
+def _numbers(config: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, float]]:
+    """The numbers of a config with their keys; those of a list have its key."""
+    if isinstance(config, dict) and depth < 5:
+        for name, value in config.items():
+            yield from _numbers(value, name, depth + 1)
+    elif isinstance(config, list) and len(config) < 100:
+        for value in config:
+            yield from _numbers(value, key, depth + 1) if depth < 5 else ()
+    elif isinstance(config, int | float) and not isinstance(config, bool):
+        yield key, config
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is a file; a name that no file can have is none's."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _weight_map(index: Path, who: str) -> Mapping[str, str]:
@@ -224,4 +275,11 @@ def open_adapter(path: Path, name: str) -> Checkpoint:
     """
     who, weights = f"adapter {name}", path / ADAPTER_WEIGHTS
     config = read_config(path, who, ADAPTER_CONFIG)
-    return Checkpoint(name, path, config, read_header(weights, who), [weights])
+    tensors = read_header(weights, who)
+    for tensor, info in tensors.items():
+        if info.dtype is None:
+            raise CheckpointError(
+                f"{who}: tensor {tensor!r} is {info.stored}, which torch has no use for",
+                "make the adapter again with floating-point weights",
+            )
+    return Checkpoint(name, path, config, tensors, [weights])

@@ -1,4 +1,4 @@
-"""What a checkpoint has beside config and weights: tokenizer, processor, generation config, code.
+"""What a checkpoint has beside config and weights: tokenizer, processor, generation config.
 
 The base has those of one model; a task's that differ from them lie in its adapter's folder, where
 PEFT does not look, for `expand` to put back.
@@ -11,16 +11,19 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
+from cart_plugin.checkpoints.headers import WEIGHT_SUFFIXES
 from cart_plugin.checkpoints.reading import ADAPTER_CONFIG, CONFIG
 
 FOLDER = "task_files"
 
 _SUFFIXES = {
     *(".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab"),
-    *(".spm", ".codes", ".bpe", ".py"),
+    *(".spm", ".codes", ".bpe"),
 }
 _OTHERS = {CONFIG, ADAPTER_CONFIG, "trainer_state.json"}
 _GENERATION = "generation_config.json"
+# What a merge writes about itself, or what belongs to one of the inputs only.
+_OF_ITS_MAKING = ("README.md", "mergekit_config.yml", ADAPTER_CONFIG, "trainer_state.json")
 
 
 def side_files(folder: Path) -> dict[str, Path]:
@@ -34,10 +37,20 @@ def side_files(folder: Path) -> dict[str, Path]:
 
 
 def complete(folder: Path, source: Path) -> None:
-    """Give a folder of weights what it lacks of a model's config and side files."""
-    for name, path in {**side_files(source), CONFIG: source / CONFIG}.items():
+    """Give a folder of weights what it lacks of `belongings`."""
+    for name, path in belongings(source).items():
         if not (folder / name).exists():
             shutil.copyfile(path, folder / name)
+
+
+def belongings(folder: Path) -> dict[str, Path]:
+    """All files of a model but weights and records, by name; code and odd vocabularies, too."""
+    return {
+        path.name: path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name not in _OF_ITS_MAKING
+        if path.suffix not in WEIGHT_SUFFIXES and not path.name.endswith(".index.json")
+    }
 
 
 def copy_to_base(base: Path, models: Collection[Path]) -> None:

@@ -16,6 +16,7 @@ _COMMANDS = {
     "compress": "compress",
     "doctor": "doctor",
     "expand": "expand",
+    "merge": "merge",
 }
 
 
@@ -40,5 +41,5 @@ class LazyGroup(click.Group):
 def main() -> None:
     """CART for mergekit: merge fine-tuned models around their average.
 
-    The merge itself is mergekit's: write `merge_method: cart` in a recipe and run mergekit-yaml.
+    Write `merge_method: cart` in a recipe and run `mergekit-cart merge`, or mergekit-yaml.
     """

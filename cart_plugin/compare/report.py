@@ -9,16 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cart_plugin.checkpoints.files import write_json, write_text
-from cart_plugin.compare.merge import FLAT_RECIPE
 from cart_plugin.compare.steps import Comparison, Row, versions
 
 _REMARKS = {
     "error": "failed: {}",
     "warning": "{}",
-    "note": "merged tensor by tensor, by mergekit-pytorch: {}",
+    "note": "merged tensor by tensor (run its recipe by mergekit-cart merge): {}",
 }
 _KINDS = {"base": "base model", "model": "fine-tuned", "merged": ""}
 
@@ -30,22 +27,8 @@ def report(comparison: Comparison, rows: Sequence[Row], recipe: Path) -> dict[st
         "evaluator": {key: value for key, value in comparison.request.items() if key != "sources"},
         "versions": versions(),
         "tasks": tasks(rows),
-        "rows": [
-            asdict(row)
-            | {"model": _model(row), "mean": row.mean, "flat_recipe": _flat_recipe(comparison, row)}
-            for row in rows
-        ],
+        "rows": [asdict(row) | {"model": _model(row), "mean": row.mean} for row in rows],
     }
-
-
-def _flat_recipe(comparison: Comparison, row: Row) -> str | None:
-    """The recipe that `mergekit-pytorch` ran, if it merged the row."""
-    path = f"{row.name}/{FLAT_RECIPE}"
-    if not row.note or not (comparison.out / path).is_file():
-        return None
-    # Sharded models are put together for the time of the merge: without them it cannot run again.
-    named = yaml.safe_load((comparison.out / path).read_text())["models"]
-    return path if all(Path(entry["model"]).exists() for entry in named) else None
 
 
 def _model(row: Row) -> str | None:
@@ -109,11 +92,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         lines.append(_line(cells))
     text = [f"# {found['recipe']}: methods compared", "", *lines, ""]
     for said, rows in remarks(found).items():
-        names = ", ".join(
-            f"[{title(row)}]({row['flat_recipe']})" if row["flat_recipe"] else title(row)
-            for row in rows
-        )
-        text.append(f"- {names}: {said}")
+        text.append(f"- {', '.join(title(row) for row in rows)}: {said}")
     text += ["", f"Metrics: {_metrics(found)}", f"Made with {_versions(found)}.", ""]
     return "\n".join(text)
 

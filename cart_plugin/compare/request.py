@@ -9,12 +9,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from cart_plugin.compare.merge import read_inputs
 from cart_plugin.compare.steps import MODEL, Comparison, needed_bytes
 from cart_plugin.compare.variants import absolute, parse_assignment, variants
 from cart_plugin.doctor.machine import size
 from cart_plugin.doctor.recipe import load
 from cart_plugin.errors import CartError
+from cart_plugin.execution.inputs import read_inputs
 
 
 def names(text: str) -> list[str]:

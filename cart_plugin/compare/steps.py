@@ -21,19 +21,21 @@ from typing import Any, Literal
 
 import yaml
 
-from cart_plugin import linalg, merging
+from cart_plugin import linalg, mergekit, merging
 from cart_plugin.checkpoints.files import read_json, write_json, write_text
-from cart_plugin.compare import child, merge
 from cart_plugin.compare.variants import Variant, find_method
 from cart_plugin.doctor.parameters import is_cart
 from cart_plugin.errors import CartError, first_line
+from cart_plugin.execution import child
+from cart_plugin.execution.inputs import Inputs, merge_options
+from cart_plugin.execution.merge import merge
 
 Keep = Literal["none", "best", "all"]
 PACKAGES = (
     *("cart-plugin", "mergekit", "torch", "transformers", "tokenizers", "safetensors", "peft"),
     *("lm-eval", "datasets"),
 )
-_REVISIONS = [linalg.REVISION, merging.REVISION]
+_REVISIONS = [linalg.REVISION, merging.REVISION, mergekit.REVISION]
 MODEL = "model"  # a variant's merged folder
 
 
@@ -91,7 +93,7 @@ class Comparison:
             unless they say otherwise.
     """
 
-    inputs: merge.Inputs
+    inputs: Inputs
     variants: Sequence[Variant]
     request: Mapping[str, Any]
     out: Path
@@ -172,7 +174,7 @@ class Comparison:
         if variant is not None:
             recipe = folder / "recipe.yaml"
             command = shlex.join(
-                ["mergekit-yaml", str(recipe.resolve()), "OUT", *self._options("CACHE")]
+                ["mergekit-cart", "merge", str(recipe.resolve()), "OUT", *self._options()]
             )
             text = yaml.safe_dump(dict(variant.recipe), sort_keys=False)
             write_text(recipe, f"# {command}\n{text}")
@@ -230,10 +232,12 @@ class Comparison:
         scratch = Path(tempfile.mkdtemp(prefix=".merging-", dir=folder))
         try:
             started = time.perf_counter()
-            options = self._options(str(scratch / "lora"))
-            row.note = merge.merge(
-                folder / "recipe.yaml", scratch / MODEL, options, folder / "merge.log"
-            )
+            recipe, log = folder / "recipe.yaml", folder / "merge.log"
+            (scratch / "work").mkdir()
+            options = merge_options(self._options())
+            row.note = merge(
+                recipe, scratch / MODEL, options, log=log, scratch=scratch / "work"
+            ).note
             row.merge_seconds = round(time.perf_counter() - started, 2)
             (scratch / MODEL).rename(model)
         finally:
@@ -242,15 +246,9 @@ class Comparison:
             folder / "merge.json", {"key": key, "note": row.note, "seconds": row.merge_seconds}
         )
 
-    def _options(self, cache: str) -> list[str]:
-        """The options of mergekit's command line; adapters are fused in the folder `cache`."""
-        options = ["--random-seed", "0", *self.options]
-        if self.inputs.adapters and not any(
-            option.startswith("--lora-merge-cache") for option in options
-        ):
-            # mergekit fails without one, and takes an old one for a new adapter of its name.
-            options += ["--lora-merge-cache", cache]
-        return options
+    def _options(self) -> list[str]:
+        """The options of mergekit's command line."""
+        return ["--random-seed", "0", *self.options]
 
     def _judge(self, row: Row, folder: Path, key: str) -> dict[str, Any]:
         started = time.perf_counter()

@@ -81,7 +81,7 @@ def compress(
         energy: as many as hold this share of the squared singular values instead.
         target_size: share of the models' bytes for base and adapters together instead: directions
             are kept where they lower the total squared error most per byte.
-        dtype: of base and adapters, one of `DTYPES`; the fine-tuned models' own if None.
+        dtype: of base and adapters, one of `checkpoints.dtypes.STORED`; the models' own if None.
         drop_small: leave norms, biases, embeddings, heads and all else that is no decomposed matrix
             as the base has it, rather than storing it exactly.
         small_error: leave those of them whose difference from the base is at most this share of the

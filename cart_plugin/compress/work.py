@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cart_plugin.checkpoints.dtypes import STORED
 from cart_plugin.checkpoints.names import Unit
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.compress import peft_files
@@ -22,7 +23,6 @@ from cart_plugin.linalg.svd import SOLVERS
 BASE = "base"
 ADAPTERS = "adapters"
 TASK_CONFIG = "task_config.json"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _CHUNK = 2**16  # numbers: their copy in fp64 stays in the cache, five times as fast as of 2**18
 
@@ -99,8 +99,8 @@ def checked_options(
         CartError: a value out of range, or two rules at once.
     """
     rule = checked_rule(rank_ratio, rank, energy, target_size)
-    if dtype is not None and dtype not in DTYPES:
-        raise CartError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype is not None and dtype not in STORED:
+        raise CartError(f"dtype must be one of {', '.join(STORED)}, got {dtype!r}")
     if svd not in SOLVERS:
         raise CartError(f"svd must be one of {', '.join(SOLVERS)}, got {svd!r}")
     number = isinstance(small_error, (int, float)) and not isinstance(small_error, bool)
@@ -110,7 +110,7 @@ def checked_options(
         raise CartError(
             f"drop_small leaves out more than small_error={small_error}; give one of them"
         )
-    found = DTYPES[dtype] if dtype else None
+    found = STORED[dtype] if dtype else None
     return Options(rule, target_size, found, drop_small, small_error, svd, seed)
 
 

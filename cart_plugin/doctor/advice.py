@@ -15,10 +15,7 @@ from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor.findings import some
 from cart_plugin.doctor.layout import Recipe
 
-FLAT = (
-    "save the weights of each model as one .safetensors file and merge the files with "
-    "mergekit-pytorch, which needs no architecture"
-)
+FLAT = "merge with `mergekit-cart merge RECIPE OUT`, which goes tensor by tensor where it has to"
 
 
 def way_out(error: Exception, config: Recipe, checkpoints: Mapping[str, Checkpoint]) -> str:

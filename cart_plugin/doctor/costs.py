@@ -41,6 +41,8 @@ def check_memory(merges: Sequence[Merge], config: Recipe) -> Iterator[Finding]:
     memory back.
     """
     merges = [merge for merge in merges if merge.inputs]
+    if not merges:
+        return
     largest = max(merges, key=lambda merge: _peak(merge, config))
     shard = min(_result_bytes(merges, config), MergeOptions().out_shard_size)
     needed = _PROGRAM_BYTES + shard + _peak(largest, config)

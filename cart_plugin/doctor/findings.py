@@ -17,11 +17,20 @@ class Level(Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of a report; everything that is not ok carries advice."""
+    """One line of a report; everything that is not ok carries advice.
+
+    Attributes:
+        level: how bad it is.
+        fact: what was found.
+        advice: what to do about it.
+        of_architecture: it is mergekit's support of an architecture that is at fault, and not the
+            recipe: the tensors can be merged one by one.
+    """
 
     level: Level
     fact: str
     advice: str = ""
+    of_architecture: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,9 +51,9 @@ def warning(fact: str, advice: str) -> Finding:
     return Finding(Level.WARNING, fact, advice)
 
 
-def problem(fact: str, advice: str) -> Finding:
+def problem(fact: str, advice: str, *, of_architecture: bool = False) -> Finding:
     """Something that stops the merge or spoils its result, and what to do about it."""
-    return Finding(Level.PROBLEM, fact, advice)
+    return Finding(Level.PROBLEM, fact, advice, of_architecture)
 
 
 def count(number: int, noun: str) -> str:

@@ -91,6 +91,7 @@ def plan(
             problem(
                 f"mergekit cannot plan this merge: {first_line(error)}",
                 way_out(error, config, checkpoints),
+                of_architecture=True,
             )
         ]
 

@@ -54,7 +54,7 @@ def load(path: Path) -> tuple[list[dict[str, Any]], list[Finding]]:
     """Read a YAML file of one recipe or several; none, and the reason, if it is no such file."""
     try:
         documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
         return [], [problem(f"cannot be read: {first_line(error)}", "name a YAML file")]
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)

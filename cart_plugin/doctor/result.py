@@ -182,6 +182,7 @@ def _check_lacking(
             yield problem(
                 f"{who} {what} that mergekit requires of this architecture",
                 _other_ways(config, checkpoints, labels),
+                of_architecture=True,
             )
         elif not optional:
             yield problem(
@@ -219,6 +220,7 @@ def _check_losses(
             f"mergekit would silently drop {len(in_all):,} of {held:,} tensors, for example "
             f"{some(in_all)}: transformers {_transformers_version()} names them differently",
             _other_ways(config, checkpoints),
+            of_architecture=True,
         )
     if in_some:
         yield warning(

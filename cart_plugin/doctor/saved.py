@@ -18,7 +18,7 @@ from mergekit.config import MergeConfiguration
 
 from cart_plugin.checkpoints import names
 from cart_plugin.checkpoints.reading import Checkpoint
-from cart_plugin.checkpoints.side_files import side_files
+from cart_plugin.checkpoints.side_files import belongings, side_files
 from cart_plugin.doctor.findings import Finding, problem, some, warning
 from cart_plugin.doctor.layout import Recipe, references
 from cart_plugin.doctor.result import Merge
@@ -198,7 +198,7 @@ def _check_files(
     seen = set(surely)
     # The base's are the ones to have.
     for label in sorted(checkpoints, key=lambda label: label not in [it.name for it in donors]):
-        for name, file in side_files(checkpoints[label].path).items():
+        for name, file in belongings(checkpoints[label].path).items():
             if name not in seen and _matters(name, file):
                 seen.add(name)
                 left[label, "may" if name in perhaps else "will"].append(name)

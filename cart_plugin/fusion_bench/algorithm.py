@@ -78,7 +78,7 @@ class CartAlgorithm(CartBase):
             dictionary of the models by name, and the merged one as ``merged``.
 
         Raises:
-            CartError: see `CartBase.load` and `cart_plugin.merging.cart.merge_state_dicts`.
+            CartError: see `CartBase.load` and `cart_plugin.merging.state_dicts.merge_state_dicts`.
         """
         if self.return_single_task_models:
             self.check_not_saved()

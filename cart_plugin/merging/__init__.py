@@ -6,5 +6,5 @@ Modules, from the bottom: `tensors` (what is decomposed, and as which matrices),
 """
 
 REVISION = 1
-"""Raised when the numbers that come out of this room change by more than rounding: what was
-measured or merged with another revision is then done anew. Not for moved files or comments."""
+"""Raised when the numbers that come out of this room change by more than rounding, or their cost:
+what was measured or merged with another revision is then done anew. Not for moved files."""

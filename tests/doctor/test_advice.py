@@ -29,7 +29,7 @@ def test_models_with_a_head_are_not_told_to_get_one(
     if name.startswith("Falcon"):
         config = {**config, "num_attention_heads": 4, "multi_query": True, "parallel_attn": True}
     report = check(save_class(tmp_path, name, **config))
-    report.has_only_problem("that mergekit requires of this architecture", "mergekit-pytorch")
+    report.has_only_problem("that mergekit requires of this architecture", "mergekit-cart merge")
     assert "head (" not in report.text
     assert "save_pretrained" not in report.text  # neither format helps
 

@@ -107,7 +107,7 @@ def test_tensors_that_mergekit_would_drop(
     report.has_only_problem(
         f"would silently drop {dropped} of {total} tensors",
         "save_original_format=False",
-        "mergekit-pytorch",
+        "mergekit-cart merge",
     )
     # and so it does
     config = {"merge_method": "cart", "models": [{"model": model} for model in models]}
@@ -126,7 +126,7 @@ def test_encoders_that_mergekit_cannot_merge_have_a_way_out(
     report = check(models)
     assert len(report.problems) == 1
     assert "with a head" in report.problems[0] or "with their head" in report.problems[0]
-    assert "mergekit-pytorch" in report.problems[0]
+    assert "mergekit-cart merge" in report.problems[0]
 
     check(saved(f"{architecture}-classifier")).is_clean()
     files = [f"{model}/model.safetensors" for model in models]

@@ -16,7 +16,8 @@ from benchmarks.llm import tasks
 from benchmarks.llm.backbone import prepare_backbone
 from benchmarks.llm.finetune import FineTuning, answer_loss, encode, finetune_all
 from benchmarks.text.tasks import TASKS
-from cart_plugin.compare.merge import merge
+from cart_plugin.execution.inputs import merge_options
+from cart_plugin.execution.merge import merge
 from tests.benchmarks.text.test_tasks import numbers  # noqa: F401 - a fixture
 
 TINY = FineTuning(examples=32, rank=4)
@@ -113,8 +114,9 @@ def test_base_and_adapters_merge_to_what_whole_models_do(tmp_path):
     merged = {}
     for form, models in forms.items():
         recipe = write_recipe(models, base, tmp_path / form)
-        cache = ["--lora-merge-cache", str(tmp_path / "cache")]
-        merge(recipe, tmp_path / form / "out", cache, tmp_path / "log")
+        log, scratch = tmp_path / "log", tmp_path / form / "scratch"
+        scratch.mkdir()
+        merge(recipe, tmp_path / form / "out", merge_options([]), log=log, scratch=scratch)
         merged[form] = load_file(tmp_path / form / "out" / "model.safetensors")
     start = load_file(base / "model.safetensors")
     name = "model.layers.3.mlp.up_proj.weight"

@@ -1,6 +1,6 @@
 """Runs a function in a process that ends when its parent does.
 
-    python -m cart_plugin.compare.child PACKAGE.MODULE:FUNCTION ARGUMENTS
+    python -m cart_plugin.execution.child PACKAGE.MODULE:FUNCTION ARGUMENTS
 
 A merge or an evaluation that outlived a killed comparison would write beside its successor.
 """
@@ -12,17 +12,23 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
-def run(function: str, arguments: Sequence[str], log: Path) -> str:
+def run(
+    function: str,
+    arguments: Sequence[str],
+    log: Path,
+    tell: Callable[[str], None] | None = None,
+) -> str:
     """Run a function in a child process until it ends.
 
     Args:
         function: `package.module:function`, which reads `sys.argv`, as console scripts are.
         arguments: its command line.
         log: receives what it prints.
+        tell: receives the last line of that, twice a second.
 
     Returns:
         The last line of its traceback or output if it fails; empty if it ends well.
@@ -39,15 +45,22 @@ def run(function: str, arguments: Sequence[str], log: Path) -> str:
             env={**os.environ, "PYTHONHASHSEED": "0"},
         )
         try:
-            code = child.wait()
+            code = None
+            while code is None:
+                try:
+                    code = child.wait(timeout=None if tell is None else 0.5)
+                except subprocess.TimeoutExpired:
+                    if tell is not None:
+                        tell(last_line(log))
         except BaseException:
             child.kill()
             child.wait()
             raise
-    return "" if code == 0 else _last_line(log) or f"ended with exit code {code}"
+    return "" if code == 0 else last_line(log) or f"ended with exit code {code}"
 
 
-def _last_line(log: Path) -> str:
+def last_line(log: Path) -> str:
+    """The last line of a file that is not blank; of a progress bar, its last state."""
     lines = log.read_text(errors="replace").replace("\r", "\n").splitlines()
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 

@@ -1,0 +1,77 @@
+"""`mergekit-cart merge`: one recipe, merged whole whatever its architecture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cart_plugin.cli.console import console, print_section
+from cart_plugin.errors import CartError
+
+
+class MergeCommand(click.Command):
+    """A command with mergekit's own options, which are read when it is run or asked for help."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Its own parameters, then mergekit's."""
+        from mergekit.options import add_merge_options
+
+        known = super().get_params(ctx)
+        theirs = click.command()(add_merge_options(lambda merge_options: merge_options)).params
+        return [*known[:-1], *theirs, known[-1]]  # --help stays last
+
+
+@click.command(cls=MergeCommand, short_help="Merge a recipe whole, whatever its architecture.")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--force", is_flag=True, help="Go on where the doctor finds a problem.")
+def merge(recipe: Path, out: Path, force: bool, **options: Any) -> None:
+    """Merge RECIPE (mergekit's YAML, any of its methods) into the new folder OUT.
+
+    The doctor looks at the recipe first, and a problem ends the merge before it starts.
+
+    The tensors are merged as mergekit-yaml does where its plan keeps all of them, else one by one:
+    mergekit 0.1.5 cannot plan some architectures, and drops tensors of others without a word. The
+    last line says which, and why. `model+adapter` inputs are fused first; with --lora-merge-cache
+    they are kept, by what is in them, for other merges.
+
+    Config, tokenizer, chat template, processors and generation config come from the base model, or
+    else the first one. Then everything is checked: each tensor that the inputs share is there, of
+    the right shape and finite, and the model's class takes what is there. OUT appears whole or not
+    at all. Exit code 1, and one line that says why, if that fails.
+    """
+    from mergekit.options import MergeOptions
+
+    from cart_plugin.execution import request
+
+    terminal = console()
+    try:
+        settings = MergeOptions(**options)
+        problems = request.examine(recipe, out, lambda section: print_section(terminal, section))
+        terminal.print()
+        if problems and not force:
+            raise CartError(
+                f"not merged: {problems[0].fact}"
+                + (f" (and {len(problems) - 1} more above)" if len(problems) > 1 else "")
+                + "; solve it, or pass --force"
+            )
+        with terminal.status("merging") as status:
+            done = request.run(
+                recipe,
+                out,
+                settings,
+                force=force,
+                tell=lambda line: status.update(f"merging: {line[: terminal.width - 20]}"),
+                log=lambda text: click.echo(text, err=True),
+            )
+    except (CartError, OSError) as error:
+        # Names of a broken file may hold anything, line breaks too.
+        raise click.ClickException(" ".join(str(error).split())) from None
+    way = "by mergekit's plan" if not done.note else "tensor by tensor"
+    terminal.print(
+        f"wrote {out}: {done.tensors:,} tensors, merged {way}: {done.reason}",
+        soft_wrap=True,
+        markup=False,
+    )

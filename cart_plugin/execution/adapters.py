@@ -1,0 +1,143 @@
+"""Inputs that are a base and an adapter, made whole models before the merge.
+
+mergekit keeps them under the names of their paths, and takes an adapter trained anew for the old
+one. Here a folder is named by what is in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+
+from cart_plugin.checkpoints import side_files
+from cart_plugin.checkpoints.files import read_json, unfinished
+from cart_plugin.checkpoints.headers import read_header
+from cart_plugin.checkpoints.names import model_class
+from cart_plugin.checkpoints.reading import ADAPTER_WEIGHTS, open_adapter
+from cart_plugin.doctor.layout import references
+from cart_plugin.errors import CartError, first_line
+from cart_plugin.execution import child
+from cart_plugin.execution.inputs import plain
+
+_PICKLED = "adapter_model.bin"
+
+
+def fuse(
+    config: MergeConfiguration,
+    options: MergeOptions,
+    scratch: Path,
+    tell: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Make whole models of a recipe's inputs with adapters, unless they are in the cache.
+
+    Args:
+        config: the recipe; left unchanged.
+        options: mergekit's, of which `lora_merge_cache` keeps the models for other merges, and
+            `lora_merge_dtype` is their dtype.
+        scratch: takes logs, and the models where no cache is named.
+        tell: receives the work's last line.
+
+    Returns:
+        The recipe, as plain data, with the whole models' folders in their place.
+
+    Raises:
+        CartError: an adapter does not fit its base.
+    """
+    cache = Path(options.lora_merge_cache) if options.lora_merge_cache else scratch / "fused"
+    made: dict[str, Path] = {}
+    for label, model in references(config).items():
+        if model.lora is None:
+            continue
+        dtype = options.lora_merge_dtype or ""
+        _check(Path(model.lora.path))
+        folder = cache.absolute() / _key(Path(model.model.path), Path(model.lora.path), dtype)
+        made[label] = folder
+        if folder.is_dir():
+            continue
+        cache.mkdir(parents=True, exist_ok=True)
+        log = scratch / f"{folder.name}.log"
+        with unfinished(folder) as place:
+            arguments = [model.model.path, model.lora.path, str(place), dtype]
+            error = child.run("cart_plugin.execution.adapters:main", arguments, log, tell)
+            if error:
+                raise CartError(f"model {label}: the adapter cannot be fused: {error}")
+
+    def whole(model: ModelReference) -> ModelReference:
+        folder = made.get(str(model))
+        if folder is None:
+            return model
+        return ModelReference.model_validate({"model": {"path": str(folder)}})
+
+    return plain(config, whole)
+
+
+def _check(adapter: Path) -> None:
+    """Refuse an adapter that is none, before its bytes are read.
+
+    Raises:
+        CartError: its config or its weights are missing, broken or truncated.
+    """
+    if not (adapter / ADAPTER_WEIGHTS).exists() and (adapter / _PICKLED).exists():
+        read_header(adapter / _PICKLED, f"adapter {adapter}")
+    else:
+        open_adapter(adapter, str(adapter))
+
+
+def _digest(file: Path) -> str:
+    found = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
+def _key(base: Path, adapter: Path, dtype: str) -> str:
+    """What a whole model depends on: the adapter's bytes, and what changes when the base does."""
+    parts: list[Any] = [dtype, version("peft"), version("transformers")]
+    parts += [
+        (file.name, _digest(file))
+        for file in sorted(adapter.iterdir())
+        if file.is_file() and file.name.startswith(("adapter_", "tokenizer", "chat_template"))
+    ]
+    parts += [
+        (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
+        for file in sorted(base.iterdir())
+        if file.is_file()
+    ]
+    return "fused-" + hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def main() -> None:
+    """Fuse the adapter of the command line: BASE ADAPTER OUT DTYPE."""
+    base, adapter, out, dtype = sys.argv[1:]
+    try:
+        _fuse(Path(base), Path(adapter), Path(out), dtype)
+    except Exception as error:  # whatever PEFT makes of a foreign adapter
+        raise SystemExit(
+            str(error) if isinstance(error, CartError) else first_line(error)
+        ) from None
+
+
+def _fuse(base: Path, adapter: Path, out: Path, dtype: str) -> None:
+    from mergekit.common import dtype_from_name
+    from peft import PeftModel
+
+    config: Mapping[str, Any] = read_json(base / "config.json")
+    kind = model_class(config, str(base))
+    model = kind.from_pretrained(base, dtype=dtype_from_name(dtype) or "auto")
+    with warnings.catch_warnings():
+        # PEFT goes on without what it cannot place, and the result is the base.
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        whole = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+    whole.save_pretrained(out)
+    for source in (adapter, base):  # an adapter may bring its own tokenizer
+        side_files.complete(out, source)

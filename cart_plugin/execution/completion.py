@@ -1,0 +1,158 @@
+"""What belongs to a merged model beside its weights: config, tokenizer, processors, card."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from mergekit.card import generate_card
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+
+from cart_plugin.checkpoints import names, side_files
+from cart_plugin.checkpoints.files import read_json, write_json, write_text
+from cart_plugin.checkpoints.reading import CONFIG, Checkpoint
+from cart_plugin.errors import CartError
+from cart_plugin.execution.inputs import OrderedConfiguration, plain
+from cart_plugin.execution.layout import values, vocabulary_names
+
+_TOKENIZER = {
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt"),
+    *("sentencepiece.bpe.model", "source.spm", "target.spm", "vocab.bpe", "chat_template.json"),
+    "chat_template.jinja",
+}
+
+
+def add_side_files(
+    out: Path, donor: Path, config: MergeConfiguration, options: MergeOptions
+) -> None:
+    """Give a folder of weights the donor's files that it lacks.
+
+    Of a tokenizer only where the merge has not made one: parts of two do not fit.
+
+    Raises:
+        CartError: the merge should have made one, and has not.
+    """
+    made = bool(config.tokenizer or config.tokenizer_source)
+    made = made or bool(config.chat_template and options.copy_tokenizer)
+    if made and not (out / "tokenizer_config.json").exists():
+        raise CartError(
+            "mergekit could not write the tokenizer that the recipe asks for; look for its models' "
+            "tokenizer files, or run again with -v"
+        )
+    for name, path in {**side_files.side_files(donor), CONFIG: donor / CONFIG}.items():
+        if name in _TOKENIZER and (made or not options.copy_tokenizer):
+            continue
+        if not (out / name).exists():
+            shutil.copyfile(path, out / name)
+
+
+def add_card(out: Path, name: str, config: MergeConfiguration, source: str) -> None:
+    """Write mergekit's model card, and the recipe."""
+
+    def local(model: ModelReference) -> ModelReference:
+        # mergekit asks the hub about paths that look like its names, and fails without a network.
+        parts: dict[str, Any] = {"model": {"path": os.path.abspath(model.model.path)}}
+        if model.lora is not None:
+            parts["lora"] = {"path": os.path.abspath(model.lora.path)}
+        return ModelReference.model_validate(parts)
+
+    shown = OrderedConfiguration.model_validate(plain(config, local))
+    write_text(out / "README.md", generate_card(shown, source.rstrip(), name))
+    write_text(out / "mergekit_config.yml", source)
+
+
+def correct_config(written: Checkpoint) -> None:
+    """Make config.json say what the weights are: their dtype, vocabulary, and what is tied.
+
+    Args:
+        written: the merged model; `config` is changed with its file.
+
+    Raises:
+        CartError: transformers cannot build the model.
+    """
+    config = read_json(written.path / CONFIG)
+    sections = [config, *_sections(config)]
+    if dtype := _dtype(written):
+        for section in sections:
+            for key in ("dtype", "torch_dtype"):
+                if key in section or (section is config and key == "dtype"):
+                    section[key] = dtype
+    # One key in all: transformers 5 reads both, and the older one first.
+    if "torch_dtype" in config and "dtype" in config:
+        del config["torch_dtype"]
+    write_json(written.path / CONFIG, config)
+    try:
+        model = names.meta_model(written.path, config, written.name)
+    except ValueError:
+        written.config = config
+        return  # a model that brings its own code
+    _correct_vocabulary(config, sections, model, written)
+    _correct_ties(config, sections, model, written)
+    write_json(written.path / CONFIG, config)
+    written.config = config
+
+
+def _sections(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The configs of a composite model's parts."""
+    return [
+        value
+        for key, value in config.items()
+        if key.endswith("_config") and isinstance(value, dict)
+    ]
+
+
+def _dtype(written: Checkpoint) -> str:
+    """The floating-point dtype that most of the weights have."""
+    sizes: Counter[torch.dtype] = Counter()
+    for info in written.tensors.values():
+        if info.dtype is not None and info.is_floating:
+            sizes[info.dtype] += info.elements
+    return str(sizes.most_common(1)[0][0]).removeprefix("torch.") if sizes else ""
+
+
+def _correct_vocabulary(
+    config: dict[str, Any], sections: list[dict[str, Any]], model: Any, written: Checkpoint
+) -> None:
+    tables = vocabulary_names(model)
+    state = model.state_dict()
+    for unit in names.one_way(model, {name: info.shape for name, info in written.tensors.items()}):
+        if unit.is_converted or not tables.intersection(unit.targets):
+            continue
+        rows = written.tensors[unit.sources[0]].shape[0]
+        expected = state[unit.targets[0]].shape[0]
+        if rows == expected:
+            continue
+        for section in sections:
+            if section.get("vocab_size", expected if section is config else None) == expected:
+                section["vocab_size"] = rows
+        return
+
+
+def _correct_ties(
+    config: dict[str, Any], sections: list[dict[str, Any]], model: Any, written: Checkpoint
+) -> None:
+    """Untie what was saved apart with other values: loading would throw one of them away."""
+    sources = {
+        target: unit.sources[0]
+        for unit in names.one_way(
+            model, {name: info.shape for name, info in written.tensors.items()}
+        )
+        if not unit.is_converted
+        for target in unit.targets
+    }
+    loader = values(written)
+    for same in names.tied_names(model).values():
+        held = [loader.get_tensor(sources[name]) for name in same if name in sources]
+        if any(not torch.equal(tensor, held[0]) for tensor in held[1:]):
+            config["tie_word_embeddings"] = False
+            for section in sections:
+                if "tie_word_embeddings" in section:
+                    section["tie_word_embeddings"] = False
+            return

@@ -1,0 +1,176 @@
+"""The inputs' tensors under the model's own names.
+
+Files name and stack tensors differently: as published, or as transformers' model has them. Merged
+under the model's names, the same weights give the same values however they were saved.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from mergekit.io import LazyTensorLoader, ShardedTensorIndex
+
+from cart_plugin.checkpoints import names
+from cart_plugin.checkpoints.headers import TensorInfo
+from cart_plugin.checkpoints.reading import Checkpoint
+from cart_plugin.doctor.findings import count, some
+from cart_plugin.errors import CartError, first_line
+from cart_plugin.execution.inputs import Inputs
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A checkpoint's tensors as the model has them.
+
+    Attributes:
+        checkpoint: where they are from.
+        units: what each of the model's tensors is made of, by name; tensors that the model has no
+            use for stand there under their own names.
+        shapes: of the floating-point ones, by name.
+        unused: the names that the model has no use for.
+    """
+
+    checkpoint: Checkpoint
+    units: dict[str, names.Unit] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    unused: set[str] = field(default_factory=set)
+
+
+def values(checkpoint: Checkpoint, *, lazy_unpickle: bool = False) -> LazyTensorLoader:
+    """What reads the tensors of a checkpoint, safetensors or pickled."""
+    index = ShardedTensorIndex.from_disk(str(checkpoint.path))
+    return LazyTensorLoader(index, lazy_unpickle=lazy_unpickle)
+
+
+def donor_model(inputs: Inputs) -> Any:
+    """The model of the inputs' config, without values.
+
+    Raises:
+        CartError: transformers does not have it, or cannot build it.
+    """
+    return names.meta_model(inputs.donor.path, inputs.donor.config, inputs.donor.name)
+
+
+def place(model: Any, checkpoint: Checkpoint) -> Placed:
+    """Find the model's tensors in a checkpoint.
+
+    Raises:
+        CartError: its tensors are not those of the model.
+    """
+    held = checkpoint.tensors
+    placed = Placed(checkpoint)
+    try:
+        found = names.one_way(model, {name: info.shape for name, info in held.items()})
+        for unit in found:
+            if not unit.targets:
+                (source,) = unit.sources
+                unit.targets = unit.sources
+                placed.unused.add(source)
+            shapes = _shapes(unit, held)
+            placed.units.update(dict.fromkeys(unit.targets, unit))
+            if all(held[source].is_floating for source in unit.sources):
+                placed.shapes.update(shapes)
+    except CartError:
+        raise
+    except Exception as error:  # transformers' conversions, on tensors that are not as they expect
+        raise CartError(
+            f"model {checkpoint.name}: its tensors are not those of {type(model).__name__}: "
+            f"{first_line(error)}"
+        ) from None
+    return placed
+
+
+def _shapes(unit: names.Unit, held: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
+    if not unit.is_converted:
+        return dict.fromkeys(unit.targets, held[unit.sources[0]].shape)
+    empty = {source: torch.empty(held[source].shape, device="meta") for source in unit.sources}
+    return {name: tuple(tensor.shape) for name, tensor in unit.to_model(empty).items()}
+
+
+# Masks and frequencies that some versions of transformers save, and every model computes anew.
+_COMPUTED = re.compile(r"\.inv_freq$|\.(?:attn|attention)\.(?:masked_)?bias$")
+
+
+def check_alike(placed: Mapping[str, Placed], inputs: Inputs) -> None:
+    """Refuse to merge, tensor by tensor, models that differ: what to do would be a guess.
+
+    Raises:
+        CartError: they are of different architectures, or one lacks weights of another, or has
+            them in another shape.
+    """
+    first, *others = placed.values()
+    own = _architecture(inputs, first)
+    for other in others:
+        if _architecture(inputs, other) != own:
+            raise CartError(
+                f"model {first.checkpoint.name} is a {own}, model {other.checkpoint.name} a "
+                f"{_architecture(inputs, other)}"
+            )
+        used, theirs = _kept(first), _kept(other)
+        for left, right, names_of in ((first, other, used), (other, first, theirs)):
+            lacking = sorted(names_of.keys() - right.units.keys())
+            if lacking:
+                raise CartError(
+                    "the models do not hold the same tensors: model "
+                    f"{right.checkpoint.name} lacks {count(len(lacking), 'tensor')} of model "
+                    f"{left.checkpoint.name} ({some(lacking)})"
+                )
+        for name, shape in used.items():
+            if theirs.get(name, shape) != shape:
+                raise CartError(
+                    f"the models do not hold the same tensors: {name} is {shape} in model "
+                    f"{first.checkpoint.name} and {theirs[name]} in model {other.checkpoint.name}"
+                )
+
+
+def _architecture(inputs: Inputs, placed: Placed) -> str:
+    config = inputs.checkpoints[placed.checkpoint.name].config
+    return str((config.get("architectures") or ["?"])[0])
+
+
+def _kept(placed: Placed) -> dict[str, tuple[int, ...]]:
+    """The weights; what the model has no use for may be a head, or layers beyond its own."""
+    return {
+        name: shape
+        for name, shape in placed.shapes.items()
+        if not (name in placed.unused and _COMPUTED.search(name))
+    }
+
+
+def check_described(model: Any, placed: Placed) -> None:
+    """Refuse weights that are not of the config's model, before the work.
+
+    Raises:
+        CartError: a tensor has another shape than its config describes.
+    """
+    state, tables = model.state_dict(), vocabulary_names(model)
+    for name, shape in placed.shapes.items():
+        # Rows for more or fewer tokens are corrected when all is done.
+        if name in state and name not in tables and tuple(state[name].shape) != shape:
+            raise CartError(
+                f"model {placed.checkpoint.name} is not what its config describes: {name} is "
+                f"{shape} and should be {tuple(state[name].shape)}"
+            )
+
+
+def vocabulary_names(model: Any) -> set[str]:
+    """The tensors whose rows are tokens: embeddings and heads, under all of their names."""
+    tables = set()
+    for getter in (model.get_input_embeddings, model.get_output_embeddings):
+        try:
+            module = getter()
+        except (NotImplementedError, AttributeError):  # models of no text
+            continue
+        for kind in ("weight", "bias"):
+            parameter = getattr(module, kind, None)
+            if isinstance(parameter, torch.Tensor):
+                tables.add(id(parameter))
+    return {
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if id(parameter) in tables
+    }

@@ -1,0 +1,97 @@
+"""One recipe merged whole: tensors, everything that belongs to the model, and a check of both.
+
+`mergekit-yaml` does it where its architecture support is whole. mergekit 0.1.5 cannot plan bare
+encoders (`BertModel`, `CLIPModel`) and leaves out tensors of others without a word (DINOv2, ViT):
+then the same recipe is merged tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from mergekit.options import MergeOptions
+
+from cart_plugin.errors import CartError
+from cart_plugin.execution import adapters, child, completion, routes, verification
+from cart_plugin.execution.inputs import Inputs, read_inputs
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished merge.
+
+    Attributes:
+        route: the name of the way it went.
+        reason: why that one.
+        tensors: how many were written.
+    """
+
+    route: str
+    reason: str
+    tensors: int
+
+    @property
+    def note(self) -> str:
+        """Why the merge went tensor by tensor; empty if mergekit's plan was followed."""
+        return self.reason if self.route == routes.TENSORWISE else ""
+
+
+def merge(
+    recipe: Path,
+    out: Path,
+    options: MergeOptions,
+    *,
+    log: Path,
+    scratch: Path,
+    name: str | None = None,
+    force: bool = False,
+    tell: Callable[[str], None] | None = None,
+) -> Outcome:
+    """Merge a recipe into a folder that is nobody's yet: what fails leaves a part of it behind.
+
+    Args:
+        recipe: the YAML file, of one recipe.
+        out: the folder.
+        options: mergekit's.
+        log: receives mergekit's output.
+        scratch: a folder for the time of the merge; whole models of adapters lie there, unless
+            the options name a cache.
+        name: the model's, for its card; the folder's if None.
+        force: go on where the doctor finds a problem in mergekit's plan.
+        tell: receives the last line of the log while it grows.
+
+    Raises:
+        CartError: no route makes a whole model, mergekit failed, or the result is not whole.
+    """
+    source = recipe.read_text(encoding="utf-8")
+    original = read_inputs(yaml.safe_load(source))
+    inputs = original
+    if original.adapters:
+        inputs = read_inputs(adapters.fuse(original.config, options, scratch, tell))
+    choice = routes.choose(inputs, options, force=force)
+    job = scratch / "job.json"
+    routes.Job.of(choice, inputs, out, options).write(job)
+    error = child.run("cart_plugin.execution.routes:main", [str(job)], log, tell)
+    job.unlink()
+    if error:
+        raise CartError(f"mergekit failed: {error}")
+    written = _complete(inputs, original, out, name or out.name, source, options)
+    shutil.rmtree(scratch / "fused", ignore_errors=True)
+    return Outcome(choice.route, choice.reason, written)
+
+
+def _complete(
+    inputs: Inputs, original: Inputs, out: Path, name: str, source: str, options: MergeOptions
+) -> int:
+    """Add what belongs to the model, and check all of it; the number of its tensors."""
+    completion.add_side_files(out, inputs.donor.path, inputs.config, options)
+    written = verification.read_result(out)
+    completion.correct_config(written)
+    verification.verify(written, inputs)
+    if options.write_model_card:
+        completion.add_card(out, name, original.config, source)
+    return len(written.tensors)

@@ -1,0 +1,126 @@
+"""What `mergekit-cart merge` is asked for: the doctor's word, and the merge into a new folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from mergekit.options import MergeOptions
+
+from cart_plugin.checkpoints.files import check_space, unfinished
+from cart_plugin.doctor.findings import Finding, Level, Section, problem
+from cart_plugin.doctor.recipe import check_recipe, load
+from cart_plugin.errors import CartError, first_line
+from cart_plugin.execution import merge
+from cart_plugin.execution.inputs import read_inputs
+
+_WORK = ".merging"  # in the unfinished folder: log, and models for the time of the merge
+
+
+def examine(recipe: Path, out: Path, show: Callable[[Section], None]) -> list[Finding]:
+    """Let the doctor look at a recipe.
+
+    What is only mergekit's support of an architecture is a warning here: the tensors are merged
+    one by one then.
+
+    Args:
+        recipe: the YAML file.
+        out: folder of the result.
+        show: receives the findings.
+
+    Returns:
+        The problems.
+    """
+    problems: list[Finding] = []
+
+    def see(section: Section) -> None:
+        findings = [
+            replace(finding, level=Level.WARNING, advice="merged tensor by tensor instead")
+            if finding.of_architecture
+            else finding
+            for finding in section.findings
+        ]
+        problems.extend(finding for finding in findings if finding.level is Level.PROBLEM)
+        show(Section(section.title, findings))
+
+    try:
+        check_recipe(recipe, out, see)
+    except Exception as error:  # whatever is wrong with a recipe, its author gets no traceback
+        advice = "please report this with the recipe; with --force the merge may still work"
+        see(
+            Section(
+                "Not checked further", [problem(f"the check failed: {first_line(error)}", advice)]
+            )
+        )
+    return problems
+
+
+def run(
+    recipe: Path,
+    out: Path,
+    options: MergeOptions,
+    *,
+    force: bool,
+    tell: Callable[[str], None],
+    log: Callable[[str], None],
+) -> merge.Outcome:
+    """Merge a recipe into a folder that appears whole or not at all.
+
+    Args:
+        recipe: the YAML file.
+        out: the folder, which must not exist.
+        options: mergekit's.
+        force: go on where the doctor finds a problem.
+        tell: receives the last line of mergekit's output while it grows.
+        log: receives all of it at the end, if the options ask for it.
+
+    Raises:
+        CartError: as `merge.merge`; or the file is no recipe, or OUT cannot be written.
+    """
+    documents, findings = load(recipe)
+    if findings:
+        raise CartError(f"{recipe}: {findings[0].fact}; {findings[0].advice}")
+    if len(documents) > 1:
+        raise CartError(
+            f"{recipe} holds several recipes; merge takes one (mergekit-multi: several)"
+        )
+    inputs = read_inputs(documents[0])
+    _check_place(out, [held.path for held in inputs.checkpoints.values()])
+    with unfinished(out) as folder:
+        check_space(folder, inputs.bytes)
+        work = folder / _WORK
+        work.mkdir()
+        written = work / "merge.log"
+        try:
+            done = merge.merge(
+                recipe,
+                folder,
+                options,
+                log=written,
+                scratch=work,
+                name=out.resolve().name,
+                force=force,
+                tell=tell,
+            )
+        finally:
+            if options.verbosity and written.is_file():
+                log(written.read_text(errors="replace"))
+        shutil.rmtree(work)
+    return done
+
+
+def _check_place(out: Path, models: list[Path]) -> None:
+    """Refuse to write into an input, or around it.
+
+    Raises:
+        CartError: the output folder is an input, inside one, or holds one.
+    """
+    place = out.resolve()
+    for model in models:
+        own = model.resolve()
+        if own == place or own in place.parents or place in own.parents:
+            raise CartError(
+                f"{out} would overwrite or mix with the input {model}; name another folder"
+            )

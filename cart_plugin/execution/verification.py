@@ -1,0 +1,124 @@
+"""What a finished merge has to hold: every shared tensor, finite, and all that its class loads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cart_plugin.checkpoints import names
+from cart_plugin.checkpoints.reading import Checkpoint
+from cart_plugin.doctor import inputs as files
+from cart_plugin.doctor.findings import count, some
+from cart_plugin.errors import CartError
+from cart_plugin.execution.inputs import Inputs, stop_at
+from cart_plugin.execution.layout import Placed, place, values
+
+_LAYER = re.compile(r"\.\d+\.")
+
+
+def read_result(out: Path) -> Checkpoint:
+    """The headers of a merged folder.
+
+    Raises:
+        CartError: it is no whole model.
+    """
+    written, findings = files.read_folder("of the merge", out)
+    stop_at(findings)
+    if not written.tensors:
+        raise CartError("the models have no tensor name in common: nothing was merged")
+    return written
+
+
+def verify(written: Checkpoint, inputs: Inputs) -> None:
+    """Compare a merged model with its inputs and its own class.
+
+    Raises:
+        CartError: it lacks something, or something in it is of no use.
+    """
+    try:
+        model = names.meta_model(written.path, written.config, written.name)
+    except CartError:
+        if _is_known(inputs):
+            raise
+        _check_names(written, inputs)
+    else:
+        _check_model(model, written, inputs)
+    _check_finite(written, inputs)
+
+
+def _is_known(inputs: Inputs) -> bool:
+    """Whether transformers has the inputs' class; models may bring their own code."""
+    try:
+        names.model_class(inputs.donor.config, inputs.donor.name)
+    except CartError:
+        return False
+    return True
+
+
+def _check_names(written: Checkpoint, inputs: Inputs) -> None:
+    if inputs.config.models:
+        shared = set.intersection(*(set(held.tensors) for held in inputs.checkpoints.values()))
+        _check_there(shared - set(written.tensors))
+
+
+def _check_model(model: Any, written: Checkpoint, inputs: Inputs) -> None:
+    result = place(model, written)
+    state = model.state_dict()
+    for name, shape in result.shapes.items():
+        if name in state and tuple(state[name].shape) != shape:
+            raise CartError(
+                f"the merge is not what its config describes: {name} is {shape} and should be "
+                f"{tuple(state[name].shape)}"
+            )
+    placed = [place(model, held) for held in inputs.checkpoints.values()]
+    if inputs.config.models:
+        shared = set.intersection(*({*held.units} - held.unused for held in placed))
+        _check_there(shared - result.units.keys())
+    # Buffers that no file holds may be missing, in other layers too: slices renumber them.
+    donor = next(held for held in placed if held.checkpoint.name == inputs.donor.name)
+    known = {_LAYER.sub(".N.", name) for name in _missing(model, donor)}
+    _check_there(name for name in _missing(model, result) if _LAYER.sub(".N.", name) not in known)
+
+
+def _missing(model: Any, placed: Placed) -> set[str]:
+    """What a checkpoint does not give the model, under no name."""
+    missing = model.state_dict().keys() - placed.units.keys()
+    for same in names.tied_names(model).values():
+        if not missing.issuperset(same):
+            missing -= set(same)
+    return set(missing)
+
+
+def _check_there(missing: Iterable[str]) -> None:
+    found = sorted(missing)
+    if found:
+        raise CartError(
+            f"the merge lacks {count(len(found), 'tensor')} that its inputs share: {some(found)}"
+        )
+
+
+def _check_finite(written: Checkpoint, inputs: Inputs) -> None:
+    loader = values(written)
+    for name, info in written.tensors.items():
+        if not info.is_floating:
+            continue
+        tensor = loader.get_tensor(name)
+        if bool(torch.isfinite(tensor).all()) or _is_a_mask(name, tensor, inputs.donor):
+            continue
+        kind = "NaN" if bool(torch.isnan(tensor).any()) else "infinity"
+        raise CartError(
+            f"the merge holds {kind} in {name}; look for it in the inputs, or merge in a wider "
+            "dtype (`dtype: float32`, `out_dtype: bfloat16`)"
+        )
+
+
+def _is_a_mask(name: str, tensor: torch.Tensor, donor: Checkpoint) -> bool:
+    """Whether an input's buffer has its infinities in the same places."""
+    if name not in donor.tensors or bool(torch.isnan(tensor).any()):
+        return False
+    own = values(donor).get_tensor(name)
+    return bool(torch.equal(torch.isinf(own), torch.isinf(tensor)))
