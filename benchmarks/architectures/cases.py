@@ -12,6 +12,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -182,12 +183,13 @@ def forked(command: str, arguments: Sequence[str]) -> tuple[int | str, str]:
     return _fork(lambda: _entry(command)(), [command, *arguments])
 
 
+_SCRIPTS = {"mergekit-yaml": "mergekit.scripts.run_yaml"}  # ours is what the others name
+
+
 def _entry(command: str) -> Callable[[], object]:
-    from mergekit.scripts.run_yaml import main as mergekit_yaml
-
-    from cart_plugin.cli import main as ours
-
-    return mergekit_yaml if command == "mergekit-yaml" else ours
+    """What the command's launcher calls."""
+    found: Callable[[], object] = import_module(_SCRIPTS.get(command, "cart_plugin.cli")).main
+    return found
 
 
 def _fork(work: Callable[[], object], argv: Sequence[str]) -> tuple[int | str, str]:
