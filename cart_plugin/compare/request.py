@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from mergekit import merge_methods
+from mergekit.config import MergeConfiguration
 
 from cart_plugin.compare.steps import MODEL, Comparison, needed_bytes
 from cart_plugin.compare.variants import absolute, parse_assignment, variants
+from cart_plugin.doctor.layout import places
 from cart_plugin.doctor.machine import size
+from cart_plugin.doctor.parameters import did_you_mean
 from cart_plugin.doctor.recipe import load
 from cart_plugin.errors import CartError
 from cart_plugin.execution.inputs import read_inputs
@@ -98,6 +102,7 @@ def comparison_of(
         raise CartError(f"{recipe} holds several recipes; compare takes one")
     document = absolute(documents[0])
     inputs = read_inputs({**document, "merge_method": document.get("merge_method", "linear")})
+    _check_parameters(inputs.config)
     rows = variants(
         document,
         methods,
@@ -107,6 +112,21 @@ def comparison_of(
     if not rows:
         raise CartError("--methods names no method")
     return Comparison(inputs, rows, request, out, keep, options)
+
+
+def _check_parameters(config: MergeConfiguration) -> None:
+    """Refuse parameters that no method has: each leaves out what another one's are for.
+
+    Raises:
+        CartError: there is one.
+    """
+    methods = merge_methods.registered_methods()
+    known = sorted({spec.name for method in methods for spec in method.spec.parameters})
+    for place in places(config):
+        for name in place.settings:
+            if name not in known:
+                hint = did_you_mean(name, known) or "delete it"
+                raise CartError(f"{place.name(name)}: no method has such a parameter; {hint}")
 
 
 def locked(out: Path) -> FileLock:

@@ -121,6 +121,17 @@ def test_models_that_are_there_need_no_more_disk(keep: Any, models: int, tmp_pat
     assert needed_bytes(request) == 10  # type: ignore[arg-type]
 
 
+def test_a_parameter_that_no_method_has_is_refused(
+    llamas: list[str], compare: Callable[..., Any], tmp_path: Path
+) -> None:
+    parameters = {"rank_rati": 0.3, "density": 0.5}  # the second is of another method
+    done = compare(recipe_for(llamas, tmp_path / "mine.yaml", parameters=parameters))
+    assert done.exit_code == 1
+    assert "parameters.rank_rati: no method has such a parameter; did you mean rank_ratio?" in (
+        " ".join(done.output.split())
+    )
+
+
 @pytest.mark.parametrize(
     ("evaluator", "reason"),
     [
