@@ -69,7 +69,7 @@ def model_class(config: Mapping[str, Any], label: str) -> Any:
     import transformers
 
     named = config.get("architectures")
-    if not isinstance(named, list) or len(named) != 1:
+    if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
         raise CartError(
             f"model {label}: config.json does not name one architecture; add it, for example "
             '"architectures": ["LlamaForCausalLM"]'

@@ -91,6 +91,8 @@ def _shapes(unit: names.Unit, held: Mapping[str, TensorInfo]) -> dict[str, tuple
     return {name: tuple(tensor.shape) for name, tensor in unit.to_model(empty).items()}
 
 
+_LAYER = re.compile(r"\.\d+\.")
+
 # Masks and frequencies that some versions of transformers save, and every model computes anew.
 _COMPUTED = re.compile(r"\.inv_freq$|\.(?:attn|attention)\.(?:masked_)?bias$")
 
@@ -145,7 +147,7 @@ def check_described(model: Any, placed: Placed) -> None:
     """Refuse weights that are not of the config's model, before the work.
 
     Raises:
-        CartError: a tensor has another shape than its config describes.
+        CartError: a tensor has another shape than its config describes, or is missing.
     """
     state, tables = model.state_dict(), vocabulary_names(model)
     for name, shape in placed.shapes.items():
@@ -155,6 +157,29 @@ def check_described(model: Any, placed: Placed) -> None:
                 f"model {placed.checkpoint.name} is not what its config describes: {name} is "
                 f"{shape} and should be {tuple(state[name].shape)}"
             )
+    if lacking := sorted(missing(model, placed, known=placed)):
+        raise CartError(
+            f"model {placed.checkpoint.name} is not what its config describes: it lacks "
+            f"{count(len(lacking), 'tensor')} that it has in other layers ({some(lacking)})"
+        )
+
+
+def missing(model: Any, placed: Placed, known: Placed) -> set[str]:
+    """What a checkpoint does not give the model, under no name.
+
+    Args:
+        model: without values.
+        placed: the checkpoint.
+        known: an input of the merge: what it holds in no layer, files of this model do not hold.
+    """
+    found: set[str] = set(model.state_dict().keys() - placed.units.keys())
+    for same in names.tied_names(model).values():
+        if not found.issuperset(same):
+            found -= set(same)
+    held = {_LAYER.sub(".N.", name) for name in known.units}
+    own = model.state_dict().keys() - known.units.keys()
+    never = {_LAYER.sub(".N.", name) for name in own} - held
+    return {name for name in found if _LAYER.sub(".N.", name) not in never}
 
 
 def vocabulary_names(model: Any) -> set[str]:

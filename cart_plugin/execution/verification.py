@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,7 @@ from cart_plugin.doctor import inputs as files
 from cart_plugin.doctor.findings import count, some
 from cart_plugin.errors import CartError
 from cart_plugin.execution.inputs import Inputs, stop_at
-from cart_plugin.execution.layout import Placed, place, values
-
-_LAYER = re.compile(r"\.\d+\.")
+from cart_plugin.execution.layout import missing, place, values
 
 
 def read_result(out: Path) -> Checkpoint:
@@ -78,23 +75,13 @@ def _check_model(model: Any, written: Checkpoint, inputs: Inputs) -> None:
     if inputs.config.models:
         shared = set.intersection(*({*held.units} - held.unused for held in placed))
         _check_there(shared - result.units.keys())
-    # Buffers that no file holds may be missing, in other layers too: slices renumber them.
+    # What no file of the model ever holds may be missing, in other layers too.
     donor = next(held for held in placed if held.checkpoint.name == inputs.donor.name)
-    known = {_LAYER.sub(".N.", name) for name in _missing(model, donor)}
-    _check_there(name for name in _missing(model, result) if _LAYER.sub(".N.", name) not in known)
+    _check_there(missing(model, result, known=donor))
 
 
-def _missing(model: Any, placed: Placed) -> set[str]:
-    """What a checkpoint does not give the model, under no name."""
-    missing = model.state_dict().keys() - placed.units.keys()
-    for same in names.tied_names(model).values():
-        if not missing.issuperset(same):
-            missing -= set(same)
-    return set(missing)
-
-
-def _check_there(missing: Iterable[str]) -> None:
-    found = sorted(missing)
+def _check_there(lacking: Iterable[str]) -> None:
+    found = sorted(lacking)
     if found:
         raise CartError(
             f"the merge lacks {count(len(found), 'tensor')} that its inputs share: {some(found)}"
