@@ -12,10 +12,11 @@ help: ## list the targets
 venv: $(STAMP) ## set up .venv with the package (editable) and all it is tested with
 
 # torch first: resolved alone, it takes the exact build that the constraints name before anything else asks for one.
+# Nothing is compiled ahead: Python compiles what it imports, a fraction of what is installed.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt torch
-	$(BIN)/python -m pip install -c constraints.txt -e '.[fusion-bench,lm-eval,benchmarks,dev]'
+	$(BIN)/python -m pip install --no-compile -c constraints.txt torch
+	$(BIN)/python -m pip install --no-compile -c constraints.txt -e '.[fusion-bench,lm-eval,benchmarks,dev]'
 	touch $@
 
 test: $(STAMP) ## the tests, without the slow ones
