@@ -6,7 +6,6 @@ copied. That one is the base model; without one it is any, since mergekit keeps 
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
@@ -17,6 +16,7 @@ from mergekit.architecture import arch_info_for_config
 from mergekit.config import MergeConfiguration
 
 from cart_plugin.checkpoints import names
+from cart_plugin.checkpoints.files import read_json
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.checkpoints.side_files import belongings, side_files
 from cart_plugin.doctor.findings import Finding, problem, some, warning
@@ -177,7 +177,7 @@ def _check_tokens(
 def _read_tokenizer(folder: Path) -> tuple[dict[str, int], str] | None:
     """The ids of a tokenizer by token, and its kind; None without a tokenizer.json."""
     try:
-        found = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        found = read_json(folder / "tokenizer.json")
         vocabulary = found["model"]["vocab"]
         if isinstance(vocabulary, list):  # pairs of a piece and its score
             vocabulary = {piece: number for number, (piece, _) in enumerate(vocabulary)}
@@ -234,7 +234,7 @@ def _matters(name: str, file: Path) -> bool:
     """Whether a model is not the same without a file: notes and second copies do not count."""
     if name == _GENERATION:
         try:
-            return not json.loads(file.read_text(encoding="utf-8")).get("_from_model_config")
+            return not read_json(file).get("_from_model_config")
         except (OSError, ValueError, AttributeError):
             return False
     is_code = file.suffix == ".py" and name.startswith(_CODE)

@@ -46,7 +46,7 @@ def add_side_files(
             "mergekit could not write the tokenizer that the recipe asks for; look for its models' "
             "tokenizer files, or run again with -v"
         )
-    for name, path in {**side_files.side_files(donor), CONFIG: donor / CONFIG}.items():
+    for name, path in side_files.belongings(donor).items():
         if name in _TOKENIZER and (made or not options.copy_tokenizer):
             continue
         if not (out / name).exists():
