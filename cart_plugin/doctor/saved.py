@@ -159,11 +159,15 @@ def _check_tokens(
         stops = (
             str(source) == label
             or (kind != "BPE" and label in [donor.name for donor in donors])
-            or any(
-                others[token] < count
-                for other, (count, others, _) in tokenizers.items()
-                if other != label
-                for token in beyond & others.keys()
+            or (
+                # The base's own tokenizer is read without such tokens.
+                [donor.name for donor in donors] != [label]
+                and any(
+                    others[token] < count
+                    for other, (count, others, _) in tokenizers.items()
+                    if other != label
+                    for token in beyond & others.keys()
+                )
             )
         )
         if source is None:

@@ -138,10 +138,20 @@ def test_aligning_such_tokenizers(
     report.has_only_warning(own_llamas[1], "mergekit leaves such tokens out")
     merge(own_llamas, tmp_path / "out", **union)
     # Another model has.
-    report = check([*own_llamas, wide], **union)
+    models = [*own_llamas, wide]
+    report = check(models, **union)
+    report.has_only_problem(own_llamas[1], "mergekit stops when it aligns them")
+    # Without a base mergekit takes the first of a set, another one in each process.
+    union["base_model"] = wide
+    report = check(models, **union)
     report.has_only_problem(own_llamas[1], "mergekit stops when it aligns them")
     with pytest.raises(KeyError):
-        merge([*own_llamas, wide], tmp_path / "other", **union)
+        merge(models, tmp_path / "other", **union)
+    # It strips the base's tokenizer of them.
+    union["base_model"] = own_llamas[1]
+    report = check(models, **union)
+    report.has_only_warning(own_llamas[1], "mergekit leaves such tokens out")
+    merge(models, tmp_path / "stripped", **union)
 
 
 # Files
