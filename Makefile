@@ -19,11 +19,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --no-compile -c constraints.txt -e '.[fusion-bench,lm-eval,benchmarks,dev]'
 	touch $@
 
+# Two processes: a test uses one thread.
 test: $(STAMP) ## the tests, without the slow ones
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-all: $(STAMP) ## the tests, slow ones included
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m ''
 
 lint: $(STAMP) ## ruff (rules and format), mypy, and which room may import which
 	$(BIN)/ruff check
