@@ -10,11 +10,12 @@
       lambda: 1.0
 
 ``cart_auto`` has no ``lambda``: it combines the truncated differences so that they interfere least
-(`cart_plugin.merging.least_interference`), and needs no setting at all.
+(`cart_plugin.merging.least_interference`), and needs no setting at all. Name the ``base_model``
+where there is one: it shows where each task's inputs lie (`cart_plugin.merging.informed`).
 
 Every parameter takes mergekit's filters and layer gradients; ``weight`` is per model, the others
-hold for all models. A base model is optional: it is the centre with ``center: base`` and is not
-merged otherwise.
+hold for all models. A base model is optional, and not itself merged: with ``center: base`` it is
+the centre, and ``cart`` has no other use for it.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from cart_plugin.merging.inputs import check_finite
 from cart_plugin.merging.settings import CartSettings
 from cart_plugin.merging.tensors import is_decomposed
 
-REVISION = 1
+REVISION = 2
 """Raised when recipes come to mean other numbers, as `cart_plugin.merging.REVISION` is."""
 
 
@@ -117,8 +118,10 @@ _PARAMETERS = {
         _shared("lambda", _named("lambda", _number, "a number"), 1.0),
         _shared(
             "center",
-            _named("center", lambda value: CartSettings(center=value).center, "a word"),
-            "average",
+            _named(
+                "center", lambda value: CartSettings(center=value).center, "a word", optional=True
+            ),
+            None,
         ),
         _shared("svd", _named("svd", lambda value: CartSettings(svd=value).svd, "a word"), "auto"),
         _shared("seed", _named("seed", _whole, "a whole number"), 0),

@@ -51,7 +51,8 @@ def merging_figures() -> dict[str, float]:
         "cart": CartSettings(rank_ratio=0.2, lambda_=1.5),
         "cart energy": CartSettings(energy=0.6),
         "cart base": CartSettings(rank=3, center="base"),
-        "cart_auto": CartSettings(lambda_="auto"),
+        "cart_auto": CartSettings(lambda_="auto", center="average"),
+        "cart_auto informed": CartSettings(lambda_="auto"),
         "cart_auto base": CartSettings(lambda_="auto", center="base"),
     }
     for name, settings in kinds.items():

@@ -153,20 +153,42 @@ def _check_cart_group(group: Group, config: Recipe) -> Iterator[Finding]:
         return
     if tuned < 2:
         yield problem(
-            f"{group.label}: {count(tuned, 'fine-tuned model')}; cart needs at least two "
-            "beside the base model",
-            "add models: three or more, since with two cart is plain averaging",
+            f"{group.label}: {count(tuned, 'fine-tuned model')}; {config.merge_method} needs at "
+            "least two beside the base model",
+            "add models",
         )
-    elif tuned == 2 and not around_base:
+    elif tuned == 2 and not _takes_base(group, config):
         yield warning(
-            f"{group.label}: with two models cart is plain averaging, at any rank",
-            "add a third model, or set center: base with a base_model, or use another method",
+            f"{group.label}: with two models {config.merge_method} is plain averaging, at any rank",
+            _for_two(group, config),
         )
     if around_base and group.base is None:
         yield problem(
             f"{group.label}: center is base, but there is no base model",
             "add `base_model:` to the recipe, or delete `center`",
         )
+
+
+def _takes_base(group: Group, config: Recipe) -> bool:
+    """Whether the base model has a part in the result."""
+    if config.merge_method == "cart_auto" and group.base is not None:
+        return not any(
+            value == "average"
+            for place in places(config)
+            if place.model is None
+            for value in scalars(place.settings.get("center"))
+        )
+    return _is_around_base(config)
+
+
+def _for_two(group: Group, config: Recipe) -> str:
+    """What to do in the place of averaging two models."""
+    if config.merge_method == "cart":
+        base = "" if group.base else " with their base model as base_model"
+        return f"set merge_method: cart_auto{base}, or add a third model"
+    if group.base is None:
+        return "name their base model as base_model: it shows where the inputs of each lie"
+    return "delete center: average, so that the base model shows where the inputs of each lie"
 
 
 def _is_kept(group: Group, config: Recipe) -> bool:

@@ -79,6 +79,14 @@ class Merge:
         return [label for label in self.tuned if self.planned.weights.get(label, 1.0) != 0]
 
     @property
+    def takes_base(self) -> bool:
+        """Whether the base model has a part in the result."""
+        settings = settings_of(self.planned.parameters)
+        return settings.takes_base and (
+            settings.center == "base" or self.planned.base in self.inputs
+        )
+
+    @property
     def rule(self) -> RankRule:
         """The rank rule for this tensor: the recipe's, or the method's own."""
         return settings_of(self.planned.parameters).rule
@@ -341,7 +349,7 @@ def _check_counting(merges: Sequence[Merge]) -> Iterator[Finding]:
         merge.planned.name
         for merge in merges
         if merge.is_decomposed
-        and merge.planned.parameters["center"] == "average"
+        and not merge.takes_base
         and len(merge.counting) < 3
         # Two models in the recipe or in the files are reported there.
         and len(merge.tuned) >= 3

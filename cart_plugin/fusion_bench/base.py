@@ -31,7 +31,8 @@ class CartBase(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         rank: their number instead.
         energy: as many as hold this share of the squared singular values instead.
         scaling_factor: scale of the sum of truncated task vectors, the paper's lambda; or ``auto``,
-            where one model comes out: combined so that they interfere least.
+            where one model comes out: combined so that they interfere least, for which the pool's
+            pretrained model is of use, if it has one.
         weights: a weight per model, as a mapping from names or a list in the pool's order.
         decompose: a preset or patterns, see `cart_plugin.fusion_bench.selection`.
         exclude_keys: names or patterns of parameters that are not decomposed all the same: merges
@@ -41,7 +42,7 @@ class CartBase(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
     """
 
     # What task vectors are measured from: `CartSettings.center`.
-    center: Literal["average", "base"] = "average"
+    center: Literal["average", "base"] | None = None
     # Whether `scaling_factor: auto` has a meaning: it does where one model comes out.
     takes_auto = False
     _config_mapping = BaseAlgorithm._config_mapping | {
@@ -104,8 +105,8 @@ class CartBase(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         """All models of a pool, and what to decompose of them.
 
         Raises:
-            CartError: fewer than two fine-tuned models, no pretrained one where it is needed, or
-                a pattern that matches nothing.
+            CartError: fewer than two fine-tuned models, a pretrained one that is missing where it
+                is needed or lacks tensors, or a pattern that matches nothing.
         """
         pool = modelpool if isinstance(modelpool, BaseModelPool) else BaseModelPool(modelpool)
         if len(pool.model_names) < 2:
@@ -119,17 +120,21 @@ class CartBase(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             )
         with self.profile("load models"):
             models = {name: pool.load_model(name) for name in pool.model_names}
-            base = pool.load_pretrained_model() if self.center == "base" else None
+            takes_base = self.settings.takes_base and pool.has_pretrained
+            base = pool.load_pretrained_model() if takes_base else None
         states = {name: _state_dict(model) for name, model in models.items()}
         base_state = None if base is None else _state_dict(base)
-        check_same_tensors(states if base_state is None else {**states, BASE: base_state})
+        check_same_tensors(states if self.center != "base" else {**states, BASE: base_state or {}})
         first = next(iter(states.values()))
+        decompose = selection(self.decompose, list(first), self.exclude_keys)
+        if base_state is not None and self.center is None:
+            _check_base(base_state, first, decompose)
         return Fleet(
             models=models,
             states=states,
             base=base_state,
             weights=_listed(self.weights, list(models)),
-            decompose=selection(self.decompose, list(first), self.exclude_keys),
+            decompose=decompose,
             device=self.fabric.device,
             keep=pool.has_instance_models,
         )
@@ -172,8 +177,8 @@ class Fleet:
             yield name, {model: self._moved(state, name) for model, state in self.states.items()}
 
     def base_tensor(self, name: str) -> Tensor | None:
-        """The pretrained model's version of a tensor, where the method needs it."""
-        return None if self.base is None else self._moved(self.base, name)
+        """The pretrained model's version of a tensor, where the method takes it."""
+        return None if name not in (self.base or ()) else self._moved(self.base or {}, name)
 
     def home(self, name: str) -> torch.device:
         """Where the models hold a tensor: results go back there."""
@@ -201,6 +206,21 @@ class Fleet:
             model = copied(model)
         load_state_dict_into_target_modules(model, dict(tensors))
         return model
+
+
+def _check_base(
+    base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], decompose: Decision
+) -> None:
+    """Refuse a pretrained model of another architecture; a head of its own does not matter."""
+    needed = [name for name, tensor in tuned.items() if decompose(name, tensor.shape)]
+    missing = [name for name in needed if name not in base]
+    if missing:
+        listed = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+        raise CartError(
+            f"the pool's pretrained model lacks {len(missing)} of the {len(needed)} tensors that "
+            f"are decomposed: {listed}; name the one that the models were fine-tuned from, or take "
+            "_pretrained_ out of the pool"
+        )
 
 
 def _state_dict(model: Any) -> Mapping[str, Tensor]:

@@ -1,10 +1,11 @@
 """The tensors of T models in, one tensor out.
 
 Modules, from the bottom: `tensors` (what is decomposed, and as which matrices), `inputs` (checks),
-`least_interference` (`cart_auto`), `settings`, `cart` (the method), `state_dicts` (whole models),
-`indexing` (CART-Indexing of one tensor).
+`normal_equations` (sums over tasks), `least_interference` (`cart_auto`) and `informed` (the same
+with a base model), `settings`, `cart` (the method), `state_dicts` (whole models), `indexing`
+(CART-Indexing of one tensor).
 """
 
-REVISION = 1
+REVISION = 2
 """Raised when the numbers that come out of this room change by more than rounding, or their cost:
 what was measured or merged with another revision is then done anew. Not for moved files."""

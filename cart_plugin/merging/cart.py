@@ -6,14 +6,16 @@ For fine-tuned weights ``W_1 .. W_T`` of one tensor (arXiv 2412.12153, section 4
     merged = centre + lambda * sum_t (w_t / mean(w)) * SVD_k(W_t - centre)
 
 With ``lambda: auto`` the second term is the one of least interference between the tasks instead
-(`cart_plugin.merging.least_interference`), which has no scale to choose.
+(`cart_plugin.merging.least_interference`), which has no scale to choose; where the base model is
+known, that tells where their inputs lie (`cart_plugin.merging.informed`).
 Tensors that are not decomposed end at the centre: the centred task vectors sum to zero.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from cart_plugin.errors import CartError, CartWarning
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.linalg.svd import truncated_svd
+from cart_plugin.merging.informed import Task, energy_of, informed_by_base
 from cart_plugin.merging.inputs import (
     check_finite,
     check_inputs,
@@ -56,7 +59,8 @@ def merge_tensors(
         settings: parameters of the method; the defaults if None.
         weights: one a model: weights of the mean, and, scaled to mean 1, of each model's low-rank
             term. None means equal.
-        base: the base model's tensor; needed by ``center="base"`` only.
+        base: the base model's tensor: needed by ``center="base"``, and of use with
+            ``lambda_="auto"``.
         name: the tensor's name: decides what it is (see `is_decomposed`) and appears in errors.
         models: the models' names, for errors; their numbers if None.
         decompose: overrides `is_decomposed`.
@@ -81,12 +85,14 @@ def merge_tensors(
 
     with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
         shares = normalised(weights, len(tensors), where)
-        around = base if decompose and settings.center == "base" else None
-        centre = centre_of(tensors, shares, around, models, where)
-        if decompose:
-            merged = _add_low_rank(tensors, centre, shares, settings, name, models, where)
+        around = base if decompose and settings.takes_base else None
+        one = _Inputs(tensors, shares, models, name, where)
+        if around is not None and settings.center is None:
+            merged = _around_base(one, around, settings)
         else:
-            merged = centre
+            merged = centre_of(tensors, shares, around, models, where)
+            if decompose:
+                merged = _add_low_rank(one, merged, settings, has_base=base is not None)
         result = merged.to(dtype)
         # The sum alone is cheaper, but may overflow where no value does.
         if not bool(torch.isfinite(result.sum(dtype=merged.dtype)) or torch.isfinite(result).all()):
@@ -98,58 +104,110 @@ def merge_tensors(
         return result
 
 
+_T = TypeVar("_T")
+
+
+class _Inputs(NamedTuple):
+    """One tensor of all models, which have passed the checks."""
+
+    tensors: Sequence[Tensor]
+    shares: Sequence[float]  # weights that sum to 1
+    models: Sequence[str]
+    name: str | None
+    where: str
+
+    def each(
+        self, centre: Tensor, reduced: Callable[[Tensor], _T], *, check: bool
+    ) -> Iterator[tuple[_T, float]]:
+        """What a function makes of each difference, and the weight, of models that have one.
+
+        A difference exists only while it is reduced.
+
+        Args:
+            centre: of the tensors' shape.
+            reduced: takes a difference from the centre.
+            check: for values that are not finite, which a mean of all would have shown.
+        """
+        for tensor, share, model in zip(self.tensors, self.shares, self.models, strict=True):
+            if share == 0:
+                continue
+            delta = tensor - centre
+            if check:
+                check_finite(delta, [model], [tensor], self.where)
+            found = reduced(delta)
+            del delta  # before the next one is made
+            yield found, len(self.tensors) * share
+
+    def check_weights(self) -> None:
+        """Refuse negative weights, which have no meaning in a least-squares sum."""
+        if min(self.shares) < 0:
+            raise CartError(
+                f"{self.where}: cart_auto (lambda: auto) takes no negative weights; merge with cart"
+            )
+
+
 def _add_low_rank(
-    tensors: Sequence[Tensor],
-    centre: Tensor,
-    shares: Sequence[float],
-    settings: CartSettings,
-    name: str | None,
-    models: Sequence[str],
-    where: str,
+    inputs: _Inputs, centre: Tensor, settings: CartSettings, *, has_base: bool
 ) -> Tensor:
     """``centre + lambda * T * sum_t share_t SVD_k(W_t - centre)``, for shares that sum to 1.
 
     With ``lambda: auto`` the truncated differences, so weighted, make the term of least
     interference.
     """
-    shape = matrix_shape(name, centre.shape)
-    if settings.center == "average":
+    shape = matrix_shape(inputs.name, centre.shape)
+    if settings.center != "base":
         _, m, n = shape
         if settings.lambda_ != "auto" and settings.rule.fixed_rank(m, n) == min(m, n):
             # At full rank nothing is truncated, and the weighted sum is zero.
             return centre
-        if sum(share != 0 for share in shares) == 2:
-            warnings.warn(
-                "with two models CART is plain averaging: their centred task vectors are opposite "
-                "and cancel at any rank; use three or more (of weight above 0), or "
-                "center: base",
-                CartWarning,
-                stacklevel=4,
-            )
+        if sum(share != 0 for share in inputs.shares) == 2:
+            warnings.warn(two_models(settings, has_base=has_base), CartWarning, stacklevel=3)
 
-    def parts() -> Iterator[tuple[LowRank, float]]:
-        for tensor, share, model in zip(tensors, shares, models, strict=True):
-            if share == 0:
-                continue
-            delta = tensor - centre
-            if settings.center == "base":
-                check_finite(delta, [model], [tensor], where)
-            factors = truncated(delta, settings, name)
-            del delta  # before the next one is made
-            yield factors, len(tensors) * share
-
+    parts = inputs.each(
+        centre,
+        lambda delta: truncated(delta, settings, inputs.name),
+        check=settings.center == "base",
+    )
     if settings.lambda_ == "auto":
-        if min(shares) < 0:
-            raise CartError(
-                f"{where}: cart_auto (lambda: auto) takes no negative weights; merge with cart"
-            )
-        found = least_interference(parts()).to(centre.device).view(centre.shape)
+        inputs.check_weights()
+        found = least_interference(parts).to(centre.device).view(centre.shape)
         return centre.clone(memory_format=torch.contiguous_format).add_(found)
     merged = centre.clone(memory_format=torch.contiguous_format)
     sums = merged.view(shape)
-    for factors, weight in parts():
+    for factors, weight in parts:
         factors.add_to_(sums, settings.lambda_ * weight)
     return merged
+
+
+def two_models(settings: CartSettings, *, has_base: bool) -> str:
+    """What to say where two models are merged around their average."""
+    if settings.lambda_ == "auto" and settings.center is None:
+        advice = "give their base model, which shows where the inputs of each lie"
+    elif settings.lambda_ == "auto":
+        advice = "leave center out, with the base model given"
+    else:
+        advice = "use cart_auto" + ("" if has_base else " with their base model")
+    return (
+        "with two models CART is plain averaging: their centred task vectors are opposite and "
+        f"cancel at any rank; {advice}, or use three models or more (of weight above 0)"
+    )
+
+
+def _around_base(inputs: _Inputs, base: Tensor, settings: CartSettings) -> Tensor:
+    """``base + M`` for the M of `informed_by_base`."""
+    inputs.check_weights()
+    tensors, models, where = inputs.tensors, inputs.models, inputs.where
+    mean = centre_of(tensors, inputs.shares, None, models, where)
+    merged = centre_of(tensors, inputs.shares, base, models, where)
+    shape = matrix_shape(inputs.name, merged.shape)
+
+    def reduced(delta: Tensor) -> tuple[LowRank, Tensor]:
+        return truncated(delta, settings, inputs.name), energy_of(delta.reshape(shape))
+
+    tasks = (Task(*found, weight) for found, weight in inputs.each(merged, reduced, check=False))
+    found = informed_by_base(tasks, mean.sub_(merged).reshape(shape))
+    merged = merged.contiguous()
+    return merged.add_(found.to(merged.device).view(merged.shape))
 
 
 def centre_of(

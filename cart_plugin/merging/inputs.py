@@ -37,7 +37,7 @@ def normalised(weights: Sequence[float] | None, count: int, where: str) -> list[
 def check_inputs(
     tensors: Sequence[Tensor],
     base: Tensor | None,
-    center: Literal["average", "base"],
+    center: Literal["average", "base"] | None,
     name: str | None,
     models: Sequence[str] | None,
 ) -> tuple[list[str], str]:

@@ -23,8 +23,10 @@ class CartSettings:
         energy: as many as hold this share of the squared singular values instead.
         lambda_: scale of the sum of truncated task vectors, or ``"auto"``: they are combined so
             that they interfere least (`cart_plugin.merging.least_interference.least_interference`).
-        center: ``"average"``, the weighted mean of the fine-tuned weights, or ``"base"``, the base
-            model (the paper's uncentred ablation).
+        center: what differences are taken from: ``"average"``, the weighted mean of the fine-tuned
+            weights, or ``"base"``, the base model (the paper's uncentred ablation). If None, it is
+            the average; but with ``lambda_="auto"`` a base model that is given shows where each
+            task's inputs lie (`cart_plugin.merging.informed.informed_by_base`).
         svd: solver, one of `cart_plugin.linalg.svd.SOLVERS`; ``"auto"`` is ``"subspace"`` with
             ``lambda_="auto"``, which needs no singular vectors.
         seed: start of the randomised solvers, mixed with each tensor's name.
@@ -37,7 +39,7 @@ class CartSettings:
     rank: int | None = None
     energy: float | None = None
     lambda_: float | Literal["auto"] = 1.0
-    center: Literal["average", "base"] = "average"
+    center: Literal["average", "base"] | None = None
     svd: str = "auto"
     seed: int = 0
 
@@ -46,12 +48,17 @@ class CartSettings:
         number = isinstance(self.lambda_, (int, float)) and not isinstance(self.lambda_, bool)
         if self.lambda_ != "auto" and not (number and math.isfinite(self.lambda_)):
             raise CartError(f"lambda must be a finite number or 'auto', got {self.lambda_!r}")
-        if self.center not in ("average", "base"):
+        if self.center not in (None, "average", "base"):
             raise CartError(f"center must be 'average' or 'base', got {self.center!r}")
         if self.svd not in SOLVERS:
             raise CartError(f"svd must be one of {', '.join(SOLVERS)}, got {self.svd!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise CartError(f"seed must be a whole number, got {self.seed!r}")
+
+    @property
+    def takes_base(self) -> bool:
+        """Whether a base model that is given has a part in the result."""
+        return self.center == "base" or (self.center is None and self.lambda_ == "auto")
 
     @property
     def rule(self) -> RankRule:

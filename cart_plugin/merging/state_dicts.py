@@ -29,7 +29,7 @@ def merge_state_dicts(
             tensors. Lazily loading mappings work: each tensor is asked for once, when it is due.
         settings: parameters of the method; the defaults if None.
         weights: one a model, as in `merge_tensors`.
-        base: the base model's state dict; needed by ``center="base"`` only.
+        base: the base model's state dict, as in `merge_tensors`.
         decompose: which tensors to decompose, by name and shape.
 
     Returns:
@@ -49,7 +49,8 @@ def merge_state_dicts(
         raise CartError("CART needs at least two fine-tuned models, got none")
     settings = settings or CartSettings()
     holders = dict(named)
-    if settings.center == "base" and base is not None:
+    base = base if settings.takes_base else None
+    if base is not None:
         holders["the base model"] = base
     check_same_tensors(holders)
     merged = {}
@@ -62,7 +63,7 @@ def merge_state_dicts(
             tensors,
             settings,
             weights=weights,
-            base=base[name] if base is not None and settings.center == "base" else None,
+            base=None if base is None else base[name],
             name=name,
             models=models,
             decompose=decompose(name, tensors[0].shape),

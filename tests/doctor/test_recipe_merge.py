@@ -197,6 +197,8 @@ def test_weights_of_zero_where_two_models_are_enough(
     check(models, **weighted(models, 1, 1, 0, 1)).is_clean()
     base = {"base_model": models[3], "parameters": {"center": "base"}}
     check(llamas, **weighted(llamas, 1, 1, 0), **base).is_clean()
+    auto = {"base_model": models[3], "merge_method": "cart_auto"}
+    check(llamas, **weighted(llamas, 1, 1, 0), **auto).is_clean()
 
 
 # mergekit-pytorch

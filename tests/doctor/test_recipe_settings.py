@@ -206,8 +206,19 @@ def test_weight_of_the_base_model(
 
 
 def test_two_models_are_a_warning(check: Callable[..., Report], llamas: list[str]) -> None:
-    report = check(models=entries(llamas[:2]))
-    report.has_only_warning("with two models cart is plain averaging", "third model")
+    two: dict[str, Any] = {"models": entries(llamas[:2])}
+    report = check(**two)
+    report.has_only_warning("with two models cart is plain averaging", "cart_auto with their base")
+    report = check(**two, base_model=llamas[2])
+    report.has_only_warning(
+        "with two models cart is plain averaging", "merge_method: cart_auto, or"
+    )
+    two["merge_method"] = "cart_auto"
+    report = check(**two)
+    report.has_only_warning("with two models cart_auto is plain averaging", "name their base model")
+    check(**two, base_model=llamas[2]).is_clean()
+    report = check(**two, base_model=llamas[2], parameters={"center": "average"})
+    report.has_only_warning("cart_auto is plain averaging", "delete center: average")
 
 
 def test_two_models_around_a_base_are_fine(check: Callable[..., Report], llamas: list[str]) -> None:
@@ -222,7 +233,7 @@ def test_one_model_is_a_problem(
 ) -> None:
     models = entries(llamas[:2] if base else llamas[:1])
     report = check(models=models, base_model=llamas[1] if base else None)
-    report.has_only_problem("1 fine-tuned model; cart needs at least two", "three or more")
+    report.has_only_problem("1 fine-tuned model; cart needs at least two", "add models")
 
 
 def test_a_model_named_twice(check: Callable[..., Report], llamas: list[str]) -> None:

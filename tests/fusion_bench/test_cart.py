@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from fusion_bench.modelpool.lazy_state_dict_pool import LazyStateDictPool
 from omegaconf import DictConfig
 
 from cart_plugin import CartError, CartSettings, merge_state_dicts
+from cart_plugin.errors import CartWarning
 from cart_plugin.fusion_bench.algorithm import (
     CartAlgorithm,
     CartIndexingAlgorithm,
@@ -60,7 +62,35 @@ def test_cart_is_what_the_core_gives(parameters: dict[str, float]) -> None:
     merged = CartAlgorithm(**parameters).run(BaseModelPool(held))
     core = dict(parameters)
     core["lambda_"] = core.pop("scaling_factor", 1.0)
-    assert close(merged, merge_state_dicts(states(held), CartSettings(**core)))
+    base = held["_pretrained_"].state_dict() if core["lambda_"] == "auto" else None
+    assert close(merged, merge_state_dicts(states(held), CartSettings(**core), base=base))
+
+
+def test_auto_goes_by_the_pretrained_model_where_the_pool_has_one() -> None:
+    held = models(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merged = CartAlgorithm(scaling_factor="auto").run(BaseModelPool(held))
+    del held["_pretrained_"]
+    with pytest.warns(CartWarning, match="give their base model"):
+        averaged = CartAlgorithm(scaling_factor="auto").run(BaseModelPool(held))
+    average = merge_state_dicts(states(held), CartSettings(rank=0))["2.weight"]
+    assert torch.allclose(averaged.state_dict()["2.weight"], average, atol=1e-4)
+    assert not torch.allclose(merged.state_dict()["2.weight"], average, atol=1e-2)
+
+
+def test_of_the_pretrained_model_only_what_is_decomposed_matters() -> None:
+    held = models(2)
+    auto = {"scaling_factor": "auto", "decompose": ["2.*"]}
+    merged = CartAlgorithm(**auto).run(BaseModelPool(held))
+    held["_pretrained_"] = nn.Sequential(*held["_pretrained_"][:3], nn.Linear(24, 3))
+    other_head = CartAlgorithm(**auto).run(BaseModelPool(held))
+    assert close(merged, other_head.state_dict())
+    with pytest.raises(CartError, match="in task0 but"):
+        CartAlgorithm(scaling_factor="auto").run(BaseModelPool(held))
+    held["_pretrained_"] = held["_pretrained_"][:1]
+    with pytest.raises(CartError, match="pretrained model lacks 2 of the 3 tensors"):
+        CartAlgorithm(scaling_factor="auto").run(BaseModelPool(held))
 
 
 def test_auto_is_for_methods_that_make_one_model() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from cart_plugin import CartSettings, merge_tensors
 from cart_plugin.errors import CartWarning
 from tests.doctor.tiny import load_tensors
 from tests.mergekit.helpers import DOWN, KEY, QUERY, TABLES, Tensors, edit, is_average, is_cart
@@ -163,6 +164,28 @@ def test_center_base_starts_at_the_base_and_averages_the_rest(
     name = DOWN.format(2)
     assert is_cart(merged, inputs[:3], name, 4, scale=0.3, base=inputs[4])
     assert is_average(merged, inputs[:3], "model.norm.weight")
+
+
+def test_cart_auto_goes_by_the_base_and_takes_two_models(
+    merge: Callable[..., Tensors], llamas: list[str], inputs: list[Tensors]
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CartWarning)
+        merged = merge(llamas[:2], merge_method="cart_auto", base_model=llamas[4])
+    auto = CartSettings(lambda_="auto")
+    for name in (QUERY.format(1), DOWN.format(2), "model.norm.weight"):
+        tensors = [tensors[name] for tensors in inputs[:2]]
+        expected = merge_tensors(tensors, auto, base=inputs[4][name], name=name)
+        assert torch.equal(merged[name], expected), name
+    assert is_average(merged, inputs[:2], TABLES[0])
+    around = merge(
+        llamas[:3],
+        merge_method="cart_auto",
+        base_model=llamas[4],
+        parameters={"center": "average"},
+    )
+    without = merge(llamas[:3], merge_method="cart_auto")
+    assert all(torch.equal(around[name], tensor) for name, tensor in without.items())
 
 
 RECIPES_OF_OTHERS: dict[str, dict[str, Any]] = {

@@ -87,12 +87,21 @@ def test_fewer_than_two_models_are_refused() -> None:
 
 def test_two_models_warn_only_where_it_matters() -> None:
     pair = versions(5, 6, count=2)
-    with pytest.warns(CartWarning, match=r"use three or more.* or center: base"):
+    base = random(5, 6, seed=9)
+    auto = CartSettings(lambda_="auto")
+    with pytest.warns(CartWarning, match=r"; use cart_auto with their base model, or use three"):
         merge_tensors(pair)
+    with pytest.warns(CartWarning, match=r"; use cart_auto, or use three"):
+        merge_tensors(pair, base=base)
+    with pytest.warns(CartWarning, match=r"; give their base model, which shows where"):
+        merge_tensors(pair, auto)
+    with pytest.warns(CartWarning, match=r"; leave center out, with the base model given"):
+        merge_tensors(pair, CartSettings(lambda_="auto", center="average"), base=base)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         merge_tensors(pair, CartSettings(rank=0))
-        merge_tensors(pair, CartSettings(center="base"), base=random(5, 6, seed=9))
+        merge_tensors(pair, CartSettings(center="base"), base=base)
+        merge_tensors(pair, auto, base=base)
         merge_tensors(versions(6, count=2))
         merge_tensors(versions(5, 6, count=3))
 

@@ -1,0 +1,204 @@
+"""CART without hyperparameters, with a base model: its equations, and what must hold of merges."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cart_plugin import CartError, CartSettings, merge_state_dicts, merge_tensors
+from cart_plugin.linalg.factors import LowRank
+from cart_plugin.linalg.rules import RankRule
+from cart_plugin.linalg.svd import truncated_svd
+from cart_plugin.merging.informed import Task, energy_of, informed_by_base
+from tests.support import random
+
+AUTO = CartSettings(lambda_="auto")
+
+
+def matrices(count: int, m: int, n: int, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(m, n, generator=generator) for _ in range(count)]
+
+
+def on_own_inputs(count: int, m: int, n: int, rank: int, seed: int = 0) -> list[Tensor]:
+    """Task vectors whose row spaces are orthogonal."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.linalg.qr(torch.randn(n, n, generator=generator))[0].mT
+    return [
+        left @ inputs[rank * task : rank * (task + 1)]
+        for task, left in enumerate(matrices(count, m, rank, seed))
+    ]
+
+
+def merged(changes: Sequence[Tensor], base: Tensor, **options: list[float]) -> Tensor:
+    found = merge_tensors([base + one for one in changes], AUTO, base=base, name="w", **options)
+    return found - base
+
+
+def by_definition(taus: Sequence[Tensor], weights: Sequence[float], rank: int) -> Tensor:
+    """The method in fp64, written down as it stands in the module."""
+    taus = [tau.double() for tau in taus]
+    n, total = taus[0].shape[-1], sum(weights)
+    mean = sum(w * tau for w, tau in zip(weights, taus, strict=True)) / total
+    energy = sum(w * tau.square().sum() for w, tau in zip(weights, taus, strict=True)) / total
+    most = total**2 / sum(w**2 for w in weights)
+    target = mean * min(energy / mean.square().sum(), most)
+    fitted, gram = torch.zeros_like(mean), torch.zeros(n, n, dtype=torch.float64)
+    for w, tau in zip(weights, taus, strict=True):
+        u, s, vh = torch.linalg.svd(tau, full_matrices=False)
+        d = (u[:, :rank] * s[:rank]) @ vh[:rank]
+        c = d.mT @ d / s[0] ** 2
+        fitted, gram = fitted + w * tau @ c, gram + w * c
+    r = 0.3 * gram.trace() / n
+    identity = torch.eye(n, dtype=torch.float64)
+    return torch.linalg.solve(gram + r * identity, fitted + r * target, left=False)
+
+
+# The ranks sum to less than n (a system of that size), and to more (n unknowns).
+@pytest.mark.parametrize(("m", "n", "rank"), [(24, 64, 5), (64, 24, 5), (24, 24, 24), (8, 96, 8)])
+@pytest.mark.parametrize("count", [2, 5])
+def test_it_solves_the_normal_equations(m: int, n: int, rank: int, count: int) -> None:
+    shared, *taus = matrices(count + 1, m, n)
+    taus = [tau + shared for tau in taus]
+    weights = [1.0, 0.5, 2.0, 0.5, 1.5][:count]
+    mean = sum(w * tau for w, tau in zip(weights, taus, strict=True)) / sum(weights)
+    tasks = [
+        Task(truncated_svd(tau, RankRule(rank=rank)), energy_of(tau), w)
+        for w, tau in zip(weights, taus, strict=True)
+    ]
+    found = informed_by_base(iter(tasks), mean.clone())
+    expected = by_definition(taus, weights, rank)
+    assert torch.linalg.norm(found - expected) < 1e-4 * torch.linalg.norm(expected)
+
+
+def test_a_merge_is_the_base_and_that() -> None:
+    base, *taus = matrices(4, 24, 40)
+    weights = [1.0, 2.0, 1.0]
+    expected = by_definition(taus, weights, int(0.16 * 24))
+    found = merged(taus, base, weights=weights)
+    assert torch.linalg.norm(found - expected) < 1e-4 * torch.linalg.norm(expected)
+
+
+def test_stacks_are_merged_matrix_by_matrix() -> None:
+    base, *taus = [torch.stack(matrices(3, 10, 16, seed)) for seed in range(4)]
+    found = merge_tensors([base + tau for tau in taus], AUTO, base=base, name="mlp.experts.up_proj")
+    for index in range(3):
+        alone = merged([tau[index] for tau in taus], base[index])
+        assert torch.allclose(found[index] - base[index], alone, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(count=st.integers(2, 5), rank=st.integers(1, 9), seed=st.integers(0, 10**6))
+def test_orthogonal_tasks_get_their_own_difference_back(count: int, rank: int, seed: int) -> None:
+    base = random(60, 80, seed=seed)
+    taus = on_own_inputs(count, 60, 80, rank, seed)
+    found = merged(taus, base)
+    for tau in taus:
+        inputs = torch.linalg.qr(tau.mT)[0][:, :rank]
+        assert torch.linalg.norm((found - tau) @ inputs) < 0.05 * torch.linalg.norm(tau)
+
+
+@pytest.mark.parametrize("count", [2, 3, 6])
+def test_equal_models_give_themselves(count: int) -> None:
+    base, tau = matrices(2, 24, 40)
+    assert torch.allclose(merged([tau] * count, base), tau, atol=1e-5)
+
+
+def test_a_model_equal_to_the_base_changes_nothing() -> None:
+    base, *taus = matrices(4, 24, 40)
+    alone = merged(taus, base)
+    assert torch.allclose(merged([*taus, torch.zeros(24, 40)], base), alone, atol=1e-4)
+    assert merged([torch.zeros(24, 40)] * 3, base).abs().max() == 0
+
+
+def test_task_vectors_that_cancel_are_not_blown_up() -> None:
+    base, tau, other = matrices(3, 24, 40)
+    opposite = merged([tau, -tau + 1e-3 * other], base)
+    assert torch.linalg.norm(opposite) < 1.5 * torch.linalg.norm(tau)
+
+
+def test_order_scale_and_weights() -> None:
+    base, *taus = matrices(4, 24, 40)
+    found = merged(taus, base)
+    assert torch.allclose(merged(taus[::-1], base), found, atol=1e-5)
+    nothing = torch.zeros(24, 40)
+    for scale in (2.0**-100, 2.0**-40, 2.0**60, 2.0**100):
+        scaled = merged([scale * tau for tau in taus], nothing)
+        assert torch.allclose(scaled / scale, found, atol=1e-4)
+    twice = merged([taus[0], *taus], base)
+    assert torch.allclose(merged(taus, base, weights=[2.0, 1.0, 1.0]), twice, atol=1e-4)
+    absent = merged([*taus, *taus[:2]], base, weights=[0.3, 0.3, 0.3, 0.0, 0.0])
+    assert torch.allclose(absent, found, atol=1e-4)
+
+
+def test_two_models_are_more_than_their_average_and_without_a_word() -> None:
+    base = random(60, 80, seed=1)
+    taus = on_own_inputs(2, 60, 80, 9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = merged(taus, base)
+    average = (taus[0] + taus[1]) / 2
+    assert torch.linalg.norm(found - taus[0] - taus[1]) < 0.05 * torch.linalg.norm(average)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_worked_in_fp32(dtype: torch.dtype) -> None:
+    base, *tensors = [tensor.to(dtype) for tensor in matrices(4, 16, 24)]
+    exact = merge_tensors([tensor.float() for tensor in tensors], AUTO, base=base.float(), name="w")
+    found = merge_tensors(tensors, AUTO, base=base, name="w")
+    assert torch.equal(found, exact.to(dtype))
+
+
+def test_what_is_not_decomposed_is_averaged() -> None:
+    base, *tensors = [random(12, seed=seed) for seed in range(4)]
+    mean = sum(tensors) / 3
+    assert torch.allclose(merge_tensors(tensors, AUTO, base=base, name="norm.weight"), mean)
+
+
+def test_center_average_leaves_the_base_out() -> None:
+    base, *tensors = matrices(4, 16, 24)
+    average = CartSettings(lambda_="auto", center="average")
+    with_base = merge_tensors(tensors, average, base=base, name="w")
+    assert torch.equal(with_base, merge_tensors(tensors, AUTO, name="w"))
+    assert not torch.allclose(with_base, merge_tensors(tensors, AUTO, base=base, name="w"))
+
+
+def test_state_dicts_take_a_base() -> None:
+    base, *models = [{"w": tensor, "norm": tensor[0]} for tensor in matrices(4, 16, 24)]
+    found = merge_state_dicts(models, AUTO, base=base)
+    tensors = [model["w"] for model in models]
+    assert torch.equal(found["w"], merge_tensors(tensors, AUTO, base=base["w"], name="w"))
+    with pytest.raises(CartError, match=r"the base model lacks 1 tensors .* norm"):
+        merge_state_dicts(models, AUTO, base={"w": base["w"]})
+
+
+def test_bad_bases_and_weights_are_refused() -> None:
+    base, *tensors = matrices(4, 16, 24)
+    with pytest.raises(CartError, match=r"in 0 but .* in the base model"):
+        merge_tensors(tensors, AUTO, base=base[:8], name="w")
+    with pytest.raises(CartError, match="the base model holds 1 NaN"):
+        merge_tensors(tensors, AUTO, base=torch.where(base == base[0, 0], torch.nan, base))
+    broken = torch.where(tensors[1] == tensors[1][0, 0], torch.nan, tensors[1])
+    with pytest.raises(CartError, match="1 holds 1 NaN"):
+        merge_tensors([tensors[0], broken], AUTO, base=base)
+    with pytest.raises(CartError, match=r"cart_auto .* takes no negative weights"):
+        merge_tensors(tensors, AUTO, base=base, weights=[2.0, 1.0, -0.5])
+
+
+def test_factors_alone_are_a_task() -> None:
+    """Adapters come as factors; their energy is that of the singular values."""
+    lefts, rights = matrices(2, 12, 3), matrices(2, 3, 20, seed=1)
+    taus = [left @ right for left, right in zip(lefts, rights, strict=True)]
+    tasks = [
+        Task(factors, factors.S.double().square().sum(), 1.0)
+        for factors in (LowRank(*torch.linalg.svd(tau, full_matrices=False)) for tau in taus)
+    ]
+    found = informed_by_base(tasks, (taus[0] + taus[1]) / 2)
+    expected = by_definition(taus, [1.0, 1.0], 12)
+    assert torch.linalg.norm(found - expected) < 1e-4 * torch.linalg.norm(expected)
