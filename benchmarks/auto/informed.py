@@ -1,0 +1,156 @@
+"""Variants of `cart_plugin.merging.informed`, as dense formulas, for `study`.
+
+What survived is in the plugin, in better numerics; a test holds the default variant against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cart_plugin.linalg.factors import LowRank
+from cart_plugin.merging.informed import RIDGE_AROUND_BASE
+from cart_plugin.merging.least_interference import AUTO_RANK_RATIO, least_interference
+
+REVISION = 1  # raised when a variant gives other weights
+
+
+@dataclass(frozen=True)
+class Informed:
+    """How the task vectors of one weight are combined.
+
+    Attributes:
+        source: of the covariances: the task vectors (`base`), or their differences from the mean
+            (`mean`: then all is as without a base, and the others of these have no meaning).
+        rank: share of the directions in the covariances; None for all.
+        ridge: relative to the mean eigenvalue of the summed covariances.
+        norm: what a task's covariance is divided by: its largest eigenvalue (`spectral`), or its
+            `trace`.
+        pull: what the ridge pulls to: the `mean`, the `strong` mean (over kappa), the `sum`, the
+            strong mean of the truncated task vectors (`truncated`), TSV-M (`tsvm`), CART's own sum
+            over rho (`cart`), or the base itself (`zero`).
+        keep: share of each eigendirection that is solved for: `ridge`, `exponential`, or `hard`
+            (ASWUDI's count of directions whole, the others not at all).
+        rescaled: afterwards, as SVC does.
+    """
+
+    source: str = "base"
+    rank: float | None = AUTO_RANK_RATIO
+    ridge: float = RIDGE_AROUND_BASE
+    norm: str = "spectral"
+    pull: str = "strong"
+    keep: str = "ridge"
+    rescaled: bool = False
+
+
+def combine(tasks: Sequence[LowRank], variant: Informed) -> Tensor:
+    """The matrix (m, n) to add to the base.
+
+    Args:
+        tasks: all singular directions of the task vectors ``W_t - W_base``.
+        variant: how to combine them.
+    """
+    taus = [task.dense() for task in tasks]
+    if variant.source == "mean":
+        return _centred(taus)
+    kept = [_cut(task, variant.rank) for task in tasks]
+    gram, fitted = torch.zeros(len(taus[0].mT), len(taus[0].mT)), torch.zeros_like(taus[0])
+    for tau, task in zip(taus, kept, strict=True):
+        squares = task.S.square()
+        by = {"spectral": squares.max(), "trace": squares.sum()}[variant.norm]
+        if by > 0:
+            covariance = (task.Vh.mT * (squares / by)) @ task.Vh
+            gram += covariance
+            fitted += tau @ covariance
+    target = _target(taus, kept, variant.pull)
+    if not gram.any():
+        return target
+    merged = target + _solve(gram, fitted - target @ gram, variant)
+    return rescaled(merged, taus) if variant.rescaled else merged
+
+
+def rescaled(merged: Tensor, taus: Sequence[Tensor]) -> Tensor:
+    """SVC: singular values of a merge, divided by how often the tasks have what lies along them."""
+    left, values, right = torch.linalg.svd(merged, full_matrices=False)
+    responses = left.mT @ merged
+    overlap = torch.zeros_like(values)
+    for tau in taus:
+        own = left.mT @ tau
+        share = (responses * own).sum(dim=1) / own.square().sum(dim=1).clamp_min(1e-30)
+        overlap += share.clamp_min(1 / len(taus)) / len(taus)
+    return (left * (values / overlap)) @ right
+
+
+def _cut(task: LowRank, share: float | None) -> LowRank:
+    count = len(task.S) if share is None else max(1, int(share * len(task.S)))
+    return LowRank(task.U[:, :count], task.S[:count], task.Vh[:count])
+
+
+def _centred(taus: Sequence[Tensor]) -> Tensor:
+    """The method without a base: its term of least interference around the mean."""
+    mean = sum(taus, torch.zeros_like(taus[0])) / len(taus)
+    parts = [_cut(_factored(tau - mean), AUTO_RANK_RATIO) for tau in taus]
+    return mean + least_interference((part, 1.0) for part in parts)
+
+
+def _factored(matrix: Tensor) -> LowRank:
+    return LowRank(*torch.linalg.svd(matrix, full_matrices=False))
+
+
+def _target(taus: Sequence[Tensor], kept: Sequence[LowRank], pull: str) -> Tensor:
+    sum_ = sum(taus, torch.zeros_like(taus[0]))
+    mean = sum_ / len(taus)
+    if pull == "strong":
+        return _strong(taus)
+    if pull == "truncated":
+        return _strong([task.dense() for task in kept])
+    if pull == "tsvm":
+        return tsvm([_factored(tau) for tau in taus])
+    if pull == "cart":
+        parts = [_cut(_factored(tau - mean), AUTO_RANK_RATIO) for tau in taus]
+        strong = sum((part.dense() for part in parts), torch.zeros_like(mean))
+        energy = sum((part.S.square().sum() for part in parts), torch.zeros(()))
+        return mean + strong / (strong.square().sum() / energy.clamp_min(1e-30)).clamp_min(0.1)
+    return {"mean": mean, "sum": sum_, "zero": torch.zeros_like(mean)}[pull]
+
+
+def _strong(taus: Sequence[Tensor]) -> Tensor:
+    """The mean over kappa, at most their sum."""
+    mean = sum(taus, torch.zeros_like(taus[0])) / len(taus)
+    energy = sum((tau.square().sum() for tau in taus), torch.zeros(())) / len(taus)
+    common = mean.square().sum()
+    return mean * min(float(energy / common), len(taus)) if common > 0 else mean
+
+
+def tsvm(tasks: Sequence[LowRank]) -> Tensor:
+    """TSV-M (arXiv 2412.00081): as many singular triples a task as fit side by side, whitened."""
+    count = max(1, len(tasks[0].S) // len(tasks))
+    left = torch.cat([task.U[:, :count] for task in tasks], dim=1)
+    right = torch.cat([task.Vh[:count].mT for task in tasks], dim=1)
+    values = torch.cat([task.S[:count] for task in tasks])
+    return (_orthogonal(left) * values) @ _orthogonal(right).mT
+
+
+def _orthogonal(columns: Tensor) -> Tensor:
+    """The closest matrix with orthonormal columns."""
+    left, _, right = torch.linalg.svd(columns, full_matrices=False)
+    return left @ right
+
+
+def _solve(gram: Tensor, right: Tensor, variant: Informed) -> Tensor:
+    """``right Q diag(h / l) Q'`` for the eigenvalues l of ``gram`` and the share h of each."""
+    shift = variant.ridge * gram.diagonal().mean()
+    if variant.keep == "ridge":
+        factor = torch.linalg.cholesky(gram + shift * torch.eye(len(gram)))
+        return torch.cholesky_solve(right.mT, factor).mT
+    values, vectors = torch.linalg.eigh(gram)
+    values = values.clamp_min(1e-12 * values[-1])
+    if variant.keep == "exponential":
+        share = -torch.expm1(-values / shift)
+    else:
+        count = int((values.sqrt().sum().square() / values.sum()).ceil())
+        share = (torch.arange(len(values)) >= len(values) - count).to(values.dtype)
+    return (right @ vectors * (share / values)) @ vectors.mT

@@ -1,0 +1,219 @@
+"""`python -m benchmarks.auto.study`: CART without hyperparameters beside its base model.
+
+Variants of the closed form, each another one in one respect, and other ways to merge, on the
+validation splits of the image and the text suite, for two tasks and more. No test split is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes from local folders
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from benchmarks.auto import informed
+from benchmarks.auto.informed import Informed, combine, tsvm
+from benchmarks.common.commands import out_option, workers_option
+from benchmarks.common.provenance import made_by
+from benchmarks.common.record import Record, conditions
+from benchmarks.common.tables import markdown_table
+from benchmarks.common.training import in_processes
+from benchmarks.suites import Encoders, load_encoders, task_order
+from cart_plugin.linalg.factors import LowRank
+
+SUITES = ("vision", "text")
+SEEDS = (0, 1)
+EXAMPLES = 100  # a task
+PACKAGES = ("torch", "transformers")
+
+Way = Callable[[Sequence[LowRank]], Tensor]
+
+
+def _scaled_sum(scale: float, tasks: Sequence[LowRank]) -> Tensor:
+    return scale * sum((task.dense() for task in tasks), torch.zeros(()))
+
+
+def _average(tasks: Sequence[LowRank]) -> Tensor:
+    return _scaled_sum(1 / len(tasks), tasks)
+
+
+DEFAULT = Informed()
+VARIANTS: dict[str, dict[str, Informed]] = {
+    "the method": {"its defaults": DEFAULT},
+    "source of the covariances": {"differences from the mean": Informed(source="mean")},
+    "ridge": {f"{ridge:g}": Informed(ridge=ridge) for ridge in (0.03, 0.1, 0.3, 1.0)},
+    "pull towards": {
+        "the base": Informed(pull="zero"),
+        "the mean": Informed(pull="mean"),
+        "the mean over kappa": DEFAULT,
+        "the sum": Informed(pull="sum"),
+        "the truncated mean over kappa": Informed(pull="truncated"),
+        "TSV-M": Informed(pull="tsvm"),
+        "CART's sum over rho": Informed(pull="cart"),
+    },
+    "cut": {
+        "0.08": Informed(rank=0.08),
+        "0.16": DEFAULT,
+        "0.32": Informed(rank=0.32),
+        "none": Informed(rank=None),
+    },
+    "covariances divided by": {
+        "their largest eigenvalue": DEFAULT,
+        "their trace": Informed(norm="trace"),
+    },
+    "filter": {
+        "ridge": DEFAULT,
+        "exponential": Informed(keep="exponential"),
+        "hard": Informed(keep="hard"),
+    },
+    "afterwards": {"rescaled as SVC does": Informed(rescaled=True)},
+}
+OTHERS: dict[str, Way] = {
+    "average": _average,
+    **{f"task arithmetic, {scale:g}": partial(_scaled_sum, scale) for scale in (0.3, 0.5, 1.0)},
+    "TSV-M": tsvm,
+}
+
+
+def sets_of(suite: str) -> dict[str, list[tuple[str, ...]]]:
+    """Which tasks are merged, by how many they are: neighbours in the suite's order."""
+    order = task_order(suite)
+    pairs = [order[start : start + 2] for start in (0, 2, 4, 6)]
+    triples = [order[start : start + 3] for start in (0, 3)]
+    return {"2": pairs, "3": triples} | {str(count): [order[:count]] for count in (4, 6, 8)}
+
+
+def ways() -> dict[str, Way]:
+    """All that is compared, by key; a variant's says all that it is."""
+    keyed: dict[str, Way] = dict(OTHERS)
+    for group in VARIANTS.values():
+        keyed |= {key_of(variant): partial(combine, variant=variant) for variant in group.values()}
+    return keyed
+
+
+def key_of(variant: Informed) -> str:
+    """All that a variant is; names a case."""
+    return ", ".join(f"{field.name}={getattr(variant, field.name)}" for field in fields(variant))
+
+
+def study(suite: str, seed: int, folder: Path) -> None:
+    """Judge everything on one suite and seed; what is known is not done again."""
+    known = conditions(
+        ("linalg", "merging"), PACKAGES, timed=False, variants=informed.REVISION, examples=EXAMPLES
+    )
+    record = Record(folder / f"{suite}-{seed}.json", known)
+    sets = sets_of(suite)
+    wanted = {key: way for key, way in ways().items() if key not in record.cases}
+    if not wanted:
+        return
+    encoders = load_encoders(suite, seed, "validation", EXAMPLES, task_order(suite))
+    base = load_file(encoders.pretrained / "model.safetensors")
+    factors = encoders.factors(base)
+    for key, way in wanted.items():
+        started = time.perf_counter()
+        found: dict[str, list[dict[str, float]]] = {
+            count: [
+                encoders.judge(merge(encoders, base, factors, tasks, way), tasks)
+                for tasks in chosen
+            ]
+            for count, chosen in sets.items()
+        }
+        record.put(key, found)
+        seconds = time.perf_counter() - started
+        means = ", ".join(f"{count}: {100 * mean(found[count]):.1f}" for count in found)
+        click.echo(f"{suite} {seed}: {means} | {key} ({seconds:.0f} s)")
+
+
+def merge(
+    encoders: Encoders,
+    base: Mapping[str, Tensor],
+    factors: Mapping[str, Sequence[LowRank]],
+    tasks: Sequence[str],
+    way: Way,
+) -> dict[str, Tensor]:
+    """Merge some of the encoders; what is not decomposed is averaged."""
+    places = [list(encoders.tuned).index(task) for task in tasks]
+    merged = {}
+    with torch.no_grad():
+        for name, start in base.items():
+            if name in factors:
+                found = way([factors[name][place] for place in places])
+                merged[name] = start + found.view(start.shape)
+            else:
+                merged[name] = torch.stack([encoders.tuned[task][name] for task in tasks]).mean(0)
+    return merged
+
+
+def mean(accuracies: Sequence[Mapping[str, float]]) -> float:
+    """Over the sets of tasks, and over the tasks of each."""
+    return statistics.fmean(statistics.fmean(one.values()) for one in accuracies)
+
+
+def markdown(folder: Path) -> str:
+    """The table: a row each, a column a suite and number of tasks."""
+    records = {
+        suite: [
+            json.loads(path.read_text())
+            for seed in SEEDS
+            if (path := folder / f"{suite}-{seed}.json").exists()
+        ]
+        for suite in SUITES
+    }
+    records = {suite: held for suite, held in records.items() if held}
+    columns = [(suite, count) for suite in records for count in sets_of(suite)]
+    rows = [[title, "", *_cells(title, records, columns)] for title in OTHERS]
+    for group, members in VARIANTS.items():
+        for title, variant in members.items():
+            bold = "**" if variant == DEFAULT else ""
+            cells = _cells(key_of(variant), records, columns)
+            rows.append([group, f"{bold}{title}{bold}", *cells])
+    heading = ["what varies", "value", *(f"{suite}, {count}" for suite, count in columns)]
+    table = markdown_table(heading, rows, ["---", "---", *["---:"] * len(columns)])
+    measured = [one for held in records.values() for record in held for one in record["measured"]]
+    seeds = ", ".join(f"{suite} {len(held)}" for suite, held in records.items())
+    return (
+        f"Accuracy in per cent on the validation splits ({EXAMPLES} examples a task), by suite and "
+        f"number of tasks (four pairs, two triples, and the first 4, 6 and 8); fine-tuning seeds: "
+        f"{seeds}. {made_by('bench-auto', measured)}\n\n{table}\n"
+    )
+
+
+def _cells(
+    key: str, records: Mapping[str, Sequence[Mapping[str, Any]]], columns: Sequence[tuple[str, str]]
+) -> list[str]:
+    def over_seeds(suite: str, count: str) -> float:
+        return statistics.fmean(mean(one["cases"][key][count]) for one in records[suite])
+
+    return [f"{100 * over_seeds(*column):.1f}" for column in columns]
+
+
+@click.command()
+@workers_option
+@out_option("auto")
+@click.option("--suites", default=",".join(SUITES), show_default=True, help="Which.")
+@click.option("--seeds", default=",".join(map(str, SEEDS)), show_default=True, help="Which.")
+def main(workers: int, out: Path, suites: str, seeds: str) -> None:
+    """Judge ways to merge with a base model on the suites' validation splits."""
+    folder = out / "study"
+    pairs = [(suite, int(seed)) for seed in seeds.split(",") for suite in suites.split(",")]
+    in_processes([partial(study, suite, seed, folder) for suite, seed in pairs], workers)
+    (out / "study.md").write_text(markdown(folder))
+    click.echo(markdown(folder))
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m benchmarks.auto.study")

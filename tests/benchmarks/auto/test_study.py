@@ -1,0 +1,85 @@
+"""The study with a base model: its formulas against the plugin's, and its table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.auto import study
+from benchmarks.auto.informed import Informed, combine
+from benchmarks.suites import Encoders
+from cart_plugin import CartSettings, merge_state_dicts
+from cart_plugin.linalg.factors import LowRank
+
+AUTO = CartSettings(lambda_="auto")
+
+
+def matrices(count: int, m: int, n: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(m, n, generator=generator) for _ in range(count)]
+
+
+def factored(matrix: torch.Tensor) -> LowRank:
+    return LowRank(*torch.linalg.svd(matrix, full_matrices=False))
+
+
+@pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize(("m", "n"), [(24, 50), (50, 24)])
+def test_variants_of_the_plugins_are_its_methods(count: int, m: int, n: int) -> None:
+    base, *taus = matrices(count + 1, m, n)
+    tuned = [{"w": base + tau} for tau in taus]
+    tasks = [factored(tau) for tau in taus]
+    found = merge_state_dicts(tuned, AUTO, base={"w": base})["w"] - base
+    assert torch.allclose(combine(tasks, Informed()), found, atol=1e-4)
+    if count > 2:
+        centred = merge_state_dicts(tuned, AUTO)["w"] - base
+        assert torch.allclose(combine(tasks, Informed(source="mean")), centred, atol=1e-4)
+
+
+@pytest.mark.parametrize("group", study.VARIANTS)
+def test_every_variant_gives_finite_weights_of_its_own(group: str) -> None:
+    tasks = [factored(matrix) for matrix in matrices(3, 60, 80)]
+    merged = [combine(tasks, variant) for variant in study.VARIANTS[group].values()]
+    merged.append(study.OTHERS["average"](tasks))
+    assert all(torch.isfinite(one).all() and one.shape == (60, 80) for one in merged)
+    for index, one in enumerate(merged):
+        assert not any(torch.allclose(one, other, atol=1e-4) for other in merged[:index])
+
+
+def test_tasks_that_did_not_move_the_weight_give_nothing() -> None:
+    nothing = [factored(torch.zeros(8, 12))] * 3
+    for way in study.ways().values():
+        assert not way(nothing).any()
+
+
+def test_the_study_resumes_and_its_table_has_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged: list[tuple[str, ...]] = []
+    names = study.task_order("vision")
+    base, *tensors = matrices(1 + len(names), 8, 12)
+    save_file({"a.weight": base, "norm": base[0].clone()}, tmp_path / "model.safetensors")
+    tuned = {
+        name: {"a.weight": tensor, "norm": tensor[0].clone()}
+        for name, tensor in zip(names, tensors, strict=True)
+    }
+
+    def judge(tensors: object, tasks: tuple[str, ...]) -> dict[str, float]:
+        judged.append(tasks)
+        return dict.fromkeys(tasks, 0.375)
+
+    encoders = Encoders(tuned, judge, pretrained=tmp_path)
+    monkeypatch.setattr(study, "load_encoders", lambda *args: encoders)
+    study.study("vision", 0, tmp_path)
+    sets = [tasks for chosen in study.sets_of("vision").values() for tasks in chosen]
+    assert judged == sets * len(study.ways())
+    study.study("vision", 0, tmp_path)
+    assert len(judged) == len(sets) * len(study.ways())
+    caption, _, *table = study.markdown(tmp_path).splitlines()
+    assert "fine-tuning seeds: vision 1" in caption
+    rows = len(study.OTHERS) + sum(len(group) for group in study.VARIANTS.values())
+    assert len(table) == 2 + rows
+    assert all(row.endswith("| 37.5 | 37.5 | 37.5 | 37.5 | 37.5 |") for row in table[2:])
