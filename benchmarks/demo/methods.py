@@ -35,5 +35,8 @@ CANDIDATES = (
         )
         for ratio, scale in ((0.08, 1.0), (0.16, 2.3))
     ),
-    Candidate("cart_auto", "nothing to set", {}, needs_base=False),
+    Candidate("cart_auto", "nothing to set", {}),
 )
+
+# Of two models, with nothing to choose.
+OF_TWO = tuple(one for one in CANDIDATES if one.method in ("linear", "cart_auto"))

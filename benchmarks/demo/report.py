@@ -2,7 +2,7 @@
 
 The dictionary (also the JSON file) holds `tasks` (name -> title), `rows` (one a method: accuracies
 on test images, their mean, its share of the fine-tuned models' mean), where and when they come from
-(`measured`) and what is needed to rerun.
+(`measured`), `two` (rows of the first two models merged alone) and what is needed to rerun.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from benchmarks.common.provenance import made_by
 from benchmarks.common.tables import markdown_table
 
 NEXT = """\
-Next: your own models, three or more of one base. Write my.yaml (more in configs/mergekit):
+Next: your own models, two or more, and their base. Write my.yaml (more in configs/mergekit):
 
   merge_method: cart_auto
+  base_model: path/to/base
   models:
     - model: path/to/first
     - model: path/to/second
-    - model: path/to/third
   dtype: bfloat16
 
   mergekit-cart doctor my.yaml     before: will it run, what does it need?
@@ -76,11 +76,20 @@ def print_table(result: dict[str, Any], console: Console) -> None:
         <= console.width
     ):
         console.print(table)
-        return
-    console.print(_console_table(result, settings=False))
-    for line in cells(result):
-        if line[-1]:
-            console.print(f"{line[0]}: {line[-1]}", highlight=False)
+    else:
+        console.print(_console_table(result, settings=False))
+        for line in cells(result):
+            if line[-1]:
+                console.print(f"{line[0]}: {line[-1]}", highlight=False)
+    console.print(two_models(result), highlight=False)
+
+
+def two_models(result: dict[str, Any]) -> str:
+    """A line on the first two models merged alone."""
+    means = {row["method"]: f"{100 * row['mean']:.1f}" for row in result["two"]}
+    titles = " and ".join(list(result["tasks"].values())[:2])
+    others = ", ".join(f"{method} {mean}" for method, mean in means.items())
+    return f"Two models alone ({titles}), mean of both: {others}"
 
 
 def _console_table(result: dict[str, Any], *, settings: bool) -> Table:
@@ -117,7 +126,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"task; every other row is one model for all {len(result['tasks'])} tasks. Each method's "
         f"setting was picked from those in `results.json` on {counts['validation']} validation "
         f"images a task. {made_by('demo', result['measured'])}\n\n"
-        f"{markdown_table(heading, lines, ruler)}\n"
+        f"{markdown_table(heading, lines, ruler)}\n\n"
+        f"{two_models(result)}.\n"
     )
 
 

@@ -27,7 +27,7 @@ from benchmarks.common.provenance import provenance
 from benchmarks.common.recipes import Candidate, Merge, MergeError
 from benchmarks.common.sources import SourceError, fetch
 from benchmarks.demo import report, work
-from benchmarks.demo.methods import CANDIDATES
+from benchmarks.demo.methods import CANDIDATES, OF_TWO
 from benchmarks.demo.models import TASKS, fine_tuning
 from benchmarks.demo.stages import Stage, Stages
 
@@ -107,10 +107,10 @@ def run(
         with stages.stage(f"fine-tune one encoder a task ({len(names)})", len(names)) as stage:
             tuned = _finetune(pool, stage, titles, seed, settings)
         common = ((tuple(names), seed, settings), counts, fresh)
-        with stages.stage(
-            f"merge {len(CANDIDATES)} recipes with mergekit, validate", len(CANDIDATES)
-        ) as stage:
+        count = len(CANDIDATES) + len(OF_TWO)
+        with stages.stage(f"merge {count} recipes with mergekit, validate", count) as stage:
             trials = _merge(pool, stage, tuned, base, common)
+            of_two = _merge_two(pool, stage, list(tuned.values())[:2], base)
         best = {
             method: max(tried, key=lambda trial: _mean(trial[2]))
             for method, tried in trials.items()
@@ -118,6 +118,7 @@ def run(
         # The models of all tasks first: the small jobs fill what is left of the workers' time.
         jobs = {"pretrained": (base, names)}
         jobs |= {method: (merged.folder, names) for method, (_, merged, _) in best.items()}
+        jobs |= {f"two {method}": (folder, names[:2]) for method, folder in of_two.items()}
         jobs |= {f"fine-tuned {name}": (folder, [name]) for name, folder in tuned.items()}
         with stages.stage(f"test {len(jobs)} models", len(jobs)) as stage:
             found = _test(pool, stage, jobs, common)
@@ -130,10 +131,15 @@ def run(
             for method, (candidate, _, _) in best.items()
         ),
     ]
+    two = {name: fine[name] for name in names[:2]}
     return {
         "tasks": titles,
         "measured": measured,
         "rows": rows,
+        "two": [
+            _row("fine-tuned", "one model a task", two, two),
+            *(_row(method, "", found[f"two {method}"], two, merged=True) for method in of_two),
+        ],
         "counts": dict(counts),
         "seed": seed,
         "tensors": trials["cart"][0][1].tensors,
@@ -212,6 +218,14 @@ def _merge(
         tried = done[candidate.method, candidate.setting]
         trials.setdefault(candidate.method, []).append((candidate, *tried))
     return trials
+
+
+def _merge_two(
+    pool: work.Workers, stage: Stage, models: Sequence[Path], base: Path
+) -> dict[str, Path]:
+    """The first two models merged with nothing to choose, by method."""
+    jobs = {pool.submit(work.merge_two, one, models, base): one.method for one in OF_TWO}
+    return {jobs[future]: future.result() for future in pool.finished(jobs, stage.advance)}
 
 
 _SLOWEST = ("cart_auto", "ties", "cart", "dare_ties", "task_arithmetic", "linear")

@@ -146,6 +146,11 @@ def merge_and_validate(
     return merged, evaluator(merged.folder, "validation", told=lambda share: told(0.6 * share))
 
 
+def merge_two(_told: Told, candidate: Candidate, models: Sequence[Path], base: Path) -> Path:
+    """The folder of a merge that has no setting to choose."""
+    return merge(candidate, models, base, here=True).folder
+
+
 def test(
     told: Told,
     folder: Path,

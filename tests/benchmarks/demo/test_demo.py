@@ -134,7 +134,8 @@ def result():
     counts = {"validation": 3, "test": 5}
     measured = [{"cart_plugin": "0.1.0", "commit": "abc1234", "date": "2026-11-25"}]
     tasks = {"a": "Task A", "b": "Task B"}
-    return {"tasks": tasks, "rows": rows, "counts": counts, "measured": measured}
+    two = [row("fine-tuned", 1.0, 1.0), row("linear", 0.6, 0.7), row("cart_auto", 0.8, 0.9)]
+    return {"tasks": tasks, "rows": rows, "two": two, "counts": counts, "measured": measured}
 
 
 def test_the_markdown_table_has_a_row_a_method_and_marks_the_best(result):
@@ -145,6 +146,10 @@ def test_the_markdown_table_has_a_row_a_method_and_marks_the_best(result):
     assert lines[0].startswith("| method | Task A | Task B | mean | of fine-tuned |")
     assert lines[-1].startswith("| **cart** | **60.0** | **70.0** | **65.0** | **65 %** |")
     assert {line.count("|") for line in lines} == {7}
+    assert text.endswith(
+        "Two models alone (Task A and Task B), mean of both: fine-tuned 100.0, linear 65.0, "
+        "cart_auto 85.0.\n"
+    )
 
 
 def test_the_plot_is_written(result, tmp_path):
@@ -172,6 +177,8 @@ def test_the_whole_demo_on_a_tiny_suite(tiny_suite, monkeypatch, tmp_path):
         "cart_auto",
     ]
     assert len(saved["grid"]) == len(demo.CANDIDATES)
+    assert [row["method"] for row in saved["two"]] == ["fine-tuned", "linear", "cart_auto"]
+    assert all(row["test"].keys() == {"blocks", "more"} for row in saved["two"])
     assert str(tmp_path) not in (out / "results.json").read_text()
     check_plain_lines(outcome.output, out)
 
@@ -188,9 +195,15 @@ def check_plain_lines(output, out):
     assert "\r" not in output
     assert "\x1b" not in output
     parts = [
-        *("1/4 images", "2/4 fine-tune", "3/4 merge 10 recipes", "4/4 test 10 models"),
-        *("Test accuracy in per cent", str(out / "accuracy.png"), "s  images and", "s  fine-tune"),
-        *("s  merge 10", "s  test 10", "s  in all", "merge_method: cart_auto"),
+        *("1/4 images", "2/4 fine-tune", "3/4 merge 12 recipes", "4/4 test 12 models"),
+        *(
+            "Test accuracy in per cent",
+            "Two models alone",
+            str(out / "accuracy.png"),
+            "s  images and",
+            "s  fine-tune",
+        ),
+        *("s  merge 12", "s  test 12", "s  in all", "merge_method: cart_auto"),
         *("mergekit-cart doctor my.yaml", "mergekit-yaml my.yaml", "mergekit-cart compare my.yaml"),
     ]
     places = [output.find(part) for part in parts]
