@@ -118,10 +118,11 @@ def test_minimal_merges_all_matrices_at_the_defaults(
 def test_auto_merges_all_matrices_without_a_setting(
     merge: Callable[..., Merged], tmp_path: Path
 ) -> None:
-    merged = merge("auto.yaml", save_models(tmp_path, "llama"))
+    *models, base = save_models(tmp_path, "llama", count=4)
+    merged = merge("auto.yaml", models, base=base)
     name = "model.layers.2.self_attn.q_proj.weight"
-    stacked = [tensors[name].float() for tensors in merged.inputs]
-    expected = merge_tensors(stacked, CartSettings(lambda_="auto"), name=name)
+    *stacked, start = [tensors[name].float() for tensors in [*merged.inputs, load_tensors(base)]]
+    expected = merge_tensors(stacked, CartSettings(lambda_="auto"), base=start, name=name)
     assert torch.allclose(merged.tensors[name].float(), expected, rtol=1e-2, atol=1e-3)
     assert not merged.is_average(name)
     assert merged.is_average("lm_head.weight")
