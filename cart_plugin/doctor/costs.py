@@ -34,8 +34,8 @@ def check_memory(merges: Sequence[Merge], config: Recipe) -> Iterator[Finding]:
 
     The sum of: the program; all inputs of the tensor that needs most, in the dtype they are merged
     in; its copies in fp32, six if at most an eighth of its full rank is kept, thirteen if more is
-    or may be (`energy`), two if it is averaged; with `cart_auto` all models' factors and the system
-    that combines them; and the finished tensors that wait until their
+    or may be (`energy`), two if it is averaged; with `cart_auto` all models' factors, the system
+    that combines them and, with a base model, one more copy; and the finished tensors that wait until their
     shard of the result is full, 5 GB of them unless --out-shard-size is set.
     Files that the system keeps in memory because they were read are not counted: it gives that
     memory back.
@@ -98,6 +98,7 @@ def _peak(merge: Merge, config: Recipe) -> float:
             rank = min(m, n) if share is None else round(share * min(m, n))
             ranks = min(n, len(merge.inputs) * rank)
             inputs += 4 * stack * _COPIES_SYSTEM * (ranks * (m + n) + ranks**2)
+            copies += merge.takes_base  # the mean of what the models changed
     return inputs + copies * 4 * elements
 
 

@@ -88,10 +88,12 @@ def test_equal_models_come_out_unchanged_to_the_last_bit() -> None:
         assert torch.equal(merge_tensors([tensor] * 4), tensor)
 
 
-def peak(tensors: Sequence[torch.Tensor], settings: CartSettings) -> int:
+def peak(
+    tensors: Sequence[torch.Tensor], settings: CartSettings, base: torch.Tensor | None = None
+) -> int:
     """Most bytes that torch asks its allocator for while it merges, by its profiler."""
     with torch.profiler.profile(profile_memory=True, record_shapes=False) as profiler:
-        merge_tensors(tensors, settings, name="w")
+        merge_tensors(tensors, settings, base=base, name="w")
     used = highest = 0
     for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
         if event.name() == "[memory]":
@@ -120,3 +122,13 @@ def test_peak_memory_of_auto_is_within_what_it_says(m: int, n: int, count: int) 
     if count * int(0.16 * min(m, n)) >= n:  # from there on, more models take no more
         more = peak(versions(m, n, count=2 * count), CartSettings(lambda_="auto", svd=EXACT))
         assert more <= 1.15 * auto
+
+
+@pytest.mark.parametrize(("m", "n"), [(256, 256), (512, 128), (128, 512)])
+@pytest.mark.parametrize("count", [2, 4, 20])
+def test_peak_memory_with_a_base_is_within_what_it_says(m: int, n: int, count: int) -> None:
+    *tensors, base = versions(m, n, count=count + 1)
+    auto = peak(tensors, CartSettings(lambda_="auto", svd=EXACT), base)
+    plain = peak(versions(m, n), CartSettings(rank_ratio=0.16, svd=EXACT))
+    k = min(n, count * int(0.16 * min(m, n)))
+    assert auto <= max(plain, 4 * m * n) + 4 * (2 * k * (m + n) + 2 * k**2 + 4 * m * n)
