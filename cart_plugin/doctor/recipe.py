@@ -20,13 +20,16 @@ from cart_plugin.doctor.layout import Recipe, check_ranges, references
 from cart_plugin.errors import first_line
 
 
-def check_recipe(path: Path, out: Path | None, show: Callable[[Section], None]) -> None:
+def check_recipe(
+    path: Path, out: Path | None, show: Callable[[Section], None], *, fuses: bool = False
+) -> None:
     """Check a recipe file, showing each section as it is ready.
 
     Args:
         path: the YAML file, with one recipe or several (for mergekit-multi).
         out: folder of the result, for the room on its file system; the current one if None.
         show: receives the sections.
+        fuses: adapters are fused before mergekit runs, as `mergekit-cart merge` does it.
     """
     title = f"Recipe {path}"
     documents, findings = load(path)
@@ -34,13 +37,13 @@ def check_recipe(path: Path, out: Path | None, show: Callable[[Section], None]) 
         show(Section(title, findings))
         return
     if len(documents) == 1:
-        _check_document(documents[0], title, set(), out, show)
+        _check_document(documents[0], title, set(), out, show, fuses)
         return
     show(Section(title, [_check_names(documents)]))
     made = {str(document["name"]) for document in documents if "name" in document}
     for number, document in enumerate(documents, start=1):
         part = f"Recipe {number} of {len(documents)}: {document.get('name', 'the final merge')}"
-        _check_document(document, part, made, out, show)
+        _check_document(document, part, made, out, show, fuses)
 
 
 def example_recipes() -> Path:
@@ -87,6 +90,7 @@ def _check_document(
     made: set[str],
     out: Path | None,
     show: Callable[[Section], None],
+    fuses: bool,
 ) -> None:
     """Check one recipe as far as it goes; `made` are the names of the file's other recipes."""
     kind = schema.recipe_class(document)
@@ -110,6 +114,8 @@ def _check_document(
     if out is not None and (in_the_way := output.check_out(out, config)):
         show(Section("Output", in_the_way))
     checkpoints, findings = _read_inputs(config, made)
+    if not fuses:
+        findings += adapters.check_cache(config)
     show(Section("Inputs", findings))
     if checkpoints is None:
         return
@@ -167,7 +173,6 @@ def _read_inputs(
         findings += unreadable or [files.summary(checkpoint), *files.check_format(checkpoint)]
         complete = complete and not unreadable
         checkpoints[label] = checkpoint
-    findings += adapters.check_cache(config)
     return checkpoints if complete else None, findings
 
 

@@ -131,7 +131,7 @@ def check_plan(
         return findings
     findings += _check_losses(plan, checkpoints, config)
     findings += _check_shapes(merges, config)
-    findings += check_casts(merges, config)
+    findings += check_casts(merges, checkpoints, config)
     findings += likeness.check(checkpoints, config, _vocabulary_rows(merges))
     findings += _check_filters(merges, config, method)
     if is_cart(method):

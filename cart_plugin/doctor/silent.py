@@ -10,7 +10,7 @@ from mergekit.common import dtype_from_name
 from mergekit.config import MergeConfiguration
 
 from cart_plugin.checkpoints import agreement
-from cart_plugin.checkpoints.headers import TensorInfo
+from cart_plugin.checkpoints.headers import StoredTensor, TensorInfo
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor.findings import Finding, count, problem, some, warning
 from cart_plugin.doctor.layout import Recipe
@@ -58,11 +58,13 @@ def check_contributors(
     yield problem(*agreement.stranger_fact(namer, strangers, example, is_base=namer in bases))
 
 
-def check_casts(merges: Sequence[Merge], config: Recipe) -> Iterator[Finding]:
+def check_casts(
+    merges: Sequence[Merge], checkpoints: Mapping[str, Checkpoint], config: Recipe
+) -> Iterator[Finding]:
     """Report casts outside the methods' sight: of integers before, to float16 after the merge.
 
     mergekit casts a finished tensor to `out_dtype` when it writes it, so that no method can check
-    it: this warning, and the check of the written file by `mergekit-cart merge`, stand for that.
+    it: the inputs' values are read for that, and the written file by `mergekit-cart merge`.
     """
     wide = _dtype(config.dtype)
     if wide is None:
@@ -71,12 +73,7 @@ def check_casts(merges: Sequence[Merge], config: Recipe) -> Iterator[Finding]:
         }
         wide = next((dtype for dtype in found if dtype and _is_beyond_half(dtype)), None)
     if _dtype(config.out_dtype) is torch.float16 and wide and _is_beyond_half(wide):
-        yield warning(
-            f"out_dtype: values beyond 65,504 in the merged {str(wide).removeprefix('torch.')} "
-            "tensors would be saved as infinite, and mergekit does not look",
-            "write `dtype: float16` instead (cart computes in float32 all the same, and stops at "
-            "such values), or out_dtype: bfloat16",
-        )
+        yield from _check_range(checkpoints)
     dtype = config.dtype or config.out_dtype
     whole = [merge.planned.name for merge in merges if not merge.is_floating]
     if whole and dtype and isinstance(config, MergeConfiguration):
@@ -84,6 +81,44 @@ def check_casts(merges: Sequence[Merge], config: Recipe) -> Iterator[Finding]:
             f"mergekit casts {count(len(whole), 'integer tensor')} ({some(whole)}) to {dtype}, "
             "which does not hold all integers",
             "leave dtype and out_dtype out, so that they are copied",
+        )
+
+
+# A merged value may be larger than those it was merged from: a sum of differences, or a `lambda`.
+_MARGIN = 16
+
+
+def _check_range(checkpoints: Mapping[str, Checkpoint]) -> Iterator[Finding]:
+    """Report weights that float16 does not hold, or may not hold after a merge."""
+    half = torch.finfo(torch.float16).max
+    advice = (
+        "write `dtype: float16` instead (cart computes in float32 all the same, and stops at such "
+        "values), or out_dtype: bfloat16"
+    )
+    largest, where = 0.0, ""
+    unread = []
+    for label, checkpoint in checkpoints.items():
+        for name, info in checkpoint.tensors.items():
+            if not info.is_floating or not info.elements:
+                continue
+            if not isinstance(info, StoredTensor):
+                unread.append(label)
+                break
+            found = float(checkpoint.read(name).float().abs().amax())
+            if found > largest:
+                largest, where = found, f"{name} of {label}"
+    if largest > half:
+        yield problem(
+            f"out_dtype: {where} holds values up to {largest:,.0f}; beyond {half:,.0f} they would "
+            "be saved as infinite, and mergekit does not look",
+            advice,
+        )
+    elif unread or largest > half / _MARGIN:
+        known = f"not known of {unread[0]}" if unread else f"up to {largest:,.0f} in {where}"
+        yield warning(
+            f"out_dtype: merged values beyond {half:,.0f} would be saved as infinite, and mergekit "
+            f"does not look; the inputs' are {known}",
+            advice,
         )
 
 

@@ -46,7 +46,7 @@ def examine(recipe: Path, out: Path, show: Callable[[Section], None]) -> list[Fi
         show(Section(section.title, findings))
 
     try:
-        check_recipe(recipe, out, see)
+        check_recipe(recipe, out, see, fuses=True)
     except Exception as error:  # whatever is wrong with a recipe, its author gets no traceback
         advice = "please report this with the recipe; with --force the merge may still work"
         see(

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.doctor.conftest import Report
 from tests.doctor.gpt2 import save_gpt2
-from tests.doctor.tiny import change_config, edit_weights, load_tensors
+from tests.doctor.tiny import change_config, edit_weights, load_tensors, save_models
 
 # A base without the head of the fine-tuned models
 
@@ -201,12 +201,30 @@ def test_an_unknown_difference_is_a_warning(
 # Casts that no method sees
 
 
-def test_float16_after_a_merge_in_float32(check: Callable[..., Report], llamas: list[str]) -> None:
-    report = check(llamas, dtype="float32", out_dtype="float16")
-    report.has_only_warning("beyond 65,504", "infinite", "dtype: float16")
-    check(llamas, out_dtype="float16").has_only_warning("beyond 65,504")
-    check(llamas, out_dtype="bfloat16").is_clean()
-    check(llamas, dtype="float16", out_dtype="float16").is_clean()
+@pytest.mark.parametrize("dtype", ["float32", None])
+def test_float16_after_a_merge_in_float32(
+    dtype: str | None, check: Callable[..., Report], own_llamas: list[str]
+) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    recipe = {"dtype": dtype, "out_dtype": "float16"}
+    check(own_llamas, **recipe).is_clean()
+    edit_weights(own_llamas[1], lambda tensors: tensors[name][0].fill_(-60_000.0))
+    report = check(own_llamas, **recipe)
+    report.has_only_warning("beyond 65,504", "infinite", f"up to 60,000 in {name}", "bfloat16")
+    edit_weights(own_llamas[1], lambda tensors: tensors[name][0].fill_(70_000.0))
+    report = check(own_llamas, **recipe)
+    report.has_only_problem(name, "up to 70,000", "infinite", "dtype: float16")
+    check(own_llamas, out_dtype="bfloat16").is_clean()
+    check(own_llamas, dtype="float16", out_dtype="float16").is_clean()
+
+
+def test_values_of_pickles_are_not_read(check: Callable[..., Report], tmp_path: Path) -> None:
+    folders = save_models(tmp_path, "llama")
+    whole = load_tensors(folders[0])
+    torch.save(whole, Path(folders[0]) / "pytorch_model.bin")
+    (Path(folders[0]) / "model.safetensors").unlink()
+    report = check(folders, out_dtype="float16", dtype="float32")
+    assert f"the inputs' are not known of {folders[0]}" in report.text
 
 
 # Masks and tables
