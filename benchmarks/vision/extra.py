@@ -6,17 +6,21 @@ Named by the suite's commands: `fusion_bench ... method._target_=benchmarks.visi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from fusion_bench import BaseAlgorithm, BaseModelPool
+from fusion_bench.method.doge_ta.doge_ta import DOGE_TA_Algorithm
 from fusion_bench.method.regmean.regmean import RegMeanAlgorithm
 from fusion_bench.models.wrappers.switch import SwitchModule
+from fusion_bench.utils import instantiate
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from benchmarks.common.peers import ace, aswudi, dc_merge, svc, swudi
 from cart_plugin.fusion_bench.taskpool import ImageClassificationTaskPool
 
 
@@ -127,21 +131,130 @@ class GramWUDI(BaseAlgorithm):
         super().__init__(**kwargs)
         self.iter_num, self.exclude_keys = iter_num, exclude_keys
 
-    @torch.no_grad()
     def run(self, modelpool: BaseModelPool) -> nn.Module:
         """Merge the pool's models."""
-        pretrained = modelpool.load_pretrained_model()
-        base = pretrained.state_dict()
-        tuned = [model.state_dict() for model in modelpool.models()]
-        excluded = set(self.exclude_keys or ())
-        merged = {}
-        for name, tensor in base.items():
-            vectors = torch.stack([state[name] - tensor for state in tuned])
-            matrix = tensor.dim() == 2 and name not in excluded
-            delta = wudi(vectors, self.iter_num) if matrix else vectors.mean(dim=0)
-            merged[name] = tensor + delta
-        pretrained.load_state_dict(merged)
-        return pretrained
+
+        def merge(vectors: Sequence[Tensor]) -> Tensor:
+            return wudi(torch.stack(list(vectors)), self.iter_num)
+
+        return _merged(modelpool, merge, excluded=self.exclude_keys or ())
+
+
+class Peer(BaseAlgorithm):
+    """A method of `benchmarks.common.peers`, on whole encoders.
+
+    As their authors do, matrices are merged by the method, all else (biases, norms, position
+    embeddings, convolution kernels) is averaged, and both are scaled. For ACE this is a guess: the
+    paper's accounts that could be read do not say.
+
+    Args:
+        rule: the method's name.
+        scaling_factor: of what is added to the base.
+        **options: the method's own.
+    """
+
+    rules: Mapping[str, Callable[..., Tensor]] = {
+        "aswudi": aswudi,
+        "swudi": swudi,
+        "ace": ace,
+        "dc_merge": dc_merge,
+    }
+
+    def __init__(self, rule: str, scaling_factor: float = 1.0, **options: Any) -> None:
+        super().__init__()
+        self.merge, self.scaling_factor = partial(self.rules[rule], **options), scaling_factor
+
+    def run(self, modelpool: BaseModelPool) -> nn.Module:
+        """Merge the pool's models."""
+        return _merged(modelpool, self.merge, self.scaling_factor)
+
+
+class Calibrated(BaseAlgorithm):
+    """SVC (`benchmarks.common.peers.svc`) of what another method merges; all but matrices stay.
+
+    FusionBench has it, too, but hands the merged model to its pool, where that of DINOv2 takes
+    only paths.
+
+    Args:
+        base_method: the other method, as FusionBench's configs have it.
+        alpha: the least share, `a` in `svc`; 1 / T if not given.
+    """
+
+    def __init__(self, base_method: Mapping[str, Any], alpha: float | None = None) -> None:
+        super().__init__()
+        self.base_method, self.alpha = instantiate(base_method), alpha
+
+    def run(self, modelpool: BaseModelPool) -> nn.Module:
+        """Merge the pool's models."""
+        before = self.base_method.run(modelpool).state_dict()
+
+        def calibrate(name: str, base: Tensor, vectors: Sequence[Tensor]) -> Tensor:
+            merged = before[name] - base
+            return svc(merged, vectors, self.alpha) if base.dim() == 2 else merged
+
+        return _added(modelpool, calibrate)
+
+
+class MatrixDOGE(DOGE_TA_Algorithm):
+    """FusionBench's DOGE (arXiv 2501.01230) on matrices only, and faster.
+
+    FusionBench merges what is a weight of the encoder and no norm, and knows norms by the name that
+    CLIP gives them; it fails at DINOv2's. The loss is the same in two products.
+    """
+
+    def compute_task_vectors(self, modelpool: BaseModelPool, pretrained_model: nn.Module) -> Any:
+        """Task vectors by model, without those of norms."""
+        found = super().compute_task_vectors(modelpool, pretrained_model)
+        return [
+            {name: vector for name, vector in one.items() if vector.dim() == 2} for one in found
+        ]
+
+    def taskvector_loss(
+        self, layer_vectors: Tensor, layer_delta: Tensor, layer_lamdas: Tensor
+    ) -> Tensor:
+        """The sum over tasks and rows of ``<v_t, v_t - sum_s lambda_s (v_s + delta)>^2``.
+
+        Args:
+            layer_vectors: task vectors, (T, m, n).
+            layer_delta: what is learned, (m, n).
+            layer_lamdas: by task, (T,).
+        """
+        merged = torch.einsum("t,tmn->mn", layer_lamdas, layer_vectors)
+        own = layer_vectors.square().sum(dim=-1)
+        shared = torch.einsum(
+            "tmn,mn->tm", layer_vectors, merged + layer_lamdas.sum() * layer_delta
+        )
+        return (own - shared).square().sum()
+
+
+def _merged(
+    modelpool: BaseModelPool,
+    merge: Callable[[Sequence[Tensor]], Tensor],
+    scale: float = 1.0,
+    excluded: Sequence[str] = (),
+) -> nn.Module:
+    """The pretrained model plus merged task vectors: by `merge` for matrices, else their mean."""
+
+    def delta(name: str, base: Tensor, vectors: Sequence[Tensor]) -> Tensor:
+        matrix = base.dim() == 2 and name not in excluded
+        return scale * (merge(vectors) if matrix else torch.stack(list(vectors)).mean(dim=0))
+
+    return _added(modelpool, delta)
+
+
+@torch.no_grad()
+def _added(
+    modelpool: BaseModelPool, delta: Callable[[str, Tensor, Sequence[Tensor]], Tensor]
+) -> nn.Module:
+    """The pretrained model plus, for each tensor, `delta` of its name, itself and task vectors."""
+    pretrained = modelpool.load_pretrained_model()
+    tuned = [model.state_dict() for model in modelpool.models()]
+    merged = {
+        name: tensor + delta(name, tensor, [state[name] - tensor for state in tuned])
+        for name, tensor in pretrained.state_dict().items()
+    }
+    pretrained.load_state_dict(merged)
+    return pretrained
 
 
 def wudi(vectors: Tensor, steps: int, rate: float = 1e-5) -> Tensor:

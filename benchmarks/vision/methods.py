@@ -63,6 +63,8 @@ _LARGE_SCALES = (0.3, 0.5, 0.7, 0.85, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5, 3.0)
 _FEW_SCALES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6)
 _LAMBDAS = (2.0, 3.0, 4.0, 6.0)
 _OWN = "benchmarks.vision.extra"
+PEER = f"method._target_={_OWN}.Peer"  # with "+method.rule=", a method of benchmarks.common.peers
+_CALIBRATED = (f"method._target_={_OWN}.Calibrated", "+method.alpha=1.0")  # the authors' for TSV-M
 # AdaMerging on encoders: heads from the task pool, images that need no processing.
 _ADAPTING = (
     "method.heads=${taskpool.heads}",
@@ -129,6 +131,54 @@ METHODS: dict[str, Method] = {
         "wudi/wudi",
         (f"method._target_={_OWN}.GramWUDI",),
         {"iter_num": (100, 300, 1000)},
+    ),
+    "aswudi": Method("ASWUDI", "dummy", (PEER, "+method.rule=aswudi")),
+    "swudi": Method(
+        "SWUDI",
+        "dummy",
+        (PEER, "+method.rule=swudi", "+method.rank_ratio=0.65", "+method.time=300"),
+        # What the authors report for CLIP and Llama, and a lower rank.
+        {"rank_ratio": (0.35, 0.5, 0.65, 0.85), "time": (300, 1300)},
+    ),
+    "ace": Method(
+        "ACE-Merging",
+        "dummy",
+        (PEER, "+method.rule=ace", "+method.eps=1e-5"),
+        {"eps": (1e-6, 1e-5, 2e-4, 1e-3, 1e-2, 4e-2)},
+    ),
+    "dc_merge": Method(
+        "DC-Merge",
+        "dummy",
+        (PEER, "+method.rule=dc_merge", "+method.scaling_factor=1"),
+        {"scaling_factor": _LARGE_SCALES},
+        "scaling_factor",
+    ),
+    "svc": Method(
+        "SVC, task arithmetic",
+        "dummy",
+        (
+            *_CALIBRATED,
+            "+method.base_method={_target_: fusion_bench.method.TaskArithmeticAlgorithm,"
+            " scaling_factor: 1.0}",
+        ),
+        # The authors take 1 / T. Where no share is below alpha, the sum's scale changes nothing.
+        {"alpha": (0.05, 0.125, 0.25, 0.5), "base_method.scaling_factor": (0.3, 0.6, 1.0)},
+    ),
+    "svc_tsvm": Method(
+        "SVC, TSV-M",
+        "dummy",
+        (
+            *_CALIBRATED,
+            "+method.base_method={_target_: fusion_bench.method."
+            "TaskSingularVectorMerging, alpha: 1.0}",
+        ),
+        {"base_method.alpha": (0.7, 0.85, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0)},
+    ),
+    "doge": Method(
+        "DOGE, task arithmetic",
+        "doge_ta/doge_ta",
+        (f"method._target_={_OWN}.MatrixDOGE",),
+        {"lamda": (0.03, 0.05, 0.07, 0.1, 0.15)},
     ),
     "regmean": Method(
         "RegMean",

@@ -19,6 +19,7 @@ from benchmarks.vision.methods import (
     INDEXING_RATIOS,
     INDIVIDUAL,
     METHODS,
+    PEER,
     PRETRAINED,
     Method,
     Point,
@@ -174,6 +175,11 @@ def _grid(method: Method, pools: tuple[str, ...]) -> Iterator[Job]:
 def of_the_plugin(name: str) -> bool:
     """Whether the plugin's core decides a case, and not FusionBench alone."""
     return " method=cart" in name and " method=cart/plain_adamerging" not in name
+
+
+def of_a_peer(name: str) -> bool:
+    """Whether `benchmarks.common.peers` decides a case."""
+    return f" {PEER} " in name
 
 
 def short(name: str) -> str:
