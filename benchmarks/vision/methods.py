@@ -178,7 +178,7 @@ METHODS: dict[str, Method] = {
         "DOGE, task arithmetic",
         "doge_ta/doge_ta",
         (f"method._target_={_OWN}.MatrixDOGE",),
-        {"lamda": (0.03, 0.05, 0.07, 0.1, 0.15)},
+        {"lamda": (0.05, 0.07, 0.1)},
     ),
     "regmean": Method(
         "RegMean",
