@@ -15,6 +15,7 @@ from benchmarks.common.record import Record
 from benchmarks.vision.jobs import Case, Job, mean, run_all
 from benchmarks.vision.methods import (
     BY_TASKS,
+    CALIBRATED,
     HEAT,
     INDEXING_RATIOS,
     INDIVIDUAL,
@@ -179,7 +180,7 @@ def of_the_plugin(name: str) -> bool:
 
 def of_a_peer(name: str) -> bool:
     """Whether `benchmarks.common.peers` decides a case."""
-    return f" {PEER} " in name
+    return f" {PEER} " in name or f" {CALIBRATED} " in name
 
 
 def short(name: str) -> str:

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from benchmarks.vision import backbone, jobs, methods, suite, tasks
 from benchmarks.vision.methods import METHODS, MOST_POINTS
 from benchmarks.vision.program import command
-from benchmarks.vision.run import Plan
+from benchmarks.vision.run import Plan, of_a_peer
 from tests.benchmarks.synthetic import BLOCKS
 
 pytest.importorskip("fusion_bench")
@@ -139,15 +139,15 @@ def test_peers_merge_matrices_by_their_function_and_nothing_else(laid_out, key):
     merged_by = {
         "aswudi": lambda taus, _: peers.aswudi(taus),
         "swudi": lambda taus, _: peers.swudi(taus, time=1300, rank_ratio=0.85),
-        "ace": lambda taus, _: peers.ace(taus, eps=4e-2),
-        "dc_merge": lambda taus, _: 3.0 * peers.dc_merge(taus),
-        "svc": lambda taus, before: peers.svc(before, taus, 0.5),
+        "ace": lambda taus, _: peers.ace(taus, eps=1e-3),
+        "dc_merge": lambda taus, _: 1.6 * peers.dc_merge(taus, density=1e-2),
+        "svc": lambda taus, before: peers.svc(before, taus),
         "svc_tsvm": lambda taus, before: peers.svc(before, taus, 1.0),
     }[key]
     without = {  # what gives all that is not a matrix, and what SVC starts from
         "svc": ("method=task_arithmetic", "method.scaling_factor=1.0"),
         "svc_tsvm": ("method=task_singular_vector/TaskSingularVectorMerging", "method.alpha=2.0"),
-        "dc_merge": ("method=task_arithmetic", f"method.scaling_factor={3.0 / len(NAMES)}"),
+        "dc_merge": ("method=task_arithmetic", f"method.scaling_factor={1.6 / len(NAMES)}"),
     }.get(key, ("method=simple_average",))
     base, before = state("method=dummy"), state(*without)
     tuned = [state("method=dummy", _as_pretrained(name)) for name in NAMES]
@@ -208,6 +208,13 @@ def test_no_method_may_choose_from_more_settings_than_the_others():
     assert all(1 <= len(method.points()) <= MOST_POINTS for method in METHODS.values())
     for method in METHODS.values():
         assert method.scale in (None, list(method.grid)[-1:] and list(method.grid)[-1])
+
+
+def test_the_record_knows_which_cases_the_peers_decide():
+    decided = [
+        key for key, method in METHODS.items() if of_a_peer(command(method.overrides({})) + " ")
+    ]
+    assert decided == ["aswudi", "swudi", "ace", "dc_merge", "svc", "svc_tsvm"]
 
 
 def test_the_command_of_fewer_tasks_leaves_the_others_out():
