@@ -57,7 +57,7 @@ bench-merge: $(STAMP) ## whole merges: cart beside other methods, and how its ti
 bench-accuracy: $(STAMP) ## accuracy of the demo's merges by cart with svd exact and fast
 	$(BIN)/python -m benchmarks.solvers.fast_accuracy
 
-bench-vision: $(STAMP) ## 19 merging methods on eight image tasks, tuned alike (two hours; one from cached encoders)
+bench-vision: $(STAMP) ## 26 merging methods on eight image tasks, tuned alike (hours; from cached encoders one less)
 	$(BIN)/python -m benchmarks.vision
 
 bench-text: $(STAMP) ## merge methods of mergekit on eight text tasks, by mergekit-cart compare

@@ -6,17 +6,21 @@ Named by the suite's commands: `fusion_bench ... method._target_=benchmarks.visi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from fusion_bench import BaseAlgorithm, BaseModelPool
+from fusion_bench.method.doge_ta.doge_ta import DOGE_TA_Algorithm
 from fusion_bench.method.regmean.regmean import RegMeanAlgorithm
 from fusion_bench.models.wrappers.switch import SwitchModule
+from fusion_bench.utils import instantiate
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from benchmarks.common.peers import ace, aswudi, dc_merge, svc, swudi
 from cart_plugin.fusion_bench.taskpool import ImageClassificationTaskPool
 
 
@@ -127,21 +131,134 @@ class GramWUDI(BaseAlgorithm):
         super().__init__(**kwargs)
         self.iter_num, self.exclude_keys = iter_num, exclude_keys
 
-    @torch.no_grad()
     def run(self, modelpool: BaseModelPool) -> nn.Module:
         """Merge the pool's models."""
-        pretrained = modelpool.load_pretrained_model()
-        base = pretrained.state_dict()
-        tuned = [model.state_dict() for model in modelpool.models()]
-        excluded = set(self.exclude_keys or ())
-        merged = {}
-        for name, tensor in base.items():
-            vectors = torch.stack([state[name] - tensor for state in tuned])
-            matrix = tensor.dim() == 2 and name not in excluded
-            delta = wudi(vectors, self.iter_num) if matrix else vectors.mean(dim=0)
-            merged[name] = tensor + delta
-        pretrained.load_state_dict(merged)
-        return pretrained
+
+        def merge(vectors: Sequence[Tensor]) -> Tensor:
+            return wudi(torch.stack(list(vectors)), self.iter_num)
+
+        return _merged(modelpool, merge, excluded=self.exclude_keys or ())
+
+
+class Peer(BaseAlgorithm):
+    """A method of `benchmarks.common.peers`, on whole encoders.
+
+    As their authors do, matrices are merged by the method, all else (biases, norms, position
+    embeddings, convolution kernels) is averaged, and both are scaled. For ACE this is a guess: the
+    paper's accounts that could be read do not say.
+
+    Args:
+        rule: the method's name.
+        scaling_factor: of what is added to the base.
+        **options: the method's own.
+    """
+
+    rules: Mapping[str, Callable[..., Tensor]] = {
+        "aswudi": aswudi,
+        "swudi": swudi,
+        "ace": ace,
+        "dc_merge": dc_merge,
+    }
+
+    def __init__(self, rule: str, scaling_factor: float = 1.0, **options: Any) -> None:
+        super().__init__()
+        self.merge, self.scaling_factor = partial(self.rules[rule], **options), scaling_factor
+
+    def run(self, modelpool: BaseModelPool) -> nn.Module:
+        """Merge the pool's models."""
+        return _merged(modelpool, self.merge, self.scaling_factor)
+
+
+class Calibrated(BaseAlgorithm):
+    """SVC (`benchmarks.common.peers.svc`) of what another method merges; all but matrices stay.
+
+    FusionBench has it, too, but hands the merged model to its pool, where that of DINOv2 takes
+    only paths.
+
+    Args:
+        base_method: the other method, as FusionBench's configs have it.
+        alpha: the least share, `a` in `svc`; 1 / T if not given.
+    """
+
+    def __init__(self, base_method: Mapping[str, Any], alpha: float | None = None) -> None:
+        super().__init__()
+        self.base_method, self.alpha = instantiate(base_method), alpha
+
+    def run(self, modelpool: BaseModelPool) -> nn.Module:
+        """Merge the pool's models."""
+        before = self.base_method.run(modelpool).state_dict()
+
+        def calibrate(name: str, base: Tensor, vectors: Sequence[Tensor]) -> Tensor:
+            merged = before[name] - base
+            return svc(merged, vectors, self.alpha) if base.dim() == 2 else merged
+
+        return _added(modelpool, calibrate)
+
+
+class MatrixDOGE(DOGE_TA_Algorithm):
+    """FusionBench's DOGE (arXiv 2501.01230) on matrices only, and faster.
+
+    FusionBench merges what is a weight of the encoder and no norm, and knows norms by the name that
+    CLIP gives them; it fails at DINOv2's. For ``r_t``, by row, ``<v_t, v_t - sum_s lambda_s (v_s +
+    delta)>`` its loss is ``sum_t ||r_t||^2``, so a step of Adam (400 at 1e-4, its gradient kept out
+    of the projection) takes two products; theirs makes as many passes for each task.
+    """
+
+    steps, rate = 400, 1e-4
+
+    def compute_task_vectors(self, modelpool: BaseModelPool, pretrained_model: nn.Module) -> Any:
+        """Task vectors by model, without those of norms."""
+        found = super().compute_task_vectors(modelpool, pretrained_model)
+        return [
+            {name: vector for name, vector in one.items() if vector.dim() == 2} for one in found
+        ]
+
+    @torch.no_grad()
+    def optimize_delta(self, task_vectors: Sequence[Mapping[str, Tensor]]) -> None:
+        """Learn, for each matrix, what is added to all its task vectors."""
+        self.delta = {}
+        for name in task_vectors[0]:
+            rows = torch.stack([one[name] for one in task_vectors], dim=1)  # (m, T, n)
+            scales = torch.stack([one[name] for one in self.lamdas])
+            own = rows.square().sum(dim=2) - (rows @ (scales @ rows)[..., None])[..., 0]
+            delta = nn.Parameter(torch.zeros_like(rows[:, 0]))
+            optimizer = torch.optim.Adam([delta], lr=self.rate)
+            for _ in range(self.steps):
+                left = own - scales.sum() * (rows @ delta[..., None])[..., 0]
+                slope = -2 * scales.sum() * (left[:, None] @ rows)[:, 0]
+                delta.grad = slope - self.projection[name] @ slope
+                optimizer.step()
+            self.delta[name] = delta
+
+
+def _merged(
+    modelpool: BaseModelPool,
+    merge: Callable[[Sequence[Tensor]], Tensor],
+    scale: float = 1.0,
+    excluded: Sequence[str] = (),
+) -> nn.Module:
+    """The pretrained model plus merged task vectors: by `merge` for matrices, else their mean."""
+
+    def delta(name: str, base: Tensor, vectors: Sequence[Tensor]) -> Tensor:
+        matrix = base.dim() == 2 and name not in excluded
+        return scale * (merge(vectors) if matrix else torch.stack(list(vectors)).mean(dim=0))
+
+    return _added(modelpool, delta)
+
+
+@torch.no_grad()
+def _added(
+    modelpool: BaseModelPool, delta: Callable[[str, Tensor, Sequence[Tensor]], Tensor]
+) -> nn.Module:
+    """The pretrained model plus, for each tensor, `delta` of its name, itself and task vectors."""
+    pretrained = modelpool.load_pretrained_model()
+    tuned = [model.state_dict() for model in modelpool.models()]
+    merged = {
+        name: tensor + delta(name, tensor, [state[name] - tensor for state in tuned])
+        for name, tensor in pretrained.state_dict().items()
+    }
+    pretrained.load_state_dict(merged)
+    return pretrained
 
 
 def wudi(vectors: Tensor, steps: int, rate: float = 1e-5) -> Tensor:

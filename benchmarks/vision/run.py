@@ -15,10 +15,12 @@ from benchmarks.common.record import Record
 from benchmarks.vision.jobs import Case, Job, mean, run_all
 from benchmarks.vision.methods import (
     BY_TASKS,
+    CALIBRATED,
     HEAT,
     INDEXING_RATIOS,
     INDIVIDUAL,
     METHODS,
+    PEER,
     PRETRAINED,
     Method,
     Point,
@@ -174,6 +176,11 @@ def _grid(method: Method, pools: tuple[str, ...]) -> Iterator[Job]:
 def of_the_plugin(name: str) -> bool:
     """Whether the plugin's core decides a case, and not FusionBench alone."""
     return " method=cart" in name and " method=cart/plain_adamerging" not in name
+
+
+def of_a_peer(name: str) -> bool:
+    """Whether `benchmarks.common.peers` decides a case."""
+    return f" {PEER} " in name or f" {CALIBRATED} " in name
 
 
 def short(name: str) -> str:

@@ -22,6 +22,7 @@ from rich.console import Console
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes from local folders
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads must not spin on a busy machine
 
+from benchmarks.common import peers
 from benchmarks.common.cache import write_json
 from benchmarks.common.commands import out_option, publish, report_option, workers_option
 from benchmarks.common.measure import RESULTS
@@ -31,7 +32,7 @@ from benchmarks.vision.methods import METHODS
 from benchmarks.vision.plots import save_plots
 from benchmarks.vision.report import markdown
 from benchmarks.vision.results import results
-from benchmarks.vision.run import Plan, Run, of_the_plugin
+from benchmarks.vision.run import Plan, Run, of_a_peer, of_the_plugin
 from benchmarks.vision.tasks import SUITE, TASKS
 
 PACKAGES = ("fusion-bench", "torch", "transformers", "numpy", "scipy", "lightning", "hydra-core")
@@ -116,8 +117,11 @@ def run_suite(
     """Do a plan; return the results as plain data (see `results`)."""
     inputs = prepare(plan, workers, console)
     # Not timed: FusionBench's imports change the numbers of threads; workers use one.
-    current = conditions(MERGES, PACKAGES, timed=False, **inputs)
-    spared = {"revisions": lambda case: not of_the_plugin(case)}
+    current = conditions(MERGES, PACKAGES, timed=False, peers=peers.REVISION, **inputs)
+    spared = {
+        "revisions": lambda case: not of_the_plugin(case),
+        "peers": lambda case: not of_a_peer(case),
+    }
     record = Record(out / "cases.json", current, not fresh, spared)
     if record.discarded:
         console.print(f"earlier cases are done again: {record.discarded}")

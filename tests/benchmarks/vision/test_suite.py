@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from benchmarks.vision import backbone, jobs, methods, suite, tasks
 from benchmarks.vision.methods import METHODS, MOST_POINTS
 from benchmarks.vision.program import command
-from benchmarks.vision.run import Plan
+from benchmarks.vision.run import Plan, of_a_peer
 from tests.benchmarks.synthetic import BLOCKS
 
 pytest.importorskip("fusion_bench")
@@ -90,7 +90,7 @@ def test_fusion_bench_gives_the_accuracy_of_the_encoder_folders(laid_out):
 
     settings = strength("blocks")
     heads = {name: load_head(name, 0, settings) for name in NAMES}
-    merged = merge(["method=dummy", "modelpool.models._pretrained_=${modelpool.models.more}"])
+    merged = merge(["method=dummy", _as_pretrained("more")])
     found = evaluate({SINGLE: merged.states[SINGLE]}, laid_out.pools("test"))
     folder = encoder_folder("more", 0, settings)
     assert found == pytest.approx(evaluate_encoder(folder, heads, "test", 12))
@@ -128,6 +128,42 @@ def test_a_recorded_command_gives_the_recorded_accuracy(laid_out):
         assert {name: report[name]["accuracy"] for name in NAMES} == pytest.approx(recorded), key
 
 
+@pytest.mark.parametrize("key", ["aswudi", "swudi", "ace", "dc_merge", "svc", "svc_tsvm"])
+def test_peers_merge_matrices_by_their_function_and_nothing_else(laid_out, key):
+    from benchmarks.common import peers
+    from benchmarks.vision.program import SINGLE, merge
+
+    def state(*overrides):
+        return merge(list(overrides)).states[SINGLE]
+
+    merged_by = {
+        "aswudi": lambda taus, _: peers.aswudi(taus),
+        "swudi": lambda taus, _: peers.swudi(taus, time=1300, rank_ratio=0.85),
+        "ace": lambda taus, _: peers.ace(taus, eps=1e-3),
+        "dc_merge": lambda taus, _: 1.6 * peers.dc_merge(taus, density=1e-2),
+        "svc": lambda taus, before: peers.svc(before, taus),
+        "svc_tsvm": lambda taus, before: peers.svc(before, taus, 1.0),
+    }[key]
+    without = {  # what gives all that is not a matrix, and what SVC starts from
+        "svc": ("method=task_arithmetic", "method.scaling_factor=1.0"),
+        "svc_tsvm": ("method=task_singular_vector/TaskSingularVectorMerging", "method.alpha=2.0"),
+        "dc_merge": ("method=task_arithmetic", f"method.scaling_factor={1.6 / len(NAMES)}"),
+    }.get(key, ("method=simple_average",))
+    base, before = state("method=dummy"), state(*without)
+    tuned = [state("method=dummy", _as_pretrained(name)) for name in NAMES]
+    method = METHODS[key]
+    for name, tensor in state(*method.overrides(method.points()[-1])).items():
+        expected = before[name]
+        if tensor.dim() == 2:
+            taus = [one[name] - base[name] for one in tuned]
+            expected = base[name] + merged_by(taus, before[name] - base[name])
+        assert torch.allclose(tensor, expected, atol=1e-5), name
+
+
+def _as_pretrained(task):
+    return f"modelpool.models._pretrained_=${{modelpool.models.{task}}}"
+
+
 def test_wudi_merges_what_fusion_bench_merges():
     from fusion_bench.method.wudi.wudi import wudi_merging
 
@@ -139,10 +175,46 @@ def test_wudi_merges_what_fusion_bench_merges():
     assert torch.allclose(wudi(vectors, 40), theirs, atol=1e-6)
 
 
+def test_doge_learns_what_fusion_bench_learns():
+    from fusion_bench.method.doge_ta.doge_ta import DOGE_TA_Algorithm
+
+    from benchmarks.vision.extra import MatrixDOGE
+
+    generator = torch.Generator().manual_seed(0)
+    tasks = [{"w": 0.02 * torch.randn(5, 4, generator=generator)} for _ in range(3)]
+    learned = []
+    for kind in (MatrixDOGE, DOGE_TA_Algorithm):
+        method = kind(subspace=6, K=30, lamda=0.07)
+        method.lamdas = method.compute_layer_lamdas(tasks)
+        method.projection = {"w": torch.diag(torch.tensor([1.0, 0.5, 0.0, 0.0, 0.0]))}
+        method.optimize_delta(tasks)
+        learned.append(method.delta["w"])
+    assert learned[1].abs().max() > 1e-3
+    assert torch.allclose(*learned, atol=1e-5)
+
+
+def test_doge_leaves_all_but_the_matrices_of_the_blocks_alone(laid_out):
+    from benchmarks.vision.program import SINGLE, merge
+
+    base = merge(["method=dummy"]).states[SINGLE]
+    merged = merge(METHODS["doge"].overrides(METHODS["doge"].points()[0])).states[SINGLE]
+    changed = {name for name, tensor in merged.items() if not torch.equal(tensor, base[name])}
+    assert changed == {
+        name for name, tensor in base.items() if "encoder" in name and tensor.dim() == 2
+    }
+
+
 def test_no_method_may_choose_from_more_settings_than_the_others():
     assert all(1 <= len(method.points()) <= MOST_POINTS for method in METHODS.values())
     for method in METHODS.values():
         assert method.scale in (None, list(method.grid)[-1:] and list(method.grid)[-1])
+
+
+def test_the_record_knows_which_cases_the_peers_decide():
+    decided = [
+        key for key, method in METHODS.items() if of_a_peer(command(method.overrides({})) + " ")
+    ]
+    assert decided == ["aswudi", "swudi", "ace", "dc_merge", "svc", "svc_tsvm"]
 
 
 def test_the_command_of_fewer_tasks_leaves_the_others_out():
