@@ -87,11 +87,13 @@ def plan(
     except CheckpointError as error:  # of our own methods
         return None, [problem(error.fact, error.advice)]
     except Exception as error:  # mergekit raises whatever its assumptions run into
+        classes = {str(held.config.get("architectures")) for held in checkpoints.values()}
         return None, [
             problem(
                 f"mergekit cannot plan this merge: {first_line(error)}",
                 way_out(error, config, checkpoints),
-                of_architecture=True,
+                # Models of several classes have other names, by which nobody can merge them.
+                of_architecture=len(classes) == 1,
             )
         ]
 
