@@ -7,12 +7,14 @@ PEFT does not look, for `expand` to put back.
 from __future__ import annotations
 
 import filecmp
+import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from cart_plugin.checkpoints.headers import WEIGHT_SUFFIXES
 from cart_plugin.checkpoints.reading import ADAPTER_CONFIG, CONFIG
+from cart_plugin.errors import CheckpointError
 
 FOLDER = "task_files"
 
@@ -24,6 +26,13 @@ _OTHERS = {CONFIG, ADAPTER_CONFIG, "trainer_state.json"}
 _GENERATION = "generation_config.json"
 # What a merge writes about itself, or what belongs to one of the inputs only.
 _OF_ITS_MAKING = ("README.md", "mergekit_config.yml", ADAPTER_CONFIG, "trainer_state.json")
+# Other programs' weights: beside a merge, they would run the model that it was made from.
+_FOREIGN = {
+    *(".gguf", ".ggml", ".llamafile", ".h5", ".hdf5", ".keras", ".msgpack", ".ot", ".onnx"),
+    *(".onnx_data", ".npz", ".npy", ".tflite", ".mlmodel", ".pkl", ".pickle", ".joblib", ".pb"),
+    *(".engine", ".nemo", ".mar", ".tar", ".xml"),  # .xml: OpenVINO's graph
+}
+_MODULES = "modules.json"  # of sentence-transformers: folders of what follows the transformer
 
 
 def side_files(folder: Path) -> dict[str, Path]:
@@ -37,20 +46,85 @@ def side_files(folder: Path) -> dict[str, Path]:
 
 
 def complete(folder: Path, source: Path) -> None:
-    """Give a folder of weights what it lacks of `belongings`."""
-    for name, path in belongings(source).items():
-        if not (folder / name).exists():
-            shutil.copyfile(path, folder / name)
+    """Give a folder of weights what it lacks of `belongings`, and the weights of its modules."""
+    for name, path in {**belongings(source), **module_weights(source)}.items():
+        put(path, folder / name)
+
+
+def put(file: Path, place: Path) -> None:
+    """Copy a file to where there is none."""
+    if not place.exists():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, place)
 
 
 def belongings(folder: Path) -> dict[str, Path]:
-    """All files of a model but weights and records, by name; code and odd vocabularies, too."""
-    return {
+    """All files of a model but weights and records, by name; code and odd vocabularies, too.
+
+    Those of the folders that modules.json names have their path in the model's folder as name.
+    """
+    own = {
         path.name: path
         for path in sorted(folder.iterdir())
         if path.is_file() and path.name not in _OF_ITS_MAKING
-        if path.suffix not in WEIGHT_SUFFIXES and not path.name.endswith(".index.json")
+        if not path.name.startswith(".") and not _is_weights(path.name)
     }
+    return own | {name: path for name, path in _of_modules(folder) if not _is_weights(name)}
+
+
+def module_weights(folder: Path) -> dict[str, Path]:
+    """The weight files of the folders that modules.json names, by their path in the model's."""
+    return {
+        name: path for name, path in _of_modules(folder) if path.suffix.lower() in WEIGHT_SUFFIXES
+    }
+
+
+def check_modules(donor: Path, models: Collection[Path]) -> None:
+    """Refuse modules with weights of their own, of which a merge would have one model's.
+
+    Args:
+        donor: the folder whose side files the merge gets.
+        models: the folders of all inputs.
+
+    Raises:
+        CheckpointError: not all models hold the donor's, byte by byte.
+    """
+    for name, path in module_weights(donor).items():
+        for model in models:
+            other = model / name
+            if not other.is_file() or not filecmp.cmp(path, other, shallow=False):
+                raise CheckpointError(
+                    f"{_MODULES} of {donor} names weights that are not merged, and {name} there "
+                    f"is not what {model} has",
+                    f"move {_MODULES} out of {donor} for the merge, and merge the weight files of "
+                    "its modules by themselves (mergekit-pytorch)",
+                )
+
+
+def _is_weights(name: str) -> bool:
+    """Whether a file holds weights or names their places, in any program's format."""
+    *before, last = Path(name.lower()).suffixes or [""]
+    if last in _SUFFIXES or last == ".py":
+        return name.endswith(".index.json")
+    # Parts have theirs at the end: `.gguf.part1of2`, `.ckpt.data-00000-of-00001`.
+    return any(suffix in _FOREIGN or suffix in WEIGHT_SUFFIXES for suffix in (*before, last))
+
+
+def _of_modules(folder: Path) -> Sequence[tuple[str, Path]]:
+    """The files of the folders that modules.json names, by their path in the model's folder."""
+    try:
+        listed = json.loads((folder / _MODULES).read_text(encoding="utf-8"))
+        paths = [Path(module["path"]) for module in listed if module["path"]]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return []  # there is none, or sentence-transformers does not take it either
+    inside = [folder / path for path in paths if not path.is_absolute() and ".." not in path.parts]
+    return [
+        (path.relative_to(folder).as_posix(), path)
+        for module in inside
+        if module != folder
+        for path in sorted(module.rglob("*"))
+        if path.is_file() and not path.name.startswith(".")
+    ]
 
 
 def copy_to_base(base: Path, models: Collection[Path]) -> None:

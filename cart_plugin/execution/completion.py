@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,8 @@ def add_side_files(
 ) -> None:
     """Give a folder of weights the donor's files that it lacks.
 
-    Of a tokenizer only where the merge has not made one: parts of two do not fit.
+    Of a tokenizer only where the merge has not made one: parts of two do not fit. Weights of
+    modules are those that `side_files.check_modules` has found in all models.
 
     Raises:
         CartError: the merge should have made one, and has not.
@@ -46,11 +46,11 @@ def add_side_files(
             "mergekit could not write the tokenizer that the recipe asks for; look for its models' "
             "tokenizer files, or run again with -v"
         )
-    for name, path in side_files.belongings(donor).items():
+    found = side_files.belongings(donor) | side_files.module_weights(donor)
+    for name, path in found.items():
         if name in _TOKENIZER and (made or not options.copy_tokenizer):
             continue
-        if not (out / name).exists():
-            shutil.copyfile(path, out / name)
+        side_files.put(path, out / name)
 
 
 def add_card(out: Path, name: str, config: MergeConfiguration, source: str) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 from mergekit.options import MergeOptions
 
+from cart_plugin.checkpoints import side_files
 from cart_plugin.errors import CartError
 from cart_plugin.execution import adapters, child, completion, routes, verification
 from cart_plugin.execution.inputs import Inputs, read_inputs
@@ -65,13 +66,15 @@ def merge(
         tell: receives the last line of the log while it grows.
 
     Raises:
-        CartError: no route makes a whole model, mergekit failed, or the result is not whole.
+        CartError: no route makes a whole model, mergekit failed, or the result is not whole; or
+            weights that follow the transformer (`side_files.check_modules`) would not be merged.
     """
     source = recipe.read_text(encoding="utf-8")
     original = read_inputs(yaml.safe_load(source))
     inputs = original
     if original.adapters:
         inputs = read_inputs(adapters.fuse(original.config, options, scratch, tell))
+    side_files.check_modules(inputs.donor.path, [held.path for held in inputs.checkpoints.values()])
     choice = routes.choose(inputs, options, force=force)
     job = scratch / "job.json"
     routes.Job.of(choice, inputs, out, options).write(job)

@@ -2,26 +2,106 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+from click.testing import Result
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
+from cart_plugin.checkpoints.side_files import check_modules, complete
+from cart_plugin.errors import CheckpointError
 from cart_plugin.execution.completion import add_side_files
+from tests.doctor.tiny import write_recipe
+
+
+def added(donor: Path, out: Path) -> set[str]:
+    """The files that a merge's folder gets of a donor's."""
+    out.mkdir()
+    config = MergeConfiguration.model_validate(
+        {"merge_method": "linear", "models": [{"model": str(donor)}]}
+    )
+    add_side_files(out, donor, config, MergeOptions())
+    return {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+
+
+def fill(folder: Path, *names: str, text: str = "{}") -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
 
 
 def test_code_and_odd_vocabularies_come_along_but_weights_and_records_do_not(
     tmp_path: Path,
 ) -> None:
-    donor, out = tmp_path / "donor", tmp_path / "out"
-    donor.mkdir()
-    out.mkdir()
     own = {"config.json", "modeling_own.py", "tokenizer.model.v3", "preprocessor_config.json"}
+    own |= {"qwen.tiktoken", "bpe_simple_vocab_16e6.txt.gz", "vocab.pt.txt"}
     others = {"model.safetensors", "model.safetensors.index.json", "README.md", "optimizer.pt"}
-    for name in own | others:
-        (donor / name).write_text("{}")
-    config = MergeConfiguration.model_validate(
-        {"merge_method": "linear", "models": [{"model": str(donor)}]}
+    donor = fill(tmp_path / "donor", *own, *others)
+    assert added(donor, tmp_path / "out") == own
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("model.gguf", "model-Q4_K_M.GGUF", "model.gguf.part1of2", "tf_model.h5"),
+        *("flax_model.msgpack", "rust_model.ot", "model.onnx", "model.onnx_data", "model.npz"),
+        *("model.tflite", "model.mlmodel", "model.pkl", "openvino_model.xml", "model.tar.gz"),
+        *("bert_model.ckpt.data-00000-of-00001", "tf_model.h5.index.json", ".cache", ".gitignore"),
+    ],
+)
+def test_weights_of_other_programs_would_be_the_unmerged_donors(name: str, tmp_path: Path) -> None:
+    donor = fill(tmp_path / "donor", "tokenizer.json", name)
+    assert added(donor, tmp_path / "out") == {"tokenizer.json"}
+
+
+def modules(folder: Path, *paths: object, weights: str = "") -> Path:
+    listed = [{"idx": number, "path": path} for number, path in enumerate(paths)]
+    fill(folder, "modules.json", text=json.dumps(listed))
+    fill(folder, "1_Pooling/config.json", "2_Router/query/config.json", "onnx/config.json")
+    fill(folder, "2_Router/model.onnx")
+    if weights:
+        fill(folder, "2_Router/query/model.safetensors", text=weights)
+    return folder
+
+
+def test_the_folders_of_modules_json_come_along(tmp_path: Path) -> None:
+    listed = ("", "1_Pooling", "2_Router", "3_Normalize", "../out", str(tmp_path))
+    donor = modules(tmp_path / "donor", *listed, weights="w")
+    own = {"modules.json", "1_Pooling/config.json", "2_Router/query/config.json"}
+    own |= {"2_Router/query/model.safetensors"}
+    assert added(donor, tmp_path / "out") == own
+    complete(tmp_path / "fused", donor)
+    assert added(tmp_path / "fused", tmp_path / "again") == own
+    (donor / "modules.json").write_text("[1]")
+    assert added(donor, tmp_path / "broken") == {"modules.json"}
+
+
+def test_weights_of_modules_must_be_all_models(tmp_path: Path) -> None:
+    paths = ("1_Pooling", "2_Router")
+    donor, same, other, none = (
+        modules(tmp_path / f"m{number}", *paths, weights=weights)
+        for number, weights in enumerate(("w", "w", "v", ""))
     )
-    add_side_files(out, donor, config, MergeOptions())
-    assert {path.name for path in out.iterdir()} == own
+    check_modules(donor, [donor, same])
+    check_modules(none, [donor, none])  # its own modules need none
+    for model in (other, none):
+        with pytest.raises(CheckpointError, match=f"query/model.safetensors.*{model}") as error:
+            check_modules(donor, [donor, same, model])
+        assert "modules.json out of" in str(error.value)
+
+
+def test_a_merge_refuses_modules_of_one_model(
+    merge: Callable[..., Result], saved: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    donor, *others = saved("llama")
+    own = modules(shutil.copytree(donor, tmp_path / "own"), "2_Router", weights="w")
+    recipe = write_recipe(tmp_path / "r.yaml", [str(own), *others])
+    done = merge(recipe, tmp_path / "out", "--force")
+    assert done.exit_code == 1
+    assert "2_Router/query/model.safetensors there is not what" in done.output
+    assert not (tmp_path / "out").exists()
