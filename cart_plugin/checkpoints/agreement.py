@@ -18,11 +18,12 @@ from cart_plugin.checkpoints.reading import (
 from cart_plugin.errors import CheckpointError
 
 _NUMBER = re.compile(r"\d+")
-_SAFE = tuple(name for name in MERGEKIT_ORDER if "safetensors" in name)
 
 
 def headers(name: str, path: Path) -> Checkpoint:
-    """What can be read of a model at no cost: config and safetensors headers, as far as it goes.
+    """What can be read of a model at no cost: config and headers, as far as it goes.
+
+    Of pickles, too: mergekit reads them, and casts what they hold as it does safetensors.
 
     Args:
         name: what errors call it.
@@ -30,12 +31,12 @@ def headers(name: str, path: Path) -> Checkpoint:
     """
     found = Checkpoint(name, path)
     try:
-        if path.suffix == ".safetensors" and path.is_file():
+        if path.is_file():
             found.tensors = read_header(path, f"model {name}")
-        elif any((path / file).is_file() for file in _SAFE):
+        elif path.is_dir():
             if (path / CONFIG).is_file():
                 found.config = read_config(path, f"model {name}")
-            read_weights(found, _SAFE)
+            read_weights(found, MERGEKIT_ORDER)
     except CheckpointError:
         pass  # whoever needs the file says so
     return found

@@ -50,6 +50,13 @@ def put(folder: str, name: str, tensor: Tensor) -> None:
     edit(folder, lambda tensors: tensors | {name: tensor})
 
 
+def pickle(folder: str) -> str:
+    """Save a model's tensors as a pickle instead; its folder."""
+    torch.save(load_tensors(folder), Path(folder) / "pytorch_model.bin")
+    (Path(folder) / "model.safetensors").unlink()
+    return folder
+
+
 def run(recipe: Path, out: Path, **options: Any) -> Tensors:
     """Merge in this process as `mergekit-yaml` does; what the output holds."""
     config = MergeConfiguration.model_validate(yaml.safe_load(recipe.read_text()))

@@ -10,11 +10,21 @@ from typing import Any
 
 import pytest
 import torch
+from mergekit.scripts import merge_raw_pytorch
 
 from cart_plugin.errors import CartWarning
 from tests.doctor.gpt2 import save_gpt2
 from tests.doctor.tiny import load_tensors
-from tests.mergekit.helpers import QUERY, Tensors, edit, fails, is_average, is_cart
+from tests.mergekit.helpers import (
+    QUERY,
+    Tensors,
+    edit,
+    fails,
+    invoke,
+    is_average,
+    is_cart,
+    pickle,
+)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +84,24 @@ def test_quantised_weights_end_the_merge_whatever_the_recipes_dtype(
     name = QUERY.format(1)
     edit(own[1], lambda tensors: tensors | {name: (tensors[name] * 99).to(dtype)})
     fails(tmp_path, own, f"model {own[1]} holds {dtype} weights ({name})", dtype="bfloat16")
+
+
+def test_pickled_inputs_are_looked_at_too(
+    classifiers: list[str], own: list[str], tmp_path: Path
+) -> None:
+    *tuned, bare = [
+        pickle(shutil.copytree(folder, tmp_path / f"p{number}").as_posix())
+        for number, folder in enumerate(classifiers)
+    ]
+    fails(tmp_path, tuned, f"by the names of {bare}", base_model=bare)
+    name = QUERY.format(1)
+    edit(own[1], lambda tensors: tensors | {name: (tensors[name] * 99).to(torch.int8)})
+    quantised = f"model {own[1]}{{}} holds torch.int8 weights ({name})"
+    fails(tmp_path, [pickle(folder) for folder in own], quantised.format(""), dtype="float32")
+    files = [f"{folder}/pytorch_model.bin" for folder in own]
+    done = invoke(merge_raw_pytorch.main, tmp_path, files, "--quiet", dtype="float32")
+    assert done.exit_code == 1
+    assert quantised.format("/pytorch_model.bin") in str(done.exception)
 
 
 def test_masks_and_indices_do_not_end_a_merge(
