@@ -9,7 +9,7 @@ from __future__ import annotations
 import filecmp
 import json
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from cart_plugin.checkpoints.headers import WEIGHT_SUFFIXES
@@ -32,6 +32,14 @@ _FOREIGN = {
     *(".onnx_data", ".npz", ".npy", ".tflite", ".mlmodel", ".pkl", ".pickle", ".joblib", ".pb"),
     *(".engine", ".nemo", ".mar", ".tar", ".xml"),  # .xml: OpenVINO's graph
 }
+_TEMPLATES = "chat_template"
+_TOKENIZER = (
+    *("tokenizer", "vocab", "merges.txt", "special_tokens_map", "added_tokens", _TEMPLATES),
+    *("tekken.json", "dict.txt", "byte_maps.json", "emoji.json", "normalizer.json"),
+)
+_VOCABULARIES = {".model", ".tiktoken", ".vocab", ".spm", ".codes", ".bpe", ".tokenizer"}
+# A tokenizer's files that are nothing without a vocabulary.
+_ADDITIONS = ("special_tokens_map", "added_tokens", "tokenizer_config", _TEMPLATES)
 _MODULES = "modules.json"  # of sentence-transformers: folders of what follows the transformer
 
 
@@ -45,10 +53,51 @@ def side_files(folder: Path) -> dict[str, Path]:
     }
 
 
-def complete(folder: Path, source: Path) -> None:
-    """Give a folder of weights what it lacks of `belongings`, and the weights of its modules."""
-    for name, path in {**belongings(source), **module_weights(source)}.items():
-        put(path, folder / name)
+def complete(folder: Path, sources: Sequence[Path]) -> None:
+    """Give a folder of weights what it lacks of `belongings`, and the weights of its modules.
+
+    Args:
+        folder: of the weights.
+        sources: whose files it gets, the best first. A tokenizer's are all of the first that has a
+            vocabulary, and modules of the first that names some: parts of two do not fit. A chat
+            template fits the tokenizers of those behind.
+    """
+    found = [belongings(source) | module_weights(source) for source in sources]
+
+    def first(is_wanted: Callable[[str], bool], otherwise: int = len(sources)) -> int:
+        having = (number for number, files in enumerate(found) if any(map(is_wanted, files)))
+        return next(having, otherwise)
+
+    tokenizer = first(_is_vocabulary, otherwise=first(is_tokenizer))
+    modules = first(_is_of_modules)
+    for number, files in enumerate(found):
+        for name, path in files.items():
+            if is_tokenizer(name):
+                is_template = name.startswith(_TEMPLATES)
+                taken = number == tokenizer or (is_template and number < tokenizer)
+            else:
+                taken = number == modules or not _is_of_modules(name)
+            if taken:
+                put(path, folder / name)
+
+
+def is_tokenizer(name: str) -> bool:
+    """Whether a side file is a part of the model's tokenizer; code is none."""
+    if "/" in name or name.endswith(".py"):
+        return False
+    return (
+        name.startswith(_TOKENIZER)
+        or name.endswith("vocab.json")
+        or Path(name).suffix in _VOCABULARIES
+    )
+
+
+def _is_vocabulary(name: str) -> bool:
+    return is_tokenizer(name) and not name.startswith(_ADDITIONS)
+
+
+def _is_of_modules(name: str) -> bool:
+    return name == _MODULES or "/" in name
 
 
 def put(file: Path, place: Path) -> None:

@@ -29,6 +29,7 @@ from cart_plugin.execution import child
 from cart_plugin.execution.inputs import plain
 
 _PICKLED = "adapter_model.bin"
+_REVISION = 2  # raised when whole models of the same files come to be others
 
 
 def fuse(
@@ -102,16 +103,15 @@ def _digest(file: Path) -> str:
 
 def _key(base: Path, adapter: Path, dtype: str) -> str:
     """What a whole model depends on: the adapter's bytes, and what changes when the base does."""
-    parts: list[Any] = [dtype, version("peft"), version("transformers")]
-    parts += [
-        (file.name, _digest(file))
-        for file in sorted(adapter.iterdir())
-        if file.is_file() and file.name.startswith(("adapter_", "tokenizer", "chat_template"))
-    ]
+    parts: list[Any] = [_REVISION, dtype, version("peft"), version("transformers")]
+    own = {file.name: file for file in adapter.iterdir() if file.name.startswith("adapter_")}
+    own |= side_files.belongings(adapter) | side_files.module_weights(adapter)
+    parts += [(name, _digest(file)) for name, file in sorted(own.items()) if file.is_file()]
+    named = {file.name: file for file in base.iterdir() if file.is_file()}
+    named |= side_files.belongings(base) | side_files.module_weights(base)
     parts += [
         (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
-        for file in sorted(base.iterdir())
-        if file.is_file()
+        for _, file in sorted(named.items())
     ]
     return "fused-" + hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
@@ -139,5 +139,4 @@ def _fuse(base: Path, adapter: Path, out: Path, dtype: str) -> None:
         warnings.filterwarnings("error", message="Found missing adapter keys")
         whole = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
     whole.save_pretrained(out)
-    for source in (adapter, base):  # an adapter may bring its own tokenizer
-        side_files.complete(out, source)
+    side_files.complete(out, [adapter, base])  # an adapter may bring its own tokenizer

@@ -20,13 +20,6 @@ from cart_plugin.errors import CartError
 from cart_plugin.execution.inputs import OrderedConfiguration, plain
 from cart_plugin.execution.layout import values, vocabulary_names
 
-_TOKENIZER = {
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt"),
-    *("sentencepiece.bpe.model", "source.spm", "target.spm", "vocab.bpe", "chat_template.json"),
-    "chat_template.jinja",
-}
-
 
 def add_side_files(
     out: Path, donor: Path, config: MergeConfiguration, options: MergeOptions
@@ -48,7 +41,7 @@ def add_side_files(
         )
     found = side_files.belongings(donor) | side_files.module_weights(donor)
     for name, path in found.items():
-        if name in _TOKENIZER and (made or not options.copy_tokenizer):
+        if side_files.is_tokenizer(name) and (made or not options.copy_tokenizer):
             continue
         side_files.put(path, out / name)
 

@@ -87,7 +87,8 @@ def run(
             f"{recipe} holds several recipes; merge takes one (mergekit-multi: several)"
         )
     inputs = read_inputs(documents[0])
-    _check_place(out, [held.path for held in inputs.checkpoints.values()])
+    models = [held.path for held in inputs.checkpoints.values()]
+    _check_place(out, [*models, *map(Path, inputs.adapters.values())])
     with unfinished(out) as folder:
         check_space(folder, inputs.bytes)
         work = folder / _WORK
@@ -111,16 +112,16 @@ def run(
     return done
 
 
-def _check_place(out: Path, models: list[Path]) -> None:
-    """Refuse to write into an input, or around it.
+def _check_place(out: Path, given: list[Path]) -> None:
+    """Refuse to write into an input, model or adapter, or around it.
 
     Raises:
         CartError: the output folder is an input, inside one, or holds one.
     """
     place = out.resolve()
-    for model in models:
-        own = model.resolve()
+    for folder in given:
+        own = folder.resolve()
         if own == place or own in place.parents or place in own.parents:
             raise CartError(
-                f"{out} would overwrite or mix with the input {model}; name another folder"
+                f"{out} would overwrite or mix with the input {folder}; name another folder"
             )

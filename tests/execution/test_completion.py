@@ -75,7 +75,7 @@ def test_the_folders_of_modules_json_come_along(tmp_path: Path) -> None:
     own = {"modules.json", "1_Pooling/config.json", "2_Router/query/config.json"}
     own |= {"2_Router/query/model.safetensors"}
     assert added(donor, tmp_path / "out") == own
-    complete(tmp_path / "fused", donor)
+    complete(tmp_path / "fused", [donor])
     assert added(tmp_path / "fused", tmp_path / "again") == own
     (donor / "modules.json").write_text("[1]")
     assert added(donor, tmp_path / "broken") == {"modules.json"}
