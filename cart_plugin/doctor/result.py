@@ -20,7 +20,7 @@ from cart_plugin.doctor.findings import Finding, Level, count, ok, problem, some
 from cart_plugin.doctor.layout import Recipe, conditions, groups, places
 from cart_plugin.doctor.parameters import RANK_RULES, is_cart
 from cart_plugin.doctor.planning import PlannedTensor, source, unreached
-from cart_plugin.doctor.silent import check_casts, check_contributors
+from cart_plugin.doctor.silent import check_casts, check_contributors, check_divisors
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.mergekit import settings_of
 from cart_plugin.merging.tensors import is_decomposed, matrix_shape
@@ -138,7 +138,9 @@ def check_plan(
         conflicts = [*_check_rank_rules(merges), *_check_weights(merges)]
         findings += conflicts or [*_check_counting(merges), *_summary(merges)]
     else:
-        findings.append(ok(f"{count(len(merges), 'tensor')} merged with {method.spec.name}"))
+        findings += list(check_divisors(merges, method.spec.name)) or [
+            ok(f"{count(len(merges), 'tensor')} merged with {method.spec.name}")
+        ]
     return findings
 
 

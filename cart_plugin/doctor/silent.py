@@ -131,3 +131,30 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 def _is_beyond_half(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and torch.finfo(dtype).max > torch.finfo(torch.float16).max
+
+
+# mergekit 0.1.5's methods that divide by the sum of the weights, whatever it is, with the parameter
+# that says whether. Others (ties, della, nuslerp) look at it first, or have no weights.
+_DIVIDING = {"linear": "normalize", "multislerp": "normalize_weights"}
+_NOTHING = 1e-6  # of the weights' own size: rounding makes it of 0.1 + 0.2 - 0.3 in float32
+
+
+def check_divisors(merges: Sequence[Merge], method: str) -> Iterator[Finding]:
+    """Report tensors whose weights sum to 0 where the method divides by that: all would be NaN."""
+    if method not in _DIVIDING:
+        return
+    names = []
+    for merge in merges:
+        base = merge.planned.base if method == "multislerp" else None  # it has no weight there
+        held = [label for label in merge.inputs if label != base]
+        weights = [merge.planned.weights.get(label, 1.0) for label in held]
+        alone = len(weights) < 2 and method == "multislerp"  # passed through
+        divides = merge.is_floating and merge.planned.parameters.get(_DIVIDING[method], True)
+        if divides and not alone and abs(sum(weights)) <= _NOTHING * sum(map(abs, weights)):
+            names.append(merge.planned.name)
+    if names:
+        yield problem(
+            f"the models' weights sum to 0 for {count(len(names), 'tensor')} ({some(names)}), and "
+            f"{method} divides by the sum: mergekit would save NaN or infinite values",
+            "give the models weights that sum to more than 0 for every tensor",
+        )

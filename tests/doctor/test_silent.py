@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.doctor.conftest import Report
 from tests.doctor.gpt2 import save_gpt2
-from tests.doctor.tiny import change_config, edit_weights, load_tensors, save_models
+from tests.doctor.tiny import change_config, edit_weights, load_tensors, save_model, save_models
 
 # A base without the head of the fine-tuned models
 
@@ -225,6 +225,44 @@ def test_values_of_pickles_are_not_read(check: Callable[..., Report], tmp_path: 
     (Path(folders[0]) / "model.safetensors").unlink()
     report = check(folders, out_dtype="float16", dtype="float32")
     assert f"the inputs' are not known of {folders[0]}" in report.text
+
+
+# Weights that nothing can be divided by
+
+
+def of_head(*weights: float) -> list[Any]:
+    """Weights for `lm_head`, by model; 1 elsewhere."""
+    return [[{"filter": "lm_head", "value": weight}, {"value": 1.0}] for weight in weights]
+
+
+@pytest.mark.parametrize("weights", [(0.0, 0.0, 0.0), (0.1, 0.2, -0.3), (1.0, 0.0, 0.0)])
+@pytest.mark.parametrize(
+    ("method", "switch"),
+    [("linear", "normalize"), ("multislerp", "normalize_weights"), ("ties", "normalize")],
+)
+def test_weights_of_zero_where_mergekit_divides_by_their_sum(
+    method: str, switch: str, weights: tuple[float, ...], check: Callable[..., Report],
+    llamas: list[str], tmp_path: Path,
+) -> None:  # fmt: skip
+    weighted = [
+        {"model": model, "parameters": {"weight": weight}}
+        for model, weight in zip(llamas, of_head(*weights), strict=True)
+    ]
+    recipe: dict[str, Any] = {"models": weighted, "merge_method": method}
+    if method == "ties":
+        recipe["base_model"] = str(save_model(tmp_path / "base", "llama", 9))
+    report = check([], **recipe)
+    options = MergeOptions(quiet=True, write_model_card=False, copy_tokenizer=False)
+    run_merge(MergeConfiguration.model_validate(recipe), str(tmp_path / "out"), options)
+    head = load_tensors(tmp_path / "out")["lm_head.weight"]
+    is_whole = bool(head.isfinite().all()) and float(head.abs().max()) < 1e3
+    assert is_whole == (weights[0] == 1.0 or method == "ties")
+    if is_whole:
+        report.is_clean()
+        return
+    report.has_only_problem("sum to 0 for 1 tensor (lm_head.weight)", f"{method} divides by")
+    if method == "linear":
+        check([], **recipe, parameters={switch: False}).is_clean()
 
 
 # Masks and tables
