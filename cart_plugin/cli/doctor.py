@@ -24,7 +24,8 @@ from cart_plugin.errors import first_line
 def doctor(recipe: Path | None, out: Path | None) -> None:
     """Check the installation and, if there is one, a RECIPE.
 
-    Reads configurations and the headers of weight files, never their data, and downloads nothing.
+    Reads configurations and the headers of weight files, and downloads nothing. The weights' values
+    it reads for one question alone: whether they fit where a recipe saves `out_dtype: float16`.
     Each line is marked ok, warning or problem, and says what to do. Exit code 1 if there is a
     problem; warnings do not count.
     """

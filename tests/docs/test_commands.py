@@ -94,3 +94,12 @@ def test_programs_are_those_that_come_along() -> None:
     programs = {command.split()[0] for _, command in COMMANDS}
     ours = {"mergekit-cart", "mergekit-yaml", "fusion_bench", "make", "pip", "python"}
     assert programs <= ours
+
+
+def test_what_the_doctor_reads_is_said() -> None:
+    doctor = main.get_command(click.Context(main), "doctor")
+    assert doctor is not None
+    for page in (doctor.help or "", FILLED["README.md"], FILLED["docs/troubleshooting.md"]):
+        (said,) = re.findall(r"headers of (?:the )?weight files.{0,160}", " ".join(page.split()))
+        assert "values" in said
+        assert "`out_dtype: float16`" in said
