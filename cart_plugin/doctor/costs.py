@@ -62,15 +62,24 @@ def check_disk(
     checkpoints: Mapping[str, Checkpoint],
     config: Recipe,
     out: Path | None,
+    *,
+    fuses: bool = False,
 ) -> Iterator[Finding]:
-    """Compare the size of the result with the room on its file system."""
+    """Compare the size of the result with the room on its file system.
+
+    Args:
+        merges: the tensors of the result.
+        checkpoints: the inputs by label.
+        config: the recipe.
+        out: folder of the result; the current one if None.
+        fuses: adapters are fused without mergekit's flag, as `mergekit-cart merge` does it.
+    """
     folder = (out or Path()).absolute()
     fused = [label for label, model in references(config).items() if model.lora is not None]
     if fused:
         tensors = [info for label in fused for info in checkpoints[label].tensors.values()]
-        yield ok(
-            f"disk needed by --lora-merge-cache FOLDER: {size(sum(info.bytes for info in tensors))}"
-        )
+        whose = "for the fused models" if fuses else "by --lora-merge-cache FOLDER"
+        yield ok(f"disk needed {whose}: {size(sum(info.bytes for info in tensors))}")
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free

@@ -136,7 +136,7 @@ def _check_document(
         if not stopped and not _has_problem(findings):
             if parameters.is_cart(method):  # others need other amounts
                 findings += costs.check_memory(merges, config)
-            findings += costs.check_disk(merges, checkpoints, config, out)
+            findings += costs.check_disk(merges, checkpoints, config, out, fuses=fuses)
     show(Section("Result", findings))
 
 

@@ -94,6 +94,8 @@ def test_a_changed_side_file_is_not_taken_from_the_cache(
         assert done.exit_code == 0, done.output
         assert (out / name).read_text() == f"# {number}"
         assert len(list(cache.iterdir())) == made
+        assert "disk needed for the fused models: " in done.output
+        assert "disk needed by --lora-merge-cache" not in done.output
 
 
 def test_an_adapters_folder_is_left_alone(merge: Callable[..., Result], recipe: Path) -> None:
