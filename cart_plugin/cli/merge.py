@@ -69,6 +69,8 @@ def merge(recipe: Path, out: Path, force: bool, **options: Any) -> None:
     except (CartError, OSError) as error:
         # Names of a broken file may hold anything, line breaks too.
         raise click.ClickException(" ".join(str(error).split())) from None
+    for text in done.warnings:
+        click.echo(f"warning: {text}", err=True)
     way = "by mergekit's plan" if not done.note else "tensor by tensor"
     terminal.print(
         f"wrote {out}: {done.tensors:,} tensors, merged {way}: {done.reason}",

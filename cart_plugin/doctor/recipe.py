@@ -13,7 +13,17 @@ import yaml
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 
 from cart_plugin.checkpoints.reading import Checkpoint
-from cart_plugin.doctor import adapters, costs, output, parameters, planning, result, saved, schema
+from cart_plugin.doctor import (
+    adapters,
+    costs,
+    output,
+    parameters,
+    planning,
+    result,
+    saved,
+    schema,
+    whole,
+)
 from cart_plugin.doctor import inputs as files
 from cart_plugin.doctor.findings import Finding, Level, Section, ok, problem, warning
 from cart_plugin.doctor.layout import Recipe, check_ranges, references
@@ -131,6 +141,8 @@ def _check_document(
         merges = result.match(plan, checkpoints)
         findings = result.check_plan(merges, checkpoints, config, method)
         held = [merge for merge in merges if merge.inputs]
+        if parameters.is_cart(method) and not _has_problem(findings):
+            findings += whole.check_rules(held, config)
         findings += saved.check_saved(held, checkpoints, config)
         # What a merge that fails would need is of no use.
         if not stopped and not _has_problem(findings):

@@ -18,10 +18,10 @@ from cart_plugin.doctor import formats, likeness
 from cart_plugin.doctor.advice import FLAT, lacks_a_head
 from cart_plugin.doctor.findings import Finding, Level, count, ok, problem, some, warning
 from cart_plugin.doctor.layout import Recipe, conditions, groups, places
-from cart_plugin.doctor.parameters import RANK_RULES, is_cart
+from cart_plugin.doctor.parameters import is_cart
 from cart_plugin.doctor.planning import PlannedTensor, source, unreached
 from cart_plugin.doctor.silent import check_casts, check_contributors
-from cart_plugin.linalg.rules import RankRule
+from cart_plugin.linalg.rules import RANK_RULES, RankRule
 from cart_plugin.mergekit import settings_of
 from cart_plugin.merging.tensors import is_decomposed, matrix_shape
 

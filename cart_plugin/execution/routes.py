@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from cart_plugin.checkpoints.files import read_json, write_json
 from cart_plugin.doctor import planning, result
 from cart_plugin.doctor.findings import count, some
 from cart_plugin.doctor.parameters import check_method
-from cart_plugin.errors import CartError, first_line
+from cart_plugin.errors import CartError, CartWarning, first_line
 from cart_plugin.execution import tensorwise
 from cart_plugin.execution.inputs import Inputs, OrderedConfiguration, plain, read_inputs, stop_at
 from cart_plugin.execution.layout import check_described, donor_model, place
@@ -94,21 +96,47 @@ ROUTES: Mapping[str, Callable[[Job, MergeOptions], None]] = {PLAN: by_plan, TENS
 """The routes by name."""
 
 
+def warnings_file(job: Path) -> Path:
+    """Where `main` leaves the `warnings` of a merge that went well, beside the job's file."""
+    return job.with_name("warnings.json")
+
+
 def main() -> None:
     """Do the job whose file the command line names."""
     from cart_plugin.mergekit import register
 
     register()
-    job = Job(**read_json(Path(sys.argv[1])))
+    file = Path(sys.argv[1])
+    job = Job(**read_json(file))
     options = MergeOptions(**job.options)
     options.apply_global_options()
     try:
-        ROUTES[job.route](job, options)
+        with _recorded() as told:
+            ROUTES[job.route](job, options)
     except Exception as error:
         logging.getLogger(__name__).info("the merge failed", exc_info=True)  # with -v
         raise SystemExit(
             str(error) if isinstance(error, CartError) else first_line(error)
         ) from None
+    write_json(warnings_file(file), {"warnings": list(dict.fromkeys(told))})
+
+
+@contextmanager
+def _recorded() -> Iterator[list[str]]:
+    """A list that this package's warnings go to, of all threads, beside being printed."""
+    told: list[str] = []
+    printed = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
+        if issubclass(category, CartWarning):
+            told.append(str(message))
+        printed(message, category, *rest, **named)
+
+    warnings.showwarning = show
+    try:
+        yield told
+    finally:
+        warnings.showwarning = printed
 
 
 def choose(inputs: Inputs, options: MergeOptions, *, force: bool = False) -> Choice:

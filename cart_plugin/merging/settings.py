@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from cart_plugin.errors import CartError
@@ -18,7 +18,8 @@ class CartSettings:
 
     Attributes:
         rank_ratio: share of the singular directions to keep (`RankRule`). If none is given: 0.08,
-            and 0.16 with ``lambda_="auto"``.
+            less of differences of low numerical rank (`RankRule.of_numerical_rank`), such as those
+            of adapters, of which 0.08 may be all; and 0.16 with ``lambda_="auto"``.
         rank: their number instead.
         energy: as many as hold this share of the squared singular values instead.
         lambda_: scale of the sum of truncated task vectors, or ``"auto"``: they are combined so
@@ -63,9 +64,21 @@ class CartSettings:
     @property
     def rule(self) -> RankRule:
         """The rank rule that is given, or the default one."""
-        if self.lambda_ == "auto" and self.rank_ratio is self.rank is self.energy is None:
+        if self.lambda_ == "auto" or not self._no_rule:
+            return self.plain_rule
+        # A sum of whole differences from the average is zero: some of each has to be left out.
+        return replace(self.plain_rule, of_numerical_rank=True)
+
+    @property
+    def plain_rule(self) -> RankRule:
+        """The same for restoring each model, which may keep all that it differs by."""
+        if self.lambda_ == "auto" and self._no_rule:
             return RankRule(AUTO_RANK_RATIO)
         return RankRule(self.rank_ratio, self.rank, self.energy)
+
+    @property
+    def _no_rule(self) -> bool:
+        return self.rank_ratio is self.rank is self.energy is None
 
     @property
     def solver(self) -> str:
