@@ -64,7 +64,7 @@ class CartSettings:
     @property
     def rule(self) -> RankRule:
         """The rank rule that is given, or the default one."""
-        if self.lambda_ == "auto" or not self._no_rule:
+        if self.lambda_ == "auto" or self.center == "base" or not self._no_rule:
             return self.plain_rule
         # A sum of whole differences from the average is zero: some of each has to be left out.
         return replace(self.plain_rule, of_numerical_rank=True)
