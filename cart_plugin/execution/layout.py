@@ -39,6 +39,10 @@ class Placed:
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     unused: set[str] = field(default_factory=set)
 
+    def is_floating(self, name: str) -> bool:
+        """Whether a tensor is made of floating-point ones."""
+        return all(self.checkpoint.tensors[part].is_floating for part in self.units[name].sources)
+
 
 def values(checkpoint: Checkpoint, *, lazy_unpickle: bool = False) -> LazyTensorLoader:
     """What reads the tensors of a checkpoint, safetensors or pickled."""
@@ -72,7 +76,7 @@ def place(model: Any, checkpoint: Checkpoint) -> Placed:
                 placed.unused.add(source)
             shapes = _shapes(unit, held)
             placed.units.update(dict.fromkeys(unit.targets, unit))
-            if all(held[source].is_floating for source in unit.sources):
+            if placed.is_floating(unit.targets[0]):
                 placed.shapes.update(shapes)
     except CartError:
         raise

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from mergekit.graph import Executor
 from mergekit.merge import run_merge
 from mergekit.multigpu_executor import MultiGPUExecutor
@@ -26,7 +27,7 @@ from cart_plugin.doctor.parameters import check_method
 from cart_plugin.errors import CartError, first_line
 from cart_plugin.execution import tensorwise
 from cart_plugin.execution.inputs import Inputs, OrderedConfiguration, plain, read_inputs, stop_at
-from cart_plugin.execution.layout import check_described, donor_model, place
+from cart_plugin.execution.layout import check_described, donor_model, place, values
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,9 @@ def choose(inputs: Inputs, options: MergeOptions, *, force: bool = False) -> Cho
         merges = result.match(plan, inputs.checkpoints)
         if not force:
             _stop_at_problems(merges, inputs)
-        loss = _lacking(merges) or _left_out(merges, inputs) or _cast(merges, inputs)
+        losses = (_left_out, _cast, _differing)
+        found = (of(merges, inputs) for of in losses)
+        loss = _lacking(merges) or next(filter(None, found), "")
         if not loss:
             number = sum(1 for merge in merges if merge.inputs)
             return Choice(PLAN, f"it keeps all tensors ({number:,} planned)")
@@ -203,3 +206,27 @@ def _cast(merges: list[result.Merge], inputs: Inputs) -> str:
     if not found:
         return ""
     return f"mergekit's plan would cast {count(len(found), 'integer tensor')} ({some(found)})"
+
+
+def _differing(merges: list[result.Merge], inputs: Inputs) -> str:
+    """Which integers mergekit's merge would stop at: counters differ in all fine-tuned models."""
+    whole = [
+        merge.planned
+        for merge in merges
+        if not any(info.is_floating for info in merge.inputs.values())
+    ]
+    first: dict[str, torch.Tensor] = {}
+    found = set()
+    for label, held in inputs.checkpoints.items() if whole else ():
+        loader = values(held)
+        for planned in whole:
+            stored = (name for name in planned.sources.get(label, ()) if name in held.tensors)
+            if name := next(stored, None):
+                tensor = loader.get_tensor(name)
+                other = first.setdefault(planned.name, tensor)
+                if other.dtype != tensor.dtype or not torch.equal(other, tensor):
+                    found.add(planned.name)
+    if not found:
+        return ""
+    tensors = count(len(found), "integer tensor")
+    return f"mergekit stops at {tensors} ({some(sorted(found))}), in which the models differ"

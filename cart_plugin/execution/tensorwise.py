@@ -34,6 +34,7 @@ from cart_plugin.execution.layout import (
     values,
     vocabulary_names,
 )
+from cart_plugin.merging.inputs import agreed_buffer
 
 _LAYER = re.compile(r"\.(\d+)\.")
 
@@ -43,6 +44,7 @@ class ModelTensors:
 
     def __init__(self, placed: Placed, options: MergeOptions) -> None:
         self.units = placed.units
+        self.is_floating = placed.is_floating
         self.loader = values(placed.checkpoint, lazy_unpickle=options.lazy_unpickle)
 
     def read(self, name: str, device: str) -> torch.Tensor:
@@ -69,6 +71,29 @@ class LoadModelTensor(Task[torch.Tensor]):
         tensor: torch.Tensor = self.source.read(self.name, self.device)
         dtype = dtype_from_name(self.dtype)
         return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+class KeepTensor(Task[torch.Tensor]):
+    """Takes the one value of integers; of counters, which fine-tuned models differ in, the largest.
+
+    mergekit stops at any integers that differ.
+    """
+
+    loads: tuple[Task, ...]
+    models: tuple[str, ...]
+    name: str
+
+    def arguments(self) -> dict[str, Task]:
+        """The models' tensors."""
+        return {f"model{n}": task for n, task in enumerate(self.loads)}
+
+    def execute(self, **tensors: torch.Tensor) -> torch.Tensor:
+        """The value.
+
+        Raises:
+            CartError: tables of integers differ.
+        """
+        return agreed_buffer(list(tensors.values()), self.models, self.name)
 
 
 class SaveUnit(Task[None]):
@@ -186,6 +211,9 @@ class _Merger:
 
     def task(self, name: str) -> Task:
         """Merges the tensor of a name."""
+        if not any(model.is_floating(name) for model in self._models.values()):
+            kept = tuple(self._load(model, name, None) for model in self._models.values())
+            return KeepTensor(loads=kept, models=tuple(map(str, self._models)), name=name)
         shared, per_model = resolve_parameters(
             self._method.spec,
             tensor_name=name,
@@ -195,9 +223,7 @@ class _Merger:
             t=self._depth(name),
         )
         loads = {
-            model: LoadModelTensor(
-                source=source, name=name, dtype=self._config.dtype, device=self._device
-            )
+            model: self._load(source, name, self._config.dtype)
             for model, source in self._models.items()
         }
         return ExecuteMergeMethodTask(
@@ -213,6 +239,9 @@ class _Merger:
             dtype=self._config.dtype,
             out_dtype=self._config.out_dtype,
         )
+
+    def _load(self, source: ModelTensors, name: str, dtype: str | None) -> Task:
+        return LoadModelTensor(source=source, name=name, dtype=dtype, device=self._device)
 
     def _depth(self, name: str) -> float:
         """Where a gradient of the recipe stands: 0 at the first layer, 1 at the last."""
