@@ -6,6 +6,7 @@ under the model's names, the same weights give the same values however they were
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,12 +33,14 @@ class Placed:
             use for stand there under their own names.
         shapes: of the floating-point ones, by name.
         unused: the names that the model has no use for.
+        tied: the names that have no tensor of their own, with that whose values they share.
     """
 
     checkpoint: Checkpoint
     units: dict[str, names.Unit] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     unused: set[str] = field(default_factory=set)
+    tied: dict[str, str] = field(default_factory=dict)
 
     def is_floating(self, name: str) -> bool:
         """Whether a tensor is made of floating-point ones."""
@@ -78,6 +81,7 @@ def place(model: Any, checkpoint: Checkpoint) -> Placed:
             placed.units.update(dict.fromkeys(unit.targets, unit))
             if placed.is_floating(unit.targets[0]):
                 placed.shapes.update(shapes)
+        _add_tied(model, placed)
     except CartError:
         raise
     except Exception as error:  # transformers' conversions, on tensors that are not as they expect
@@ -86,6 +90,29 @@ def place(model: Any, checkpoint: Checkpoint) -> Placed:
             f"{first_line(error)}"
         ) from None
     return placed
+
+
+def _add_tied(model: Any, placed: Placed) -> None:
+    """Add the names that a file may leave out: some programs store a tied head, others do not."""
+    state = model.state_dict().keys()
+    _add_names(names.tied_names(model), placed)
+    if not vocabulary_names(model).isdisjoint(state - placed.units.keys()):
+        # This model may be tied where the others, and so the class as they configure it, are not.
+        checkpoint = placed.checkpoint
+        with contextlib.suppress(CartError):
+            own = names.meta_model(checkpoint.path, checkpoint.config, checkpoint.name)
+            _add_names(names.tied_names(own), placed)
+
+
+def _add_names(tied: Mapping[str, list[str]], placed: Placed) -> None:
+    for same in tied.values():
+        held = next((name for name in same if name in placed.units), None)
+        if held is None or placed.units[held].is_converted:
+            continue
+        for name in same:
+            if name not in placed.units:
+                placed.units[name] = names.Unit(placed.units[held].sources, (name,))
+                placed.tied[name] = held
 
 
 def _shapes(unit: names.Unit, held: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:

@@ -149,9 +149,8 @@ def tasks(inputs: Inputs, out: Path, options: MergeOptions) -> list[Task]:
         CartError: as `check`; or the recipe is wrong.
     """
     model, placed = check(inputs)
-    donor = placed[inputs.donor.name]
     shared = set.intersection(*(set(held.units) for held in placed.values()))
-    units = list({id(unit): unit for unit in donor.units.values()}.values())
+    units = _written(placed[inputs.donor.name], placed.values(), options)
     units = [unit for unit in units if shared.issuperset(unit.targets)]
     writer = TensorWriterTask(
         out_path=str(out),
@@ -170,6 +169,19 @@ def tasks(inputs: Inputs, out: Path, options: MergeOptions) -> list[Task]:
         for unit in units
     ]
     return [*saves, FinalizeModel(tensor_save_tasks=tuple(saves), writer_task=writer)]
+
+
+def _written(donor: Placed, inputs: Iterable[Placed], options: MergeOptions) -> list[Unit]:
+    """What the result holds: as the first model, and the heads that others hold untied."""
+    units = {id(unit): unit for name, unit in donor.units.items() if name not in donor.tied}
+    for name, same in donor.tied.items():
+        for held in inputs:
+            if name in held.units.keys() - held.tied.keys() and same in held.units:
+                tensors = ModelTensors(held, options)
+                if not torch.equal(tensors.read(name, "cpu"), tensors.read(same, "cpu")):
+                    units[id(held.units[name])] = held.units[name]
+                    break
+    return list(units.values())
 
 
 class _Merger:
