@@ -12,7 +12,7 @@ from mergekit.merge_methods.base import MergeMethod
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 
 from cart_plugin.checkpoints.headers import TensorInfo
-from cart_plugin.checkpoints.placement import without_place
+from cart_plugin.checkpoints.placement import is_computed, without_place
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor import formats, likeness
 from cart_plugin.doctor.advice import FLAT, lacks_a_head
@@ -219,7 +219,8 @@ def _check_losses(
         left = unreached(plan, checkpoints[label], whole_models=whole)
         outside = set(without_place(checkpoints[label], left))
         lost.update(name for name in left if name not in outside)
-        foreign |= {name for name in outside if _is_trained(name, checkpoints[label])}
+        tensors = checkpoints[label].tensors
+        foreign |= {name for name in outside if not is_computed(name, tensors[name])}
     in_all = sorted(name for name, times in lost.items() if times == len(used))
     in_some = sorted({name for name, times in lost.items() if times < len(used)} | foreign)
     if in_all:
@@ -236,12 +237,6 @@ def _check_losses(
             f"{some(in_some)}",
             "make sure that is meant; task heads are left out like this",
         )
-
-
-def _is_trained(name: str, checkpoint: Checkpoint) -> bool:
-    """Whether a tensor outside its class may be a head of somebody's own, and no mask or table."""
-    last = name.rpartition(".")[2]
-    return last == "weight" or (last == "bias" and len(checkpoint.tensors[name].shape) == 1)
 
 
 def _transformers_version() -> str:

@@ -17,6 +17,7 @@ from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 
 from cart_plugin.checkpoints import names
 from cart_plugin.checkpoints.headers import TensorInfo
+from cart_plugin.checkpoints.placement import is_computed
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor.findings import count, some
 from cart_plugin.errors import CartError, first_line
@@ -33,6 +34,7 @@ class Placed:
             use for stand there under their own names.
         shapes: of the floating-point ones, by name.
         unused: the names that the model has no use for.
+        computed: those of them that are masks or tables, and no weights.
         tied: the names that have no tensor of their own, with that whose values they share.
     """
 
@@ -40,6 +42,7 @@ class Placed:
     units: dict[str, names.Unit] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     unused: set[str] = field(default_factory=set)
+    computed: set[str] = field(default_factory=set)
     tied: dict[str, str] = field(default_factory=dict)
 
     def is_floating(self, name: str) -> bool:
@@ -77,6 +80,8 @@ def place(model: Any, checkpoint: Checkpoint) -> Placed:
                 (source,) = unit.sources
                 unit.targets = unit.sources
                 placed.unused.add(source)
+                if is_computed(source, held[source]):
+                    placed.computed.add(source)
             shapes = _shapes(unit, held)
             placed.units.update(dict.fromkeys(unit.targets, unit))
             if placed.is_floating(unit.targets[0]):
@@ -124,9 +129,6 @@ def _shapes(unit: names.Unit, held: Mapping[str, TensorInfo]) -> dict[str, tuple
 
 _LAYER = re.compile(r"\.\d+\.")
 
-# Masks and frequencies that some versions of transformers save, and every model computes anew.
-_COMPUTED = re.compile(r"\.inv_freq$|\.(?:attn|attention)\.(?:masked_)?bias$")
-
 
 def check_alike(placed: Mapping[str, Placed], inputs: Inputs) -> None:
     """Refuse to merge, tensor by tensor, models that differ: what to do would be a guess.
@@ -167,11 +169,7 @@ def _architecture(inputs: Inputs, placed: Placed) -> str:
 
 def _kept(placed: Placed) -> dict[str, tuple[int, ...]]:
     """The weights; what the model has no use for may be a head, or layers beyond its own."""
-    return {
-        name: shape
-        for name, shape in placed.shapes.items()
-        if not (name in placed.unused and _COMPUTED.search(name))
-    }
+    return {name: shape for name, shape in placed.shapes.items() if name not in placed.computed}
 
 
 def check_described(model: Any, placed: Placed) -> None:

@@ -21,6 +21,7 @@ from mergekit.options import MergeOptions
 
 from cart_plugin.checkpoints import names
 from cart_plugin.checkpoints.files import read_json, write_json
+from cart_plugin.checkpoints.placement import computed, is_computed
 from cart_plugin.doctor import planning, result
 from cart_plugin.doctor.findings import count, some
 from cart_plugin.doctor.parameters import check_method
@@ -127,6 +128,7 @@ def choose(inputs: Inputs, options: MergeOptions, *, force: bool = False) -> Cho
     if not options.trust_remote_code:
         names.model_class(inputs.donor.config, inputs.donor.name)
     plan, findings = planning.plan(inputs.config, inputs.checkpoints, options)
+    planned = None
     if plan is None:
         loss = findings[0].fact
     else:
@@ -138,10 +140,15 @@ def choose(inputs: Inputs, options: MergeOptions, *, force: bool = False) -> Cho
         loss = _lacking(merges) or next(filter(None, found), "")
         if not loss:
             number = sum(1 for merge in merges if merge.inputs)
-            return Choice(PLAN, f"it keeps all tensors ({number:,} planned)")
+            planned = Choice(PLAN, f"it keeps all tensors ({number:,} planned)")
+            loss = _masks(merges, inputs)
+            if not loss:
+                return planned
     try:
         tensorwise.check(inputs)
     except CartError as error:
+        if planned is not None:
+            return planned  # most methods leave a mask as it is
         raise CartError(f"{loss}; tensor by tensor: {error}") from None
     return Choice(TENSORWISE, loss)
 
@@ -230,3 +237,19 @@ def _differing(merges: list[result.Merge], inputs: Inputs) -> str:
         return ""
     tensors = count(len(found), "integer tensor")
     return f"mergekit stops at {tensors} ({some(sorted(found))}), in which the models differ"
+
+
+def _masks(merges: list[result.Merge], inputs: Inputs) -> str:
+    """Which masks and tables mergekit's plan would merge like weights: TIES makes infinity NaN."""
+    label = inputs.donor.name
+    found = {
+        name: merge.planned.name
+        for merge in merges
+        for name in merge.planned.sources.get(label, ())
+        if label in merge.inputs and is_computed(name, merge.inputs[label]) and merge.is_floating
+    }
+    masks = [found[name] for name in computed(inputs.donor) if name in found] if found else []
+    if not masks:
+        return ""
+    tensors = count(len(masks), "tensor")
+    return f"mergekit's plan would merge {tensors} ({some(masks)}) that the model computes anew"

@@ -197,10 +197,12 @@ class _Merger:
     ) -> None:
         self._config = inputs.config
         self._method = merge_methods.get(inputs.config.merge_method)
+        named = references(inputs.config)
         self._models: dict[ModelReference, ModelTensors] = {
-            model: ModelTensors(placed[label], options)
-            for label, model in references(inputs.config).items()
+            model: ModelTensors(placed[label], options) for label, model in named.items()
         }
+        self._donor = named[inputs.donor.name]
+        self._computed = placed[inputs.donor.name].computed
         self._device = str(options.device or "cpu") if options.read_to_gpu else "cpu"
         self._vocabulary = vocabulary
         self._layers: dict[str, int] = {}
@@ -223,6 +225,8 @@ class _Merger:
 
     def task(self, name: str) -> Task:
         """Merges the tensor of a name."""
+        if name in self._computed:
+            return self._load(self._models[self._donor], name, None)
         if not any(model.is_floating(name) for model in self._models.values()):
             kept = tuple(self._load(model, name, None) for model in self._models.values())
             return KeepTensor(loads=kept, models=tuple(map(str, self._models)), name=name)
