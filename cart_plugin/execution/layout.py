@@ -17,7 +17,7 @@ from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 
 from cart_plugin.checkpoints import names
 from cart_plugin.checkpoints.headers import TensorInfo
-from cart_plugin.checkpoints.placement import is_computed
+from cart_plugin.checkpoints.placement import is_computed, without_place
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor.findings import count, some
 from cart_plugin.errors import CartError, first_line
@@ -138,14 +138,15 @@ def check_alike(placed: Mapping[str, Placed], inputs: Inputs) -> None:
             them in another shape.
     """
     first, *others = placed.values()
+    shared = set.intersection(*(set(held.units) for held in placed.values()))
+    used, *rest = [_kept(held, shared) for held in placed.values()]
     own = _architecture(inputs, first)
-    for other in others:
+    for other, theirs in zip(others, rest, strict=True):
         if _architecture(inputs, other) != own:
             raise CartError(
                 f"model {first.checkpoint.name} is a {own}, model {other.checkpoint.name} a "
                 f"{_architecture(inputs, other)}"
             )
-        used, theirs = _kept(first), _kept(other)
         for left, right, names_of in ((first, other, used), (other, first, theirs)):
             lacking = sorted(names_of.keys() - right.units.keys())
             if lacking:
@@ -167,9 +168,25 @@ def _architecture(inputs: Inputs, placed: Placed) -> str:
     return str((config.get("architectures") or ["?"])[0])
 
 
-def _kept(placed: Placed) -> dict[str, tuple[int, ...]]:
-    """The weights; what the model has no use for may be a head, or layers beyond its own."""
-    return {name: shape for name, shape in placed.shapes.items() if name not in placed.computed}
+def _kept(placed: Placed, shared: set[str]) -> dict[str, tuple[int, ...]]:
+    """The weights that have to be in all models, or are."""
+    outside = {*placed.computed, *_left_out(placed, shared)}
+    return {name: shape for name, shape in placed.shapes.items() if name not in outside}
+
+
+def left_out(placed: Mapping[str, Placed]) -> list[str]:
+    """Weights that are not merged: the models' classes have no place for them, and some lack them.
+
+    Such are the heads of `bert-base-uncased`, in a class that has others.
+    """
+    shared = set.intersection(*(set(held.units) for held in placed.values()))
+    return sorted({name for held in placed.values() for name in _left_out(held, shared)})
+
+
+def _left_out(placed: Placed, shared: set[str]) -> list[str]:
+    # By its own config: a layer more, as that of another size has it, is no tensor without a place.
+    found = placed.unused - placed.computed - shared
+    return without_place(placed.checkpoint, sorted(found))
 
 
 def check_described(model: Any, placed: Placed) -> None:

@@ -28,7 +28,7 @@ from cart_plugin.doctor.parameters import check_method
 from cart_plugin.errors import CartError, first_line
 from cart_plugin.execution import tensorwise
 from cart_plugin.execution.inputs import Inputs, OrderedConfiguration, plain, read_inputs, stop_at
-from cart_plugin.execution.layout import check_described, donor_model, place, values
+from cart_plugin.execution.layout import check_described, donor_model, left_out, place, values
 
 
 @dataclass(frozen=True)
@@ -145,11 +145,16 @@ def choose(inputs: Inputs, options: MergeOptions, *, force: bool = False) -> Cho
             if not loss:
                 return planned
     try:
-        tensorwise.check(inputs)
+        model, placed = tensorwise.check(inputs)
     except CartError as error:
         if planned is not None:
             return planned  # most methods leave a mask as it is
         raise CartError(f"{loss}; tensor by tensor: {error}") from None
+    if outside := left_out(placed):
+        tensors = f"{count(len(outside), 'tensor')} ({some(outside)})"
+        loss += (
+            f"; left out: {tensors} that {type(model).__name__} does not use and some models lack"
+        )
     return Choice(TENSORWISE, loss)
 
 
