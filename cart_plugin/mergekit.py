@@ -261,6 +261,17 @@ def _is_known(model: Any) -> bool:
     return os.path.isdir(model.model.path) and arch_info_for_config(model.config()) is not None
 
 
+# Buffers that old versions of transformers saved, with -1e9 or so: infinite in float16.
+_MASK = re.compile(r"\.(?:attn|attention)\.(?:masked_)?bias$")
+
+
+def _is_mask(name: str, tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether a tensor's infinities are meant: a causal mask on which all models agree."""
+    if not tensors or tensors[0].ndim == 1 or not _MASK.search(name):
+        return False
+    return bool(tensors[0].isinf().any()) and all(torch.equal(tensors[0], own) for own in tensors)
+
+
 # mergekit checks the inputs of each of a recipe's slices under this name, or none where it has no
 # slices, before it checks each tensor's.
 _RECIPE_GROUP = re.compile(r".*\.slices\[\d+\]")
@@ -349,6 +360,8 @@ class CartMerge(GroupMergeMethod):
         settings = settings_of(parameters)
         tuned, name = group.non_base, group.metadata.name
         tensors, models = [entry.tensor for entry in tuned], [str(entry.id) for entry in tuned]
+        if _is_mask(str(name), tensors):
+            return tensors[0]
         if len(group.entries) == 1 or len(tuned) == 1:  # of a slice or an optional tensor
             tuned = tuned or group.entries
             tensors, models = [tuned[0].tensor], [str(tuned[0].id)]

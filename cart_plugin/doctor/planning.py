@@ -28,6 +28,7 @@ from mergekit.plan import MergePlanner
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig, plan_flat_merge
 
 from cart_plugin.checkpoints.headers import TensorInfo
+from cart_plugin.checkpoints.placement import without_place
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor.advice import way_out
 from cart_plugin.doctor.findings import Finding, problem
@@ -231,6 +232,18 @@ def unreached(
         if checkpoint.tensors[name].is_floating and not name.endswith("rotary_emb.inv_freq")
     ]
     return [name for name in left if not _feeds(name, checkpoint, taken, kind)]
+
+
+def outside_class(tensors: Sequence[PlannedTensor], checkpoint: Checkpoint) -> set[str]:
+    """Names of planned tensors that an input holds, and for which its own class has no place."""
+    stored = {
+        planned.name: name
+        for planned in tensors
+        for name in reversed(planned.sources[checkpoint.name])
+        if name in checkpoint.tensors
+    }
+    found = set(without_place(checkpoint, list(stored.values())))
+    return {planned for planned, name in stored.items() if name in found}
 
 
 def _feeds(name: str, checkpoint: Checkpoint, taken: set[str], kind: Callable[[str], str]) -> bool:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from mergekit.graph import Executor
 from mergekit.merge import run_merge
 from mergekit.multigpu_executor import MultiGPUExecutor
@@ -22,13 +23,14 @@ from mergekit.options import MergeOptions
 
 from cart_plugin.checkpoints import names
 from cart_plugin.checkpoints.files import read_json, write_json
+from cart_plugin.checkpoints.placement import computed, is_computed
 from cart_plugin.doctor import planning, result
 from cart_plugin.doctor.findings import count, some
 from cart_plugin.doctor.parameters import check_method
 from cart_plugin.errors import CartError, CartWarning, first_line
 from cart_plugin.execution import tensorwise
 from cart_plugin.execution.inputs import Inputs, OrderedConfiguration, plain, read_inputs, stop_at
-from cart_plugin.execution.layout import check_described, donor_model, place
+from cart_plugin.execution.layout import check_described, donor_model, left_out, place, values
 
 
 @dataclass(frozen=True)
@@ -154,20 +156,33 @@ def choose(inputs: Inputs, options: MergeOptions, *, force: bool = False) -> Cho
     if not options.trust_remote_code:
         names.model_class(inputs.donor.config, inputs.donor.name)
     plan, findings = planning.plan(inputs.config, inputs.checkpoints, options)
+    planned = None
     if plan is None:
         loss = findings[0].fact
     else:
         merges = result.match(plan, inputs.checkpoints)
         if not force:
             _stop_at_problems(merges, inputs)
-        loss = _lacking(merges) or _left_out(merges, inputs) or _cast(merges, inputs)
+        losses = (_left_out, _cast, _differing)
+        found = (of(merges, inputs) for of in losses)
+        loss = _lacking(merges) or next(filter(None, found), "")
         if not loss:
             number = sum(1 for merge in merges if merge.inputs)
-            return Choice(PLAN, f"it keeps all tensors ({number:,} planned)")
+            planned = Choice(PLAN, f"it keeps all tensors ({number:,} planned)")
+            loss = _masks(merges, inputs)
+            if not loss:
+                return planned
     try:
-        tensorwise.check(inputs)
+        model, placed = tensorwise.check(inputs)
     except CartError as error:
+        if planned is not None:
+            return planned  # most methods leave a mask as it is
         raise CartError(f"{loss}; tensor by tensor: {error}") from None
+    if outside := left_out(placed):
+        tensors = f"{count(len(outside), 'tensor')} ({some(outside)})"
+        loss += (
+            f"; left out: {tensors} that {type(model).__name__} does not use and some models lack"
+        )
     return Choice(TENSORWISE, loss)
 
 
@@ -231,3 +246,43 @@ def _cast(merges: list[result.Merge], inputs: Inputs) -> str:
     if not found:
         return ""
     return f"mergekit's plan would cast {count(len(found), 'integer tensor')} ({some(found)})"
+
+
+def _differing(merges: list[result.Merge], inputs: Inputs) -> str:
+    """Which integers mergekit's merge would stop at: counters differ in all fine-tuned models."""
+    whole = [
+        merge.planned
+        for merge in merges
+        if not any(info.is_floating for info in merge.inputs.values())
+    ]
+    first: dict[str, torch.Tensor] = {}
+    found = set()
+    for label, held in inputs.checkpoints.items() if whole else ():
+        loader = values(held)
+        for planned in whole:
+            stored = (name for name in planned.sources.get(label, ()) if name in held.tensors)
+            if name := next(stored, None):
+                tensor = loader.get_tensor(name)
+                other = first.setdefault(planned.name, tensor)
+                if other.dtype != tensor.dtype or not torch.equal(other, tensor):
+                    found.add(planned.name)
+    if not found:
+        return ""
+    tensors = count(len(found), "integer tensor")
+    return f"mergekit stops at {tensors} ({some(sorted(found))}), in which the models differ"
+
+
+def _masks(merges: list[result.Merge], inputs: Inputs) -> str:
+    """Which masks and tables mergekit's plan would merge like weights: TIES makes infinity NaN."""
+    label = inputs.donor.name
+    found = {
+        name: merge.planned.name
+        for merge in merges
+        for name in merge.planned.sources.get(label, ())
+        if label in merge.inputs and is_computed(name, merge.inputs[label]) and merge.is_floating
+    }
+    masks = [found[name] for name in computed(inputs.donor) if name in found] if found else []
+    if not masks:
+        return ""
+    tensors = count(len(masks), "tensor")
+    return f"mergekit's plan would merge {tensors} ({some(masks)}) that the model computes anew"
