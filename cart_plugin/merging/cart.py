@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -24,7 +25,7 @@ from cart_plugin.errors import CartError, CartWarning
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.linalg.svd import truncated_svd
-from cart_plugin.merging.informed import Task, energy_of, informed_by_base
+from cart_plugin.merging.informed import INFORMED_RANK_RATIO, MOST_INFORMED, informed_by_base
 from cart_plugin.merging.inputs import (
     check_finite,
     check_inputs,
@@ -91,10 +92,11 @@ def merge_tensors(
         shares = normalised(weights, len(tensors), where)
         around = base if decompose and settings.takes_base else None
         one = _Inputs(tensors, shares, models, name, where)
-        if around is not None and settings.center is None:
-            merged = _around_base(one, around, settings)
+        if around is not None and settings.center is None and one.counting <= MOST_INFORMED:
+            merged = _informed(one, around, settings)
         else:
-            merged = centre_of(tensors, shares, around, models, where)
+            centre = around if settings.center == "base" else None
+            merged = centre_of(tensors, shares, centre, models, where)
             if decompose:
                 merged = _add_low_rank(one, merged, settings, kept, has_base=base is not None)
         result = merged.to(dtype)
@@ -119,6 +121,11 @@ class _Inputs(NamedTuple):
     models: Sequence[str]
     name: str | None
     where: str
+
+    @property
+    def counting(self) -> int:
+        """The number of models that have a weight."""
+        return sum(share != 0 for share in self.shares)
 
     def each(
         self, centre: Tensor, reduced: Callable[[Tensor], _T], *, check: bool
@@ -159,7 +166,7 @@ def _add_low_rank(
     interference.
     """
     shape = matrix_shape(inputs.name, centre.shape)
-    are_two = sum(share != 0 for share in inputs.shares) == 2
+    are_two = inputs.counting == 2
     if settings.center == "base" or settings.lambda_ == "auto" or are_two:
         kept = None
     if settings.center != "base":
@@ -215,21 +222,16 @@ def two_models(settings: CartSettings, *, has_base: bool) -> str:
     )
 
 
-def _around_base(inputs: _Inputs, base: Tensor, settings: CartSettings) -> Tensor:
-    """``base + M`` for the M of `informed_by_base`."""
+def _informed(inputs: _Inputs, base: Tensor, settings: CartSettings) -> Tensor:
+    """``average + M`` for the M of `informed_by_base`."""
     inputs.check_weights()
-    tensors, models, where = inputs.tensors, inputs.models, inputs.where
-    mean = centre_of(tensors, inputs.shares, None, models, where)
-    merged = centre_of(tensors, inputs.shares, base, models, where)
-    shape = matrix_shape(inputs.name, merged.shape)
-
-    def reduced(delta: Tensor) -> tuple[LowRank, Tensor]:
-        return truncated(delta, settings, inputs.name), energy_of(delta.reshape(shape))
-
-    tasks = (Task(*found, weight) for found, weight in inputs.each(merged, reduced, check=False))
-    found = informed_by_base(tasks, mean.sub_(merged).reshape(shape))
-    merged = merged.contiguous()
-    return merged.add_(found.to(merged.device).view(merged.shape))
+    average = centre_of(inputs.tensors, inputs.shares, None, inputs.models, inputs.where)
+    start = centre_of(inputs.tensors, inputs.shares, base, inputs.models, inputs.where)
+    shape = matrix_shape(inputs.name, average.shape)
+    own = settings if settings.has_rule else replace(settings, rank_ratio=INFORMED_RANK_RATIO)
+    parts = inputs.each(start, lambda delta: truncated(delta, own, inputs.name), check=False)
+    found = informed_by_base(parts, (average - start).reshape(shape))
+    return average.contiguous().add_(found.to(average.device).view(average.shape))
 
 
 def centre_of(

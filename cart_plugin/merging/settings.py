@@ -64,7 +64,7 @@ class CartSettings:
     @property
     def rule(self) -> RankRule:
         """The rank rule that is given, or the default one."""
-        if self.lambda_ == "auto" or self.center == "base" or not self._no_rule:
+        if self.lambda_ == "auto" or self.center == "base" or self.has_rule:
             return self.plain_rule
         # A sum of whole differences from the average is zero: some of each has to be left out.
         return replace(self.plain_rule, of_numerical_rank=True)
@@ -72,13 +72,14 @@ class CartSettings:
     @property
     def plain_rule(self) -> RankRule:
         """The same for restoring each model, which may keep all that it differs by."""
-        if self.lambda_ == "auto" and self._no_rule:
+        if self.lambda_ == "auto" and not self.has_rule:
             return RankRule(AUTO_RANK_RATIO)
         return RankRule(self.rank_ratio, self.rank, self.energy)
 
     @property
-    def _no_rule(self) -> bool:
-        return self.rank_ratio is self.rank is self.energy is None
+    def has_rule(self) -> bool:
+        """Whether one of ``rank_ratio``, ``rank`` and ``energy`` is given."""
+        return not (self.rank_ratio is self.rank is self.energy is None)
 
     @property
     def solver(self) -> str:
