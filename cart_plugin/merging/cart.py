@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -25,7 +24,7 @@ from cart_plugin.errors import CartError, CartWarning
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.linalg.svd import truncated_svd
-from cart_plugin.merging.informed import INFORMED_RANK_RATIO, MOST_INFORMED, informed_by_base
+from cart_plugin.merging.informed import informed_by_base
 from cart_plugin.merging.inputs import (
     check_finite,
     check_inputs,
@@ -92,8 +91,8 @@ def merge_tensors(
         shares = normalised(weights, len(tensors), where)
         around = base if decompose and settings.takes_base else None
         one = _Inputs(tensors, shares, models, name, where)
-        if around is not None and settings.center is None and one.counting <= MOST_INFORMED:
-            merged = _informed(one, around, settings)
+        if around is not None and settings.is_informed(one.counting, has_base=True):
+            merged = _informed(one, around, settings.informed)
         else:
             centre = around if settings.center == "base" else None
             merged = centre_of(tensors, shares, centre, models, where)
@@ -228,8 +227,7 @@ def _informed(inputs: _Inputs, base: Tensor, settings: CartSettings) -> Tensor:
     average = centre_of(inputs.tensors, inputs.shares, None, inputs.models, inputs.where)
     start = centre_of(inputs.tensors, inputs.shares, base, inputs.models, inputs.where)
     shape = matrix_shape(inputs.name, average.shape)
-    own = settings if settings.has_rule else replace(settings, rank_ratio=INFORMED_RANK_RATIO)
-    parts = inputs.each(start, lambda delta: truncated(delta, own, inputs.name), check=False)
+    parts = inputs.each(start, lambda delta: truncated(delta, settings, inputs.name), check=False)
     found = informed_by_base(parts, (average - start).reshape(shape))
     return average.contiguous().add_(found.to(average.device).view(average.shape))
 
