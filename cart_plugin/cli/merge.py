@@ -66,7 +66,7 @@ def merge(recipe: Path, out: Path, force: bool, **options: Any) -> None:
                 tell=lambda line: status.update(f"merging: {line[: terminal.width - 20]}"),
                 log=lambda text: click.echo(text, err=True),
             )
-    except (CartError, OSError) as error:
+    except (ValueError, OSError) as error:  # pydantic's are of the first kind too
         # Names of a broken file may hold anything, line breaks too.
         raise click.ClickException(" ".join(str(error).split())) from None
     way = "by mergekit's plan" if not done.note else "tensor by tensor"
