@@ -6,6 +6,7 @@ activation. No weight file tells.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -99,14 +100,36 @@ def differences(models: Sequence[Checkpoint]) -> list[Difference]:
 
 
 def _read(model: Checkpoint) -> dict[str, Any]:
-    """A config's values by their paths, without the keys that its class does not know."""
-    config = settings(model.path, model.name)
-    found = dict(_flat(config.to_dict()))
-    try:
+    """A config's values by their paths."""
+    return dict(_flat(_plain(settings(model.path, model.name))))
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """A config and its parts as transformers uses them.
+
+    Keys that a class does not know are left out, and nulls are the values that they stand for.
+    """
+    from transformers import PretrainedConfig
+
+    found = config.to_dict()
+    known = found
+    with contextlib.suppress(Exception):  # some classes cannot do without a setting
         known = type(config)().to_dict()
-    except Exception:  # some classes cannot do without a setting
-        return found
-    return {key: value for key, value in found.items() if key.partition(".")[0] in known}
+    found = {key: value for key, value in found.items() if key in known}
+    for key in found:
+        part = getattr(config, key, None)
+        if isinstance(part, PretrainedConfig):
+            found[key] = _plain(part)
+    heads, width = found.get("num_attention_heads"), found.get("hidden_size")
+    if isinstance(heads, int) and heads:
+        if found.get("num_key_value_heads", 0) is None:
+            found["num_key_value_heads"] = heads
+        if found.get("head_dim", 0) is None and isinstance(width, int):
+            found["head_dim"] = width // heads
+    rope = found.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_type" in rope:  # which older files call `type`
+        found["rope_parameters"] = {key: rope[key] for key in rope if key != "type"}
+    return found
 
 
 def _flat(config: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Any]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
 
-from cart_plugin.checkpoints.configs import Difference, Meaning
+from cart_plugin.checkpoints.configs import Difference, Meaning, differences
+from cart_plugin.checkpoints.reading import Checkpoint
 
 
 @pytest.mark.parametrize(
@@ -76,3 +78,56 @@ def test_no_config_of_transformers_has_a_key_that_passes_for_a_record_unread() -
 def keys(config: dict[str, Any]) -> set[str]:
     parts = [part for part in config.values() if isinstance(part, dict)]
     return set(map(str, config)).union(*map(keys, parts))
+
+
+def differing(folder: Path, first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    models = []
+    for name, config in (("first", first), ("second", second)):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config))
+        models.append(Checkpoint(name, folder / name, config))
+    return [found.key for found in differences(models)]
+
+
+LAYERS = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
+PARTS = {
+    "model_type": "gemma3",
+    "text_config": {"model_type": "gemma3_text", **LAYERS},
+    "vision_config": {"model_type": "siglip_vision_model", **LAYERS},
+}
+
+
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_what_a_parts_class_does_not_know_is_no_difference(part: str, tmp_path: Path) -> None:
+    odd = {"qk_layer_norms": False, "rope_pattern_of_old": 6, "cache_implementation": "hybrid"}
+    other = {**PARTS, part: {**PARTS[part], **odd}}  # type: ignore[dict-item]
+    assert differing(tmp_path, PARTS, other) == []
+
+
+def test_what_a_parts_class_does_know_is_one(tmp_path: Path) -> None:
+    other = {**PARTS, "text_config": {**PARTS["text_config"], "rms_norm_eps": 1e-3}}  # type: ignore[dict-item]
+    assert differing(tmp_path, PARTS, other) == ["text_config.rms_norm_eps"]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "key", "value", "differs"),
+    [
+        ("mixtral", "head_dim", 8, False),
+        ("mixtral", "head_dim", 16, True),
+        ("nemotron", "num_key_value_heads", 4, False),
+        ("nemotron", "num_key_value_heads", 2, True),
+    ],
+)
+def test_nulls_stand_for_values(
+    model_type: str, key: str, value: int, differs: bool, tmp_path: Path
+) -> None:
+    config = {"model_type": model_type, **LAYERS, key: None}
+    found = differing(tmp_path, config, {**config, key: value})
+    assert found == ([key] if differs else [])
+
+
+def test_rope_as_older_versions_wrote_it(tmp_path: Path) -> None:
+    config = {"model_type": "llama", **LAYERS}
+    old = {"rope_theta": 1e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    new = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e5}}
+    assert differing(tmp_path, {**config, **old}, {**config, **new}) == []
