@@ -124,7 +124,12 @@ def choose(inputs: Inputs, options: MergeOptions, *, force: bool = False) -> Cho
             runs with `trust_remote_code` only; the message says why.
     """
     if not options.trust_remote_code:
-        names.model_class(inputs.donor.config, inputs.donor.name)
+        try:
+            names.model_class(inputs.donor.config, inputs.donor.name)
+        except CartError as error:
+            if "auto_map" not in inputs.donor.config:
+                raise
+            raise CartError(f"{error}, but for --trust-remote-code, which runs it") from None
     plan, findings = planning.plan(inputs.config, inputs.checkpoints, options)
     if plan is None:
         loss = findings[0].fact
