@@ -14,7 +14,17 @@ from mergekit.options import MergeOptions
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 
 from cart_plugin.checkpoints.reading import Checkpoint
-from cart_plugin.doctor import adapters, costs, output, parameters, planning, result, saved, schema
+from cart_plugin.doctor import (
+    adapters,
+    costs,
+    output,
+    parameters,
+    planning,
+    result,
+    saved,
+    schema,
+    slices,
+)
 from cart_plugin.doctor import inputs as files
 from cart_plugin.doctor.findings import Finding, Level, Section, ok, problem, warning
 from cart_plugin.doctor.layout import Recipe, check_ranges, references
@@ -35,7 +45,8 @@ def check_recipe(
         path: the YAML file, with one recipe or several (for mergekit-multi).
         out: folder of the result, for the room on its file system; the current one if None.
         show: receives the sections.
-        fuses: adapters are fused before mergekit runs, as `mergekit-cart merge` does it.
+        fuses: `mergekit-cart merge` does it: adapters are fused before mergekit runs, and what the
+            config says of each layer is that of the slices.
         options: of the merge; mergekit's defaults if None.
     """
     title = f"Recipe {path}"
@@ -140,6 +151,8 @@ def _check_document(
         findings = result.check_plan(merges, checkpoints, config, method)
         held = [merge for merge in merges if merge.inputs]
         findings += saved.check_saved(held, checkpoints, config)
+        if not fuses:  # else this is our merge, which writes them
+            findings += slices.check(checkpoints, config, options)
         # What a merge that fails would need is of no use.
         if not stopped and not _has_problem(findings):
             if parameters.is_cart(method):  # others need other amounts
