@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mergekit import merge as mergekit_merge
+from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
-from mergekit.merge import run_merge
 from mergekit.multigpu_executor import MultiGPUExecutor
 from mergekit.options import MergeOptions
 
 from cart_plugin.checkpoints import names
 from cart_plugin.checkpoints.files import read_json, write_json
 from cart_plugin.checkpoints.placement import computed, is_computed
-from cart_plugin.doctor import planning, result
+from cart_plugin.doctor import planning, result, slices
 from cart_plugin.doctor.findings import count, some
 from cart_plugin.doctor.parameters import check_method
 from cart_plugin.errors import CartError, CartWarning, first_line
@@ -72,7 +73,33 @@ class Choice:
 
 def by_plan(job: Job, options: MergeOptions) -> None:
     """Merge as `mergekit-yaml` does, from its knowledge of the architecture."""
-    run_merge(OrderedConfiguration.model_validate(job.recipe), job.out, options)
+    with _layers_of_slices():
+        mergekit_merge.run_merge(OrderedConfiguration.model_validate(job.recipe), job.out, options)
+
+
+@contextmanager
+def _layers_of_slices() -> Iterator[None]:
+    """Let the result's config say of each layer what the slices take.
+
+    mergekit 0.1.5 sets the number of layers only (`_model_out_config`), and stops at the end of a
+    merge where `layer_types` has another length: of slices of Qwen2, Qwen3, Gemma 2 and others.
+    """
+    theirs = mergekit_merge._model_out_config
+
+    def ours(config: MergeConfiguration, architecture: Any, trust_remote_code: bool = False) -> Any:
+        found = theirs(config, architecture, trust_remote_code=trust_remote_code)
+        lists = slices.layer_lists(
+            config, architecture, lambda model: model.config(trust_remote_code=trust_remote_code)
+        )
+        for entry in lists:
+            entry.write(found)
+        return found
+
+    mergekit_merge._model_out_config = ours
+    try:
+        yield
+    finally:
+        mergekit_merge._model_out_config = theirs
 
 
 def by_tensor(job: Job, options: MergeOptions) -> None:
@@ -154,7 +181,12 @@ def choose(inputs: Inputs, options: MergeOptions, *, force: bool = False) -> Cho
             runs with `trust_remote_code` only; the message says why.
     """
     if not options.trust_remote_code:
-        names.model_class(inputs.donor.config, inputs.donor.name)
+        try:
+            names.model_class(inputs.donor.config, inputs.donor.name)
+        except CartError as error:
+            if "auto_map" not in inputs.donor.config:
+                raise
+            raise CartError(f"{error}, but for --trust-remote-code, which runs it") from None
     plan, findings = planning.plan(inputs.config, inputs.checkpoints, options)
     planned = None
     if plan is None:
