@@ -35,9 +35,12 @@ def way_out(error: Exception, config: Recipe, checkpoints: Mapping[str, Checkpoi
         return _with_modules(config)
     if "LoRA not merged" in message:
         return "fuse the adapters first (PEFT: merge_and_unload) and merge the resulting models"
-    if "custom code" in message or "trust_remote_code" in message:
-        return "pass --trust-remote-code to mergekit; doctor itself does not run models' code"
     return f"correct what the message names; or {FLAT}"
+
+
+def asks_for_code(error: Exception) -> bool:
+    """Whether transformers stopped at a model that brings its own code."""
+    return "custom code" in str(error) or "trust_remote_code" in str(error)
 
 
 def lacks_a_head(checkpoint: Checkpoint) -> bool:

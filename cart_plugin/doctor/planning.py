@@ -28,8 +28,9 @@ from mergekit.plan import MergePlanner
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig, plan_flat_merge
 
 from cart_plugin.checkpoints.headers import TensorInfo
+from cart_plugin.checkpoints.placement import without_place
 from cart_plugin.checkpoints.reading import Checkpoint
-from cart_plugin.doctor.advice import way_out
+from cart_plugin.doctor.advice import asks_for_code, way_out
 from cart_plugin.doctor.findings import Finding, problem
 from cart_plugin.doctor.layout import Recipe
 from cart_plugin.errors import CheckpointError, first_line
@@ -87,6 +88,14 @@ def plan(
     except CheckpointError as error:  # of our own methods
         return None, [problem(error.fact, error.advice)]
     except Exception as error:  # mergekit raises whatever its assumptions run into
+        if asks_for_code(error):
+            return None, [
+                problem(
+                    "the models bring their own code, which is run with --trust-remote-code only",
+                    "pass it to mergekit or `mergekit-cart merge` if you trust the code; doctor "
+                    "itself does not run it",
+                )
+            ]
         classes = {str(held.config.get("architectures")) for held in checkpoints.values()}
         return None, [
             problem(
@@ -111,7 +120,9 @@ def _plan_folders(
         cache.loaders[model] = LazyTensorLoader(index)
     try:
         architecture = get_architecture_info(config, options)
-        out_config = _model_out_config(config, architecture)
+        out_config = _model_out_config(
+            config, architecture, trust_remote_code=options.trust_remote_code
+        )
         planner = MergePlanner(config, architecture, options=options, out_model_config=out_config)
         return list(planner.plan_to_disk("unused"))
     finally:
@@ -231,6 +242,18 @@ def unreached(
         if checkpoint.tensors[name].is_floating and not name.endswith("rotary_emb.inv_freq")
     ]
     return [name for name in left if not _feeds(name, checkpoint, taken, kind)]
+
+
+def outside_class(tensors: Sequence[PlannedTensor], checkpoint: Checkpoint) -> set[str]:
+    """Names of planned tensors that an input holds, and for which its own class has no place."""
+    stored = {
+        planned.name: name
+        for planned in tensors
+        for name in reversed(planned.sources[checkpoint.name])
+        if name in checkpoint.tensors
+    }
+    found = set(without_place(checkpoint, list(stored.values())))
+    return {planned for planned, name in stored.items() if name in found}
 
 
 def _feeds(name: str, checkpoint: Checkpoint, taken: set[str], kind: Callable[[str], str]) -> bool:

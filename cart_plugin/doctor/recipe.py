@@ -10,10 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from mergekit.options import MergeOptions
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 
 from cart_plugin.checkpoints.reading import Checkpoint
-from cart_plugin.doctor import adapters, costs, output, parameters, planning, result, saved, schema
+from cart_plugin.doctor import (
+    adapters,
+    costs,
+    output,
+    parameters,
+    planning,
+    result,
+    saved,
+    schema,
+    slices,
+    whole,
+)
 from cart_plugin.doctor import inputs as files
 from cart_plugin.doctor.findings import Finding, Level, Section, ok, problem, warning
 from cart_plugin.doctor.layout import Recipe, check_ranges, references
@@ -21,7 +33,12 @@ from cart_plugin.errors import first_line
 
 
 def check_recipe(
-    path: Path, out: Path | None, show: Callable[[Section], None], *, fuses: bool = False
+    path: Path,
+    out: Path | None,
+    show: Callable[[Section], None],
+    *,
+    fuses: bool = False,
+    options: MergeOptions | None = None,
 ) -> None:
     """Check a recipe file, showing each section as it is ready.
 
@@ -29,7 +46,9 @@ def check_recipe(
         path: the YAML file, with one recipe or several (for mergekit-multi).
         out: folder of the result, for the room on its file system; the current one if None.
         show: receives the sections.
-        fuses: adapters are fused before mergekit runs, as `mergekit-cart merge` does it.
+        fuses: `mergekit-cart merge` does it: adapters are fused before mergekit runs, and what the
+            config says of each layer is that of the slices.
+        options: of the merge; mergekit's defaults if None.
     """
     title = f"Recipe {path}"
     documents, findings = load(path)
@@ -37,13 +56,13 @@ def check_recipe(
         show(Section(title, findings))
         return
     if len(documents) == 1:
-        _check_document(documents[0], title, set(), out, show, fuses)
+        _check_document(documents[0], title, set(), out, show, fuses, options)
         return
     show(Section(title, [_check_names(documents)]))
     made = {str(document["name"]) for document in documents if "name" in document}
     for number, document in enumerate(documents, start=1):
         part = f"Recipe {number} of {len(documents)}: {document.get('name', 'the final merge')}"
-        _check_document(document, part, made, out, show, fuses)
+        _check_document(document, part, made, out, show, fuses, options)
 
 
 def example_recipes() -> Path:
@@ -91,6 +110,7 @@ def _check_document(
     out: Path | None,
     show: Callable[[Section], None],
     fuses: bool,
+    options: MergeOptions | None,
 ) -> None:
     """Check one recipe as far as it goes; `made` are the names of the file's other recipes."""
     kind = schema.recipe_class(document)
@@ -122,7 +142,7 @@ def _check_document(
     if beyond := check_ranges(config, checkpoints):
         show(Section("Result", beyond))
         return
-    plan, findings = planning.plan(config, checkpoints)
+    plan, findings = planning.plan(config, checkpoints, options)
     if plan is None and stopped:
         findings = [
             warning("mergekit cannot plan the merge as it is", "solve the problems above first")
@@ -131,7 +151,11 @@ def _check_document(
         merges = result.match(plan, checkpoints)
         findings = result.check_plan(merges, checkpoints, config, method)
         held = [merge for merge in merges if merge.inputs]
+        if parameters.is_cart(method) and not _has_problem(findings):
+            findings += whole.check_rules(held, config)
         findings += saved.check_saved(held, checkpoints, config)
+        if not fuses:  # else this is our merge, which writes them
+            findings += slices.check(checkpoints, config, options)
         # What a merge that fails would need is of no use.
         if not stopped and not _has_problem(findings):
             if parameters.is_cart(method):  # others need other amounts

@@ -19,7 +19,9 @@ from cart_plugin.execution.inputs import read_inputs
 _WORK = ".merging"  # in the unfinished folder: log, and models for the time of the merge
 
 
-def examine(recipe: Path, out: Path, show: Callable[[Section], None]) -> list[Finding]:
+def examine(
+    recipe: Path, out: Path, show: Callable[[Section], None], options: MergeOptions | None = None
+) -> list[Finding]:
     """Let the doctor look at a recipe.
 
     What is only mergekit's support of an architecture is a warning here: the tensors are merged
@@ -29,6 +31,7 @@ def examine(recipe: Path, out: Path, show: Callable[[Section], None]) -> list[Fi
         recipe: the YAML file.
         out: folder of the result.
         show: receives the findings.
+        options: mergekit's; its defaults if None.
 
     Returns:
         The problems.
@@ -46,7 +49,7 @@ def examine(recipe: Path, out: Path, show: Callable[[Section], None]) -> list[Fi
         show(Section(section.title, findings))
 
     try:
-        check_recipe(recipe, out, see, fuses=True)
+        check_recipe(recipe, out, see, fuses=True, options=options)
     except Exception as error:  # whatever is wrong with a recipe, its author gets no traceback
         advice = "please report this with the recipe; with --force the merge may still work"
         see(
