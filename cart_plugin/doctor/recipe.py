@@ -13,7 +13,17 @@ import yaml
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 
 from cart_plugin.checkpoints.reading import Checkpoint
-from cart_plugin.doctor import adapters, costs, output, parameters, planning, result, saved, schema
+from cart_plugin.doctor import (
+    adapters,
+    costs,
+    merges,
+    output,
+    parameters,
+    planning,
+    result,
+    saved,
+    schema,
+)
 from cart_plugin.doctor import inputs as files
 from cart_plugin.doctor.findings import Finding, Level, Section, ok, problem, warning
 from cart_plugin.doctor.layout import Recipe, check_ranges, references
@@ -128,15 +138,15 @@ def _check_document(
             warning("mergekit cannot plan the merge as it is", "solve the problems above first")
         ]
     if plan is not None:
-        merges = result.match(plan, checkpoints)
-        findings = result.check_plan(merges, checkpoints, config, method)
-        held = [merge for merge in merges if merge.inputs]
+        matched = merges.match(plan, checkpoints)
+        findings = result.check_plan(matched, checkpoints, config, method)
+        held = [merge for merge in matched if merge.inputs]
         findings += saved.check_saved(held, checkpoints, config)
         # What a merge that fails would need is of no use.
         if not stopped and not _has_problem(findings):
             if parameters.is_cart(method):  # others need other amounts
-                findings += costs.check_memory(merges, config)
-            findings += costs.check_disk(merges, checkpoints, config, out)
+                findings += costs.check_memory(matched, config)
+            findings += costs.check_disk(matched, checkpoints, config, out)
     show(Section("Result", findings))
 
 

@@ -18,7 +18,7 @@ from cart_plugin.doctor.planning import PlannedTensor
 
 
 class Merge(Protocol):
-    """What is looked at here of `result.Merge`."""
+    """What is looked at here of `merges.Merge`."""
 
     @property
     def planned(self) -> PlannedTensor:

@@ -22,6 +22,7 @@ from cart_plugin.checkpoints import names
 from cart_plugin.checkpoints.files import read_json, write_json
 from cart_plugin.doctor import planning, result
 from cart_plugin.doctor.findings import count, some
+from cart_plugin.doctor.merges import Merge, match
 from cart_plugin.doctor.parameters import check_method
 from cart_plugin.errors import CartError, first_line
 from cart_plugin.execution import tensorwise
@@ -129,7 +130,7 @@ def choose(inputs: Inputs, options: MergeOptions, *, force: bool = False) -> Cho
     if plan is None:
         loss = findings[0].fact
     else:
-        merges = result.match(plan, inputs.checkpoints)
+        merges = match(plan, inputs.checkpoints)
         if not force:
             _stop_at_problems(merges, inputs)
         loss = _lacking(merges) or _left_out(merges, inputs) or _cast(merges, inputs)
@@ -143,14 +144,14 @@ def choose(inputs: Inputs, options: MergeOptions, *, force: bool = False) -> Cho
     return Choice(TENSORWISE, loss)
 
 
-def _stop_at_problems(merges: list[result.Merge], inputs: Inputs) -> None:
+def _stop_at_problems(merges: list[Merge], inputs: Inputs) -> None:
     method, findings = check_method(inputs.config.merge_method)
     if method is not None:
         findings = result.check_plan(merges, inputs.checkpoints, inputs.config, method)
     stop_at(finding for finding in findings if not finding.of_architecture)
 
 
-def _lacking(merges: list[result.Merge]) -> str:
+def _lacking(merges: list[Merge]) -> str:
     """Why mergekit's merge would stop at tensors that inputs lack."""
     found = [merge for merge in merges if merge.lacking and not merge.planned.optional]
     if not found:
@@ -160,7 +161,7 @@ def _lacking(merges: list[result.Merge]) -> str:
     return f"mergekit's plan needs {count(len(found), 'tensor')} ({tensors}) that {who} lacks"
 
 
-def _left_out(merges: list[result.Merge], inputs: Inputs) -> str:
+def _left_out(merges: list[Merge], inputs: Inputs) -> str:
     """Which of the model's tensors mergekit's plan would leave out without a word.
 
     Raises:
@@ -188,7 +189,7 @@ def _left_out(merges: list[result.Merge], inputs: Inputs) -> str:
     )
 
 
-def _cast(merges: list[result.Merge], inputs: Inputs) -> str:
+def _cast(merges: list[Merge], inputs: Inputs) -> str:
     """Which integers mergekit's plan would turn into floats: it casts whatever it loads."""
     if inputs.config.dtype is None and inputs.config.out_dtype is None:
         return ""
