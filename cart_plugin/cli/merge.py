@@ -49,7 +49,9 @@ def merge(recipe: Path, out: Path, force: bool, **options: Any) -> None:
     terminal = console()
     try:
         settings = MergeOptions(**options)
-        problems = request.examine(recipe, out, lambda section: print_section(terminal, section))
+        problems = request.examine(
+            recipe, out, lambda section: print_section(terminal, section), settings
+        )
         terminal.print()
         if problems and not force:
             raise CartError(

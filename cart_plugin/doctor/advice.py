@@ -40,6 +40,17 @@ def way_out(error: Exception, config: Recipe, checkpoints: Mapping[str, Checkpoi
     return f"correct what the message names; or {FLAT}"
 
 
+def here(advice: str, obstacle: str) -> str:
+    """Advice for those who merge with `mergekit-cart merge` already, which cannot do it either.
+
+    Args:
+        advice: the doctor's.
+        obstacle: why the tensors cannot be merged one by one.
+    """
+    own = "" if advice == FLAT else advice.removesuffix(f"; or {FLAT}")
+    return "; ".join(filter(None, [own, f"tensor by tensor: {obstacle}"]))
+
+
 def lacks_a_head(checkpoint: Checkpoint) -> bool:
     """Whether a model is a bare one (`BertModel`), which has classes with a head beside it."""
     return any(str(name).endswith("Model") for name in checkpoint.config.get("architectures") or ())

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from mergekit.options import MergeOptions
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor import (
     adapters,
     costs,
+    likeness,
     merges,
     output,
     parameters,
@@ -31,7 +33,11 @@ from cart_plugin.errors import first_line
 
 
 def check_recipe(
-    path: Path, out: Path | None, show: Callable[[Section], None], *, fuses: bool = False
+    path: Path,
+    out: Path | None,
+    show: Callable[[Section], None],
+    *,
+    options: MergeOptions | None = None,
 ) -> None:
     """Check a recipe file, showing each section as it is ready.
 
@@ -39,7 +45,8 @@ def check_recipe(
         path: the YAML file, with one recipe or several (for mergekit-multi).
         out: folder of the result, for the room on its file system; the current one if None.
         show: receives the sections.
-        fuses: adapters are fused before mergekit runs, as `mergekit-cart merge` does it.
+        options: of `mergekit-cart merge`, which fuses adapters before mergekit runs; None if the
+            merge is left to mergekit's own programs.
     """
     title = f"Recipe {path}"
     documents, findings = load(path)
@@ -47,13 +54,13 @@ def check_recipe(
         show(Section(title, findings))
         return
     if len(documents) == 1:
-        _check_document(documents[0], title, set(), out, show, fuses)
+        _check_document(documents[0], title, set(), out, show, options)
         return
     show(Section(title, [_check_names(documents)]))
     made = {str(document["name"]) for document in documents if "name" in document}
     for number, document in enumerate(documents, start=1):
         part = f"Recipe {number} of {len(documents)}: {document.get('name', 'the final merge')}"
-        _check_document(document, part, made, out, show, fuses)
+        _check_document(document, part, made, out, show, options)
 
 
 def example_recipes() -> Path:
@@ -100,7 +107,7 @@ def _check_document(
     made: set[str],
     out: Path | None,
     show: Callable[[Section], None],
-    fuses: bool,
+    options: MergeOptions | None,
 ) -> None:
     """Check one recipe as far as it goes; `made` are the names of the file's other recipes."""
     kind = schema.recipe_class(document)
@@ -124,7 +131,7 @@ def _check_document(
     if out is not None and (in_the_way := output.check_out(out, config)):
         show(Section("Output", in_the_way))
     checkpoints, findings = _read_inputs(config, made)
-    if not fuses:
+    if options is None:
         findings += adapters.check_cache(config)
     show(Section("Inputs", findings))
     if checkpoints is None:
@@ -132,12 +139,14 @@ def _check_document(
     if beyond := check_ranges(config, checkpoints):
         show(Section("Result", beyond))
         return
-    plan, findings = planning.plan(config, checkpoints)
+    plan, findings = planning.plan(config, checkpoints, options)
     if plan is None and stopped:
         findings = [
             warning("mergekit cannot plan the merge as it is", "solve the problems above first")
         ]
-    if plan is not None:
+    if plan is None:
+        findings += likeness.check(checkpoints, config)
+    else:
         matched = merges.match(plan, checkpoints)
         findings = result.check_plan(matched, checkpoints, config, method)
         held = [merge for merge in matched if merge.inputs]

@@ -40,12 +40,16 @@ def check_plan(
     findings = list(check_contributors(merges, checkpoints))
     findings = findings or list(_check_lacking(matched, checkpoints, config))
     if any(finding.level is Level.PROBLEM for finding in findings):
-        # What is left over is the same mismatch, seen from the other side.
-        return findings
+        # What is left over is the same mismatch, seen from the other side; but for what no plan
+        # tells.
+        return findings + likeness.check(checkpoints, config, vocabulary_rows(merges))
     findings += _check_losses(plan, checkpoints, config)
     findings += _check_shapes(merges, config)
+    whole = not any(finding.of_architecture for finding in findings)
+    findings += likeness.check(checkpoints, config, vocabulary_rows(merges), aligns=whole)
+    if not whole:
+        return findings  # of the tensors that the parameters meet, these are but some
     findings += check_casts(merges, checkpoints, config)
-    findings += likeness.check(checkpoints, config, vocabulary_rows(merges))
     return findings + check_effects(merges, config, method)
 
 

@@ -61,19 +61,8 @@ def check_contributors(
 def check_casts(
     merges: Sequence[Merge], checkpoints: Mapping[str, Checkpoint], config: Recipe
 ) -> Iterator[Finding]:
-    """Report casts outside the methods' sight: of integers before, to float16 after the merge.
-
-    mergekit casts a finished tensor to `out_dtype` when it writes it, so that no method can check
-    it: the inputs' values are read for that, and the written file by `mergekit-cart merge`.
-    """
-    wide = _dtype(config.dtype)
-    if wide is None:
-        found = {
-            info.dtype for merge in merges if merge.is_floating for info in merge.inputs.values()
-        }
-        wide = next((dtype for dtype in found if dtype and _is_beyond_half(dtype)), None)
-    if _dtype(config.out_dtype) is torch.float16 and wide and _is_beyond_half(wide):
-        yield from _check_range(checkpoints)
+    """Report casts outside the methods' sight: of integers before, to float16 after the merge."""
+    yield from check_range(merges, checkpoints, config)
     dtype = config.dtype or config.out_dtype
     whole = [merge.planned.name for merge in merges if not merge.is_floating]
     if whole and dtype and isinstance(config, MergeConfiguration):
@@ -88,7 +77,25 @@ def check_casts(
 _MARGIN = 16
 
 
-def _check_range(checkpoints: Mapping[str, Checkpoint]) -> Iterator[Finding]:
+def check_range(
+    merges: Sequence[Merge], checkpoints: Mapping[str, Checkpoint], config: Recipe
+) -> Iterator[Finding]:
+    """Report values that would be saved as infinite.
+
+    mergekit casts a finished tensor to `out_dtype` when it writes it, so that no method can check
+    it: the inputs' values are read for that, and the written file by `mergekit-cart merge`.
+    """
+    wide = _dtype(config.dtype)
+    if wide is None:
+        found = {
+            info.dtype for merge in merges if merge.is_floating for info in merge.inputs.values()
+        }
+        wide = next((dtype for dtype in found if dtype and _is_beyond_half(dtype)), None)
+    if _dtype(config.out_dtype) is torch.float16 and wide and _is_beyond_half(wide):
+        yield from _check_values(checkpoints)
+
+
+def _check_values(checkpoints: Mapping[str, Checkpoint]) -> Iterator[Finding]:
     """Report weights that float16 does not hold, or may not hold after a merge."""
     half = torch.finfo(torch.float16).max
     advice = (

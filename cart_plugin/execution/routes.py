@@ -25,7 +25,7 @@ from cart_plugin.doctor.findings import count, some
 from cart_plugin.doctor.merges import Merge, match
 from cart_plugin.doctor.parameters import check_method
 from cart_plugin.errors import CartError, first_line
-from cart_plugin.execution import tensorwise
+from cart_plugin.execution import outlook, tensorwise
 from cart_plugin.execution.inputs import Inputs, OrderedConfiguration, plain, read_inputs, stop_at
 from cart_plugin.execution.layout import check_described, donor_model, place
 
@@ -138,9 +138,11 @@ def choose(inputs: Inputs, options: MergeOptions, *, force: bool = False) -> Cho
             number = sum(1 for merge in merges if merge.inputs)
             return Choice(PLAN, f"it keeps all tensors ({number:,} planned)")
     try:
-        tensorwise.check(inputs)
+        found = outlook.check(inputs)
     except CartError as error:
         raise CartError(f"{loss}; tensor by tensor: {error}") from None
+    if not force:
+        stop_at(found)
     return Choice(TENSORWISE, loss)
 
 

@@ -1,0 +1,77 @@
+"""A recipe's parameters for tensors that are merged one by one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from mergekit import merge_methods
+from mergekit.common import ModelReference
+from mergekit.config import ConfigReader, InputSliceDefinition, OutputSliceDefinition
+from mergekit.parameter_resolver import resolve_parameters
+
+from cart_plugin.doctor.layout import references
+from cart_plugin.errors import CartError
+from cart_plugin.execution.inputs import Inputs
+
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+class Settings:
+    """The method's parameters by tensor, as mergekit's planner resolves them.
+
+    Raises:
+        CartError: the method does not take such models.
+    """
+
+    def __init__(self, inputs: Inputs, names: Iterable[str]) -> None:
+        """Take the recipe, and the names of all tensors: gradients go along their layers."""
+        self.method = merge_methods.get(inputs.config.merge_method)
+        self.models: dict[str, ModelReference] = references(inputs.config)
+        self.base: ModelReference | None = inputs.config.base_model
+        self._layers: dict[str, int] = {}
+        for name in names:
+            if found := _LAYER.search(name):
+                prefix = name[: found.start()]
+                count = max(self._layers.get(prefix, 0), int(found.group(1)) + 1)
+                self._layers[prefix] = count
+        # As mergekit's planner has it: one slice of all layers.
+        sources = [
+            InputSliceDefinition(model=entry.model, layer_range=(0, 0), parameters=entry.parameters)
+            for entry in inputs.config.models or ()
+        ]
+        whole = OutputSliceDefinition(sources=sources)
+        self._reader = ConfigReader(config=inputs.config, slice_out=whole, t=0)
+        try:
+            self.method.validate_inputs(
+                list(self.models.values()), self.base, group_name="default.slices[0]"
+            )
+        except ValueError as error:
+            raise error if isinstance(error, CartError) else CartError(str(error)) from None
+
+    def of(self, name: str) -> tuple[dict[str, Any], dict[ModelReference, dict[str, Any]]]:
+        """The parameters that all models share for a tensor, and each model's own.
+
+        Raises:
+            CartError: one that the method needs is missing, or no value for it.
+        """
+        try:
+            return resolve_parameters(
+                self.method.spec,
+                tensor_name=name,
+                inputs=dict.fromkeys(self.models.values(), name),
+                sources=self._reader.parameter_sources,
+                base_model=self.base,
+                t=self._depth(name),
+            )
+        except (RuntimeError, ValueError) as error:
+            raise CartError(str(error)) from None
+
+    def _depth(self, name: str) -> float:
+        """Where a gradient of the recipe stands: 0 at the first layer, 1 at the last."""
+        found = _LAYER.search(name)
+        if found is None:
+            return 0.0
+        layers = self._layers[name[: found.start()]]
+        return int(found.group(1)) / (layers - 1) if layers > 1 else 1.0

@@ -1,0 +1,90 @@
+"""What is checked before a merge tensor by tensor, as it is before mergekit's plan is followed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import Result
+from mergekit.options import MergeOptions
+
+from cart_plugin.errors import CartError
+from cart_plugin.execution import routes
+from cart_plugin.execution.inputs import read_inputs
+from tests.doctor.tiny import change_config, save_class, write_recipe
+from tests.execution.test_command import refuses
+
+Merge = Callable[..., Result]
+Saved = Callable[..., list[str]]
+NEOX = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+SCALED: Any = {"filter": "query", "value": 2}
+
+
+def own(models: list[str], folder: Path) -> list[str]:
+    """Models that a test may break."""
+    return [str(shutil.copytree(model, folder / f"m{n}")) for n, model in enumerate(models)]
+
+
+def choose(recipe: Path, **options: Any) -> routes.Choice:
+    return routes.choose(read_inputs(yaml.safe_load(recipe.read_text())), MergeOptions(), **options)
+
+
+# What mergekit cannot plan, loses tensors of, and wants tensors of that nobody has.
+@pytest.mark.parametrize("architecture", ["bert", "vit", "gpt-neox"])
+def test_configs_are_compared_whatever_the_route(
+    architecture: str, merge: Merge, saved: Saved, tmp_path: Path
+) -> None:
+    if architecture == "gpt-neox":
+        models = save_class(tmp_path, "GPTNeoXForCausalLM", **NEOX, num_attention_heads=4)
+    else:
+        models = own(saved(architecture), tmp_path)
+    change_config(models[2], num_attention_heads=2)
+    recipe = write_recipe(tmp_path / "r.yaml", models)
+    refuses(merge(recipe, tmp_path / "out"), "not merged", "num_attention_heads is 4 in")
+    with pytest.raises(CartError, match="num_attention_heads is 4 in"):
+        choose(recipe)
+    assert choose(recipe, force=True).route == routes.TENSORWISE
+
+
+def test_tokens_are_compared_where_nothing_aligns_them(
+    merge: Merge, saved: Saved, tmp_path: Path
+) -> None:
+    models = own(saved("bert"), tmp_path)
+    for number, model in enumerate(models):
+        # The last ones are beyond the embedding's 64 rows.
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{n}" for n in range(59))]
+        beyond = [f"x{number}"]
+        (Path(model) / "vocab.txt").write_text("\n".join([*words, *beyond]) + "\n")
+    recipe = write_recipe(tmp_path / "r.yaml", models)
+    assert merge(recipe, tmp_path / "out").exit_code == 0
+    file = Path(models[2], "vocab.txt")
+    file.write_text(file.read_text().replace("w9", "other"))
+    done = merge(recipe, tmp_path / "other")
+    refuses(done, "not merged", "different tokens at the same ids", "'other'")
+    assert "merge models of one tokenizer" in done.output
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fact"),
+    [
+        ({"parameters": {"rank": [SCALED], "rank_ratio": 0.1}}, "both hold for 4 tensors"),
+        ({"parameters": {"weight": 0.0}}, "the models' weights sum to 0 or less"),
+    ],
+    ids=["rank rules", "weights"],
+)
+def test_parameters_are_checked_for_each_tensor(
+    recipe: dict[str, Any], fact: str, merge: Merge, saved: Saved, tmp_path: Path
+) -> None:
+    file = write_recipe(tmp_path / "r.yaml", saved("bert"), **recipe)
+    refuses(merge(file, tmp_path / "out"), "not merged", fact)
+    with pytest.raises(CartError, match=fact):
+        choose(file)
+
+
+def test_what_the_parameters_do_is_summed_up(merge: Merge, saved: Saved, tmp_path: Path) -> None:
+    done = merge(write_recipe(tmp_path / "r.yaml", saved("bert")), tmp_path / "out")
+    assert "39 tensors: 13 decomposed, 26 averaged" in done.output
