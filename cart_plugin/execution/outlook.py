@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mergekit import merge_methods
+
 from cart_plugin.checkpoints.headers import TensorInfo
 from cart_plugin.doctor import likeness
 from cart_plugin.doctor.effects import check_effects
@@ -29,7 +31,7 @@ def check(inputs: Inputs) -> list[Finding]:
     return [
         *check_range(merges, inputs.checkpoints, inputs.config),
         *likeness.check(inputs.checkpoints, inputs.config, vocabulary_rows(merges)),
-        *check_effects(merges, inputs.config, Settings(inputs, ()).method),
+        *check_effects(merges, inputs.config, merge_methods.get(inputs.config.merge_method)),
     ]
 
 
@@ -46,13 +48,13 @@ def foresee(inputs: Inputs, model: Any, placed: Mapping[str, Placed]) -> list[Me
     """
     units = tensorwise.shared_units(inputs, placed)
     names = [name for unit in units for name in unit.targets]
-    settings = Settings(inputs, names)
+    settings = Settings(inputs, placed, names)
     tables = vocabulary_names(model)
     merges = []
     for name in names:
         shared, per_model = settings.of(name)
         planned = PlannedTensor(
-            name=name,
+            name=settings.name(name),
             vocabulary_axis=0 if name in tables else None,
             optional=False,
             sources={label: held.units[name].sources for label, held in placed.items()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mergekit import merge_methods
@@ -14,8 +14,30 @@ from mergekit.parameter_resolver import resolve_parameters
 from cart_plugin.doctor.layout import references
 from cart_plugin.errors import CartError
 from cart_plugin.execution.inputs import Inputs
+from cart_plugin.execution.layout import Placed
 
 _LAYER = re.compile(r"\.(\d+)\.")
+
+
+class TensorName(str):
+    """A tensor's name in the model, in which filters find its names in the models' files, too.
+
+    Recipes filter by the names that their authors see: in most files, those of another format.
+    Of a tensor that is stored in parts, such as experts, a filter has to mean all of them.
+    """
+
+    stored: tuple[tuple[str, ...], ...]
+
+    def __new__(cls, name: str, stored: Iterable[tuple[str, ...]] = ()) -> TensorName:
+        """Take the model's name, and for each file those of the tensor's parts."""
+        self = super().__new__(cls, name)
+        self.stored = tuple(dict.fromkeys(stored))
+        return self
+
+    def __contains__(self, text: object) -> bool:
+        """Whether a filter means this tensor."""
+        names = [(str(self),), *self.stored]
+        return any(all(str(text) in part for part in parts) for parts in names)
 
 
 class Settings:
@@ -25,8 +47,11 @@ class Settings:
         CartError: the method does not take such models.
     """
 
-    def __init__(self, inputs: Inputs, names: Iterable[str]) -> None:
+    def __init__(
+        self, inputs: Inputs, placed: Mapping[str, Placed], names: Iterable[str] = ()
+    ) -> None:
         """Take the recipe, and the names of all tensors: gradients go along their layers."""
+        self._placed = placed
         self.method = merge_methods.get(inputs.config.merge_method)
         self.models: dict[str, ModelReference] = references(inputs.config)
         self.base: ModelReference | None = inputs.config.base_model
@@ -50,17 +75,23 @@ class Settings:
         except ValueError as error:
             raise error if isinstance(error, CartError) else CartError(str(error)) from None
 
+    def name(self, name: str) -> TensorName:
+        """A tensor's name for filters."""
+        held = [placed.units[name] for placed in self._placed.values() if name in placed.units]
+        return TensorName(name, (unit.sources for unit in held))
+
     def of(self, name: str) -> tuple[dict[str, Any], dict[ModelReference, dict[str, Any]]]:
         """The parameters that all models share for a tensor, and each model's own.
 
         Raises:
             CartError: one that the method needs is missing, or no value for it.
         """
+        named = self.name(name)
         try:
             return resolve_parameters(
                 self.method.spec,
-                tensor_name=name,
-                inputs=dict.fromkeys(self.models.values(), name),
+                tensor_name=named,
+                inputs=dict.fromkeys(self.models.values(), named),
                 sources=self._reader.parameter_sources,
                 base_model=self.base,
                 t=self._depth(name),

@@ -158,7 +158,8 @@ class _Merger:
         units: Iterable[Unit],
     ) -> None:
         self._config = inputs.config
-        self._settings = Settings(inputs, [name for unit in units for name in unit.targets])
+        names = [name for unit in units for name in unit.targets]
+        self._settings = Settings(inputs, placed, names)
         self._models: dict[ModelReference, ModelTensors] = {
             model: ModelTensors(placed[label], options)
             for label, model in references(inputs.config).items()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from click.testing import Result
 from mergekit.options import MergeOptions
@@ -15,7 +16,8 @@ from mergekit.options import MergeOptions
 from cart_plugin.errors import CartError
 from cart_plugin.execution import routes
 from cart_plugin.execution.inputs import read_inputs
-from tests.doctor.tiny import change_config, save_class, write_recipe
+from cart_plugin.execution.settings import TensorName
+from tests.doctor.tiny import change_config, load_tensors, save_class, write_recipe
 from tests.execution.test_command import refuses
 
 Merge = Callable[..., Result]
@@ -88,3 +90,40 @@ def test_parameters_are_checked_for_each_tensor(
 def test_what_the_parameters_do_is_summed_up(merge: Merge, saved: Saved, tmp_path: Path) -> None:
     done = merge(write_recipe(tmp_path / "r.yaml", saved("bert")), tmp_path / "out")
     assert "39 tensors: 13 decomposed, 26 averaged" in done.output
+
+
+@pytest.mark.parametrize("text", ["attention.attention.query", "attention.q_proj"])
+def test_filters_find_the_files_names_and_the_models(
+    text: str, merge: Merge, saved: Saved, tmp_path: Path
+) -> None:
+    models = saved("vit")
+    weights = [[{"filter": text, "value": value}, {"value": 1.0}] for value in (1.0, 0.0, 0.0)]
+    entries = [
+        {"model": model, "parameters": {"weight": weight}}
+        for model, weight in zip(models, weights, strict=True)
+    ]
+    recipe = write_recipe(tmp_path / "r.yaml", [], models=entries, merge_method="linear")
+    done = merge(recipe, tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert "the filter" not in done.output
+    first, merged = load_tensors(models[0]), load_tensors(tmp_path / "out")
+    for name, tensor in merged.items():
+        assert torch.equal(tensor, first[name]) == ("attention.query." in name), name
+
+
+def test_a_filter_that_finds_nothing_is_reported(
+    merge: Merge, saved: Saved, tmp_path: Path
+) -> None:
+    parameters = {"rank_ratio": [{"filter": "nosuchname", "value": 0.5}, {"value": 0.1}]}
+    for architecture in ("vit", "bert"):
+        recipe = write_recipe(tmp_path / "r.yaml", saved(architecture), parameters=parameters)
+        done = merge(recipe, tmp_path / architecture)
+        assert done.exit_code == 0
+        assert done.output.count("the filter nosuchname matches no tensor") == 1
+
+
+def test_a_filter_has_to_mean_all_parts_of_a_tensor() -> None:
+    parts = tuple(f"model.layers.0.block.experts.{n}.{w}" for n in range(2) for w in ("w1", "w3"))
+    name = TensorName("model.layers.0.mlp.experts.gate_up_proj", [parts])
+    assert all(text in name for text in ("mlp.experts", "block.experts", "gate_up", "layers.0"))
+    assert not any(text in name for text in ("experts.1.", "w3", "mlp.block"))
