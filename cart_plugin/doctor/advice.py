@@ -18,6 +18,18 @@ from cart_plugin.doctor.layout import Recipe
 FLAT = "merge with `mergekit-cart merge RECIPE OUT`, which goes tensor by tensor where it has to"
 
 
+def flat(config: Recipe) -> str:
+    """How a recipe's models can be merged without mergekit's knowledge of their architecture."""
+    if not isinstance(config, MergeConfiguration):
+        return f"write a recipe of model folders and {FLAT}"
+    first = []
+    if not config.models:
+        first.append("write whole models under `models:`")
+    if config.tokenizer or config.tokenizer_source or config.chat_template:
+        first.append("delete the tokenizer settings")
+    return " and ".join([*first, FLAT])
+
+
 def way_out(error: Exception, config: Recipe, checkpoints: Mapping[str, Checkpoint]) -> str:
     """What to do about an exception of mergekit's planner."""
     message = str(error)
@@ -25,7 +37,7 @@ def way_out(error: Exception, config: Recipe, checkpoints: Mapping[str, Checkpoi
         return (
             "this mergekit cannot merge bare encoders such as BertModel or CLIPModel. Save them "
             "with a head (BertForSequenceClassification) or their parts apart (CLIPVisionModel); "
-            f"or {FLAT}"
+            f"or {flat(config)}"
         )
     if "allow-crimes" in message or "same number of layers" in message:
         return _without_base(config, checkpoints) or (
@@ -37,7 +49,7 @@ def way_out(error: Exception, config: Recipe, checkpoints: Mapping[str, Checkpoi
         return "fuse the adapters first (PEFT: merge_and_unload) and merge the resulting models"
     if "custom code" in message or "trust_remote_code" in message:
         return "pass --trust-remote-code to mergekit; doctor itself does not run models' code"
-    return f"correct what the message names; or {FLAT}"
+    return f"correct what the message names; or {flat(config)}"
 
 
 def here(advice: str, obstacle: str) -> str:
@@ -48,6 +60,8 @@ def here(advice: str, obstacle: str) -> str:
         obstacle: why the tensors cannot be merged one by one.
     """
     own = "" if advice == FLAT else advice.removesuffix(f"; or {FLAT}")
+    if own.endswith(FLAT):  # after a step that makes it possible
+        return own
     return "; ".join(filter(None, [own, f"tensor by tensor: {obstacle}"]))
 
 

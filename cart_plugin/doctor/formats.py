@@ -16,6 +16,7 @@ from cart_plugin.checkpoints.headers import TensorInfo
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor import planning
 from cart_plugin.doctor.layout import Recipe
+from cart_plugin.errors import CartError
 
 
 def repair(config: Recipe, checkpoints: Mapping[str, Checkpoint]) -> str:
@@ -58,12 +59,18 @@ def _is_whole(config: Recipe, others: Mapping[str, Checkpoint], *, to_original: 
 
 
 def _other(checkpoint: Checkpoint) -> tuple[Checkpoint, bool]:
-    """A model as its other format would hold it, and whether that is the original one."""
+    """A model as its other format would hold it, and whether that is the original one.
+
+    Raises:
+        CartError: it has no other.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
     model = names.meta_model(checkpoint.path, checkpoint.config, checkpoint.name)
     state = dict(model.state_dict())
     original = revert_weight_conversion(model, dict(state))  # as `save_pretrained` does
+    if set(state) == set(original):
+        raise CartError("both formats are the same")
     held = set(checkpoint.tensors)
     is_original = len(held & set(original)) >= len(held & set(state))
     other = state if is_original else original

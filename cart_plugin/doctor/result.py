@@ -12,7 +12,7 @@ from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 from cart_plugin.checkpoints.placement import without_place
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor import formats, likeness
-from cart_plugin.doctor.advice import FLAT, lacks_a_head
+from cart_plugin.doctor.advice import flat, lacks_a_head
 from cart_plugin.doctor.effects import check_effects
 from cart_plugin.doctor.findings import Finding, Level, count, problem, some, warning
 from cart_plugin.doctor.layout import Recipe, groups
@@ -60,7 +60,7 @@ def _other_ways(
     way = formats.repair(config, checkpoints)
     if not way and lacking and all(lacks_a_head(checkpoints[label]) for label in lacking):
         way = "save the models with their head (the `...For...` class)"
-    return f"{way}; or {FLAT}" if way else FLAT
+    return f"{way}; or {flat(config)}" if way else flat(config)
 
 
 def _check_lacking(

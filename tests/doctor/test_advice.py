@@ -167,3 +167,24 @@ def test_a_wider_vocabulary_still_does(check: Callable[..., Report], tmp_path: P
     models = save_models(tmp_path, "llama", 2)
     other = str(save_model(tmp_path / "other", "llama", 9, vocab_size=70))
     check([*models, other]).has_only_problem("tokenizer: {source: union}")
+
+
+def test_layers_whose_embeddings_mergekit_drops(
+    check: Callable[..., Report], tmp_path: Path
+) -> None:
+    models = save_class(
+        tmp_path, "T5ForConditionalGeneration", **_T5, feed_forward_proj="gated-gelu"
+    )
+    slices = [{"sources": [{"model": model, "layer_range": [0, 2]} for model in models]}]
+    report = check(
+        [], models=None, modules={part: {"slices": slices} for part in ("encoder", "decoder")}
+    )
+    assert "write whole models under `models:` and merge with `mergekit-cart merge" in report.text
+    assert "save_original_format" not in report.text  # T5 has one format
+
+
+def test_tokenizer_settings_are_in_the_way_of_another_way(
+    check: Callable[..., Report], saved: Callable[..., list[str]]
+) -> None:
+    report = check(saved("bert"), tokenizer={"source": "union"})
+    report.has_only_problem("cannot plan", "or delete the tokenizer settings and merge with")

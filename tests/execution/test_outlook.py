@@ -127,3 +127,26 @@ def test_a_filter_has_to_mean_all_parts_of_a_tensor() -> None:
     name = TensorName("model.layers.0.mlp.experts.gate_up_proj", [parts])
     assert all(text in name for text in ("mlp.experts", "block.experts", "gate_up", "layers.0"))
     assert not any(text in name for text in ("experts.1.", "w3", "mlp.block"))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "advice"),
+    [
+        ({"merge_method": "slerp", "parameters": {"t": 0.5}}, "tensor by tensor: Merge method"),
+        ({"merge_method": "linear"}, "tensor by tensor: Missing required parameter weight"),
+        ({"tokenizer": {"source": "base"}}, "with a head (BertForSequenceClassification)"),
+        ({"tokenizer": {"source": "base"}}, "or delete the tokenizer settings and merge with"),
+    ],
+    ids=str,
+)
+def test_advice_leads_to_no_dead_end(
+    recipe: dict[str, Any], advice: str, merge: Merge, saved: Saved, tmp_path: Path
+) -> None:
+    models = saved("bert")
+    if recipe.get("merge_method") == "slerp":
+        recipe = {**recipe, "base_model": models[0]}
+    done = merge(write_recipe(tmp_path / "r.yaml", models, **recipe), tmp_path / "out")
+    refuses(done, "not merged: mergekit cannot plan")
+    assert advice in done.output
+    assert "merged tensor by tensor instead" not in done.output
+    assert "; or merge with `mergekit-cart merge" not in done.output
