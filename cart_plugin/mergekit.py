@@ -44,7 +44,7 @@ from mergekit.merge_methods.base import ParameterSpec
 from pydantic import BeforeValidator
 
 from cart_plugin.checkpoints import agreement
-from cart_plugin.errors import CartError, CartWarning, CheckpointError
+from cart_plugin.errors import CartError, CartWarning
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.merging.cart import merge_tensors
 from cart_plugin.merging.inputs import check_finite
@@ -208,15 +208,7 @@ def _check_models(input_ids: Sequence[Hashable], base_id: Hashable | None) -> No
     from mergekit.io.tasks import LoaderCache
 
     models = [model for model in input_ids if isinstance(model, ModelReference)]
-    seen: dict[tuple[str, ...], ModelReference] = {}
-    for model in models:
-        other = seen.setdefault(place_of(model), model)
-        if other is not model:
-            what = "the base model counts" if base_id in (model, other) else "one model counts"
-            raise CartError(
-                f"{other} and {model} are one folder: {what} twice; write its path in one way, and "
-                "once (`weight` makes a model count more)"
-            )
+    check_places(models, base_id)
     found = {}
     for model in models:
         loader = LoaderCache().loaders.get(model)
@@ -233,7 +225,28 @@ def _check_models(input_ids: Sequence[Hashable], base_id: Hashable | None) -> No
             example = (next(iter(found[model].tensors)), next(iter(others[0].tensors)))
             names = [other.name for other in others]
             fact = agreement.stranger_fact(str(model), names, example, is_base=model == base_id)
-            raise CheckpointError(*fact)
+            raise agreement.StrangersError(*fact)
+
+
+def check_places(models: Sequence[Any], base_id: Hashable | None) -> None:
+    """Refuse one folder under two paths.
+
+    Args:
+        models: mergekit's references.
+        base_id: that of the base model, if there is one.
+
+    Raises:
+        CartError: there is one.
+    """
+    seen: dict[tuple[str, ...], Any] = {}
+    for model in models:
+        other = seen.setdefault(place_of(model), model)
+        if other is not model:
+            what = "the base model counts" if base_id in (model, other) else "one model counts"
+            raise CartError(
+                f"{other} and {model} are one folder: {what} twice; write its path in one way, and "
+                "once (`weight` makes a model count more)"
+            )
 
 
 def _is_known(model: Any) -> bool:

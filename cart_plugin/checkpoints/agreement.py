@@ -17,6 +17,11 @@ from cart_plugin.checkpoints.reading import (
 )
 from cart_plugin.errors import CheckpointError
 
+
+class StrangersError(CheckpointError):
+    """Models have other names than those by which mergekit would merge them."""
+
+
 _NUMBER = re.compile(r"\d+")
 _SAFE = tuple(name for name in MERGEKIT_ORDER if "safetensors" in name)
 

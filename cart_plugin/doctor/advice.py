@@ -65,6 +65,21 @@ def here(advice: str, obstacle: str) -> str:
     return "; ".join(filter(None, [own, f"tensor by tensor: {obstacle}"]))
 
 
+def in_one_format(config: Recipe, checkpoints: Mapping[str, Checkpoint]) -> str:
+    """What to do where models of one class have other names than each other; else nothing."""
+    if not are_one_class(checkpoints) or not isinstance(config, MergeConfiguration):
+        return ""
+    return (
+        "save all models in one format (model.save_pretrained, with one save_original_format); or "
+        f"{flat(config)}"
+    )
+
+
+def are_one_class(checkpoints: Mapping[str, Checkpoint]) -> bool:
+    """Whether all models have one architecture: of several, nobody can merge tensors by name."""
+    return len({str(held.config.get("architectures")) for held in checkpoints.values()}) == 1
+
+
 def lacks_a_head(checkpoint: Checkpoint) -> bool:
     """Whether a model is a bare one (`BertModel`), which has classes with a head beside it."""
     return any(str(name).endswith("Model") for name in checkpoint.config.get("architectures") or ())

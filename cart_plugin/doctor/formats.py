@@ -6,7 +6,7 @@ those of today's classes. mergekit knows the one of some architectures, the othe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from mergekit.architecture import arch_info_for_config
@@ -38,6 +38,20 @@ def repair(config: Recipe, checkpoints: Mapping[str, Checkpoint]) -> str:
         "save each model again with model.save_pretrained(FOLDER, "
         f"save_original_format={to_original.pop()}) and merge those folders"
     )
+
+
+def has_in_other(checkpoint: Checkpoint, tensors: Iterable[str]) -> bool:
+    """Whether a model would hold some tensors that it lacks, if it was saved in its other format.
+
+    Args:
+        checkpoint: the model.
+        tensors: their names.
+    """
+    try:
+        other, _ = _other(checkpoint)
+    except Exception:  # as in `repair`
+        return False
+    return other.tensors.keys() >= set(tensors)
 
 
 def _is_whole(config: Recipe, others: Mapping[str, Checkpoint], *, to_original: bool) -> bool:

@@ -12,7 +12,7 @@ from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 from cart_plugin.checkpoints.placement import without_place
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor import formats, likeness
-from cart_plugin.doctor.advice import flat, lacks_a_head
+from cart_plugin.doctor.advice import flat, in_one_format, lacks_a_head
 from cart_plugin.doctor.effects import check_effects
 from cart_plugin.doctor.findings import Finding, Level, count, problem, some, warning
 from cart_plugin.doctor.layout import Recipe, groups
@@ -37,7 +37,7 @@ def check_plan(
     """
     plan = [merge.planned for merge in matched]
     merges = [merge for merge in matched if merge.inputs]
-    findings = list(check_contributors(merges, checkpoints))
+    findings = list(check_contributors(merges, checkpoints, config))
     findings = findings or list(_check_lacking(matched, checkpoints, config))
     if any(finding.level is Level.PROBLEM for finding in findings):
         # What is left over is the same mismatch, seen from the other side; but for what no plan
@@ -89,6 +89,14 @@ def _check_lacking(
             yield problem(
                 f"{who} {what} that mergekit requires of this architecture",
                 _other_ways(config, checkpoints, labels),
+                of_architecture=True,
+            )
+        elif all(formats.has_in_other(checkpoints[label], tensors) for label in labels) and (
+            way := in_one_format(config, checkpoints)
+        ):
+            yield problem(
+                f"{who} {what} by the names that others have: the models are saved in two formats",
+                way,
                 of_architecture=True,
             )
         elif not optional:

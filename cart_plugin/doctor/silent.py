@@ -12,6 +12,7 @@ from mergekit.config import MergeConfiguration
 from cart_plugin.checkpoints import agreement
 from cart_plugin.checkpoints.headers import StoredTensor, TensorInfo
 from cart_plugin.checkpoints.reading import Checkpoint
+from cart_plugin.doctor.advice import in_one_format
 from cart_plugin.doctor.findings import Finding, count, problem, some, warning
 from cart_plugin.doctor.layout import Recipe
 from cart_plugin.doctor.planning import PlannedTensor
@@ -34,7 +35,7 @@ class Merge(Protocol):
 
 
 def check_contributors(
-    merges: Sequence[Merge], checkpoints: Mapping[str, Checkpoint]
+    merges: Sequence[Merge], checkpoints: Mapping[str, Checkpoint], config: Recipe
 ) -> Iterator[Finding]:
     """Report models that the names of the plan pass by: the plan is the base model's, or a part.
 
@@ -55,7 +56,9 @@ def check_contributors(
     first = strangers[0]
     lacking = next(merge.planned for merge in merges if first not in merge.inputs)
     example = (lacking.sources[first][0], next(iter(checkpoints[first].tensors)))
-    yield problem(*agreement.stranger_fact(namer, strangers, example, is_base=namer in bases))
+    fact, advice = agreement.stranger_fact(namer, strangers, example, is_base=namer in bases)
+    by_format = in_one_format(config, checkpoints)
+    yield problem(fact, by_format or advice, of_architecture=bool(by_format))
 
 
 def check_casts(

@@ -15,6 +15,7 @@ from cart_plugin.doctor.layout import references
 from cart_plugin.errors import CartError
 from cart_plugin.execution.inputs import Inputs
 from cart_plugin.execution.layout import Placed
+from cart_plugin.mergekit import CartMerge, check_places
 
 _LAYER = re.compile(r"\.(\d+)\.")
 
@@ -68,10 +69,13 @@ class Settings:
         ]
         whole = OutputSliceDefinition(sources=sources)
         self._reader = ConfigReader(config=inputs.config, slice_out=whole, t=0)
+        base = None if self.base is None else str(self.base)
+        if isinstance(self.method, CartMerge):
+            check_places(list(self.models.values()), self.base)
         try:
-            self.method.validate_inputs(
-                list(self.models.values()), self.base, group_name="default.slices[0]"
-            )
+            # By their labels: our methods compare the names in models' files, which say nothing
+            # here. What the tensors are in the model has been compared.
+            self.method.validate_inputs(list(self.models), base, group_name="default.slices[0]")
         except ValueError as error:
             raise error if isinstance(error, CartError) else CartError(str(error)) from None
 

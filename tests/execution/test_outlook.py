@@ -150,3 +150,29 @@ def test_advice_leads_to_no_dead_end(
     assert advice in done.output
     assert "merged tensor by tensor instead" not in done.output
     assert "; or merge with `mergekit-cart merge" not in done.output
+
+
+@pytest.mark.parametrize("base", [False, True])
+def test_models_of_one_class_in_two_formats(
+    base: bool, merge: Merge, saved: Saved, tmp_path: Path
+) -> None:
+    original, todays = saved("vit"), saved("vit", original_format=False)
+    mixed = [original[0], *todays[1:]]
+    for name, models in (("same", original), ("mixed", mixed)):
+        first, *others = models
+        settings = {"base_model": first} if base else {}
+        file = write_recipe(tmp_path / "r.yaml", others if base else models, **settings)
+        done = merge(file, tmp_path / name)
+        assert done.exit_code == 0, done.output
+    assert "merged tensor by tensor: mod" in done.output
+    same, merged = load_tensors(tmp_path / "same"), load_tensors(tmp_path / "mixed")
+    assert same.keys() == merged.keys()
+    assert all(torch.equal(merged[name], tensor) for name, tensor in same.items())
+
+
+def test_one_folder_under_two_paths_counts_once_tensor_by_tensor_too(
+    merge: Merge, saved: Saved, tmp_path: Path
+) -> None:
+    models = saved("bert")
+    recipe = write_recipe(tmp_path / "r.yaml", [*models, f"{models[0]}/"])
+    refuses(merge(recipe, tmp_path / "out", "--force"), "tensor by tensor: ", "are one folder")
