@@ -41,17 +41,17 @@ def repair(config: Recipe, checkpoints: Mapping[str, Checkpoint]) -> str:
 
 
 def has_in_other(checkpoint: Checkpoint, tensors: Iterable[str]) -> bool:
-    """Whether a model would hold some tensors that it lacks, if it was saved in its other format.
+    """Whether some tensors that a model lacks have other names in its format.
 
     Args:
         checkpoint: the model.
         tensors: their names.
     """
     try:
-        other, _ = _other(checkpoint)
+        own, other, _ = _formats(checkpoint)
     except Exception:  # as in `repair`
         return False
-    return other.tensors.keys() >= set(tensors)
+    return other.keys() - own >= set(tensors)
 
 
 def _is_whole(config: Recipe, others: Mapping[str, Checkpoint], *, to_original: bool) -> bool:
@@ -73,7 +73,13 @@ def _is_whole(config: Recipe, others: Mapping[str, Checkpoint], *, to_original: 
 
 
 def _other(checkpoint: Checkpoint) -> tuple[Checkpoint, bool]:
-    """A model as its other format would hold it, and whether that is the original one.
+    """A model as its other format would hold it, and whether that is the original one."""
+    _, tensors, is_original = _formats(checkpoint)
+    return replace(checkpoint, tensors=tensors), is_original
+
+
+def _formats(checkpoint: Checkpoint) -> tuple[set[str], dict[str, TensorInfo], bool]:
+    """Names in a model's format, tensors in its other one, and whether that is the original one.
 
     Raises:
         CartError: it has no other.
@@ -87,6 +93,6 @@ def _other(checkpoint: Checkpoint) -> tuple[Checkpoint, bool]:
         raise CartError("both formats are the same")
     held = set(checkpoint.tensors)
     is_original = len(held & set(original)) >= len(held & set(state))
-    other = state if is_original else original
+    own, other = (original, state) if is_original else (state, original)
     tensors = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in other.items()}
-    return replace(checkpoint, tensors=tensors), not is_original
+    return set(own), tensors, not is_original
