@@ -44,10 +44,12 @@ from mergekit.merge_methods.base import ParameterSpec
 from pydantic import BeforeValidator
 
 from cart_plugin.checkpoints import agreement
+from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.errors import CartError, CartWarning
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.merging.cart import merge_tensors
 from cart_plugin.merging.inputs import check_finite
+from cart_plugin.merging.kept import Countdown, Kept
 from cart_plugin.merging.settings import CartSettings
 from cart_plugin.merging.tensors import is_decomposed
 
@@ -198,8 +200,13 @@ def place_of(model: Any) -> tuple[str, ...]:
     return tuple(where(path) for path in (model.model, model.lora) if path is not None)
 
 
-def _check_models(input_ids: Sequence[Hashable], base_id: Hashable | None) -> None:
+def _check_models(
+    input_ids: Sequence[Hashable], base_id: Hashable | None
+) -> Mapping[Any, Checkpoint]:
     """Refuse what mergekit would merge in silence, though it spoils the result.
+
+    Returns:
+        The models' headers, as far as they can be read.
 
     Raises:
         CartError: a model twice, quantised weights, or models named otherwise than the base.
@@ -217,7 +224,7 @@ def _check_models(input_ids: Sequence[Hashable], base_id: Hashable | None) -> No
     agreement.check_stored(list(found.values()))
     tuned = [found[model] for model in models if model != base_id]
     if len(tuned) < 2 or not all(checkpoint.tensors for checkpoint in found.values()):
-        return
+        return found
     # Without a base, mergekit goes by the names of any of the models.
     for model in [base_id] if base_id in found else models:
         others = agreement.strangers(found[model], tuned)
@@ -226,14 +233,11 @@ def _check_models(input_ids: Sequence[Hashable], base_id: Hashable | None) -> No
             names = [other.name for other in others]
             fact = agreement.stranger_fact(str(model), names, example, is_base=model == base_id)
             raise agreement.StrangersError(*fact)
+    return found
 
 
 def check_places(models: Sequence[Any], base_id: Hashable | None) -> None:
-    """Refuse one folder under two paths.
-
-    Args:
-        models: mergekit's references.
-        base_id: that of the base model, if there is one.
+    """Refuse one folder under two paths; `base_id` is the base model's reference.
 
     Raises:
         CartError: there is one.
@@ -256,6 +260,17 @@ def _is_known(model: Any) -> bool:
     return os.path.isdir(model.model.path) and arch_info_for_config(model.config()) is not None
 
 
+# Buffers that old versions of transformers saved, with -1e9 or so: infinite in float16.
+_MASK = re.compile(r"\.(?:attn|attention)\.(?:masked_)?bias$")
+
+
+def _is_mask(name: str, tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether a tensor's infinities are meant: a causal mask on which all models agree."""
+    if not tensors or tensors[0].ndim == 1 or not _MASK.search(name):
+        return False
+    return bool(tensors[0].isinf().any()) and all(torch.equal(tensors[0], own) for own in tensors)
+
+
 # mergekit checks the inputs of each of a recipe's slices under this name, or none where it has no
 # slices, before it checks each tensor's.
 _RECIPE_GROUP = re.compile(r".*\.slices\[\d+\]")
@@ -275,6 +290,8 @@ class CartMerge(GroupMergeMethod):
 
     def __init__(self) -> None:
         self._planning = _Planning()
+        # Of all threads: one plans, others may merge. None where no recipe does.
+        self._countdown: Countdown | None = None
 
     def validate_inputs(
         self,
@@ -303,10 +320,16 @@ class CartMerge(GroupMergeMethod):
                 f"{self.spec.name} needs at least two fine-tuned models beside the base model "
                 f"(three to gain from it), got {len(tuned)}: {', '.join(tuned) or 'none'}"
             )
+        # A name that comes again is of another recipe, after one that failed.
+        before = {} if group_name in known or not of_slice else known
         if of_recipe:
-            _check_models(input_ids, base_id)
-        if of_slice:  # a name that comes again is of another recipe, after one that failed
-            before = {} if group_name in known else known
+            found = _check_models(input_ids, base_id)
+            if not before or self._countdown is None:
+                self._countdown = Countdown()
+            self._countdown.skip(agreement.unmerged(list(found.values())))
+        elif self._countdown is not None:
+            self._countdown.plan(str(group_name))
+        if of_slice:
             self._planning.slices = {**before, str(group_name): len(tuned)}
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
@@ -322,9 +345,22 @@ class CartMerge(GroupMergeMethod):
         Raises:
             CartError: input that cannot be merged.
         """
+        countdown = self._countdown
+        if countdown is None:
+            return self._merged(group, parameters, None)
+        merged = self._merged(group, parameters, countdown.kept)
+        if text := countdown.done(str(group.metadata.name)):
+            warnings.warn(text, CartWarning, stacklevel=2)
+        return merged
+
+    def _merged(
+        self, group: TensorGroup, parameters: dict[str, Any], kept: Kept | None
+    ) -> torch.Tensor:
         settings = settings_of(parameters)
         tuned, name = group.non_base, group.metadata.name
         tensors, models = [entry.tensor for entry in tuned], [str(entry.id) for entry in tuned]
+        if _is_mask(str(name), tensors):
+            return tensors[0]
         if len(group.entries) == 1 or len(tuned) == 1:  # of a slice or an optional tensor
             tuned = tuned or group.entries
             tensors, models = [tuned[0].tensor], [str(tuned[0].id)]
@@ -339,6 +375,7 @@ class CartMerge(GroupMergeMethod):
             models=models,
             decompose=group.metadata.vocabulary_axis is None
             and is_decomposed(name, tensors[0].shape),
+            kept=kept,
         )
 
 

@@ -117,7 +117,9 @@ def _mean(states: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {
         name: torch.stack([state[name].double() for state in states]).mean(0)
         if tensor.is_floating_point()
-        else tensor
+        else torch.stack([state[name] for state in states]).amax(
+            0
+        )  # counters: the longest training
         for name, tensor in states[0].items()
     }
 

@@ -100,9 +100,13 @@ class Architecture:
     processor: Callable[[Any], object] | None = None
 
     def build(self) -> Any:
-        """The model, with random weights."""
+        """The model, with random weights, and counters as after a training of any length."""
         found = getattr(transformers, self.model)
-        return found((self.config or found.config_class)(**self.settings))
+        model = found((self.config or found.config_class)(**self.settings))
+        for name, counter in model.named_buffers():
+            if name.endswith("num_batches_tracked"):
+                counter.random_(1, 1000)
+        return model
 
 
 def _without(settings: dict[str, Any], *names: str) -> dict[str, Any]:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.common.peers import svc
 from cart_plugin.linalg.factors import LowRank
-from cart_plugin.merging.informed import RIDGE_AROUND_BASE
+from cart_plugin.merging.informed import INFORMED_RANK_RATIO, INFORMED_RIDGE
 from cart_plugin.merging.least_interference import AUTO_RANK_RATIO, least_interference
 
-REVISION = 1  # raised when a variant gives other weights
+REVISION = 2  # raised when a variant gives other weights
 
 
 @dataclass(frozen=True)
@@ -29,19 +30,20 @@ class Informed:
         ridge: relative to the mean eigenvalue of the summed covariances.
         norm: what a task's covariance is divided by: its largest eigenvalue (`spectral`), or its
             `trace`.
-        pull: what the ridge pulls to: the `mean`, the `strong` mean (over kappa), the `sum`, the
-            strong mean of the truncated task vectors (`truncated`), TSV-M (`tsvm`), CART's own sum
-            over rho (`cart`), or the base itself (`zero`).
+        pull: what the ridge pulls to: the mean and the sum of what each task lacks of it on its own
+            inputs, over rho (`own`); the `mean` alone; as strong as the task vectors in what they
+            share (`strong`); the `sum`; TSV-M (`tsvm`); CART's own sum over rho (`cart`), which
+            takes a second decomposition; or the base itself (`zero`).
         keep: share of each eigendirection that is solved for: `ridge`, `exponential`, or `hard`
             (ASWUDI's count of directions whole, the others not at all).
         rescaled: afterwards, as SVC does.
     """
 
     source: str = "base"
-    rank: float | None = AUTO_RANK_RATIO
-    ridge: float = RIDGE_AROUND_BASE
-    norm: str = "spectral"
-    pull: str = "strong"
+    rank: float | None = INFORMED_RANK_RATIO
+    ridge: float = INFORMED_RIDGE
+    norm: str = "trace"
+    pull: str = "own"
     keep: str = "ridge"
     rescaled: bool = False
 
@@ -69,19 +71,7 @@ def combine(tasks: Sequence[LowRank], variant: Informed) -> Tensor:
     if not gram.any():
         return target
     merged = target + _solve(gram, fitted - target @ gram, variant)
-    return rescaled(merged, taus) if variant.rescaled else merged
-
-
-def rescaled(merged: Tensor, taus: Sequence[Tensor]) -> Tensor:
-    """SVC: singular values of a merge, divided by how often the tasks have what lies along them."""
-    left, values, right = torch.linalg.svd(merged, full_matrices=False)
-    responses = left.mT @ merged
-    overlap = torch.zeros_like(values)
-    for tau in taus:
-        own = left.mT @ tau
-        share = (responses * own).sum(dim=1) / own.square().sum(dim=1).clamp_min(1e-30)
-        overlap += share.clamp_min(1 / len(taus)) / len(taus)
-    return (left * (values / overlap)) @ right
+    return svc(merged, taus) if variant.rescaled else merged
 
 
 def _cut(task: LowRank, share: float | None) -> LowRank:
@@ -103,18 +93,27 @@ def _factored(matrix: Tensor) -> LowRank:
 def _target(taus: Sequence[Tensor], kept: Sequence[LowRank], pull: str) -> Tensor:
     sum_ = sum(taus, torch.zeros_like(taus[0]))
     mean = sum_ / len(taus)
+    # A weight that a task did not change has no inputs of its own.
+    pairs = [(tau, one) for tau, one in zip(taus, kept, strict=True) if one.S[0] > 0]
     if pull == "strong":
         return _strong(taus)
-    if pull == "truncated":
-        return _strong([task.dense() for task in kept])
+    if pull == "own":
+        return mean + _over_rho([(tau - mean) @ one.Vh.mT @ one.Vh for tau, one in pairs])
     if pull == "tsvm":
         return tsvm([_factored(tau) for tau in taus])
     if pull == "cart":
         parts = [_cut(_factored(tau - mean), AUTO_RANK_RATIO) for tau in taus]
-        strong = sum((part.dense() for part in parts), torch.zeros_like(mean))
-        energy = sum((part.S.square().sum() for part in parts), torch.zeros(()))
-        return mean + strong / (strong.square().sum() / energy.clamp_min(1e-30)).clamp_min(0.1)
+        return mean + _over_rho([part.dense() for part in parts])
     return {"mean": mean, "sum": sum_, "zero": torch.zeros_like(mean)}[pull]
+
+
+def _over_rho(parts: Sequence[Tensor]) -> Tensor | float:
+    """Their sum at full strength; see `cart_plugin.merging.least_interference`."""
+    energy = sum((part.square().sum() for part in parts), torch.zeros(()))
+    if energy == 0:
+        return 0.0
+    total = sum(parts, torch.zeros_like(parts[0]))
+    return total / (total.square().sum() / energy).clamp_min(0.1)
 
 
 def _strong(taus: Sequence[Tensor]) -> Tensor:

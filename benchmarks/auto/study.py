@@ -27,6 +27,7 @@ from torch import Tensor
 
 from benchmarks.auto import informed
 from benchmarks.auto.informed import Informed, combine, tsvm
+from benchmarks.common import peers
 from benchmarks.common.commands import out_option, workers_option
 from benchmarks.common.provenance import made_by
 from benchmarks.common.record import Record, conditions
@@ -51,6 +52,10 @@ def _average(tasks: Sequence[LowRank]) -> Tensor:
     return _scaled_sum(1 / len(tasks), tasks)
 
 
+def _of_taus(method: Callable[[Sequence[Tensor]], Tensor], tasks: Sequence[LowRank]) -> Tensor:
+    return method([task.dense() for task in tasks])
+
+
 DEFAULT = Informed()
 VARIANTS: dict[str, dict[str, Informed]] = {
     "the method": {"its defaults": DEFAULT},
@@ -59,21 +64,22 @@ VARIANTS: dict[str, dict[str, Informed]] = {
     "pull towards": {
         "the base": Informed(pull="zero"),
         "the mean": Informed(pull="mean"),
-        "the mean over kappa": DEFAULT,
+        "the mean and what each lacks": DEFAULT,
+        "the mean over kappa": Informed(pull="strong"),
         "the sum": Informed(pull="sum"),
-        "the truncated mean over kappa": Informed(pull="truncated"),
         "TSV-M": Informed(pull="tsvm"),
         "CART's sum over rho": Informed(pull="cart"),
     },
     "cut": {
         "0.08": Informed(rank=0.08),
-        "0.16": DEFAULT,
-        "0.32": Informed(rank=0.32),
+        "0.16": Informed(rank=0.16),
+        "0.32": DEFAULT,
+        "0.48": Informed(rank=0.48),
         "none": Informed(rank=None),
     },
     "covariances divided by": {
-        "their largest eigenvalue": DEFAULT,
-        "their trace": Informed(norm="trace"),
+        "their trace": DEFAULT,
+        "their largest eigenvalue": Informed(norm="spectral"),
     },
     "filter": {
         "ridge": DEFAULT,
@@ -86,6 +92,10 @@ OTHERS: dict[str, Way] = {
     "average": _average,
     **{f"task arithmetic, {scale:g}": partial(_scaled_sum, scale) for scale in (0.3, 0.5, 1.0)},
     "TSV-M": tsvm,
+    "ASWUDI": partial(_of_taus, peers.aswudi),
+    "SWUDI": partial(_of_taus, peers.swudi),
+    "ACE": partial(_of_taus, peers.ace),
+    "DC-Merge": partial(_of_taus, peers.dc_merge),
 }
 
 
@@ -113,7 +123,12 @@ def key_of(variant: Informed) -> str:
 def study(suite: str, seed: int, folder: Path) -> None:
     """Judge everything on one suite and seed; what is known is not done again."""
     known = conditions(
-        ("linalg", "merging"), PACKAGES, timed=False, variants=informed.REVISION, examples=EXAMPLES
+        ("linalg", "merging"),
+        PACKAGES,
+        timed=False,
+        examples=EXAMPLES,
+        variants=informed.REVISION,
+        peers=peers.REVISION,
     )
     record = Record(folder / f"{suite}-{seed}.json", known)
     sets = sets_of(suite)

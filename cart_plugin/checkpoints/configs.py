@@ -6,6 +6,7 @@ activation. No weight file tells.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,23 +48,34 @@ class Difference:
 _NOTHING = re.compile(
     r"^_|^(?:name_or_path|transformers_version|(?:torch_)?dtype|quantization_config|auto_map)$"
 )
+# By name: `output_attentions` is one, and `output_multiplier` computes. The test of it reads all of
+# transformers' configs.
 _RECORD = re.compile(
-    r"dropout|drop_?(?:path|rate|out)|_p?drop$|layerdrop|^(?:mask|apply_spec|ctc)_|aux_loss|_loss"
-    r"|init(?:ializer)?_|_init$|^initializer|gradient|pretraining_tp|chunk_size|^pruned|jitter"
-    r"|^id2label$|^label2id$|^num_labels$|^problem_type$|^finetuning_task$|task_specific"
-    r"|^use_cache$|^output_|^return_dict|^architectures$|token_(?:id|index)s?$|attn_implementation"
-    r"|^(?:min|max)_(?:new_tokens|length)$|^do_sample$|^num_beams$|^temperature$|^top_[kp]$"
-    r"|penalty$|^early_stopping$|^forced_|^suppress|^begin_suppress|^is_encoder_decoder$|^prefix$"
+    r"(?<!^token_)dropout|droppath|drop_(?:path|rate)|_p?drop$|layerdrop|(?:^|_)loss(?:_|$)"
+    r"|^mask_(?:time|feature)_(?:prob|length|min_masks)$|^mask_(?:index|weight|point_sample_ratio)$"
+    r"|^apply_spec_augment$|^ctc_zero_infinity$|(?:^|_)initializer_|_init(?:ializer)?$"
+    r"|(?:^|_)init_(?:values?|(?:xavier_)?std|scheme|floor|variance|device|codebook|mask|cell|layer)"
+    r"|^gradient_checkpointing|^stop_gradient|^freeze_|^pretraining_tp$|^pruned_heads$"
+    r"|^(?:input|pos_embed|moe)_jitter|^chunk_size_(?:feed_forward|lm_head)$|^mamba_chunk_size$"
+    r"|^id2label$|^label2id$|^num_labels$|^problem_type$|^finetuning_task$|^task_specific_params$"
+    r"|^output_(?:attentions|hidden_states|router_logits|past|scores|a3_attentions|segmentation"
+    r"|auxiliary_logits|retrieved)$|^use_cache$|^return_dict|^architectures$|attn_implementation$"
+    r"|token_(?:id|index)s?$|^(?:min|max)_(?:new_tokens|length)$|^do_sample$|^num_beams$"
+    r"|^top_[kp]$|penalty$|^early_stopping$|^forced_decoder_ids$"
+    r"|^(?:begin_)?suppress_tokens$|^is_encoder_decoder$|^prefix$"
     # The shapes and the number of tensors show these, the kinds of layers the last one.
-    r"|vocab_size|hidden_size|intermediate_size|embed_dim$|ffn_dim$|^d_(?:model|ff|kv)$|^n_embd$"
-    r"|^n_inner$|^depths$|(?:num_(?:\w+_)?|n_|^|encoder_|decoder_)layers?$|^max_window_layers$"
+    r"|(?:^|_)(?:vocab|hidden|intermediate)_sizes?(?:_global|_mlp|_per_layer_input)?$|embed_dim$"
+    r"|ffn_dim$|^d_(?:model|ff|kv)$|^n_embd$|^n_inner$|^depths$|^n_layers?$|^layers$"
+    r"|(?:^|_)(?:encoder|decoder)_layers$|(?:^|_)num_(?!kv_|first_|last_)(?:\w+_)?layers$"
+    r"|^max_window_layers$"
 )
 _COMPUTATION = re.compile(
     r"head|rope|rotary|eps(?:ilon)?$|act(?:ivation)?(?:_fn|_function)?$|hidden_act|activation"
-    r"|sliding|window|layer_types|softcap|scal(?:e|ing|ar)|multiplier|^tie_|\.tie_"
+    r"|sliding|window|layer_types|attn_layers|attention_layers|layer_pattern|kv_shared|every_n"
+    r"|(?:attention|encoder)_chunk|soft_?cap|clipping|scal(?:e|ing|ar)|multiplier|^tie_|\.tie_"
     r"|position_embedding_type|relative|causal|bidirectional|is_decoder|experts_per_tok|top_?k"
-    r"|n_group|router|alibi|parallel|norm|pool|stride|dilation|patch|feature_layer"
-    r"|feature_select|image_size|residual|cross_attention"
+    r"|n_group|router(?!_jitter)|alibi|parallel|norm|pool|stride|dilation|patch|feature_layer"
+    r"|feature_select|image_size|residual|cross_attention|gate_type|token_dropout|vision_layer$"
 )
 
 
@@ -88,14 +100,36 @@ def differences(models: Sequence[Checkpoint]) -> list[Difference]:
 
 
 def _read(model: Checkpoint) -> dict[str, Any]:
-    """A config's values by their paths, without the keys that its class does not know."""
-    config = settings(model.path, model.name)
-    found = dict(_flat(config.to_dict()))
-    try:
+    """A config's values by their paths."""
+    return dict(_flat(_plain(settings(model.path, model.name))))
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """A config and its parts as transformers uses them.
+
+    Keys that a class does not know are left out, and nulls are the values that they stand for.
+    """
+    from transformers import PretrainedConfig
+
+    found = config.to_dict()
+    known = found
+    with contextlib.suppress(Exception):  # some classes cannot do without a setting
         known = type(config)().to_dict()
-    except Exception:  # some classes cannot do without a setting
-        return found
-    return {key: value for key, value in found.items() if key.partition(".")[0] in known}
+    found = {key: value for key, value in found.items() if key in known}
+    for key in found:
+        part = getattr(config, key, None)
+        if isinstance(part, PretrainedConfig):
+            found[key] = _plain(part)
+    heads, width = found.get("num_attention_heads"), found.get("hidden_size")
+    if isinstance(heads, int) and heads:
+        if found.get("num_key_value_heads", 0) is None:
+            found["num_key_value_heads"] = heads
+        if found.get("head_dim", 0) is None and isinstance(width, int):
+            found["head_dim"] = width // heads
+    rope = found.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_type" in rope:  # which older files call `type`
+        found["rope_parameters"] = {key: rope[key] for key in rope if key != "type"}
+    return found
 
 
 def _flat(config: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Any]]:

@@ -97,6 +97,24 @@ def _alike(one: str, other: str) -> bool:
     return f".{one}".endswith(f".{other}") or f".{other}".endswith(f".{one}")
 
 
+def is_computed(name: str, info: TensorInfo) -> bool:
+    """Whether a tensor without a place is a mask or table that models compute anew, and no weight.
+
+    Old versions of transformers saved such: a `masked_bias` may be infinite, or beyond float16.
+    """
+    last = name.rpartition(".")[2]
+    return not (last == "weight" or (last == "bias" and len(info.shape) == 1))
+
+
+def computed(checkpoint: Checkpoint) -> list[str]:
+    """Names of the masks and tables that a checkpoint's class computes anew."""
+    return [
+        name
+        for name in without_place(checkpoint, list(checkpoint.tensors))
+        if is_computed(name, checkpoint.tensors[name])
+    ]
+
+
 def without_place(checkpoint: Checkpoint, left: Sequence[str]) -> list[str]:
     """Those of some tensors that the class neither trains nor saves, such as old causal masks."""
     placement = place(checkpoint) if left else None

@@ -177,7 +177,12 @@ def read_weights(checkpoint: Checkpoint, order: tuple[str, ...]) -> None:
             f"{who}: {listed[lacking[0]]} lacks {lacking[0]}{more}, which the index lists there",
             AGAIN,
         )
-    omitted = sorted({name for names in held.values() for name in names} - set(listed))
+    omitted = sorted(
+        name
+        for names in held.values()
+        for name, info in names.items()
+        if name not in listed and not _is_computed(name, info)
+    )
     if omitted:
         more = f" and {len(omitted) - 1:,} more" if len(omitted) > 1 else ""
         raise CheckpointError(
@@ -187,6 +192,18 @@ def read_weights(checkpoint: Checkpoint, order: tuple[str, ...]) -> None:
         )
     checkpoint.tensors = {name: held[shard][name] for name, shard in listed.items()}
     _check_counts(checkpoint)
+
+
+_COMPUTED = re.compile(r"(?:^|\.)(?:inv_freq|masked_bias|position_ids)$")
+
+
+def _is_computed(name: str, info: TensorInfo) -> bool:
+    """Whether a tensor is one that old files hold and every model computes anew: nobody lacks it.
+
+    By its name: no model is built to read a header.
+    """
+    is_mask = name.endswith(".bias") and len(info.shape) == 4
+    return is_mask or _COMPUTED.search(name) is not None
 
 
 # More layers than tensors, or a label for each of millions: transformers would build them all.

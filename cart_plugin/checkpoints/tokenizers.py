@@ -69,10 +69,16 @@ def _by_token(ids: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
     yield from ((int(number), token) for token, number in ids.items())
 
 
+def _lines(file: Path) -> list[str]:
+    """A token a line; `splitlines` would split at tokens such as U+0085 and U+2028, too."""
+    with file.open(encoding="utf-8") as opened:
+        return [line.removesuffix("\n") for line in opened]
+
+
 _TOKENS = {
     "tokenizer.json": _fast,
     "tokenizer_config.json": _config,
     "added_tokens.json": lambda file: _by_token(read_json(file)),
     "vocab.json": lambda file: _by_token(read_json(file)),
-    "vocab.txt": lambda file: enumerate(file.read_text(encoding="utf-8").splitlines()),
+    "vocab.txt": lambda file: enumerate(_lines(file)),
 }

@@ -68,9 +68,11 @@ def merge(recipe: Path, out: Path, force: bool, **options: Any) -> None:
                 tell=lambda line: status.update(f"merging: {line[: terminal.width - 20]}"),
                 log=lambda text: click.echo(text, err=True),
             )
-    except (CartError, OSError) as error:
+    except (ValueError, OSError) as error:  # pydantic's are of the first kind too
         # Names of a broken file may hold anything, line breaks too.
         raise click.ClickException(" ".join(str(error).split())) from None
+    for text in done.warnings:
+        click.echo(f"warning: {text}", err=True)
     way = "by mergekit's plan" if not done.note else "tensor by tensor"
     terminal.print(
         f"wrote {out}: {done.tensors:,} tensors, merged {way}: {done.reason}",

@@ -54,7 +54,7 @@ class Row:
         metrics: by task, from the evaluator.
         error: why it failed.
         note: why it was merged tensor by tensor, if it was.
-        warning: what else went wrong, though there are figures.
+        warning: what the merge has warned of, or what else went wrong, though there are figures.
         merge_seconds: duration of mergekit's process.
         evaluate_seconds: duration of the evaluator's process.
     """
@@ -183,6 +183,7 @@ class Comparison:
             merged = self._merge_key(variant)
             known = _finished(folder / "merge.json", merged) or {}
             row.note, row.merge_seconds = known.get("note", ""), known.get("seconds")
+            row.warning = known.get("warning", "")
         judged = {
             "request": dict(self.request),
             "model": merged or _identity(row.model),
@@ -235,16 +236,14 @@ class Comparison:
             recipe, log = folder / "recipe.yaml", folder / "merge.log"
             (scratch / "work").mkdir()
             options = merge_options(self._options())
-            row.note = merge(
-                recipe, scratch / MODEL, options, log=log, scratch=scratch / "work"
-            ).note
+            done = merge(recipe, scratch / MODEL, options, log=log, scratch=scratch / "work")
+            row.note, row.warning = done.note, "; ".join(done.warnings)
             row.merge_seconds = round(time.perf_counter() - started, 2)
             (scratch / MODEL).rename(model)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        write_json(
-            folder / "merge.json", {"key": key, "note": row.note, "seconds": row.merge_seconds}
-        )
+        record = {"note": row.note, "warning": row.warning, "seconds": row.merge_seconds}
+        write_json(folder / "merge.json", {"key": key, **record})
 
     def _options(self) -> list[str]:
         """The options of mergekit's command line."""

@@ -1,7 +1,8 @@
 """The recipes that one recipe implies: the same models and settings, another merge method.
 
 A setting that a method does not know is left out; one that it needs and the recipe lacks gets the
-method's default. All of a method's parameters end up in its recipe, so that the file says what ran.
+method's default. All of a method's parameters end up in its recipe, so that the file says what ran;
+but for the default rank of `cart`, which depends on the models.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from mergekit.common import ModelReference
 from mergekit.merge_methods import BasePolicy, MergeMethod
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 
-from cart_plugin.doctor.parameters import RANK_RULES, did_you_mean
+from cart_plugin.doctor.parameters import did_you_mean
 from cart_plugin.errors import CartError
+from cart_plugin.linalg.rules import RANK_RULES
 from cart_plugin.merging.settings import CartSettings
 
 Settings = dict[str, Any]
@@ -250,8 +252,9 @@ def _defaults(specs: Mapping[str, ParameterSpec], given: set[str], models: int) 
     """What the recipe leaves open. mergekit has no default for `weight`: equal ones of sum 1."""
     values: dict[str, Any] = {}
     if "rank_ratio" in specs and not given & set(RANK_RULES):
-        lambda_: Any = 1.0 if "lambda" in specs else "auto"
-        values["rank_ratio"] = CartSettings(lambda_=lambda_).rule.rank_ratio
+        rule = CartSettings(lambda_=1.0 if "lambda" in specs else "auto").rule
+        if not rule.of_numerical_rank:  # no parameter says that but none
+            values["rank_ratio"] = rule.rank_ratio
     for name, spec in specs.items():
         if name in given or name in RANK_RULES:
             continue

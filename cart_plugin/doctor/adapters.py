@@ -35,10 +35,11 @@ _Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class _Part:
-    """What an adapter changes: a weight of its base, and the shapes that fit it."""
+    """What an adapter changes: a weight of its base, the shapes that fit it, and by which rank."""
 
     name: str
     shapes: tuple[_Shape, ...]
+    rank: int
 
 
 def check_cache(config: Recipe) -> list[Finding]:
@@ -71,6 +72,20 @@ def check_fit(adapter: Path, name: str, model: Checkpoint) -> list[Finding]:
     except CheckpointError as error:
         return [problem(error.fact, error.advice)]
     return list(_check_shapes(who, tensors, model)) or list(_check_base(who, config, model))
+
+
+def ranks(adapter: Path) -> dict[str, int]:
+    """The ranks that an adapter adds to its model's weights, by their names there.
+
+    As its factors have them, which is what `r` and `rank_pattern` of its config come to; nothing of
+    files that cannot be read, or of DoRA, which scales the model's own weights as well.
+    """
+    try:
+        if read_config(adapter, str(adapter), ADAPTER_CONFIG).get("use_dora"):
+            return {}
+        return {part.name: part.rank for part in _parts(read_header(_weights(adapter), ""))}
+    except CheckpointError:
+        return {}
 
 
 def _weights(adapter: Path) -> Path:
@@ -128,17 +143,19 @@ def _parts(tensors: Mapping[str, TensorInfo]) -> Iterator[_Part]:
         factor = _FACTOR.match(name)
         if factor is None:
             if not _PEFT_OTHERS.search(name):
-                yield _Part(name, (info.shape,))  # `modules_to_save`: whole
+                # `modules_to_save`: whole
+                yield _Part(name, (info.shape,), min(info.shape, default=1))
             continue
         other = named.get(f"{name[: factor.start(3)]}B{name[factor.end(3) :]}")
         if factor[3] == "B" or other is None:
             continue  # seen with its A
         if factor[2]:  # of an embedding: (r, tokens), (width, r)
-            yield _Part(f"{factor[1]}.weight", ((info.shape[1], other.shape[0]),))
+            shapes = ((info.shape[1], other.shape[0]),)
+            yield _Part(f"{factor[1]}.weight", shapes, info.shape[0])
         else:
             shape = (other.shape[0], *info.shape[1:])
             # GPT-2's Conv1D holds its matrices the other way round.
-            yield _Part(f"{factor[1]}.weight", (shape, shape[::-1]))
+            yield _Part(f"{factor[1]}.weight", (shape, shape[::-1]), info.shape[0])
 
 
 def _models_own(model: Checkpoint) -> dict[str, _Shape]:

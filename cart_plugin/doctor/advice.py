@@ -47,8 +47,6 @@ def way_out(error: Exception, config: Recipe, checkpoints: Mapping[str, Checkpoi
         return _with_modules(config)
     if "LoRA not merged" in message:
         return "fuse the adapters first (PEFT: merge_and_unload) and merge the resulting models"
-    if "custom code" in message or "trust_remote_code" in message:
-        return "pass --trust-remote-code to mergekit; doctor itself does not run models' code"
     return f"correct what the message names; or {flat(config)}"
 
 
@@ -78,6 +76,11 @@ def in_one_format(config: Recipe, checkpoints: Mapping[str, Checkpoint]) -> str:
 def are_one_class(checkpoints: Mapping[str, Checkpoint]) -> bool:
     """Whether all models have one architecture: of several, nobody can merge tensors by name."""
     return len({str(held.config.get("architectures")) for held in checkpoints.values()}) == 1
+
+
+def asks_for_code(error: Exception) -> bool:
+    """Whether transformers stopped at a model that brings its own code."""
+    return "custom code" in str(error) or "trust_remote_code" in str(error)
 
 
 def lacks_a_head(checkpoint: Checkpoint) -> bool:

@@ -8,9 +8,8 @@ from typing import Any
 
 from cart_plugin.checkpoints.headers import TensorInfo
 from cart_plugin.checkpoints.reading import Checkpoint
-from cart_plugin.doctor.parameters import RANK_RULES
 from cart_plugin.doctor.planning import PlannedTensor, source
-from cart_plugin.linalg.rules import RankRule
+from cart_plugin.linalg.rules import RANK_RULES, RankRule
 from cart_plugin.mergekit import settings_of
 from cart_plugin.merging.tensors import is_decomposed, matrix_shape
 

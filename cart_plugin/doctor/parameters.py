@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields
 from difflib import get_close_matches
 
 from mergekit import merge_methods
@@ -27,11 +26,8 @@ from cart_plugin.doctor.layout import (
     references,
     scalars,
 )
-from cart_plugin.linalg.rules import RankRule
+from cart_plugin.linalg.rules import RANK_RULES
 from cart_plugin.mergekit import CartMerge, place_of
-
-# The parameters of which a tensor may have one.
-RANK_RULES = tuple(rule.name for rule in fields(RankRule))
 
 _LOW_LAMBDA = 0.5
 

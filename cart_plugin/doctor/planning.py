@@ -29,8 +29,9 @@ from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig, plan_flat_
 
 from cart_plugin.checkpoints.agreement import StrangersError
 from cart_plugin.checkpoints.headers import TensorInfo
+from cart_plugin.checkpoints.placement import without_place
 from cart_plugin.checkpoints.reading import Checkpoint
-from cart_plugin.doctor.advice import are_one_class, in_one_format, way_out
+from cart_plugin.doctor.advice import are_one_class, asks_for_code, in_one_format, way_out
 from cart_plugin.doctor.findings import Finding, problem
 from cart_plugin.doctor.layout import Recipe
 from cart_plugin.errors import CheckpointError, first_line
@@ -91,6 +92,14 @@ def plan(
     except CheckpointError as error:  # of our own methods
         return None, [problem(error.fact, error.advice)]
     except Exception as error:  # mergekit raises whatever its assumptions run into
+        if asks_for_code(error):
+            return None, [
+                problem(
+                    "the models bring their own code, which is run with --trust-remote-code only",
+                    "pass it to mergekit or `mergekit-cart merge` if you trust the code; doctor "
+                    "itself does not run it",
+                )
+            ]
         return None, [
             problem(
                 f"mergekit cannot plan this merge: {first_line(error)}",
@@ -113,7 +122,9 @@ def _plan_folders(
         cache.loaders[model] = LazyTensorLoader(index)
     try:
         architecture = get_architecture_info(config, options)
-        out_config = _model_out_config(config, architecture)
+        out_config = _model_out_config(
+            config, architecture, trust_remote_code=options.trust_remote_code
+        )
         planner = MergePlanner(config, architecture, options=options, out_model_config=out_config)
         return list(planner.plan_to_disk("unused"))
     finally:
@@ -233,6 +244,18 @@ def unreached(
         if checkpoint.tensors[name].is_floating and not name.endswith("rotary_emb.inv_freq")
     ]
     return [name for name in left if not _feeds(name, checkpoint, taken, kind)]
+
+
+def outside_class(tensors: Sequence[PlannedTensor], checkpoint: Checkpoint) -> set[str]:
+    """Names of planned tensors that an input holds, and for which its own class has no place."""
+    stored = {
+        planned.name: name
+        for planned in tensors
+        for name in reversed(planned.sources[checkpoint.name])
+        if name in checkpoint.tensors
+    }
+    found = set(without_place(checkpoint, list(stored.values())))
+    return {planned for planned, name in stored.items() if name in found}
 
 
 def _feeds(name: str, checkpoint: Checkpoint, taken: set[str], kind: Callable[[str], str]) -> bool:

@@ -25,6 +25,8 @@ from cart_plugin.doctor import (
     result,
     saved,
     schema,
+    slices,
+    whole,
 )
 from cart_plugin.doctor import inputs as files
 from cart_plugin.doctor.findings import Finding, Level, Section, ok, problem, warning
@@ -37,6 +39,7 @@ def check_recipe(
     out: Path | None,
     show: Callable[[Section], None],
     *,
+    fuses: bool = False,
     options: MergeOptions | None = None,
 ) -> None:
     """Check a recipe file, showing each section as it is ready.
@@ -45,8 +48,9 @@ def check_recipe(
         path: the YAML file, with one recipe or several (for mergekit-multi).
         out: folder of the result, for the room on its file system; the current one if None.
         show: receives the sections.
-        options: of `mergekit-cart merge`, which fuses adapters before mergekit runs; None if the
-            merge is left to mergekit's own programs.
+        fuses: `mergekit-cart merge` does it: adapters are fused before mergekit runs, and what the
+            config says of each layer is that of the slices.
+        options: of the merge; mergekit's defaults if None.
     """
     title = f"Recipe {path}"
     documents, findings = load(path)
@@ -54,13 +58,13 @@ def check_recipe(
         show(Section(title, findings))
         return
     if len(documents) == 1:
-        _check_document(documents[0], title, set(), out, show, options)
+        _check_document(documents[0], title, set(), out, show, fuses, options)
         return
     show(Section(title, [_check_names(documents)]))
     made = {str(document["name"]) for document in documents if "name" in document}
     for number, document in enumerate(documents, start=1):
         part = f"Recipe {number} of {len(documents)}: {document.get('name', 'the final merge')}"
-        _check_document(document, part, made, out, show, options)
+        _check_document(document, part, made, out, show, fuses, options)
 
 
 def example_recipes() -> Path:
@@ -107,6 +111,7 @@ def _check_document(
     made: set[str],
     out: Path | None,
     show: Callable[[Section], None],
+    fuses: bool,
     options: MergeOptions | None,
 ) -> None:
     """Check one recipe as far as it goes; `made` are the names of the file's other recipes."""
@@ -150,7 +155,11 @@ def _check_document(
         matched = merges.match(plan, checkpoints)
         findings = result.check_plan(matched, checkpoints, config, method)
         held = [merge for merge in matched if merge.inputs]
+        if parameters.is_cart(method) and not _has_problem(findings):
+            findings += whole.check_rules(held, config)
         findings += saved.check_saved(held, checkpoints, config)
+        if not fuses:  # else this is our merge, which writes them
+            findings += slices.check(checkpoints, config, options)
         # What a merge that fails would need is of no use.
         if not stopped and not _has_problem(findings):
             if parameters.is_cart(method):  # others need other amounts

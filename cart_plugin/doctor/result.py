@@ -9,7 +9,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.merge_methods.base import MergeMethod
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 
-from cart_plugin.checkpoints.placement import without_place
+from cart_plugin.checkpoints.placement import is_computed, without_place
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor import formats, likeness
 from cart_plugin.doctor.advice import flat, in_one_format, lacks_a_head
@@ -17,7 +17,7 @@ from cart_plugin.doctor.effects import check_effects
 from cart_plugin.doctor.findings import Finding, Level, count, problem, some, warning
 from cart_plugin.doctor.layout import Recipe, groups
 from cart_plugin.doctor.merges import Merge, vocabulary_rows
-from cart_plugin.doctor.planning import PlannedTensor, unreached
+from cart_plugin.doctor.planning import PlannedTensor, outside_class, unreached
 from cart_plugin.doctor.silent import check_casts, check_contributors
 
 
@@ -67,16 +67,17 @@ def _check_lacking(
     matched: Sequence[Merge], checkpoints: Mapping[str, Checkpoint], config: Recipe
 ) -> Iterator[Finding]:
     """Report tensors that the plan takes from inputs which do not have them."""
-    lacking: dict[tuple[str, bool, bool], list[str]] = defaultdict(list)
+    unused = _unused(matched, checkpoints)
+    lacking: dict[tuple[str, bool, bool, bool], list[str]] = defaultdict(list)
     for merge in matched:
+        name, optional = merge.planned.name, merge.planned.optional
         for label in merge.lacking:
-            key = (label, merge.planned.optional, bool(merge.inputs))
-            lacking[key].append(merge.planned.name)
+            lacking[label, optional, bool(merge.inputs), name in unused].append(name)
     # Inputs that lack the same tensors, in one line.
-    alike: dict[tuple[tuple[str, ...], bool, bool], list[str]] = defaultdict(list)
-    for (label, optional, elsewhere), names in lacking.items():
-        alike[tuple(sorted(names)), optional, elsewhere].append(label)
-    for (tensors, optional, elsewhere), labels in alike.items():
+    alike: dict[tuple[tuple[str, ...], bool, bool, bool], list[str]] = defaultdict(list)
+    for (label, optional, elsewhere, outside), names in lacking.items():
+        alike[tuple(sorted(names)), optional, elsewhere, outside].append(label)
+    for (tensors, optional, elsewhere, outside), labels in alike.items():
         who = f"model {labels[0]} lacks" if len(labels) == 1 else f"models {some(labels)} lack"
         what = f"{count(len(tensors), 'tensor')} ({some(tensors)})"
         if isinstance(config, RawPyTorchMergeConfig):
@@ -85,9 +86,10 @@ def _check_lacking(
                 "pass --tensor-intersection to leave them out of the result, or --tensor-union "
                 "to merge them from the models that have them",
             )
-        elif not elsewhere and not optional:
+        elif not optional and (outside or not elsewhere):
             yield problem(
-                f"{who} {what} that mergekit requires of this architecture",
+                f"{who} {what} that mergekit requires of this architecture"
+                + (", of no use to the models that hold them" if elsewhere else ""),
                 _other_ways(config, checkpoints, labels),
                 of_architecture=True,
             )
@@ -112,6 +114,16 @@ def _check_lacking(
             )
 
 
+def _unused(matched: Sequence[Merge], checkpoints: Mapping[str, Checkpoint]) -> set[str]:
+    """Tensors that only some inputs hold, in the class of none of which they have a place."""
+    partial = [merge for merge in matched if merge.lacking and not merge.planned.optional]
+    found = {merge.planned.name for merge in partial if merge.inputs}
+    for label in {label for merge in partial for label in merge.inputs}:
+        held = [merge.planned for merge in partial if label in merge.inputs]
+        found -= {planned.name for planned in held} - outside_class(held, checkpoints[label])
+    return found
+
+
 def _check_losses(
     plan: Sequence[PlannedTensor], checkpoints: Mapping[str, Checkpoint], config: Recipe
 ) -> Iterator[Finding]:
@@ -126,7 +138,8 @@ def _check_losses(
         left = unreached(plan, checkpoints[label], whole_models=whole)
         outside = set(without_place(checkpoints[label], left))
         lost.update(name for name in left if name not in outside)
-        foreign |= {name for name in outside if _is_trained(name, checkpoints[label])}
+        tensors = checkpoints[label].tensors
+        foreign |= {name for name in outside if not is_computed(name, tensors[name])}
     in_all = sorted(name for name, times in lost.items() if times == len(used))
     in_some = sorted({name for name, times in lost.items() if times < len(used)} | foreign)
     if in_all:
@@ -143,12 +156,6 @@ def _check_losses(
             f"{some(in_some)}",
             "make sure that is meant; task heads are left out like this",
         )
-
-
-def _is_trained(name: str, checkpoint: Checkpoint) -> bool:
-    """Whether a tensor outside its class may be a head of somebody's own, and no mask or table."""
-    last = name.rpartition(".")[2]
-    return last == "weight" or (last == "bias" and len(checkpoint.tensors[name].shape) == 1)
 
 
 def _transformers_version() -> str:

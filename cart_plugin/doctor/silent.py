@@ -11,6 +11,7 @@ from mergekit.config import MergeConfiguration
 
 from cart_plugin.checkpoints import agreement
 from cart_plugin.checkpoints.headers import StoredTensor, TensorInfo
+from cart_plugin.checkpoints.placement import computed
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor.advice import in_one_format
 from cart_plugin.doctor.findings import Finding, count, problem, some, warning
@@ -108,8 +109,9 @@ def _check_values(checkpoints: Mapping[str, Checkpoint]) -> Iterator[Finding]:
     largest, where = 0.0, ""
     unread = []
     for label, checkpoint in checkpoints.items():
+        masks = set(computed(checkpoint))
         for name, info in checkpoint.tensors.items():
-            if not info.is_floating or not info.elements:
+            if not info.is_floating or not info.elements or name in masks:
                 continue
             if not isinstance(info, StoredTensor):
                 unread.append(label)

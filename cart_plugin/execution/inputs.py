@@ -108,6 +108,7 @@ def stop_at(findings: Iterable[Finding]) -> None:
 
 
 _REFERENCES = ("model", "base_model", "source", "tokenizer_source")  # keys of a recipe
+_NAMED = ("tokens", "modules")  # what these hold is by name, whatever that is: `source`, `model`
 
 
 def plain(
@@ -126,14 +127,17 @@ def plain(
             return [walk(entry) for entry in node]
         if not isinstance(node, dict):
             return node
-        return {
-            key: model(value)
-            if key in _REFERENCES
-            else value
-            if key == "parameters"
-            else walk(value)
-            for key, value in node.items()
-        }
+        return {key: entry(key, value) for key, value in node.items()}
+
+    def entry(key: str, value: Any) -> Any:
+        if key == "parameters":
+            return value
+        if key in _NAMED and isinstance(value, dict):
+            return {name: walk(held) for name, held in value.items()}
+        # A token's source may be a token of a model (`kind: model_token`), which is no model.
+        if key in _REFERENCES and not (isinstance(value, dict) and "kind" in value):
+            return model(value)
+        return walk(value)
 
     def model(value: Any) -> Any:
         if value in ("union", "base") or not isinstance(value, str | dict):

@@ -6,6 +6,7 @@ under the model's names, the same weights give the same values however they were
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 
 from cart_plugin.checkpoints import names
 from cart_plugin.checkpoints.headers import TensorInfo
+from cart_plugin.checkpoints.placement import is_computed, without_place
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor.findings import count, some
 from cart_plugin.errors import CartError, first_line
@@ -32,12 +34,20 @@ class Placed:
             use for stand there under their own names.
         shapes: of the floating-point ones, by name.
         unused: the names that the model has no use for.
+        computed: those of them that are masks or tables, and no weights.
+        tied: the names that have no tensor of their own, with that whose values they share.
     """
 
     checkpoint: Checkpoint
     units: dict[str, names.Unit] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     unused: set[str] = field(default_factory=set)
+    computed: set[str] = field(default_factory=set)
+    tied: dict[str, str] = field(default_factory=dict)
+
+    def is_floating(self, name: str) -> bool:
+        """Whether a tensor is made of floating-point ones."""
+        return all(self.checkpoint.tensors[part].is_floating for part in self.units[name].sources)
 
 
 def values(checkpoint: Checkpoint, *, lazy_unpickle: bool = False) -> LazyTensorLoader:
@@ -70,10 +80,13 @@ def place(model: Any, checkpoint: Checkpoint) -> Placed:
                 (source,) = unit.sources
                 unit.targets = unit.sources
                 placed.unused.add(source)
+                if is_computed(source, held[source]):
+                    placed.computed.add(source)
             shapes = _shapes(unit, held)
             placed.units.update(dict.fromkeys(unit.targets, unit))
-            if all(held[source].is_floating for source in unit.sources):
+            if placed.is_floating(unit.targets[0]):
                 placed.shapes.update(shapes)
+        _add_tied(model, placed)
     except CartError:
         raise
     except Exception as error:  # transformers' conversions, on tensors that are not as they expect
@@ -82,6 +95,29 @@ def place(model: Any, checkpoint: Checkpoint) -> Placed:
             f"{first_line(error)}"
         ) from None
     return placed
+
+
+def _add_tied(model: Any, placed: Placed) -> None:
+    """Add the names that a file may leave out: some programs store a tied head, others do not."""
+    state = model.state_dict().keys()
+    _add_names(names.tied_names(model), placed)
+    if not vocabulary_names(model).isdisjoint(state - placed.units.keys()):
+        # This model may be tied where the others, and so the class as they configure it, are not.
+        checkpoint = placed.checkpoint
+        with contextlib.suppress(CartError):
+            own = names.meta_model(checkpoint.path, checkpoint.config, checkpoint.name)
+            _add_names(names.tied_names(own), placed)
+
+
+def _add_names(tied: Mapping[str, list[str]], placed: Placed) -> None:
+    for same in tied.values():
+        held = next((name for name in same if name in placed.units), None)
+        if held is None or placed.units[held].is_converted:
+            continue
+        for name in same:
+            if name not in placed.units:
+                placed.units[name] = names.Unit(placed.units[held].sources, (name,))
+                placed.tied[name] = held
 
 
 def _shapes(unit: names.Unit, held: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
@@ -93,9 +129,6 @@ def _shapes(unit: names.Unit, held: Mapping[str, TensorInfo]) -> dict[str, tuple
 
 _LAYER = re.compile(r"\.\d+\.")
 
-# Masks and frequencies that some versions of transformers save, and every model computes anew.
-_COMPUTED = re.compile(r"\.inv_freq$|\.(?:attn|attention)\.(?:masked_)?bias$")
-
 
 def check_alike(placed: Mapping[str, Placed], inputs: Inputs) -> None:
     """Refuse to merge, tensor by tensor, models that differ: what to do would be a guess.
@@ -105,14 +138,15 @@ def check_alike(placed: Mapping[str, Placed], inputs: Inputs) -> None:
             them in another shape.
     """
     first, *others = placed.values()
+    shared = set.intersection(*(set(held.units) for held in placed.values()))
+    used, *rest = [_kept(held, shared) for held in placed.values()]
     own = _architecture(inputs, first)
-    for other in others:
+    for other, theirs in zip(others, rest, strict=True):
         if _architecture(inputs, other) != own:
             raise CartError(
                 f"model {first.checkpoint.name} is a {own}, model {other.checkpoint.name} a "
                 f"{_architecture(inputs, other)}"
             )
-        used, theirs = _kept(first), _kept(other)
         for left, right, names_of in ((first, other, used), (other, first, theirs)):
             lacking = sorted(names_of.keys() - right.units.keys())
             if lacking:
@@ -134,13 +168,25 @@ def _architecture(inputs: Inputs, placed: Placed) -> str:
     return str((config.get("architectures") or ["?"])[0])
 
 
-def _kept(placed: Placed) -> dict[str, tuple[int, ...]]:
-    """The weights; what the model has no use for may be a head, or layers beyond its own."""
-    return {
-        name: shape
-        for name, shape in placed.shapes.items()
-        if not (name in placed.unused and _COMPUTED.search(name))
-    }
+def _kept(placed: Placed, shared: set[str]) -> dict[str, tuple[int, ...]]:
+    """The weights that have to be in all models, or are."""
+    outside = {*placed.computed, *_left_out(placed, shared)}
+    return {name: shape for name, shape in placed.shapes.items() if name not in outside}
+
+
+def left_out(placed: Mapping[str, Placed]) -> list[str]:
+    """Weights that are not merged: the models' classes have no place for them, and some lack them.
+
+    Such are the heads of `bert-base-uncased`, in a class that has others.
+    """
+    shared = set.intersection(*(set(held.units) for held in placed.values()))
+    return sorted({name for held in placed.values() for name in _left_out(held, shared)})
+
+
+def _left_out(placed: Placed, shared: set[str]) -> list[str]:
+    # By its own config: a layer more, as that of another size has it, is no tensor without a place.
+    found = placed.unused - placed.computed - shared
+    return without_place(placed.checkpoint, sorted(found))
 
 
 def check_described(model: Any, placed: Placed) -> None:

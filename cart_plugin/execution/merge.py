@@ -8,13 +8,14 @@ then the same recipe is merged tensor by tensor.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 from mergekit.options import MergeOptions
 
+from cart_plugin.checkpoints.files import read_json
 from cart_plugin.errors import CartError
 from cart_plugin.execution import adapters, child, completion, routes, verification
 from cart_plugin.execution.inputs import Inputs, read_inputs
@@ -28,11 +29,13 @@ class Outcome:
         route: the name of the way it went.
         reason: why that one.
         tensors: how many were written.
+        warnings: what the merge has warned of.
     """
 
     route: str
     reason: str
     tensors: int
+    warnings: Sequence[str] = ()
 
     @property
     def note(self) -> str:
@@ -79,9 +82,11 @@ def merge(
     job.unlink()
     if error:
         raise CartError(f"mergekit failed: {error}")
+    warnings = read_json(routes.warnings_file(job))["warnings"]
+    routes.warnings_file(job).unlink()
     written = _complete(inputs, original, out, name or out.name, source, options)
     shutil.rmtree(scratch / "fused", ignore_errors=True)
-    return Outcome(choice.route, choice.reason, written)
+    return Outcome(choice.route, choice.reason, written, warnings)
 
 
 def _complete(

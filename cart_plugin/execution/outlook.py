@@ -8,46 +8,52 @@ from typing import Any
 from mergekit import merge_methods
 
 from cart_plugin.checkpoints.headers import TensorInfo
-from cart_plugin.doctor import likeness
+from cart_plugin.doctor import likeness, whole
 from cart_plugin.doctor.effects import check_effects
-from cart_plugin.doctor.findings import Finding
+from cart_plugin.doctor.findings import Finding, Level
 from cart_plugin.doctor.merges import Merge, vocabulary_rows
+from cart_plugin.doctor.parameters import is_cart
 from cart_plugin.doctor.planning import PlannedTensor
 from cart_plugin.doctor.silent import check_range
-from cart_plugin.execution import tensorwise
 from cart_plugin.execution.inputs import Inputs
 from cart_plugin.execution.layout import Placed, vocabulary_names
 from cart_plugin.execution.settings import Settings
 
 
-def check(inputs: Inputs) -> list[Finding]:
+def check(inputs: Inputs, model: Any, placed: Mapping[str, Placed]) -> list[Finding]:
     """What is to be known before a merge tensor by tensor.
 
+    Args:
+        inputs: the recipe and its models.
+        model: of their config, without values.
+        placed: each input's tensors under the model's names; both as `tensorwise.check` has them.
+
     Raises:
-        CartError: it cannot be done; why not.
+        CartError: the recipe's method does not take such models, or lacks a parameter.
     """
-    model, placed = tensorwise.check(inputs)
+    config, method = inputs.config, merge_methods.get(inputs.config.merge_method)
     merges = foresee(inputs, model, placed)
-    return [
-        *check_range(merges, inputs.checkpoints, inputs.config),
-        *likeness.check(inputs.checkpoints, inputs.config, vocabulary_rows(merges)),
-        *check_effects(merges, inputs.config, merge_methods.get(inputs.config.merge_method)),
+    findings = [
+        *check_range(merges, inputs.checkpoints, config),
+        *likeness.check(inputs.checkpoints, config, vocabulary_rows(merges)),
+        *check_effects(merges, config, method),
     ]
+    if is_cart(method) and not any(finding.level is Level.PROBLEM for finding in findings):
+        findings += whole.check_rules(merges, config)
+    return findings
 
 
 def foresee(inputs: Inputs, model: Any, placed: Mapping[str, Placed]) -> list[Merge]:
     """The tensors of the merge, as the doctor knows those of mergekit's plan.
 
-    Args:
-        inputs: the recipe and its models.
-        model: of their config, without values.
-        placed: each input's tensors under the model's names.
-
     Raises:
         CartError: the recipe's method does not take such models, or lacks a parameter.
     """
-    units = tensorwise.shared_units(inputs, placed)
-    names = [name for unit in units for name in unit.targets]
+    donor = placed[inputs.donor.name]
+    shared_by_all = set.intersection(*(set(held.units) for held in placed.values()))
+    # What the model computes anew is copied; what is tied is another name of the same tensor.
+    merged = shared_by_all - donor.computed - donor.tied.keys()
+    names = [name for name in donor.units if name in merged]
     settings = Settings(inputs, placed, names)
     tables = vocabulary_names(model)
     merges = []

@@ -15,14 +15,14 @@ from cart_plugin.doctor import advice
 from cart_plugin.doctor.findings import Finding, Level, Section, problem
 from cart_plugin.doctor.recipe import check_recipe, load
 from cart_plugin.errors import CartError, first_line
-from cart_plugin.execution import merge, outlook
+from cart_plugin.execution import merge, outlook, tensorwise
 from cart_plugin.execution.inputs import read_inputs
 
 _WORK = ".merging"  # in the unfinished folder: log, and models for the time of the merge
 
 
 def examine(
-    recipe: Path, out: Path, show: Callable[[Section], None], options: MergeOptions
+    recipe: Path, out: Path, show: Callable[[Section], None], options: MergeOptions | None = None
 ) -> list[Finding]:
     """Let the doctor look at a recipe.
 
@@ -33,7 +33,7 @@ def examine(
         recipe: the YAML file.
         out: folder of the result.
         show: receives the findings.
-        options: mergekit's.
+        options: mergekit's; its defaults if None.
 
     Returns:
         The problems.
@@ -54,7 +54,7 @@ def examine(
         show(Section(section.title, findings))
 
     try:
-        check_recipe(recipe, out, see, options=options)
+        check_recipe(recipe, out, see, fuses=True, options=options)
     except Exception as error:  # whatever is wrong with a recipe, its author gets no traceback
         report = "please report this with the recipe; with --force the merge may still work"
         see(
@@ -69,7 +69,8 @@ def _other_way(recipe: Path) -> tuple[list[Finding], str]:
     """What the doctor has to say of a merge tensor by tensor; or why there can be none."""
     documents, _ = load(recipe)
     try:
-        return outlook.check(read_inputs(documents[0])), ""
+        inputs = read_inputs(documents[0])
+        return outlook.check(inputs, *tensorwise.check(inputs)), ""
     except CartError as error:
         return [], str(error)
 

@@ -8,26 +8,31 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from mergekit import merge as mergekit_merge
+from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
-from mergekit.merge import run_merge
 from mergekit.multigpu_executor import MultiGPUExecutor
 from mergekit.options import MergeOptions
 
 from cart_plugin.checkpoints import names
 from cart_plugin.checkpoints.files import read_json, write_json
-from cart_plugin.doctor import planning, result
+from cart_plugin.checkpoints.placement import computed, is_computed
+from cart_plugin.doctor import planning, result, slices
 from cart_plugin.doctor.findings import count, some
 from cart_plugin.doctor.merges import Merge, match
 from cart_plugin.doctor.parameters import check_method
-from cart_plugin.errors import CartError, first_line
+from cart_plugin.errors import CartError, CartWarning, first_line
 from cart_plugin.execution import outlook, tensorwise
 from cart_plugin.execution.inputs import Inputs, OrderedConfiguration, plain, read_inputs, stop_at
-from cart_plugin.execution.layout import check_described, donor_model, place
+from cart_plugin.execution.layout import check_described, donor_model, left_out, place, values
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,33 @@ class Choice:
 
 def by_plan(job: Job, options: MergeOptions) -> None:
     """Merge as `mergekit-yaml` does, from its knowledge of the architecture."""
-    run_merge(OrderedConfiguration.model_validate(job.recipe), job.out, options)
+    with _layers_of_slices():
+        mergekit_merge.run_merge(OrderedConfiguration.model_validate(job.recipe), job.out, options)
+
+
+@contextmanager
+def _layers_of_slices() -> Iterator[None]:
+    """Let the result's config say of each layer what the slices take.
+
+    mergekit 0.1.5 sets the number of layers only (`_model_out_config`), and stops at the end of a
+    merge where `layer_types` has another length: of slices of Qwen2, Qwen3, Gemma 2 and others.
+    """
+    theirs = mergekit_merge._model_out_config
+
+    def ours(config: MergeConfiguration, architecture: Any, trust_remote_code: bool = False) -> Any:
+        found = theirs(config, architecture, trust_remote_code=trust_remote_code)
+        lists = slices.layer_lists(
+            config, architecture, lambda model: model.config(trust_remote_code=trust_remote_code)
+        )
+        for entry in lists:
+            entry.write(found)
+        return found
+
+    mergekit_merge._model_out_config = ours
+    try:
+        yield
+    finally:
+        mergekit_merge._model_out_config = theirs
 
 
 def by_tensor(job: Job, options: MergeOptions) -> None:
@@ -95,21 +126,47 @@ ROUTES: Mapping[str, Callable[[Job, MergeOptions], None]] = {PLAN: by_plan, TENS
 """The routes by name."""
 
 
+def warnings_file(job: Path) -> Path:
+    """Where `main` leaves the `warnings` of a merge that went well, beside the job's file."""
+    return job.with_name("warnings.json")
+
+
 def main() -> None:
     """Do the job whose file the command line names."""
     from cart_plugin.mergekit import register
 
     register()
-    job = Job(**read_json(Path(sys.argv[1])))
+    file = Path(sys.argv[1])
+    job = Job(**read_json(file))
     options = MergeOptions(**job.options)
     options.apply_global_options()
     try:
-        ROUTES[job.route](job, options)
+        with _recorded() as told:
+            ROUTES[job.route](job, options)
     except Exception as error:
         logging.getLogger(__name__).info("the merge failed", exc_info=True)  # with -v
         raise SystemExit(
             str(error) if isinstance(error, CartError) else first_line(error)
         ) from None
+    write_json(warnings_file(file), {"warnings": list(dict.fromkeys(told))})
+
+
+@contextmanager
+def _recorded() -> Iterator[list[str]]:
+    """A list that this package's warnings go to, of all threads, beside being printed."""
+    told: list[str] = []
+    printed = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
+        if issubclass(category, CartWarning):
+            told.append(str(message))
+        printed(message, category, *rest, **named)
+
+    warnings.showwarning = show
+    try:
+        yield told
+    finally:
+        warnings.showwarning = printed
 
 
 def choose(inputs: Inputs, options: MergeOptions, *, force: bool = False) -> Choice:
@@ -125,24 +182,43 @@ def choose(inputs: Inputs, options: MergeOptions, *, force: bool = False) -> Cho
             runs with `trust_remote_code` only; the message says why.
     """
     if not options.trust_remote_code:
-        names.model_class(inputs.donor.config, inputs.donor.name)
+        try:
+            names.model_class(inputs.donor.config, inputs.donor.name)
+        except CartError as error:
+            if "auto_map" not in inputs.donor.config:
+                raise
+            raise CartError(f"{error}, but for --trust-remote-code, which runs it") from None
     plan, findings = planning.plan(inputs.config, inputs.checkpoints, options)
+    planned = None
     if plan is None:
         loss = findings[0].fact
     else:
         merges = match(plan, inputs.checkpoints)
         if not force:
             _stop_at_problems(merges, inputs)
-        loss = _lacking(merges) or _left_out(merges, inputs) or _cast(merges, inputs)
+        losses = (_left_out, _cast, _differing)
+        found = (of(merges, inputs) for of in losses)
+        loss = _lacking(merges) or next(filter(None, found), "")
         if not loss:
             number = sum(1 for merge in merges if merge.inputs)
-            return Choice(PLAN, f"it keeps all tensors ({number:,} planned)")
+            planned = Choice(PLAN, f"it keeps all tensors ({number:,} planned)")
+            loss = _masks(merges, inputs)
+            if not loss:
+                return planned
     try:
-        found = outlook.check(inputs)
+        model, placed = tensorwise.check(inputs)
+        ahead = outlook.check(inputs, model, placed)
     except CartError as error:
+        if planned is not None:
+            return planned  # most methods leave a mask as it is
         raise CartError(f"{loss}; tensor by tensor: {error}") from None
     if not force:
-        stop_at(found)
+        stop_at(ahead)
+    if outside := left_out(placed):
+        tensors = f"{count(len(outside), 'tensor')} ({some(outside)})"
+        loss += (
+            f"; left out: {tensors} that {type(model).__name__} does not use and some models lack"
+        )
     return Choice(TENSORWISE, loss)
 
 
@@ -206,3 +282,43 @@ def _cast(merges: list[Merge], inputs: Inputs) -> str:
     if not found:
         return ""
     return f"mergekit's plan would cast {count(len(found), 'integer tensor')} ({some(found)})"
+
+
+def _differing(merges: list[Merge], inputs: Inputs) -> str:
+    """Which integers mergekit's merge would stop at: counters differ in all fine-tuned models."""
+    whole = [
+        merge.planned
+        for merge in merges
+        if not any(info.is_floating for info in merge.inputs.values())
+    ]
+    first: dict[str, torch.Tensor] = {}
+    found = set()
+    for label, held in inputs.checkpoints.items() if whole else ():
+        loader = values(held)
+        for planned in whole:
+            stored = (name for name in planned.sources.get(label, ()) if name in held.tensors)
+            if name := next(stored, None):
+                tensor = loader.get_tensor(name)
+                other = first.setdefault(planned.name, tensor)
+                if other.dtype != tensor.dtype or not torch.equal(other, tensor):
+                    found.add(planned.name)
+    if not found:
+        return ""
+    tensors = count(len(found), "integer tensor")
+    return f"mergekit stops at {tensors} ({some(sorted(found))}), in which the models differ"
+
+
+def _masks(merges: list[Merge], inputs: Inputs) -> str:
+    """Which masks and tables mergekit's plan would merge like weights: TIES makes infinity NaN."""
+    label = inputs.donor.name
+    found = {
+        name: merge.planned.name
+        for merge in merges
+        for name in merge.planned.sources.get(label, ())
+        if label in merge.inputs and is_computed(name, merge.inputs[label]) and merge.is_floating
+    }
+    masks = [found[name] for name in computed(inputs.donor) if name in found] if found else []
+    if not masks:
+        return ""
+    tensors = count(len(masks), "tensor")
+    return f"mergekit's plan would merge {tensors} ({some(masks)}) that the model computes anew"

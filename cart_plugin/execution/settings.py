@@ -81,8 +81,8 @@ class Settings:
 
     def name(self, name: str) -> TensorName:
         """A tensor's name for filters."""
-        held = [placed.units[name] for placed in self._placed.values() if name in placed.units]
-        return TensorName(name, (unit.sources for unit in held))
+        held = [it for it in self._placed.values() if name in it.units.keys() - it.tied.keys()]
+        return TensorName(name, (placed.units[name].sources for placed in held))
 
     def of(self, name: str) -> tuple[dict[str, Any], dict[ModelReference, dict[str, Any]]]:
         """The parameters that all models share for a tensor, and each model's own.

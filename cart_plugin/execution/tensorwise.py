@@ -31,6 +31,7 @@ from cart_plugin.execution.layout import (
     vocabulary_names,
 )
 from cart_plugin.execution.settings import Settings
+from cart_plugin.merging.inputs import agreed_buffer
 
 
 class ModelTensors:
@@ -38,6 +39,7 @@ class ModelTensors:
 
     def __init__(self, placed: Placed, options: MergeOptions) -> None:
         self.units = placed.units
+        self.is_floating = placed.is_floating
         self.loader = values(placed.checkpoint, lazy_unpickle=options.lazy_unpickle)
 
     def read(self, name: str, device: str) -> torch.Tensor:
@@ -64,6 +66,29 @@ class LoadModelTensor(Task[torch.Tensor]):
         tensor: torch.Tensor = self.source.read(self.name, self.device)
         dtype = dtype_from_name(self.dtype)
         return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+class KeepTensor(Task[torch.Tensor]):
+    """Takes the one value of integers; of counters, which fine-tuned models differ in, the largest.
+
+    mergekit stops at any integers that differ.
+    """
+
+    loads: tuple[Task, ...]
+    models: tuple[str, ...]
+    name: str
+
+    def arguments(self) -> dict[str, Task]:
+        """The models' tensors."""
+        return {f"model{n}": task for n, task in enumerate(self.loads)}
+
+    def execute(self, **tensors: torch.Tensor) -> torch.Tensor:
+        """The value.
+
+        Raises:
+            CartError: tables of integers differ.
+        """
+        return agreed_buffer(list(tensors.values()), self.models, self.name)
 
 
 class SaveUnit(Task[None]):
@@ -119,7 +144,9 @@ def tasks(inputs: Inputs, out: Path, options: MergeOptions) -> list[Task]:
         CartError: as `check`; or the recipe is wrong.
     """
     model, placed = check(inputs)
-    units = shared_units(inputs, placed)
+    shared = set.intersection(*(set(held.units) for held in placed.values()))
+    units = _written(placed[inputs.donor.name], placed.values(), options)
+    units = [unit for unit in units if shared.issuperset(unit.targets)]
     writer = TensorWriterTask(
         out_path=str(out),
         max_shard_size=options.out_shard_size,
@@ -139,11 +166,17 @@ def tasks(inputs: Inputs, out: Path, options: MergeOptions) -> list[Task]:
     return [*saves, FinalizeModel(tensor_save_tasks=tuple(saves), writer_task=writer)]
 
 
-def shared_units(inputs: Inputs, placed: Mapping[str, Placed]) -> list[Unit]:
-    """What the result holds: the tensors of the first model that all others have, too."""
-    shared = set.intersection(*(set(held.units) for held in placed.values()))
-    units = {id(unit): unit for unit in placed[inputs.donor.name].units.values()}
-    return [unit for unit in units.values() if shared.issuperset(unit.targets)]
+def _written(donor: Placed, inputs: Iterable[Placed], options: MergeOptions) -> list[Unit]:
+    """What the result holds: as the first model, and the heads that others hold untied."""
+    units = {id(unit): unit for name, unit in donor.units.items() if name not in donor.tied}
+    for name, same in donor.tied.items():
+        for held in inputs:
+            if name in held.units.keys() - held.tied.keys() and same in held.units:
+                tensors = ModelTensors(held, options)
+                if not torch.equal(tensors.read(name, "cpu"), tensors.read(same, "cpu")):
+                    units[id(held.units[name])] = held.units[name]
+                    break
+    return list(units.values())
 
 
 class _Merger:
@@ -160,20 +193,25 @@ class _Merger:
         self._config = inputs.config
         names = [name for unit in units for name in unit.targets]
         self._settings = Settings(inputs, placed, names)
+        named = references(inputs.config)
         self._models: dict[ModelReference, ModelTensors] = {
-            model: ModelTensors(placed[label], options)
-            for label, model in references(inputs.config).items()
+            model: ModelTensors(placed[label], options) for label, model in named.items()
         }
+        self._donor = named[inputs.donor.name]
+        self._computed = placed[inputs.donor.name].computed
         self._device = str(options.device or "cpu") if options.read_to_gpu else "cpu"
         self._vocabulary = vocabulary
 
     def task(self, name: str) -> Task:
         """Merges the tensor of a name."""
+        if name in self._computed:
+            return self._load(self._models[self._donor], name, None)
+        if not any(model.is_floating(name) for model in self._models.values()):
+            kept = tuple(self._load(model, name, None) for model in self._models.values())
+            return KeepTensor(loads=kept, models=tuple(map(str, self._models)), name=name)
         shared, per_model = self._settings.of(name)
         loads = {
-            model: LoadModelTensor(
-                source=source, name=name, dtype=self._config.dtype, device=self._device
-            )
+            model: self._load(source, name, self._config.dtype)
             for model, source in self._models.items()
         }
         return ExecuteMergeMethodTask(
@@ -189,3 +227,6 @@ class _Merger:
             dtype=self._config.dtype,
             out_dtype=self._config.out_dtype,
         )
+
+    def _load(self, source: ModelTensors, name: str, dtype: str | None) -> Task:
+        return LoadModelTensor(source=source, name=name, dtype=dtype, device=self._device)

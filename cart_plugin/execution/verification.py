@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from cart_plugin.doctor import inputs as files
 from cart_plugin.doctor.findings import count, some
 from cart_plugin.errors import CartError
 from cart_plugin.execution.inputs import Inputs, stop_at
-from cart_plugin.execution.layout import missing, place, values
+from cart_plugin.execution.layout import Placed, missing, place, values
 
 
 def read_result(out: Path) -> Checkpoint:
@@ -36,6 +36,7 @@ def verify(written: Checkpoint, inputs: Inputs) -> None:
     Raises:
         CartError: it lacks something, or something in it is of no use.
     """
+    computed: set[str] = set()
     try:
         model = names.meta_model(written.path, written.config, written.name)
     except CartError:
@@ -43,8 +44,10 @@ def verify(written: Checkpoint, inputs: Inputs) -> None:
             raise
         _check_names(written, inputs)
     else:
-        _check_model(model, written, inputs)
-    _check_finite(written, inputs)
+        result = place(model, written)
+        computed = result.computed
+        _check_model(model, result, inputs)
+    _check_finite(written, inputs, computed)
 
 
 def _is_known(inputs: Inputs) -> bool:
@@ -62,8 +65,7 @@ def _check_names(written: Checkpoint, inputs: Inputs) -> None:
         _check_there(shared - set(written.tensors))
 
 
-def _check_model(model: Any, written: Checkpoint, inputs: Inputs) -> None:
-    result = place(model, written)
+def _check_model(model: Any, result: Placed, inputs: Inputs) -> None:
     state = model.state_dict()
     for name, shape in result.shapes.items():
         if name in state and tuple(state[name].shape) != shape:
@@ -88,7 +90,7 @@ def _check_there(lacking: Iterable[str]) -> None:
         )
 
 
-def _check_finite(written: Checkpoint, inputs: Inputs) -> None:
+def _check_finite(written: Checkpoint, inputs: Inputs, computed: Container[str]) -> None:
     loader = values(written)
     for name, info in written.tensors.items():
         if not info.is_floating:
@@ -97,6 +99,8 @@ def _check_finite(written: Checkpoint, inputs: Inputs) -> None:
         if bool(torch.isfinite(tensor).all()) or _is_a_mask(name, tensor, inputs.donor):
             continue
         kind = "NaN" if bool(torch.isnan(tensor).any()) else "infinity"
+        if name in computed and kind == "infinity":
+            continue  # a mask's large value, in float16
         raise CartError(
             f"the merge holds {kind} in {name}; look for it in the inputs, or merge in a wider "
             "dtype (`dtype: float32`, `out_dtype: bfloat16`)"

@@ -29,6 +29,7 @@ The same in a fifth of the models' numbers, with ranks that lose the least::
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,9 +39,10 @@ from fusion_bench.models.wrappers.switch import SwitchModule
 from torch import Tensor, nn
 
 from cart_plugin.compress.ranks import Matrices, by_size, checked_rule
-from cart_plugin.errors import CartError
+from cart_plugin.errors import CartError, CartWarning
 from cart_plugin.fusion_bench.base import CartBase, Fleet, copied
 from cart_plugin.merging.indexing import index_tensors, spectra_of, stored_share
+from cart_plugin.merging.kept import Kept
 from cart_plugin.merging.settings import CartSettings
 from cart_plugin.merging.state_dicts import merge_state_dicts
 from cart_plugin.merging.tensors import matrix_shape
@@ -88,6 +90,7 @@ class CartAlgorithm(CartBase):
         single: dict[str, dict[str, Tensor]] = {}
         if self.return_single_task_models:
             single = {name: {} for name in fleet.names}
+        kept = Kept()
         with self.profile("merge weights"):
             for name, tensors in fleet.tensors("CART"):
                 base = fleet.base_tensor(name)
@@ -97,11 +100,14 @@ class CartAlgorithm(CartBase):
                     weights=fleet.weights,
                     base=None if base is None else {name: base},
                     decompose=fleet.decompose,
+                    kept=kept,
                 )
                 merged[name] = part[name].to(fleet.home(name))
                 if single:
                     _restore(name, tensors, fleet, self.settings, 1.0, single)
         self.print_profile_summary()
+        if text := kept.warning():
+            warnings.warn(text, CartWarning, stacklevel=2)
         if not single:
             return fleet.with_tensors(first, merged)
         whole = copied(fleet.with_tensors(first, merged))

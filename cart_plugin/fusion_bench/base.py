@@ -27,7 +27,8 @@ class CartBase(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
     """Parameters of all CART methods.
 
     Args:
-        rank_ratio: share of the singular directions to keep; 0.08 if no rule is given.
+        rank_ratio: share of the singular directions to keep; `CartSettings` says how many are if no
+            rule is given.
         rank: their number instead.
         energy: as many as hold this share of the squared singular values instead.
         scaling_factor: scale of the sum of truncated task vectors, the paper's lambda; or ``auto``,

@@ -23,6 +23,7 @@ from cart_plugin.errors import CartError
 from cart_plugin.fusion_bench.base import BASE, Fleet
 from cart_plugin.merging.indexing import index_tensors
 from cart_plugin.merging.inputs import check_finite, check_same_tensors
+from cart_plugin.merging.kept import Kept
 from cart_plugin.merging.settings import CartSettings
 from cart_plugin.merging.state_dicts import merge_state_dicts
 
@@ -48,7 +49,7 @@ def cart_parts(fleet: Fleet, settings: CartSettings) -> Parts:
     """The average of a pool's models, and their truncated centred task vectors.
 
     A model's coefficients start at lambda, times its weight where it has one (scaled to mean 1),
-    so that the first merged model is that of ``method=cart``.
+    so that the first merged model is that of ``method=cart`` at the same rank rule.
 
     Raises:
         CartError: models that are no modules, and as `cart_plugin.merging.indexing.index_tensors`.
@@ -72,6 +73,7 @@ def cart_parts(fleet: Fleet, settings: CartSettings) -> Parts:
                 settings,
                 weights=fleet.weights,
                 decompose=fleet.decompose,
+                kept=Kept(),  # not asked: buffers have no coefficients
             )
             parts.centre[name] = merged[name].to(home)
             continue

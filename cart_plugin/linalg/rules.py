@@ -11,6 +11,13 @@ from torch import Tensor
 from cart_plugin.errors import CartError
 
 DEFAULT_RANK_RATIO = 0.08
+RANK_RULES = ("rank_ratio", "rank", "energy")
+"""The rules' names, of which one may be given."""
+
+# Directions that hold this share of a squared Frobenius norm are all that there is: adapters merged
+# into bf16 weights leave rounding of full rank beside them, so that no epsilon would do.
+NEARLY_ALL = 0.99
+SHARE_OF_NUMERICAL_RANK = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -23,17 +30,23 @@ class RankRule:
         rank: ``k`` itself, cut at ``min(m, n)``; 0 keeps nothing.
         energy: the smallest ``k`` whose squared singular values reach this share of their sum; 0
             keeps nothing.
+        of_numerical_rank: the ``k`` of ``rank_ratio`` is for matrices of full rank. Where these
+            directions hold nearly all of a matrix, it has a low numerical rank, the smallest ``r``
+            that holds 99 % of its squared Frobenius norm, and keeps ``max(1, floor(r / 8))``.
 
     Raises:
-        CartError: a value that is no number or out of range, or two rules at once.
+        CartError: a value that is no number or out of range, two rules at once, or a numerical
+            rank without a ``rank_ratio``.
     """
 
     rank_ratio: float | None = None
     rank: int | None = None
     energy: float | None = None
+    of_numerical_rank: bool = False
 
     def __post_init__(self) -> None:
-        given = {name: value for name, value in vars(self).items() if value is not None}
+        values = {name: getattr(self, name) for name in RANK_RULES}
+        given = {name: value for name, value in values.items() if value is not None}
         if len(given) > 1:
             listed = " and ".join(f"{name}={value}" for name, value in given.items())
             raise CartError(f"{listed} are two rank rules at once; give one of them")
@@ -42,6 +55,8 @@ class RankRule:
         for name, value in given.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise CartError(f"{name} must be a number, got {value!r}")
+        if self.of_numerical_rank and self.rank_ratio is None:
+            raise CartError(f"of_numerical_rank needs a rank_ratio, got {', '.join(given)}")
         if self.rank_ratio is not None and not 0 <= self.rank_ratio <= 1:
             raise CartError(f"rank_ratio must lie between 0 and 1, got {self.rank_ratio}")
         if self.energy is not None and not 0 <= self.energy <= 1:
@@ -57,7 +72,10 @@ class RankRule:
         return 0 in (self.rank_ratio, self.rank, self.energy)
 
     def fixed_rank(self, m: int, n: int) -> int | None:
-        """The rank kept of an ``(m, n)`` matrix, or None if that depends on its spectrum."""
+        """The rank kept of an ``(m, n)`` matrix, or None if that depends on its spectrum.
+
+        With `of_numerical_rank`, the most: what is kept of a matrix of full rank.
+        """
         if self.keeps_nothing:
             return 0
         if self.energy is not None:
@@ -86,3 +104,18 @@ def energy_rank(values: Tensor, energy: float, total: float, *, slack: float) ->
         return 0
     reached = values.cumsum(0) >= energy * total * (1 - slack)
     return int(reached.to(torch.int8).argmax()) + 1 if bool(reached.any()) else len(values)
+
+
+def numerical_rank(values: Tensor, total: float) -> int | None:
+    """The smallest rank that holds nearly all of a matrix.
+
+    Args:
+        values: its leading squared singular values, ``(k,)``, descending, in fp64.
+        total: its squared Frobenius norm.
+
+    Returns:
+        The rank, 0 for a matrix of zeros; None if it is above ``k``.
+    """
+    if float(values.sum()) < NEARLY_ALL * total:
+        return None
+    return energy_rank(values, NEARLY_ALL, total, slack=0.0)

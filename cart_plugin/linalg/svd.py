@@ -21,10 +21,10 @@ from torch import Tensor
 
 from cart_plugin.errors import CartError
 from cart_plugin.linalg.factors import LowRank
-from cart_plugin.linalg.gram import leading_left
+from cart_plugin.linalg.gram import leading_left, total_energy
 from cart_plugin.linalg.krylov import leading_subspace
 from cart_plugin.linalg.precision import full_precision
-from cart_plugin.linalg.rules import RankRule
+from cart_plugin.linalg.rules import SHARE_OF_NUMERICAL_RANK, RankRule, numerical_rank
 from cart_plugin.linalg.spectra import energy_rank_of
 from cart_plugin.linalg.subspace import near_subspace, oversampled
 
@@ -50,8 +50,8 @@ def truncated_svd(x: Tensor, rule: RankRule, *, svd: str = "auto", seed: int = 0
 
     Args:
         x: ``(m, n)`` or ``(stack, m, n)``, floating point, finite. Not modified.
-        rule: how many directions to keep. With ``energy``, each matrix of a stack has its own
-            rank; ``S`` and ``Vh`` are then padded with zeros to the largest.
+        rule: how many directions to keep. With ``energy`` and ``of_numerical_rank``, each matrix of
+            a stack has its own rank; ``S`` and ``Vh`` are then padded with zeros to the largest.
         svd: name of a solver, one of `SOLVERS`.
         seed: start of the randomised solvers.
 
@@ -108,7 +108,8 @@ def _scaled(x: Tensor, rule: RankRule, solver: Solver, seed: int) -> LowRank:
         scaled = _scaled(x / powers[:, None, None], rule, solver, seed)
         return LowRank(scaled.U, scaled.S * powers[:, None], scaled.Vh, scaled.error)
     if k is not None:
-        return solver(x, k, seed)
+        factors = solver(x, k, seed)
+        return _share_of_rank(x, factors) if rule.of_numerical_rank else factors
     assert rule.energy is not None
     ranks = [energy_rank_of(matrix, rule.energy) for matrix in x]
     return _cut(solver(x, max(ranks), seed), ranks)
@@ -117,6 +118,19 @@ def _scaled(x: Tensor, rule: RankRule, solver: Solver, seed: int) -> LowRank:
 def _zeros(x: Tensor, k: int) -> LowRank:
     stack, m, n = x.shape
     return LowRank(x.new_zeros(stack, m, k), x.new_zeros(stack, k), x.new_zeros(stack, k, n))
+
+
+def _share_of_rank(x: Tensor, factors: LowRank) -> LowRank:
+    """Of matrices of low numerical rank a share of it, of others all that was solved for."""
+    squares = factors.S.double().square()
+    found = [numerical_rank(*pair) for pair in zip(squares, total_energy(x).tolist(), strict=True)]
+    ranks = [
+        factors.rank if rank is None else max(1, math.floor(SHARE_OF_NUMERICAL_RANK * rank))
+        for rank in found
+    ]
+    most = max(ranks)
+    u, s, vh = factors.U[..., :most], factors.S[:, :most], factors.Vh[:, :most]
+    return _cut(LowRank(u, s, vh, factors.error), ranks)
 
 
 def _cut(factors: LowRank, ranks: list[int]) -> LowRank:

@@ -24,7 +24,7 @@ from cart_plugin.errors import CartError, CartWarning
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.linalg.svd import truncated_svd
-from cart_plugin.merging.informed import Task, energy_of, informed_by_base
+from cart_plugin.merging.informed import informed_by_base
 from cart_plugin.merging.inputs import (
     check_finite,
     check_inputs,
@@ -32,6 +32,7 @@ from cart_plugin.merging.inputs import (
     common_dtype,
     normalised,
 )
+from cart_plugin.merging.kept import Kept
 from cart_plugin.merging.least_interference import least_interference
 from cart_plugin.merging.settings import CartSettings
 from cart_plugin.merging.tensors import is_decomposed, matrix_shape, tensor_seed
@@ -46,6 +47,7 @@ def merge_tensors(
     name: str | None = None,
     models: Sequence[str] | None = None,
     decompose: bool | None = None,
+    kept: Kept | None = None,
 ) -> Tensor:
     """Merge the versions of one tensor that several fine-tuned models hold.
 
@@ -64,6 +66,8 @@ def merge_tensors(
         name: the tensor's name: decides what it is (see `is_decomposed`) and appears in errors.
         models: the models' names, for errors; their numbers if None.
         decompose: overrides `is_decomposed`.
+        kept: counts what is kept of the differences, where all of it would be the plain average:
+            around the average of three models or more, and unless ``lambda_`` is ``"auto"``.
 
     Returns:
         The merged tensor, in the dtype to which the inputs promote.
@@ -87,12 +91,13 @@ def merge_tensors(
         shares = normalised(weights, len(tensors), where)
         around = base if decompose and settings.takes_base else None
         one = _Inputs(tensors, shares, models, name, where)
-        if around is not None and settings.center is None:
-            merged = _around_base(one, around, settings)
+        if around is not None and settings.is_informed(one.counting, has_base=True):
+            merged = _informed(one, around, settings.informed)
         else:
-            merged = centre_of(tensors, shares, around, models, where)
+            centre = around if settings.center == "base" else None
+            merged = centre_of(tensors, shares, centre, models, where)
             if decompose:
-                merged = _add_low_rank(one, merged, settings, has_base=base is not None)
+                merged = _add_low_rank(one, merged, settings, kept, has_base=base is not None)
         result = merged.to(dtype)
         # The sum alone is cheaper, but may overflow where no value does.
         if not bool(torch.isfinite(result.sum(dtype=merged.dtype)) or torch.isfinite(result).all()):
@@ -115,6 +120,11 @@ class _Inputs(NamedTuple):
     models: Sequence[str]
     name: str | None
     where: str
+
+    @property
+    def counting(self) -> int:
+        """The number of models that have a weight."""
+        return sum(share != 0 for share in self.shares)
 
     def each(
         self, centre: Tensor, reduced: Callable[[Tensor], _T], *, check: bool
@@ -147,7 +157,7 @@ class _Inputs(NamedTuple):
 
 
 def _add_low_rank(
-    inputs: _Inputs, centre: Tensor, settings: CartSettings, *, has_base: bool
+    inputs: _Inputs, centre: Tensor, settings: CartSettings, kept: Kept | None, *, has_base: bool
 ) -> Tensor:
     """``centre + lambda * T * sum_t share_t SVD_k(W_t - centre)``, for shares that sum to 1.
 
@@ -155,19 +165,26 @@ def _add_low_rank(
     interference.
     """
     shape = matrix_shape(inputs.name, centre.shape)
+    are_two = inputs.counting == 2
+    if settings.center == "base" or settings.lambda_ == "auto" or are_two:
+        kept = None
     if settings.center != "base":
         _, m, n = shape
         if settings.lambda_ != "auto" and settings.rule.fixed_rank(m, n) == min(m, n):
             # At full rank nothing is truncated, and the weighted sum is zero.
+            if kept is not None:
+                _count_whole(inputs, centre, kept)
             return centre
-        if sum(share != 0 for share in inputs.shares) == 2:
+        if are_two:
             warnings.warn(two_models(settings, has_base=has_base), CartWarning, stacklevel=3)
 
-    parts = inputs.each(
-        centre,
-        lambda delta: truncated(delta, settings, inputs.name),
-        check=settings.center == "base",
-    )
+    def reduced(delta: Tensor) -> LowRank:
+        factors = truncated(delta, settings, inputs.name)
+        if kept is not None:
+            kept.add(inputs.name or "", delta.reshape(shape), factors)
+        return factors
+
+    parts = inputs.each(centre, reduced, check=settings.center == "base")
     if settings.lambda_ == "auto":
         inputs.check_weights()
         found = least_interference(parts).to(centre.device).view(centre.shape)
@@ -177,6 +194,17 @@ def _add_low_rank(
     for factors, weight in parts:
         factors.add_to_(sums, settings.lambda_ * weight)
     return merged
+
+
+def _count_whole(inputs: _Inputs, centre: Tensor, kept: Kept) -> None:
+    """Count differences that are kept as they are."""
+    shape = matrix_shape(inputs.name, centre.shape)
+
+    def count(delta: Tensor) -> None:
+        kept.add(inputs.name or "", delta.reshape(shape), None)
+
+    for _ in inputs.each(centre, count, check=False):
+        pass
 
 
 def two_models(settings: CartSettings, *, has_base: bool) -> str:
@@ -193,21 +221,15 @@ def two_models(settings: CartSettings, *, has_base: bool) -> str:
     )
 
 
-def _around_base(inputs: _Inputs, base: Tensor, settings: CartSettings) -> Tensor:
-    """``base + M`` for the M of `informed_by_base`."""
+def _informed(inputs: _Inputs, base: Tensor, settings: CartSettings) -> Tensor:
+    """``average + M`` for the M of `informed_by_base`."""
     inputs.check_weights()
-    tensors, models, where = inputs.tensors, inputs.models, inputs.where
-    mean = centre_of(tensors, inputs.shares, None, models, where)
-    merged = centre_of(tensors, inputs.shares, base, models, where)
-    shape = matrix_shape(inputs.name, merged.shape)
-
-    def reduced(delta: Tensor) -> tuple[LowRank, Tensor]:
-        return truncated(delta, settings, inputs.name), energy_of(delta.reshape(shape))
-
-    tasks = (Task(*found, weight) for found, weight in inputs.each(merged, reduced, check=False))
-    found = informed_by_base(tasks, mean.sub_(merged).reshape(shape))
-    merged = merged.contiguous()
-    return merged.add_(found.to(merged.device).view(merged.shape))
+    average = centre_of(inputs.tensors, inputs.shares, None, inputs.models, inputs.where)
+    start = centre_of(inputs.tensors, inputs.shares, base, inputs.models, inputs.where)
+    shape = matrix_shape(inputs.name, average.shape)
+    parts = inputs.each(start, lambda delta: truncated(delta, settings, inputs.name), check=False)
+    found = informed_by_base(parts, (average - start).reshape(shape))
+    return average.contiguous().add_(found.to(average.device).view(average.shape))
 
 
 def centre_of(

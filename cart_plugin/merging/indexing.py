@@ -106,7 +106,7 @@ def index_tensors(
             return IndexedTensor(centre, tuple(deltas))
         shape = matrix_shape(name, centre.shape)
         if ranks is None:
-            rules = [settings.rule] * len(tensors)
+            rules = [settings.plain_rule] * len(tensors)
         else:
             rules = [RankRule(rank=rank) for rank in ranks]
         parts = [

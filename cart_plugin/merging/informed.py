@@ -1,98 +1,78 @@
 """How fine-tuned weights are combined where their base model is known, with nothing to tune.
 
-As `cart_plugin.merging.least_interference` does, for task vectors ``tau_t = W_t - W_base`` of one
-weight, it disturbs each task least on its own inputs, whose covariance the task vector stands for::
+`cart_plugin.merging.least_interference` takes the covariance of a task's inputs from its centred
+task vector, which holds ``1/T`` of every other task's, too; of two models the two are opposite:
+they have one covariance, and their average is all that is left. Training moves a weight only within
+the span of its inputs, so that what it moved, ``tau_t = W_t - W_base``, shows them without the
+others. With ``tau_t = U_t S_t V_t^T``, truncated, the system is the same ::
 
-    L(M) = sum_t w_t tr((M - tau_t) C_t (M - tau_t)^T) + r ||M - P||_F^2
+    M = (sum_t w_t D_t C_t + s P) (sum_t w_t C_t + r I)^-1,    P = sum_t w_t D_t / rho
 
-    M = (sum_t w_t tau_t C_t + r P) (sum_t w_t C_t + r I)^-1,    C_t = D_t^T D_t / ||D_t||_2^2
+for ``C_t = V_t S_t^2 V_t^T``, divided by its trace, and the part of the centred task vector that
+acts on the task's own inputs ::
 
-with ``D_t`` the truncated ``tau_t``; the merged weight is ``W_base + M``. What differs is where the
-covariances come from. Training moves a weight only within the span of its inputs, and the task
-vector holds what it moved. A centred task vector holds ``1/T`` of every other task's, too, and of
-two models the two are opposite: they have one covariance, and their average is all that is left.
+    D_t = (W_t - average) V_t V_t^T = (U_t S_t - (average - W_base) V_t) V_t^T
 
-P decides where no task has inputs to go by. It is the mean of the task vectors, as strong as makes
-it give back what they have in common at full strength::
+The merged weight is ``average + M``. Equal models give themselves: their ``D_t`` are zero. Models
+whose inputs have nothing in common keep their own answers: ``rho`` is 1, and P is what each lacks.
 
-    P = mean / kappa,    mean = sum_t w_t tau_t / sum_t w_t,
-                         kappa = ||mean||_F^2 / (sum_t w_t ||tau_t||_F^2 / sum_t w_t)
-
-``<P, tau_t>`` is then ``||tau_t||^2`` on the (weighted) average of the tasks. ``kappa`` is 1 for
-equal task vectors, so that P is the model itself, and ``1/T`` for those of T tasks that have
-nothing in common, so that P is their sum; further its strength does not go, since task vectors that
-cancel leave rounding. P is not truncated: equal models give themselves.
-
-Kin: RegMean (arXiv 2212.09849) has this first term with covariances of real activations; WUDI
-(arXiv 2503.08099), SWUDI and ASWUDI filter the eigenvalues of ``sum C_t`` otherwise, with the sum
-in the place of P. What was tried besides, and what it brought: ``benchmarks/notes/auto.md``.
+Kin: RegMean (arXiv 2212.09849) has the first term with covariances of real activations; WUDI
+(arXiv 2503.08099), SWUDI and ASWUDI (arXiv 2606.07289) filter the eigenvalues of ``sum C_t``, with
+the sum of the ``tau_t`` in the place of P. What was tried besides, and what it brought:
+``benchmarks/notes/auto.md``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cart_plugin.linalg.factors import LowRank
+from cart_plugin.linalg.precision import full_precision
 from cart_plugin.merging.normal_equations import System
 
-RIDGE_AROUND_BASE = 0.3
+INFORMED_RANK_RATIO = 0.32
+INFORMED_RIDGE = 0.3
+MOST_INFORMED = 4
+"""Models beyond which the base is left out: with six and more of them the centred task vectors hold
+little of each other, and were ahead on images (``benchmarks/notes/auto.md``)."""
 
-
-class Task(NamedTuple):
-    """What a model changed of one weight.
-
-    Attributes:
-        factors: of its truncated task vector, ``(m, n)`` or a stack of such.
-        energy: squared Frobenius norm of the whole task vector, in fp64: a number, or one a matrix
-            of the stack.
-        weight: positive.
-    """
-
-    factors: LowRank
-    energy: Tensor
-    weight: float
+# Singular values below this share of the largest are rounding, or directions of no weight.
+_LEAST_SHARE = 1e-3
 
 
 def informed_by_base(
-    tasks: Iterable[Task], mean: Tensor, ridge: float = RIDGE_AROUND_BASE
+    parts: Iterable[tuple[LowRank, float]], mean: Tensor, ridge: float = INFORMED_RIDGE
 ) -> Tensor:
-    """What to add to the base model's weight; see the module.
+    """What to add to the average of the models' weights; see the module.
 
-    Peak memory, the factors included, is below ``2 k (m + n) + 2 k^2 + 4 m n`` numbers, for k the
+    Peak memory, the parts included, is below ``2 k (m + n) + 2 k^2 + 3 m n`` numbers, for k the
     smaller of n and the sum of the ranks.
 
     Args:
-        tasks: one after the other.
-        mean: weighted mean of the whole task vectors, ``(m, n)`` or a stack of such. Used up.
-        ridge: r, relative to the mean eigenvalue of ``sum_t w_t C_t``; above 0. Towards infinity, M
-            goes to P.
+        parts: a model's truncated ``W_t - W_base``, ``(m, n)`` or a stack of such, and its weight,
+            one pair after the other. The weights are positive.
+        mean: ``average - W_base``, of the same shape.
+        ridge: r and s, relative to the mean eigenvalue of ``sum_t w_t C_t``; above 0.
 
     Returns:
-        M, of the factors' dtype, ``(m, n)`` or a stack. Zero if all task vectors are.
+        M, of the factors' dtype, ``(m, n)`` or a stack. Zero if no model was changed.
     """
     if mean.device.type == "mps":  # no fp64, and not all of the linear algebra
         mean = mean.cpu()
-    total = System(summed=False)
-    energy = torch.zeros((), dtype=torch.float64, device=mean.device)
-    weights = []
-    for factors, of_task, weight in tasks:
-        total.add(factors, weight)
-        energy = energy + weight * of_task.to(mean.device)
-        weights.append(weight)
-    sum_ = sum(weights)
-    common = energy_of(mean)
-    most = sum_**2 / sum(weight**2 for weight in weights)
-    strength = torch.where(common > 0, energy / sum_ / common, 1).clamp_max(most)
-    target = mean.mul_(strength.to(mean.dtype)[..., None, None])
-    return total.solve_towards(target, ridge)
-
-
-def energy_of(matrices: Tensor) -> Tensor:
-    """Squared Frobenius norms, in fp64: fp32 has no room for squares."""
-    if matrices.device.type == "mps":
-        matrices = matrices.cpu()
-    return torch.linalg.vector_norm(matrices, dim=(-2, -1), dtype=torch.float64).square()
+    total = System()
+    for factors, weight in parts:
+        factors = factors.to(mean.device)
+        values = factors.S
+        real = values > _LEAST_SHARE * values[..., :1]
+        with full_precision(mean.device):
+            lacking = factors.U * values[..., None, :] - mean @ factors.Vh.mT
+        left = torch.where(real[..., None, :], lacking / values[..., None, :], 0)
+        # In fp64: fp32 has no room for squares.
+        norms = torch.linalg.vector_norm(left * values[..., None, :], dim=-2, dtype=torch.float64)
+        size = torch.linalg.vector_norm(values, dim=-1, keepdim=True, dtype=torch.float64)
+        kept = LowRank(left, values, factors.Vh)
+        total.add(kept, weight, size.to(values.dtype), norms.square().sum(dim=-1))
+    return total.solve(ridge, ridge)

@@ -70,7 +70,7 @@ def least_interference(
     Returns:
         M, of the factors' dtype, ``(m, n)`` or a stack. Zero if all task vectors are.
     """
-    total = System(summed=True)
+    total = System()
     for factors, weight in parts:
         total.add(factors, weight)
-    return total.solve_towards_sum(ridge, pull)
+    return total.solve(ridge, pull)

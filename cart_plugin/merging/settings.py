@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from cart_plugin.errors import CartError
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.linalg.svd import SOLVERS
+from cart_plugin.merging.informed import INFORMED_RANK_RATIO, MOST_INFORMED
 from cart_plugin.merging.least_interference import AUTO_RANK_RATIO
 
 
@@ -18,7 +19,9 @@ class CartSettings:
 
     Attributes:
         rank_ratio: share of the singular directions to keep (`RankRule`). If none is given: 0.08,
-            and 0.16 with ``lambda_="auto"``.
+            less of differences of low numerical rank (`RankRule.of_numerical_rank`), such as those
+            of adapters, of which 0.08 may be all; and 0.16 with ``lambda_="auto"``, or 0.32 where
+            the base model is taken into account.
         rank: their number instead.
         energy: as many as hold this share of the squared singular values instead.
         lambda_: scale of the sum of truncated task vectors, or ``"auto"``: they are combined so
@@ -60,12 +63,35 @@ class CartSettings:
         """Whether a base model that is given has a part in the result."""
         return self.center == "base" or (self.center is None and self.lambda_ == "auto")
 
+    def is_informed(self, models: int, *, has_base: bool) -> bool:
+        """Whether the base model decides where the inputs of so many models' tasks lie."""
+        own = self.lambda_ == "auto" and self.center is None
+        return own and has_base and models <= MOST_INFORMED
+
+    @property
+    def informed(self) -> CartSettings:
+        """The same where the base model does: with a rank rule of its own if none is given."""
+        return self if self.has_rule else replace(self, rank_ratio=INFORMED_RANK_RATIO)
+
     @property
     def rule(self) -> RankRule:
         """The rank rule that is given, or the default one."""
-        if self.lambda_ == "auto" and self.rank_ratio is self.rank is self.energy is None:
+        if self.lambda_ == "auto" or self.center == "base" or self.has_rule:
+            return self.plain_rule
+        # A sum of whole differences from the average is zero: some of each has to be left out.
+        return replace(self.plain_rule, of_numerical_rank=True)
+
+    @property
+    def plain_rule(self) -> RankRule:
+        """The same for restoring each model, which may keep all that it differs by."""
+        if self.lambda_ == "auto" and not self.has_rule:
             return RankRule(AUTO_RANK_RATIO)
         return RankRule(self.rank_ratio, self.rank, self.energy)
+
+    @property
+    def has_rule(self) -> bool:
+        """Whether one of ``rank_ratio``, ``rank`` and ``energy`` is given."""
+        return not (self.rank_ratio is self.rank is self.energy is None)
 
     @property
     def solver(self) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from cart_plugin.errors import CartError
+from cart_plugin.errors import CartError, CartWarning
 from cart_plugin.merging.cart import merge_tensors
 from cart_plugin.merging.inputs import agreed_buffer, check_same_tensors
+from cart_plugin.merging.kept import Kept
 from cart_plugin.merging.settings import CartSettings
 from cart_plugin.merging.tensors import is_decomposed
 
@@ -21,6 +23,7 @@ def merge_state_dicts(
     weights: Sequence[float] | None = None,
     base: Mapping[str, Tensor] | None = None,
     decompose: Callable[[str, torch.Size], bool] = is_decomposed,
+    kept: Kept | None = None,
 ) -> dict[str, Tensor]:
     """Merge whole state dicts, one tensor at a time.
 
@@ -31,6 +34,9 @@ def merge_state_dicts(
         weights: one a model, as in `merge_tensors`.
         base: the base model's state dict, as in `merge_tensors`.
         decompose: which tensors to decompose, by name and shape.
+        kept: of a merge in several calls: counts what is kept, for the caller to warn of at the
+            end. If None, a `CartWarning` says so where the result is nearly the plain average,
+            because nearly all of the differences is kept.
 
     Returns:
         The merged tensors, in the order of the first model. Integer tensors (buffers) are copied
@@ -53,6 +59,7 @@ def merge_state_dicts(
     if base is not None:
         holders["the base model"] = base
     check_same_tensors(holders)
+    counted = Kept() if kept is None else kept
     merged = {}
     for name in named[models[0]]:
         tensors = [named[model][name] for model in models]
@@ -67,5 +74,8 @@ def merge_state_dicts(
             name=name,
             models=models,
             decompose=decompose(name, tensors[0].shape),
+            kept=counted,
         )
+    if kept is None and (text := counted.warning()):
+        warnings.warn(text, CartWarning, stacklevel=2)
     return merged

@@ -152,6 +152,23 @@ def test_an_index_that_leaves_a_tensor_out(folder: Path) -> None:
         open_folder(folder, "one")
 
 
+def test_an_index_may_leave_out_what_models_compute_anew(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    held = {
+        "a": torch.zeros(1),
+        "layers.0.rotary_emb.inv_freq": torch.ones(4),
+        "embeddings.position_ids": torch.arange(4)[None],
+        "h.0.attn.bias": torch.ones(1, 1, 4, 4),
+        "h.0.attn.masked_bias": torch.tensor(-1e9),
+    }
+    save_file(held, folder / "part.safetensors")
+    index(folder, a="part.safetensors")
+    assert list(open_folder(folder, "one").tensors) == ["a"]
+    save_file({**held, "h.0.attn.c_proj.bias": torch.ones(4)}, folder / "part.safetensors")
+    with pytest.raises(CheckpointError, match=r"leaves out h\.0\.attn\.c_proj\.bias, which"):
+        open_folder(folder, "one")
+
+
 @pytest.mark.parametrize(
     "content",
     [{"state_dict": {"a": torch.ones(2)}, "epoch": 3}, [torch.ones(2)], {}, {"step": 5}],

@@ -38,6 +38,19 @@ def test_tokens_by_id(files: dict[str, object], tmp_path: Path) -> None:
     assert found.is_whole
 
 
+def test_tokens_that_some_take_for_line_breaks(tmp_path: Path) -> None:
+    tokens = ["a", "\x85", "\u2028", "\x0b", "b"]
+    (tmp_path / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    found = read_vocabulary(tmp_path)
+    assert found is not None
+    assert found.tokens == dict(enumerate(tokens))
+
+
+def test_an_empty_vocabulary_is_none(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("")
+    assert read_vocabulary(tmp_path) is None
+
+
 def test_added_tokens_alone_are_no_whole_vocabulary(tmp_path: Path) -> None:
     assert read_vocabulary(tmp_path) is None
     (tmp_path / "added_tokens.json").write_text('{"<x>": 9}')

@@ -129,11 +129,15 @@ def test_what_mergekit_cannot_merge_whole_is_merged_tensor_by_tensor(
     weights = Path(folders[0]) / "model.safetensors"  # the base's, with a buffer that others lack
     held = {**load_file(weights), "embeddings.position_ids": torch.arange(8)}
     save_file(held, weights, metadata={"format": "pt"})
-    recipe = recipe_for(folders, tmp_path / "mine.yaml", parameters={"lambda": 2.0})
+    parameters = {"lambda": 2.0, "rank": 32}  # all of them
+    recipe = recipe_for(folders, tmp_path / "mine.yaml", parameters=parameters)
     done = compare(recipe, "--methods", "cart", "--keep-models", "all")
     assert done.exit_code == 0, done.output
     row = rows(tmp_path / "out")["cart"]
     assert row["note"]
+    assert "nearly the plain average" in row["warning"]
+    assert row["warning"] in (tmp_path / "out" / "report.md").read_text()
+    assert json.loads((tmp_path / "out/cart/merge.json").read_text())["warning"] == row["warning"]
     assert "merged tensor by tensor" in (tmp_path / "out" / "report.html").read_text()
     assert "cart: merged tensor by tensor" in (tmp_path / "out" / "report.md").read_text()
     model = tmp_path / "out" / "cart" / "model"

@@ -207,3 +207,89 @@ def test_lora_on_an_inferred_architecture(
     peft.get_peft_model(tuned, config).save_pretrained(tmp_path / "lora")
     report = check([*models[1:], f"{models[0]}+{tmp_path / 'lora'}"])
     report.has_only_problem("cannot plan", "fuse the adapters first")
+
+
+# Rank rules that keep adapters whole
+
+WHOLE = "decomposed tensors that they change: whole differences from the average"
+
+
+def adapters_of(folder: Path, base: str, **config: Any) -> list[str]:
+    """Three inputs that are a model and an adapter of it, of rank 4 and more."""
+    made = []
+    for number in range(3):
+        torch.manual_seed(number)
+        settings = {"r": 4, "init_lora_weights": False, **config}
+        made.append(f"{base}+{save_adapter(folder / f'own-{number}', base, **settings)}")
+    return made
+
+
+def said(report: Report) -> list[str]:
+    """The warnings but that of the cache."""
+    assert report.problems == []
+    return [text for text in report.warnings if CACHE not in text]
+
+
+@pytest.mark.parametrize("rule", [{"rank": 12}, {"rank_ratio": 0.8}, {"energy": 0.995}])
+def test_a_rule_that_keeps_adapters_whole(
+    rule: dict[str, Any], check: Callable[..., Report], llamas: list[str], tmp_path: Path
+) -> None:
+    models = adapters_of(tmp_path, llamas[0])
+    (text,) = said(check(models, parameters=rule))
+    ((name, value),) = rule.items()
+    assert f"{name} {value:g} keeps adapters of rank 4 whole in 10 of the 10 {WHOLE}" in text
+    assert "delete the rank rule" in text
+    assert "set rank: 2, half of the adapters'; or set merge_method: cart_auto" in text
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {},
+        {"parameters": {"rank": 11}},
+        {"parameters": {"energy": 0.9}},
+        {"parameters": {"rank_ratio": 0}},
+        {"merge_method": "cart_auto", "parameters": {"rank": 12}},
+        {"parameters": {"rank": [{"filter": "v_proj", "value": 12}, {"value": 2}]}},
+    ],
+    ids=repr,
+)
+def test_rules_that_leave_something_of_adapters_out(
+    recipe: dict[str, Any], check: Callable[..., Report], llamas: list[str], tmp_path: Path
+) -> None:
+    models = adapters_of(tmp_path, llamas[0])
+    assert not any(WHOLE in text for text in said(check(models, **recipe)))
+
+
+def test_other_centres_and_other_models_are_no_average(
+    check: Callable[..., Report], llamas: list[str], tmp_path: Path
+) -> None:
+    models = adapters_of(tmp_path, llamas[0])
+    rule = {"rank": 12}
+    around_base = {"base_model": llamas[0], "parameters": {**rule, "center": "base"}}
+    assert not any(WHOLE in text for text in said(check(models, **around_base)))
+    # A model that is whole, or an adapter of another model, differs by more than a rank of 12.
+    whole = [*models[:2], llamas[1]]
+    others = [*models[:2], f"{llamas[1]}+{models[2].partition('+')[2]}"]
+    for mixed in (whole, others):
+        assert not any(WHOLE in text for text in said(check(mixed, parameters=rule)))
+
+
+@pytest.mark.parametrize(("rank", "told"), [(15, False), (18, True)])
+def test_ranks_of_single_layers_count(
+    rank: int, told: bool, check: Callable[..., Report], llamas: list[str], tmp_path: Path
+) -> None:
+    models = adapters_of(
+        tmp_path, llamas[0], rank_pattern={"q_proj": 6, "layers.1.self_attn.v_proj": 1}
+    )
+    texts = said(check(models, parameters={"rank": rank}))
+    assert any(WHOLE in text for text in texts) == told  # at 15 it is those of v_proj, a half
+    if told:
+        assert "keeps adapters of rank 1 to 6 whole in 10 of the 10" in texts[0]
+
+
+def test_of_dora_nothing_is_known(
+    check: Callable[..., Report], llamas: list[str], tmp_path: Path
+) -> None:
+    models = adapters_of(tmp_path, llamas[0], use_dora=True)
+    assert not any(WHOLE in text for text in said(check(models, parameters={"rank": 12})))

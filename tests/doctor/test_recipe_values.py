@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from cart_plugin.doctor import effects
-from cart_plugin.doctor.parameters import RANK_RULES
+from cart_plugin.linalg.rules import RANK_RULES
 from cart_plugin.mergekit import SPEC
 from tests.doctor.conftest import Report
 from tests.doctor.test_recipe_settings import check, entries, sliced
@@ -86,9 +85,7 @@ def test_small_lambdas_suit_the_base_as_centre(
 
 
 def test_the_rank_rules_are_the_cores() -> None:
-    assert {"rank_ratio", "rank", "energy"} <= set(RANK_RULES)
     assert set(RANK_RULES) <= {parameter.name for parameter in SPEC.parameters}
-    assert effects.RANK_RULES is RANK_RULES
 
 
 def test_weight_that_is_no_number(check: Callable[..., Report], llamas: list[str]) -> None:

@@ -267,3 +267,19 @@ def test_a_killed_merge_leaves_nothing_that_looks_finished(saved: Saved, tmp_pat
     assert done.returncode == 0, done.stdout + done.stderr
     assert left(tmp_path) == ["out"]
     assert not [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bert"])
+def test_what_a_merge_warns_of_is_told_once(
+    architecture: str, merge: Merge, saved: Saved, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", saved(architecture), parameters={"rank": 32})
+    done = merge(recipe, tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    *_, warning, wrote = done.output.splitlines()
+    assert warning.startswith("warning: ")
+    assert "decomposed tensors kept at least 99%" in warning
+    assert done.output.count("kept at least") == 1
+    assert wrote.startswith("wrote ")
+    assert ("tensor by tensor" in wrote) == (architecture == "bert")
+    assert not list((tmp_path / "out").rglob("warnings.json"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from benchmarks.architectures import cases
 from cart_plugin.execution import layout, routes
 from cart_plugin.execution.inputs import Inputs, read_inputs
 from cart_plugin.merging.tensors import is_decomposed, matrix_shape
-from tests.doctor.tiny import load_tensors
+from tests.doctor.tiny import edit_weights, load_tensors, write_recipe
 from tests.support import cart_formula, relative_error
 
 RANK_RATIO, LAMBDA = 0.2, 1.5
@@ -25,6 +26,7 @@ NAMES = [
     "BERT, bare",
     "DINOv2, bare",
     "ConvNeXt classifier",
+    "ResNet classifier",
     "CLIP",
     "HuBERT classifier",
     "DeepSeek-V3",
@@ -50,7 +52,7 @@ def inputs_of(folders: list[Path], method: str) -> Inputs:
 
 def expected(name: str, tensors: list[torch.Tensor], method: str, table: bool) -> torch.Tensor:
     if not tensors[0].is_floating_point():
-        return tensors[0]
+        return torch.stack(tensors).amax(0)  # counters; tables are alike
     shape = tensors[0].shape
     k = 0
     if method == "cart" and not table and is_decomposed(name, shape):
@@ -122,3 +124,19 @@ def test_gradients_over_layers_reach_both_routes(
         found.append(load_tensors(tmp_path / route))
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_integers_are_kept_where_all_agree(
+    equal: bool, merge: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A table that differs has no mean; what is stored beside the weights may be one."""
+    folders = cases.save_models(tmp_path, cases.ARCHITECTURES["ResNet classifier"], original=True)
+    name = "resnet.embedder.embedder.normalization.num_batches_tracked"
+    for seed, folder in enumerate(folders):
+        table = torch.arange(3) + (0 if equal else seed)
+        edit_weights(str(folder), lambda tensors, table=table: tensors.update({name: table}))
+    done = merge(write_recipe(tmp_path / "r.yaml", list(map(str, folders))), tmp_path / "out")
+    assert done.exit_code == (0 if equal else 1), done.output
+    if not equal:
+        assert f"tensor '{name}' holds integers that differ" in done.output.splitlines()[-1]

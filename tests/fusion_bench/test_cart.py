@@ -372,3 +372,13 @@ def test_sequence_classifiers_are_merged(classifiers: dict[str, str]) -> None:
 def test_heads_of_different_sizes_are_named(classifiers: dict[str, str]) -> None:
     with pytest.raises(CartError, match=r"classifier\.weight.*task0.*task2"):
         CartAlgorithm().run(sequence_classifiers(classifiers))
+
+
+def test_what_kept_nearly_all_is_told_once_at_the_end() -> None:
+    with pytest.warns(CartWarning, match="3 of 3 decomposed tensors kept at least 99%") as told:
+        CartAlgorithm(rank=24).run(models())
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CartWarning)
+        CartAlgorithm(rank=2).run(models())
+        CartUncenteredAlgorithm(rank=24).run(models())

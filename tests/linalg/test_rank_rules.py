@@ -119,9 +119,59 @@ def test_a_whole_float_is_a_rank() -> None:
         ({"rank": 4, "energy": 0.5}, r"rank=4 and energy=0\.5 are two rank rules at once"),
         ({"rank_ratio": 0.1, "rank": 4}, r"rank_ratio=0\.1 and rank=4 are two rank rules"),
         ({"rank_ratio": 0.0, "energy": 1}, r"rank_ratio=0\.0 and energy=1 are two rank rules"),
+        ({"rank": 4, "of_numerical_rank": True}, "of_numerical_rank needs a rank_ratio, got rank"),
     ],
     ids=repr,
 )
 def test_rank_rules_out_of_range_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(CartError, match=message):
         RankRule(**values)
+
+
+OF_RANK = RankRule(0.08, of_numerical_rank=True)
+
+
+@pytest.mark.parametrize("svd", SOLVERS)
+@pytest.mark.parametrize("shape", [(300, 400), (600, 520)], ids=str)
+@pytest.mark.parametrize(("rank", "kept"), [(1, 1), (7, 1), (8, 1), (16, 2), (24, 3)])
+def test_a_low_numerical_rank_keeps_a_share_of_itself(
+    svd: str, shape: tuple[int, int], rank: int, kept: int
+) -> None:
+    values = (torch.arange(min(shape)) < rank) * torch.linspace(2, 1.5, min(shape)).double()
+    noise = 5e-3 * random(*shape, seed=5) / math.sqrt(max(shape))  # of full rank
+    x = with_spectrum(values, *shape) + noise
+    factors = truncated_svd(x, OF_RANK, svd=svd)
+    assert factors.rank == kept
+    bar = 5e-3 if svd == "subspace" else FAST_BAR
+    assert relative_error(factors.S, torch.linalg.svdvals(x.double())[:kept]) <= bar
+    scaled = truncated_svd(1e-20 * x, OF_RANK, svd=svd)  # squares that leave fp32
+    assert relative_error(1e20 * scaled.S, factors.S) <= FAST_BAR
+
+
+@pytest.mark.parametrize("svd", SOLVERS)
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+def test_a_matrix_of_full_rank_keeps_the_bits_of_its_share(svd: str, exponent: float) -> None:
+    for shape in ((200, 300), (600, 520)):
+        x = with_spectrum(power_law(min(shape), exponent), *shape)
+        found, plain = (truncated_svd(x, rule, svd=svd) for rule in (OF_RANK, RankRule(0.08)))
+        assert all(torch.equal(getattr(found, part), getattr(plain, part)) for part in "US")
+        assert torch.equal(found.Vh, plain.Vh)
+
+
+def test_each_matrix_of_a_stack_has_its_own_numerical_rank() -> None:
+    ranks = (16, 8, 200, 0)
+    values = [(torch.arange(200) < rank).double() for rank in ranks]
+    x = torch.stack([with_spectrum(one, 200, 240, seed=i) for i, one in enumerate(values)])
+    factors = truncated_svd(x, OF_RANK)
+    assert (factors.S > 0).sum(-1).tolist() == [2, 1, 16, 0]
+    assert (factors.Vh.norm(dim=-1) > 0).sum(-1).tolist()[:3] == [2, 1, 16]
+    alone = truncated_svd(x[2], RankRule(0.08))
+    assert relative_error(factors.dense()[2], alone.dense()) <= EXACT_BAR
+    low = truncated_svd(x[:2], OF_RANK)
+    assert low.rank == 2
+
+
+def test_the_plain_share_does_not_look_at_the_rank() -> None:
+    x = with_spectrum((torch.arange(200) < 9).double(), 200, 240)
+    assert truncated_svd(x, RankRule(0.08)).rank == 16
+    assert truncated_svd(x, RankRule()).rank == 16

@@ -26,7 +26,7 @@ def factored(matrix: torch.Tensor) -> LowRank:
     return LowRank(*torch.linalg.svd(matrix, full_matrices=False))
 
 
-@pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize(("m", "n"), [(24, 50), (50, 24)])
 def test_variants_of_the_plugins_are_its_methods(count: int, m: int, n: int) -> None:
     base, *taus = matrices(count + 1, m, n)
