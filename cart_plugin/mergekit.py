@@ -25,8 +25,7 @@ import os
 import re
 import threading
 import warnings
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,7 +45,7 @@ from pydantic import BeforeValidator
 
 from cart_plugin.checkpoints import agreement
 from cart_plugin.checkpoints.reading import Checkpoint
-from cart_plugin.errors import CartError, CartWarning, CheckpointError
+from cart_plugin.errors import CartError, CartWarning
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.merging.cart import merge_tensors
 from cart_plugin.merging.inputs import check_finite
@@ -216,15 +215,7 @@ def _check_models(
     from mergekit.io.tasks import LoaderCache
 
     models = [model for model in input_ids if isinstance(model, ModelReference)]
-    seen: dict[tuple[str, ...], ModelReference] = {}
-    for model in models:
-        other = seen.setdefault(place_of(model), model)
-        if other is not model:
-            what = "the base model counts" if base_id in (model, other) else "one model counts"
-            raise CartError(
-                f"{other} and {model} are one folder: {what} twice; write its path in one way, and "
-                "once (`weight` makes a model count more)"
-            )
+    check_places(models, base_id)
     found = {}
     for model in models:
         loader = LoaderCache().loaders.get(model)
@@ -241,17 +232,25 @@ def _check_models(
             example = (next(iter(found[model].tensors)), next(iter(others[0].tensors)))
             names = [other.name for other in others]
             fact = agreement.stranger_fact(str(model), names, example, is_base=model == base_id)
-            raise CheckpointError(*fact)
+            raise agreement.StrangersError(*fact)
     return found
 
 
-def _unmerged(models: Sequence[Checkpoint]) -> Iterator[str]:
-    """The tensors that mergekit copies by itself: integers, and what one of the models holds."""
-    held = Counter(name for model in models for name in model.tensors)
+def check_places(models: Sequence[Any], base_id: Hashable | None) -> None:
+    """Refuse one folder under two paths; `base_id` is the base model's reference.
+
+    Raises:
+        CartError: there is one.
+    """
+    seen: dict[tuple[str, ...], Any] = {}
     for model in models:
-        for name, info in model.tensors.items():
-            if not info.is_floating or (held[name] == 1 and len(models) > 1):
-                yield name
+        other = seen.setdefault(place_of(model), model)
+        if other is not model:
+            what = "the base model counts" if base_id in (model, other) else "one model counts"
+            raise CartError(
+                f"{other} and {model} are one folder: {what} twice; write its path in one way, and "
+                "once (`weight` makes a model count more)"
+            )
 
 
 def _is_known(model: Any) -> bool:
@@ -327,7 +326,7 @@ class CartMerge(GroupMergeMethod):
             found = _check_models(input_ids, base_id)
             if not before or self._countdown is None:
                 self._countdown = Countdown()
-            self._countdown.skip(_unmerged(list(found.values())))
+            self._countdown.skip(agreement.unmerged(list(found.values())))
         elif self._countdown is not None:
             self._countdown.plan(str(group_name))
         if of_slice:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from cart_plugin.checkpoints.headers import read_header
@@ -16,6 +17,11 @@ from cart_plugin.checkpoints.reading import (
     read_weights,
 )
 from cart_plugin.errors import CheckpointError
+
+
+class StrangersError(CheckpointError):
+    """Models have other names than those by which mergekit would merge them."""
+
 
 _NUMBER = re.compile(r"\d+")
 
@@ -81,6 +87,15 @@ def strangers(namer: Checkpoint, models: Sequence[Checkpoint]) -> list[Checkpoin
 
 def _kinds(names: Collection[str]) -> set[str]:
     return {_NUMBER.sub("N", name) for name in names}
+
+
+def unmerged(models: Sequence[Checkpoint]) -> Iterator[str]:
+    """The tensors that mergekit copies by itself: integers, and what one of the models holds."""
+    held = Counter(name for model in models for name in model.tensors)
+    for model in models:
+        for name, info in model.tensors.items():
+            if not info.is_floating or (held[name] == 1 and len(models) > 1):
+                yield name
 
 
 def stranger_fact(

@@ -18,6 +18,18 @@ from cart_plugin.doctor.layout import Recipe
 FLAT = "merge with `mergekit-cart merge RECIPE OUT`, which goes tensor by tensor where it has to"
 
 
+def flat(config: Recipe) -> str:
+    """How a recipe's models can be merged without mergekit's knowledge of their architecture."""
+    if not isinstance(config, MergeConfiguration):
+        return f"write a recipe of model folders and {FLAT}"
+    first = []
+    if not config.models:
+        first.append("write whole models under `models:`")
+    if config.tokenizer or config.tokenizer_source or config.chat_template:
+        first.append("delete the tokenizer settings")
+    return " and ".join([*first, FLAT])
+
+
 def way_out(error: Exception, config: Recipe, checkpoints: Mapping[str, Checkpoint]) -> str:
     """What to do about an exception of mergekit's planner."""
     message = str(error)
@@ -25,7 +37,7 @@ def way_out(error: Exception, config: Recipe, checkpoints: Mapping[str, Checkpoi
         return (
             "this mergekit cannot merge bare encoders such as BertModel or CLIPModel. Save them "
             "with a head (BertForSequenceClassification) or their parts apart (CLIPVisionModel); "
-            f"or {FLAT}"
+            f"or {flat(config)}"
         )
     if "allow-crimes" in message or "same number of layers" in message:
         return _without_base(config, checkpoints) or (
@@ -35,7 +47,35 @@ def way_out(error: Exception, config: Recipe, checkpoints: Mapping[str, Checkpoi
         return _with_modules(config)
     if "LoRA not merged" in message:
         return "fuse the adapters first (PEFT: merge_and_unload) and merge the resulting models"
-    return f"correct what the message names; or {FLAT}"
+    return f"correct what the message names; or {flat(config)}"
+
+
+def here(advice: str, obstacle: str) -> str:
+    """Advice for those who merge with `mergekit-cart merge` already, which cannot do it either.
+
+    Args:
+        advice: the doctor's.
+        obstacle: why the tensors cannot be merged one by one.
+    """
+    own = "" if advice == FLAT else advice.removesuffix(f"; or {FLAT}")
+    if own.endswith(FLAT):  # after a step that makes it possible
+        return own
+    return "; ".join(filter(None, [own, f"tensor by tensor: {obstacle}"]))
+
+
+def in_one_format(config: Recipe, checkpoints: Mapping[str, Checkpoint]) -> str:
+    """What to do where models of one class have other names than each other; else nothing."""
+    if not are_one_class(checkpoints) or not isinstance(config, MergeConfiguration):
+        return ""
+    return (
+        "save all models in one format (model.save_pretrained, with one save_original_format); or "
+        f"{flat(config)}"
+    )
+
+
+def are_one_class(checkpoints: Mapping[str, Checkpoint]) -> bool:
+    """Whether all models have one architecture: of several, nobody can merge tensors by name."""
+    return len({str(held.config.get("architectures")) for held in checkpoints.values()}) == 1
 
 
 def asks_for_code(error: Exception) -> bool:

@@ -15,7 +15,7 @@ from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor.findings import Finding, ok, problem, warning
 from cart_plugin.doctor.layout import Recipe, references
 from cart_plugin.doctor.machine import available_memory, size
-from cart_plugin.doctor.result import Merge
+from cart_plugin.doctor.merges import Merge
 from cart_plugin.merging.tensors import matrix_shape
 
 # Python, torch, transformers and mergekit, before anything is loaded.

@@ -6,7 +6,7 @@ those of today's classes. mergekit knows the one of some architectures, the othe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from mergekit.architecture import arch_info_for_config
@@ -16,6 +16,7 @@ from cart_plugin.checkpoints.headers import TensorInfo
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor import planning
 from cart_plugin.doctor.layout import Recipe
+from cart_plugin.errors import CartError
 
 
 def repair(config: Recipe, checkpoints: Mapping[str, Checkpoint]) -> str:
@@ -39,6 +40,20 @@ def repair(config: Recipe, checkpoints: Mapping[str, Checkpoint]) -> str:
     )
 
 
+def has_in_other(checkpoint: Checkpoint, tensors: Iterable[str]) -> bool:
+    """Whether some tensors that a model lacks have other names in its format.
+
+    Args:
+        checkpoint: the model.
+        tensors: their names.
+    """
+    try:
+        own, other, _ = _formats(checkpoint)
+    except Exception:  # as in `repair`
+        return False
+    return other.keys() - own >= set(tensors)
+
+
 def _is_whole(config: Recipe, others: Mapping[str, Checkpoint], *, to_original: bool) -> bool:
     """Whether mergekit would keep all tensors of models that nobody has saved yet."""
     first = next(iter(others.values()))
@@ -59,13 +74,25 @@ def _is_whole(config: Recipe, others: Mapping[str, Checkpoint], *, to_original: 
 
 def _other(checkpoint: Checkpoint) -> tuple[Checkpoint, bool]:
     """A model as its other format would hold it, and whether that is the original one."""
+    _, tensors, is_original = _formats(checkpoint)
+    return replace(checkpoint, tensors=tensors), is_original
+
+
+def _formats(checkpoint: Checkpoint) -> tuple[set[str], dict[str, TensorInfo], bool]:
+    """Names in a model's format, tensors in its other one, and whether that is the original one.
+
+    Raises:
+        CartError: it has no other.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
     model = names.meta_model(checkpoint.path, checkpoint.config, checkpoint.name)
     state = dict(model.state_dict())
     original = revert_weight_conversion(model, dict(state))  # as `save_pretrained` does
+    if set(state) == set(original):
+        raise CartError("both formats are the same")
     held = set(checkpoint.tensors)
     is_original = len(held & set(original)) >= len(held & set(state))
-    other = state if is_original else original
+    own, other = (original, state) if is_original else (state, original)
     tensors = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in other.items()}
-    return replace(checkpoint, tensors=tensors), not is_original
+    return set(own), tensors, not is_original

@@ -12,6 +12,7 @@ from mergekit.config import MergeConfiguration
 
 from cart_plugin.checkpoints import configs, tokenizers
 from cart_plugin.checkpoints.configs import Difference, Meaning
+from cart_plugin.checkpoints.names import settings
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.checkpoints.tokenizers import Vocabulary
 from cart_plugin.doctor.findings import Finding, problem, some, warning
@@ -19,21 +20,42 @@ from cart_plugin.doctor.layout import Recipe
 from cart_plugin.errors import CartError
 
 
-def check(checkpoints: Mapping[str, Checkpoint], config: Recipe, rows: int | None) -> list[Finding]:
+def check(
+    checkpoints: Mapping[str, Checkpoint],
+    config: Recipe,
+    rows: int | None = None,
+    *,
+    aligns: bool = False,
+) -> list[Finding]:
     """Compare the models of a recipe for `mergekit-yaml`; weight files have nothing to compare.
 
     Args:
         checkpoints: the inputs by label.
         config: the recipe.
-        rows: of the merged embeddings; tokens beyond them have nothing to average.
+        rows: of the merged embeddings; tokens beyond them have nothing to average. None if no
+            plan tells: then as many as the models' configs say.
+        aligns: mergekit can merge the models, and so align their tokenizers.
     """
     if not isinstance(config, MergeConfiguration):
         return []
     models = list(checkpoints.values())
     findings = list(_check_configs(models))
     if not (config.tokenizer or config.tokenizer_source):
-        findings += _check_tokens(models, rows)
+        findings += _check_tokens(models, _rows(models) if rows is None else rows, aligns)
     return findings
+
+
+def _rows(models: Sequence[Checkpoint]) -> int | None:
+    """How many tokens all models have a row for, by their configs."""
+    counts = []
+    for model in models:
+        try:
+            text = settings(model.path, model.name).get_text_config()
+        except (CartError, ValueError):  # its own code, or a text model on either side
+            continue
+        if isinstance(rows := getattr(text, "vocab_size", None), int):
+            counts.append(rows)
+    return min(counts, default=None)
 
 
 def _check_configs(models: Sequence[Checkpoint]) -> Iterator[Finding]:
@@ -70,7 +92,9 @@ def _listed(found: Sequence[Difference]) -> str:
     return "; ".join(texts[:2]) + more
 
 
-def _check_tokens(models: Sequence[Checkpoint], limit: int | None) -> Iterator[Finding]:
+def _check_tokens(
+    models: Sequence[Checkpoint], limit: int | None, aligns: bool
+) -> Iterator[Finding]:
     first, *others = models
     held = {first.name: tokenizers.read_vocabulary(first.path)}
     for model in others:
@@ -85,10 +109,12 @@ def _check_tokens(models: Sequence[Checkpoint], limit: int | None) -> Iterator[F
             if limit is None or number < limit:
                 rows.setdefault(number, {}).setdefault(token, []).append(name)
     unlike = {number: found for number, found in sorted(rows.items()) if len(found) > 1}
-    advice = (
-        "add `tokenizer: {source: union}` to the recipe, which aligns the rows by their tokens and "
-        "writes a tokenizer that has them all"
-    )
+    advice = "merge models of one tokenizer: the tensors' rows cannot be aligned here"
+    if aligns:
+        advice = (
+            "add `tokenizer: {source: union}` to the recipe, which aligns the rows by their tokens "
+            "and writes a tokenizer that has them all"
+        )
     if unlike:
         texts = [f"{number} is {_tokens(found)}" for number, found in unlike.items()]
         yield problem(

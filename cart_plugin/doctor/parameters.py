@@ -91,10 +91,11 @@ def check_groups(config: Recipe, method: MergeMethod) -> list[Finding]:
     for group in groups(config):
         findings += _check_places(group, named)
         findings += _check_own_weight(group, config, method)
-        if len(set(group.models)) < len(group.models):
+        twice = sorted({label for label in group.models if group.models.count(label) > 1})
+        if twice:
             findings.append(
                 problem(
-                    f"{group.label} names a model twice",
+                    f"{group.label} names a model twice: {twice[0]}",
                     "delete one of them; `weight` makes a model count more",
                 )
             )

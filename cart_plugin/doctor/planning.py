@@ -27,10 +27,11 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig, plan_flat_merge
 
+from cart_plugin.checkpoints.agreement import StrangersError
 from cart_plugin.checkpoints.headers import TensorInfo
 from cart_plugin.checkpoints.placement import without_place
 from cart_plugin.checkpoints.reading import Checkpoint
-from cart_plugin.doctor.advice import asks_for_code, way_out
+from cart_plugin.doctor.advice import are_one_class, asks_for_code, in_one_format, way_out
 from cart_plugin.doctor.findings import Finding, problem
 from cart_plugin.doctor.layout import Recipe
 from cart_plugin.errors import CheckpointError, first_line
@@ -85,6 +86,9 @@ def plan(
             # Some of mergekit's definitions list a tensor twice; the file holds it once.
             found = [_planned(task) for task in tasks if isinstance(task, SaveTensor)]
             return list({planned.name: planned for planned in found}.values()), []
+    except StrangersError as error:
+        advice = in_one_format(config, checkpoints)
+        return None, [problem(error.fact, advice or error.advice, of_architecture=bool(advice))]
     except CheckpointError as error:  # of our own methods
         return None, [problem(error.fact, error.advice)]
     except Exception as error:  # mergekit raises whatever its assumptions run into
@@ -96,13 +100,11 @@ def plan(
                     "itself does not run it",
                 )
             ]
-        classes = {str(held.config.get("architectures")) for held in checkpoints.values()}
         return None, [
             problem(
                 f"mergekit cannot plan this merge: {first_line(error)}",
                 way_out(error, config, checkpoints),
-                # Models of several classes have other names, by which nobody can merge them.
-                of_architecture=len(classes) == 1,
+                of_architecture=are_one_class(checkpoints),
             )
         ]
 

@@ -17,6 +17,8 @@ from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor import (
     adapters,
     costs,
+    likeness,
+    merges,
     output,
     parameters,
     planning,
@@ -37,7 +39,6 @@ def check_recipe(
     out: Path | None,
     show: Callable[[Section], None],
     *,
-    fuses: bool = False,
     options: MergeOptions | None = None,
 ) -> None:
     """Check a recipe file, showing each section as it is ready.
@@ -46,9 +47,8 @@ def check_recipe(
         path: the YAML file, with one recipe or several (for mergekit-multi).
         out: folder of the result, for the room on its file system; the current one if None.
         show: receives the sections.
-        fuses: `mergekit-cart merge` does it: adapters are fused before mergekit runs, and what the
-            config says of each layer is that of the slices.
-        options: of the merge; mergekit's defaults if None.
+        options: of `mergekit-cart merge`, which fuses adapters and completes what mergekit writes;
+            None for a merge by mergekit's own commands.
     """
     title = f"Recipe {path}"
     documents, findings = load(path)
@@ -56,13 +56,13 @@ def check_recipe(
         show(Section(title, findings))
         return
     if len(documents) == 1:
-        _check_document(documents[0], title, set(), out, show, fuses, options)
+        _check_document(documents[0], title, set(), out, show, options)
         return
     show(Section(title, [_check_names(documents)]))
     made = {str(document["name"]) for document in documents if "name" in document}
     for number, document in enumerate(documents, start=1):
         part = f"Recipe {number} of {len(documents)}: {document.get('name', 'the final merge')}"
-        _check_document(document, part, made, out, show, fuses, options)
+        _check_document(document, part, made, out, show, options)
 
 
 def example_recipes() -> Path:
@@ -109,7 +109,6 @@ def _check_document(
     made: set[str],
     out: Path | None,
     show: Callable[[Section], None],
-    fuses: bool,
     options: MergeOptions | None,
 ) -> None:
     """Check one recipe as far as it goes; `made` are the names of the file's other recipes."""
@@ -131,10 +130,13 @@ def _check_document(
     show(Section(title, findings))
     stopped = _has_problem(findings)
 
-    if out is not None and (in_the_way := output.check_out(out, config)):
+    in_the_way = [] if out is None else output.check_out(out, config)
+    if options is not None:  # then nothing is written over
+        in_the_way = [finding for finding in in_the_way if finding.level is Level.PROBLEM]
+    if in_the_way:
         show(Section("Output", in_the_way))
     checkpoints, findings = _read_inputs(config, made)
-    if not fuses:
+    if options is None:
         findings += adapters.check_cache(config)
     show(Section("Inputs", findings))
     if checkpoints is None:
@@ -147,20 +149,23 @@ def _check_document(
         findings = [
             warning("mergekit cannot plan the merge as it is", "solve the problems above first")
         ]
-    if plan is not None:
-        merges = result.match(plan, checkpoints)
-        findings = result.check_plan(merges, checkpoints, config, method)
-        held = [merge for merge in merges if merge.inputs]
+    if plan is None:
+        findings += likeness.check(checkpoints, config)
+    else:
+        matched = merges.match(plan, checkpoints)
+        findings = result.check_plan(matched, checkpoints, config, method)
+        held = [merge for merge in matched if merge.inputs]
         if parameters.is_cart(method) and not _has_problem(findings):
             findings += whole.check_rules(held, config)
-        findings += saved.check_saved(held, checkpoints, config)
-        if not fuses:  # else this is our merge, which writes them
+        findings += saved.check_saved(held, checkpoints, config, completed=options is not None)
+        if options is None:  # else our merge writes them
             findings += slices.check(checkpoints, config, options)
         # What a merge that fails would need is of no use.
         if not stopped and not _has_problem(findings):
             if parameters.is_cart(method):  # others need other amounts
-                findings += costs.check_memory(merges, config)
-            findings += costs.check_disk(merges, checkpoints, config, out, fuses=fuses)
+                findings += costs.check_memory(matched, config)
+            fuses = options is not None
+            findings += costs.check_disk(matched, checkpoints, config, out, fuses=fuses)
     show(Section("Result", findings))
 
 

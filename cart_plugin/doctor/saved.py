@@ -21,7 +21,7 @@ from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.checkpoints.side_files import belongings, side_files
 from cart_plugin.doctor.findings import Finding, problem, some, warning
 from cart_plugin.doctor.layout import Recipe, references
-from cart_plugin.doctor.result import Merge
+from cart_plugin.doctor.merges import Merge
 from cart_plugin.errors import CartError
 
 # What mergekit 0.1.5 copies of a tokenizer that it does not make anew (`_copy_tokenizer`).
@@ -46,7 +46,11 @@ _PROCESSORS = {
 
 
 def check_saved(
-    merges: Sequence[Merge], checkpoints: Mapping[str, Checkpoint], config: Recipe
+    merges: Sequence[Merge],
+    checkpoints: Mapping[str, Checkpoint],
+    config: Recipe,
+    *,
+    completed: bool,
 ) -> list[Finding]:
     """Compare what a result will say of itself with what it will hold.
 
@@ -54,6 +58,7 @@ def check_saved(
         merges: its tensors, each with at least one input.
         checkpoints: the inputs by label.
         config: the recipe; those of mergekit-pytorch save weights only.
+        completed: `mergekit-cart merge` corrects the config and copies what mergekit leaves behind.
     """
     if not isinstance(config, MergeConfiguration):
         return []
@@ -62,10 +67,13 @@ def check_saved(
         for label, checkpoint in checkpoints.items()
         if config.base_model is None or label == str(config.base_model)
     ]
+    tokens = list(_check_tokens(merges, checkpoints, donors, config))
+    if completed:
+        return tokens
     return [
         *_check_dtype(merges, donors, config),
         *_check_tied(merges, checkpoints, donors),
-        *_check_tokens(merges, checkpoints, donors, config),
+        *tokens,
         *_check_files(checkpoints, donors, config),
     ]
 

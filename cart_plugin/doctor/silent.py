@@ -13,13 +13,14 @@ from cart_plugin.checkpoints import agreement
 from cart_plugin.checkpoints.headers import StoredTensor, TensorInfo
 from cart_plugin.checkpoints.placement import computed
 from cart_plugin.checkpoints.reading import Checkpoint
+from cart_plugin.doctor.advice import in_one_format
 from cart_plugin.doctor.findings import Finding, count, problem, some, warning
 from cart_plugin.doctor.layout import Recipe
 from cart_plugin.doctor.planning import PlannedTensor
 
 
 class Merge(Protocol):
-    """What is looked at here of `result.Merge`."""
+    """What is looked at here of `merges.Merge`."""
 
     @property
     def planned(self) -> PlannedTensor:
@@ -35,7 +36,7 @@ class Merge(Protocol):
 
 
 def check_contributors(
-    merges: Sequence[Merge], checkpoints: Mapping[str, Checkpoint]
+    merges: Sequence[Merge], checkpoints: Mapping[str, Checkpoint], config: Recipe
 ) -> Iterator[Finding]:
     """Report models that the names of the plan pass by: the plan is the base model's, or a part.
 
@@ -56,25 +57,16 @@ def check_contributors(
     first = strangers[0]
     lacking = next(merge.planned for merge in merges if first not in merge.inputs)
     example = (lacking.sources[first][0], next(iter(checkpoints[first].tensors)))
-    yield problem(*agreement.stranger_fact(namer, strangers, example, is_base=namer in bases))
+    fact, advice = agreement.stranger_fact(namer, strangers, example, is_base=namer in bases)
+    by_format = in_one_format(config, checkpoints)
+    yield problem(fact, by_format or advice, of_architecture=bool(by_format))
 
 
 def check_casts(
     merges: Sequence[Merge], checkpoints: Mapping[str, Checkpoint], config: Recipe
 ) -> Iterator[Finding]:
-    """Report casts outside the methods' sight: of integers before, to float16 after the merge.
-
-    mergekit casts a finished tensor to `out_dtype` when it writes it, so that no method can check
-    it: the inputs' values are read for that, and the written file by `mergekit-cart merge`.
-    """
-    wide = _dtype(config.dtype)
-    if wide is None:
-        found = {
-            info.dtype for merge in merges if merge.is_floating for info in merge.inputs.values()
-        }
-        wide = next((dtype for dtype in found if dtype and _is_beyond_half(dtype)), None)
-    if _dtype(config.out_dtype) is torch.float16 and wide and _is_beyond_half(wide):
-        yield from _check_range(checkpoints)
+    """Report casts outside the methods' sight: of integers before, to float16 after the merge."""
+    yield from check_range(merges, checkpoints, config)
     dtype = config.dtype or config.out_dtype
     whole = [merge.planned.name for merge in merges if not merge.is_floating]
     if whole and dtype and isinstance(config, MergeConfiguration):
@@ -89,7 +81,25 @@ def check_casts(
 _MARGIN = 16
 
 
-def _check_range(checkpoints: Mapping[str, Checkpoint]) -> Iterator[Finding]:
+def check_range(
+    merges: Sequence[Merge], checkpoints: Mapping[str, Checkpoint], config: Recipe
+) -> Iterator[Finding]:
+    """Report values that would be saved as infinite.
+
+    mergekit casts a finished tensor to `out_dtype` when it writes it, so that no method can check
+    it: the inputs' values are read for that, and the written file by `mergekit-cart merge`.
+    """
+    wide = _dtype(config.dtype)
+    if wide is None:
+        found = {
+            info.dtype for merge in merges if merge.is_floating for info in merge.inputs.values()
+        }
+        wide = next((dtype for dtype in found if dtype and _is_beyond_half(dtype)), None)
+    if _dtype(config.out_dtype) is torch.float16 and wide and _is_beyond_half(wide):
+        yield from _check_values(checkpoints)
+
+
+def _check_values(checkpoints: Mapping[str, Checkpoint]) -> Iterator[Finding]:
     """Report weights that float16 does not hold, or may not hold after a merge."""
     half = torch.finfo(torch.float16).max
     advice = (

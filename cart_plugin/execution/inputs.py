@@ -15,7 +15,7 @@ from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor import inputs as files
 from cart_plugin.doctor import schema
 from cart_plugin.doctor.findings import Finding, Level
-from cart_plugin.doctor.layout import references
+from cart_plugin.doctor.layout import groups, references
 from cart_plugin.errors import CartError
 
 
@@ -77,6 +77,13 @@ def read_inputs(document: Mapping[str, Any]) -> Inputs:
     if config is None:
         raise CartError("mergekit rejects the recipe")
     ordered = OrderedConfiguration.model_validate(recipe)
+    for group in groups(ordered):
+        twice = sorted({label for label in group.models if group.models.count(label) > 1})
+        if twice:
+            raise CartError(
+                f"{group.label} names {twice[0]} twice, and it would count once; delete one of them: "
+                "`weight` makes a model count more"
+            )
     found: dict[str, Checkpoint] = {}
     for label, model in references(ordered).items():
         path, findings = files.locate(model.model.path, "model")

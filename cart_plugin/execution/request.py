@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,10 +11,11 @@ from pathlib import Path
 from mergekit.options import MergeOptions
 
 from cart_plugin.checkpoints.files import check_space, unfinished
+from cart_plugin.doctor import advice
 from cart_plugin.doctor.findings import Finding, Level, Section, problem
 from cart_plugin.doctor.recipe import check_recipe, load
 from cart_plugin.errors import CartError, first_line
-from cart_plugin.execution import merge
+from cart_plugin.execution import merge, outlook, tensorwise
 from cart_plugin.execution.inputs import read_inputs
 
 _WORK = ".merging"  # in the unfinished folder: log, and models for the time of the merge
@@ -24,8 +26,8 @@ def examine(
 ) -> list[Finding]:
     """Let the doctor look at a recipe.
 
-    What is only mergekit's support of an architecture is a warning here: the tensors are merged
-    one by one then.
+    What is only mergekit's support of an architecture is a warning here if the tensors can be
+    merged one by one.
 
     Args:
         recipe: the YAML file.
@@ -37,27 +39,49 @@ def examine(
         The problems.
     """
     problems: list[Finding] = []
+    facts: set[str] = set()
+    other_way = functools.cache(lambda: _other_way(recipe))
 
     def see(section: Section) -> None:
-        findings = [
-            replace(finding, level=Level.WARNING, advice="merged tensor by tensor instead")
-            if finding.of_architecture
-            else finding
-            for finding in section.findings
-        ]
+        findings = list(section.findings)
+        if any(finding.of_architecture for finding in findings):
+            found, obstacle = other_way()
+            findings = [_as_warning(entry, obstacle) for entry in findings]
+            known = facts.union(entry.fact for entry in findings)
+            findings += [entry for entry in found if entry.fact not in known]
+        facts.update(finding.fact for finding in findings)
         problems.extend(finding for finding in findings if finding.level is Level.PROBLEM)
         show(Section(section.title, findings))
 
     try:
-        check_recipe(recipe, out, see, fuses=True, options=options)
+        check_recipe(recipe, out, see, options=options)
     except Exception as error:  # whatever is wrong with a recipe, its author gets no traceback
-        advice = "please report this with the recipe; with --force the merge may still work"
+        report = "please report this with the recipe; with --force the merge may still work"
         see(
             Section(
-                "Not checked further", [problem(f"the check failed: {first_line(error)}", advice)]
+                "Not checked further", [problem(f"the check failed: {first_line(error)}", report)]
             )
         )
     return problems
+
+
+def _other_way(recipe: Path) -> tuple[list[Finding], str]:
+    """What the doctor has to say of a merge tensor by tensor; or why there can be none."""
+    documents, _ = load(recipe)
+    try:
+        inputs = read_inputs(documents[0])
+        return outlook.check(inputs, *tensorwise.check(inputs)), ""
+    except CartError as error:
+        return [], str(error)
+
+
+def _as_warning(finding: Finding, obstacle: str) -> Finding:
+    """A finding about mergekit's plan, where there is another way; its own advice where not."""
+    if not finding.of_architecture:
+        return finding
+    if not obstacle:
+        return replace(finding, level=Level.WARNING, advice="merged tensor by tensor instead")
+    return replace(finding, advice=advice.here(finding.advice, obstacle))
 
 
 def run(

@@ -27,9 +27,10 @@ from cart_plugin.checkpoints.files import read_json, write_json
 from cart_plugin.checkpoints.placement import computed, is_computed
 from cart_plugin.doctor import planning, result, slices
 from cart_plugin.doctor.findings import count, some
+from cart_plugin.doctor.merges import Merge, match
 from cart_plugin.doctor.parameters import check_method
 from cart_plugin.errors import CartError, CartWarning, first_line
-from cart_plugin.execution import tensorwise
+from cart_plugin.execution import outlook, tensorwise
 from cart_plugin.execution.inputs import Inputs, OrderedConfiguration, plain, read_inputs, stop_at
 from cart_plugin.execution.layout import check_described, donor_model, left_out, place, values
 
@@ -192,7 +193,7 @@ def choose(inputs: Inputs, options: MergeOptions, *, force: bool = False) -> Cho
     if plan is None:
         loss = findings[0].fact
     else:
-        merges = result.match(plan, inputs.checkpoints)
+        merges = match(plan, inputs.checkpoints)
         if not force:
             _stop_at_problems(merges, inputs)
         losses = (_left_out, _cast, _differing)
@@ -206,10 +207,13 @@ def choose(inputs: Inputs, options: MergeOptions, *, force: bool = False) -> Cho
                 return planned
     try:
         model, placed = tensorwise.check(inputs)
+        ahead = outlook.check(inputs, model, placed)
     except CartError as error:
         if planned is not None:
             return planned  # most methods leave a mask as it is
         raise CartError(f"{loss}; tensor by tensor: {error}") from None
+    if not force:
+        stop_at(ahead)
     if outside := left_out(placed):
         tensors = f"{count(len(outside), 'tensor')} ({some(outside)})"
         loss += (
@@ -218,14 +222,14 @@ def choose(inputs: Inputs, options: MergeOptions, *, force: bool = False) -> Cho
     return Choice(TENSORWISE, loss)
 
 
-def _stop_at_problems(merges: list[result.Merge], inputs: Inputs) -> None:
+def _stop_at_problems(merges: list[Merge], inputs: Inputs) -> None:
     method, findings = check_method(inputs.config.merge_method)
     if method is not None:
         findings = result.check_plan(merges, inputs.checkpoints, inputs.config, method)
     stop_at(finding for finding in findings if not finding.of_architecture)
 
 
-def _lacking(merges: list[result.Merge]) -> str:
+def _lacking(merges: list[Merge]) -> str:
     """Why mergekit's merge would stop at tensors that inputs lack."""
     found = [merge for merge in merges if merge.lacking and not merge.planned.optional]
     if not found:
@@ -235,7 +239,7 @@ def _lacking(merges: list[result.Merge]) -> str:
     return f"mergekit's plan needs {count(len(found), 'tensor')} ({tensors}) that {who} lacks"
 
 
-def _left_out(merges: list[result.Merge], inputs: Inputs) -> str:
+def _left_out(merges: list[Merge], inputs: Inputs) -> str:
     """Which of the model's tensors mergekit's plan would leave out without a word.
 
     Raises:
@@ -263,7 +267,7 @@ def _left_out(merges: list[result.Merge], inputs: Inputs) -> str:
     )
 
 
-def _cast(merges: list[result.Merge], inputs: Inputs) -> str:
+def _cast(merges: list[Merge], inputs: Inputs) -> str:
     """Which integers mergekit's plan would turn into floats: it casts whatever it loads."""
     if inputs.config.dtype is None and inputs.config.out_dtype is None:
         return ""
@@ -280,7 +284,7 @@ def _cast(merges: list[result.Merge], inputs: Inputs) -> str:
     return f"mergekit's plan would cast {count(len(found), 'integer tensor')} ({some(found)})"
 
 
-def _differing(merges: list[result.Merge], inputs: Inputs) -> str:
+def _differing(merges: list[Merge], inputs: Inputs) -> str:
     """Which integers mergekit's merge would stop at: counters differ in all fine-tuned models."""
     whole = [
         merge.planned
@@ -304,7 +308,7 @@ def _differing(merges: list[result.Merge], inputs: Inputs) -> str:
     return f"mergekit stops at {tensors} ({some(sorted(found))}), in which the models differ"
 
 
-def _masks(merges: list[result.Merge], inputs: Inputs) -> str:
+def _masks(merges: list[Merge], inputs: Inputs) -> str:
     """Which masks and tables mergekit's plan would merge like weights: TIES makes infinity NaN."""
     label = inputs.donor.name
     found = {

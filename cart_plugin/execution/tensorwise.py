@@ -5,21 +5,17 @@ The tasks are mergekit's own but for reading and writing, which go through the m
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from mergekit import merge_methods
 from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference, dtype_from_name
-from mergekit.config import ConfigReader, InputSliceDefinition, OutputSliceDefinition
 from mergekit.graph import Task
 from mergekit.io.tasks import FinalizeModel, TensorWriterTask
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask, TensorDictWrapper
 from mergekit.options import MergeOptions
-from mergekit.parameter_resolver import resolve_parameters
 
 from cart_plugin.checkpoints.names import Unit
 from cart_plugin.doctor.layout import references
@@ -34,9 +30,8 @@ from cart_plugin.execution.layout import (
     values,
     vocabulary_names,
 )
+from cart_plugin.execution.settings import Settings
 from cart_plugin.merging.inputs import agreed_buffer
-
-_LAYER = re.compile(r"\.(\d+)\.")
 
 
 class ModelTensors:
@@ -196,7 +191,8 @@ class _Merger:
         units: Iterable[Unit],
     ) -> None:
         self._config = inputs.config
-        self._method = merge_methods.get(inputs.config.merge_method)
+        names = [name for unit in units for name in unit.targets]
+        self._settings = Settings(inputs, placed, names)
         named = references(inputs.config)
         self._models: dict[ModelReference, ModelTensors] = {
             model: ModelTensors(placed[label], options) for label, model in named.items()
@@ -205,23 +201,6 @@ class _Merger:
         self._computed = placed[inputs.donor.name].computed
         self._device = str(options.device or "cpu") if options.read_to_gpu else "cpu"
         self._vocabulary = vocabulary
-        self._layers: dict[str, int] = {}
-        for unit in units:
-            for name in unit.targets:
-                if found := _LAYER.search(name):
-                    prefix = name[: found.start()]
-                    count = max(self._layers.get(prefix, 0), int(found.group(1)) + 1)
-                    self._layers[prefix] = count
-        # As mergekit's planner has it: one slice of all layers.
-        sources = [
-            InputSliceDefinition(model=entry.model, layer_range=(0, 0), parameters=entry.parameters)
-            for entry in inputs.config.models or ()
-        ]
-        whole = OutputSliceDefinition(sources=sources)
-        self._reader = ConfigReader(config=inputs.config, slice_out=whole, t=0)
-        self._method.validate_inputs(
-            list(self._models), inputs.config.base_model, group_name="default.slices[0]"
-        )
 
     def task(self, name: str) -> Task:
         """Merges the tensor of a name."""
@@ -230,20 +209,13 @@ class _Merger:
         if not any(model.is_floating(name) for model in self._models.values()):
             kept = tuple(self._load(model, name, None) for model in self._models.values())
             return KeepTensor(loads=kept, models=tuple(map(str, self._models)), name=name)
-        shared, per_model = resolve_parameters(
-            self._method.spec,
-            tensor_name=name,
-            inputs=dict.fromkeys(self._models, name),
-            sources=self._reader.parameter_sources,
-            base_model=self._config.base_model,
-            t=self._depth(name),
-        )
+        shared, per_model = self._settings.of(name)
         loads = {
             model: self._load(source, name, self._config.dtype)
             for model, source in self._models.items()
         }
         return ExecuteMergeMethodTask(
-            method_name=self._method.spec.name,
+            method_name=self._settings.method.spec.name,
             gather_tensors=TensorDictWrapper(tensors=loads),
             model_order=tuple(self._models),
             base_model=self._config.base_model,
@@ -258,11 +230,3 @@ class _Merger:
 
     def _load(self, source: ModelTensors, name: str, dtype: str | None) -> Task:
         return LoadModelTensor(source=source, name=name, dtype=dtype, device=self._device)
-
-    def _depth(self, name: str) -> float:
-        """Where a gradient of the recipe stands: 0 at the first layer, 1 at the last."""
-        found = _LAYER.search(name)
-        if found is None:
-            return 0.0
-        layers = self._layers[name[: found.start()]]
-        return int(found.group(1)) / (layers - 1) if layers > 1 else 1.0

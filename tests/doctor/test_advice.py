@@ -11,6 +11,7 @@ import transformers
 
 from tests.doctor.conftest import Report
 from tests.doctor.tiny import MISTRAL3, SIZES, save_class, save_model, save_models
+from tests.mergekit.helpers import fails
 
 _T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
 
@@ -167,3 +168,49 @@ def test_a_wider_vocabulary_still_does(check: Callable[..., Report], tmp_path: P
     models = save_models(tmp_path, "llama", 2)
     other = str(save_model(tmp_path / "other", "llama", 9, vocab_size=70))
     check([*models, other]).has_only_problem("tokenizer: {source: union}")
+
+
+def test_layers_whose_embeddings_mergekit_drops(
+    check: Callable[..., Report], tmp_path: Path
+) -> None:
+    models = save_class(
+        tmp_path, "T5ForConditionalGeneration", **_T5, feed_forward_proj="gated-gelu"
+    )
+    slices = [{"sources": [{"model": model, "layer_range": [0, 2]} for model in models]}]
+    report = check(
+        [], models=None, modules={part: {"slices": slices} for part in ("encoder", "decoder")}
+    )
+    assert "write whole models under `models:` and merge with `mergekit-cart merge" in report.text
+    assert "save_original_format" not in report.text  # T5 has one format
+
+
+def test_tokenizer_settings_are_in_the_way_of_another_way(
+    check: Callable[..., Report], saved: Callable[..., list[str]]
+) -> None:
+    report = check(saved("bert"), tokenizer={"source": "union"})
+    report.has_only_problem("cannot plan", "or delete the tokenizer settings and merge with")
+
+
+def test_models_of_one_class_in_two_formats(
+    check: Callable[..., Report], saved: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    mixed = [saved("vit")[0], *saved("vit", original_format=False)[1:]]
+    check(mixed).has_only_problem("by the names of", "in one format", "or merge with")
+    fails(tmp_path, mixed, "by the names of")
+
+
+@pytest.mark.parametrize("name", ["Dinov2Model", "Mistral3ForConditionalGeneration"])
+def test_models_that_hold_the_most_by_names_of_the_other_format(
+    name: str, check: Callable[..., Report], tmp_path: Path
+) -> None:
+    config: dict[str, Any] = MISTRAL3
+    if name == "Dinov2Model":
+        config = {**SIZES, "image_size": 32, "patch_size": 16}
+    for folder, original in (("original", True), ("todays", False)):
+        (tmp_path / folder).mkdir()
+        save_class(tmp_path / folder, name, original, **config)
+    folders = ["original", "original", "todays"]
+    mixed = [str(tmp_path / folder / f"{name}-{n}") for n, folder in enumerate(folders)]
+    report = check(mixed, merge_method="linear", parameters={"weight": 1.0})
+    report.has_only_problem("are saved in two formats", "in one format", "or merge with")
+    assert report.warnings == []

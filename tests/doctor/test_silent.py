@@ -327,3 +327,14 @@ def test_a_slice_of_one_model(check: Callable[..., Report], llamas: list[str]) -
     check([], models=None, slices=[together, alone]).is_clean()
     report = check([], models=None, slices=[alone])
     assert "cart needs at least two" in report.problems[0]
+
+
+def test_configs_of_models_that_mergekit_cannot_plan(
+    check: Callable[..., Report], saved: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    other = str(shutil.copytree(saved("bert")[2], tmp_path / "other"))
+    change_config(other, num_attention_heads=2)
+    report = check([*saved("bert")[:2], other])
+    plan, configs = report.problems
+    assert "cannot plan" in plan
+    assert f"num_attention_heads is 4 in {saved('bert')[0]} and 1 more, 2 in {other}" in configs
