@@ -81,7 +81,7 @@ def read_inputs(document: Mapping[str, Any]) -> Inputs:
         twice = sorted({label for label in group.models if group.models.count(label) > 1})
         if twice:
             raise CartError(
-                f"{group.label} names {twice[0]} twice, and it would count once; delete one of them: "
+                f"{group.label} names {twice[0]} twice, and it would count once; delete one: "
                 "`weight` makes a model count more"
             )
     found: dict[str, Checkpoint] = {}
