@@ -35,7 +35,7 @@ def check(inputs: Inputs, model: Any, placed: Mapping[str, Placed]) -> list[Find
     merges = foresee(inputs, model, placed)
     findings = [
         *check_range(merges, inputs.checkpoints, config),
-        *likeness.check(inputs.checkpoints, config, vocabulary_rows(merges)),
+        *likeness.check(inputs.checkpoints, config, vocabulary_rows(merges), completed=True),
         *check_effects(merges, config, method),
     ]
     if is_cart(method) and not any(finding.level is Level.PROBLEM for finding in findings):
