@@ -17,6 +17,7 @@ from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor import (
     adapters,
     costs,
+    described,
     likeness,
     merges,
     output,
@@ -141,8 +142,10 @@ def _check_document(
     show(Section("Inputs", findings))
     if checkpoints is None:
         return
-    if beyond := check_ranges(config, checkpoints):
-        show(Section("Result", beyond))
+    completed = options is not None
+    wrong = check_ranges(config, checkpoints)
+    if wrong := wrong or list(described.check(checkpoints, config, completed=completed)):
+        show(Section("Result", wrong))
         return
     plan, findings = planning.plan(config, checkpoints, options)
     if plan is None and stopped:
