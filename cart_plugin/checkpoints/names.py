@@ -201,3 +201,22 @@ def tied_names(model: Any) -> dict[str, list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return {same[0]: same for same in names.values() if len(same) > 1}
+
+
+def vocabulary_names(model: Any) -> set[str]:
+    """The tensors whose rows are tokens: embeddings and heads, under all of their names."""
+    tables = set()
+    for getter in (model.get_input_embeddings, model.get_output_embeddings):
+        try:
+            module = getter()
+        except (NotImplementedError, AttributeError):  # models of no text
+            continue
+        for kind in ("weight", "bias"):
+            parameter = getattr(module, kind, None)
+            if isinstance(parameter, Tensor):
+                tables.add(id(parameter))
+    return {
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if id(parameter) in tables
+    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ _BUFFER = re.compile(
     r"(?:^|[._])(?:bias|masks?|ids|index|indices|buffer|counter|num_batches_tracked)$"
 )
 
+_Shape = tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -27,11 +29,14 @@ class Placement:
         targets: for each tensor its names in the model's state dict; none where it has no place.
         parameters: names of the model's floating-point parameters and buffers.
         missing: those of its parameters that no floating-point tensor fills.
+        unlike: the names of floating-point tensors that have another shape than there: as stored,
+            and by the config. Of a vocabulary, which may have more rows, only the width counts.
     """
 
     targets: Mapping[str, Sequence[str]]
     parameters: frozenset[str]
     missing: frozenset[str]
+    unlike: Mapping[str, tuple[_Shape, _Shape]]
 
 
 def place(checkpoint: Checkpoint) -> Placement | None:
@@ -40,6 +45,7 @@ def place(checkpoint: Checkpoint) -> Placement | None:
         model = names.meta_model(checkpoint.path, checkpoint.config, checkpoint.name)
         shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
         units = names.one_way(model, shapes)
+        unlike = dict(_unlike(model, units, checkpoint))
     except Exception:  # its own code, or packed tensors that no conversion takes
         return None
     targets = {source: unit.targets for unit in units for source in unit.sources}
@@ -53,7 +59,24 @@ def place(checkpoint: Checkpoint) -> Placement | None:
         if not filled.isdisjoint(same):
             filled.update(same)
     own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return Placement(targets, frozenset(_floating(model.state_dict())), frozenset(own - filled))
+    return Placement(
+        targets, frozenset(_floating(model.state_dict())), frozenset(own - filled), unlike
+    )
+
+
+def _unlike(
+    model: Any, units: Sequence[names.Unit], checkpoint: Checkpoint
+) -> Iterator[tuple[str, tuple[_Shape, _Shape]]]:
+    state, tables, held = model.state_dict(), names.vocabulary_names(model), checkpoint.tensors
+    for unit in units:
+        if not all(held[source].is_floating for source in unit.sources):
+            continue
+        empty = {source: torch.empty(held[source].shape, device="meta") for source in unit.sources}
+        for name, tensor in unit.to_model(empty).items():
+            if name in state:
+                stored, described = tuple(tensor.shape), tuple(state[name].shape)
+                if stored != described and (name not in tables or stored[1:] != described[1:]):
+                    yield name, (stored, described)
 
 
 def _floating(state: Mapping[str, Any]) -> set[str]:
@@ -104,6 +127,32 @@ def is_computed(name: str, info: TensorInfo) -> bool:
     """
     last = name.rpartition(".")[2]
     return not (last == "weight" or (last == "bias" and len(info.shape) == 1))
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """What a checkpoint's weights and its config disagree on.
+
+    Attributes:
+        shapes: of weights, by their names in the model: as stored, and by the config.
+        lacking: weights that no file holds, though it holds their like in other layers.
+    """
+
+    shapes: Mapping[str, tuple[_Shape, _Shape]]
+    lacking: Sequence[str]
+
+
+_LAYER = re.compile(r"\.\d+\.")
+
+
+def contradiction(checkpoint: Checkpoint) -> Contradiction:
+    """Compare a checkpoint with its config; nothing where transformers cannot build its class."""
+    placement = place(checkpoint)
+    if placement is None:
+        return Contradiction({}, [])
+    found = {_LAYER.sub(".N.", name) for targets in placement.targets.values() for name in targets}
+    lacking = [name for name in placement.missing if _LAYER.sub(".N.", name) in found]
+    return Contradiction(placement.unlike, sorted(lacking))
 
 
 def computed(checkpoint: Checkpoint) -> list[str]:

@@ -25,7 +25,8 @@ def doctor(recipe: Path | None, out: Path | None) -> None:
     """Check the installation and, if there is one, a RECIPE.
 
     Reads configurations and the headers of weight files, and downloads nothing. The weights' values
-    it reads for one question alone: whether they fit where a recipe saves `out_dtype: float16`.
+    it reads for one question alone: whether they fit where a recipe says `dtype: float16` or
+    `out_dtype: float16`.
     Each line is marked ok, warning or problem, and says what to do. Exit code 1 if there is a
     problem; warnings do not count.
     """

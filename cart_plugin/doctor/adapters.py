@@ -26,6 +26,11 @@ from cart_plugin.errors import CartError, CheckpointError
 
 _PICKLED = "adapter_model.bin"  # as PEFT wrote before safetensors; it reads both
 _PREFIX = "base_model.model."
+_LORA = "LORA"  # PEFT's name of it; what other kinds hold is left to PEFT
+_PROMPTS = (
+    *("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT"),
+    "ADAPTION_PROMPT",
+)
 _FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?$")
 _WRAPPING = re.compile(r"\.(?:modules_to_save|base_layer)(?:\.default)?\.")
 _PEFT_OTHERS = re.compile(r"\.lora_|\.original_module\.")  # magnitudes of DoRA, biases of B
@@ -71,7 +76,16 @@ def check_fit(adapter: Path, name: str, model: Checkpoint) -> list[Finding]:
         tensors = read_header(_weights(adapter), who)
     except CheckpointError as error:
         return [problem(error.fact, error.advice)]
-    return list(_check_shapes(who, tensors, model)) or list(_check_base(who, config, model))
+    kind = str(config.get("peft_type", _LORA)).upper()
+    if kind in _PROMPTS:
+        return [
+            problem(
+                f"{who} is a {kind}: its vectors go before the input, and not into the weights",
+                "merge adapters that change weights, such as LoRA",
+            )
+        ]
+    shapes = list(_check_shapes(who, _weights_of(tensors, config), model)) if kind == _LORA else []
+    return shapes or list(_check_base(who, config, model))
 
 
 def ranks(adapter: Path) -> dict[str, int]:
@@ -81,9 +95,11 @@ def ranks(adapter: Path) -> dict[str, int]:
     files that cannot be read, or of DoRA, which scales the model's own weights as well.
     """
     try:
-        if read_config(adapter, str(adapter), ADAPTER_CONFIG).get("use_dora"):
+        config = read_config(adapter, str(adapter), ADAPTER_CONFIG)
+        if config.get("use_dora") or str(config.get("peft_type", _LORA)).upper() != _LORA:
             return {}
-        return {part.name: part.rank for part in _parts(read_header(_weights(adapter), ""))}
+        tensors = _weights_of(read_header(_weights(adapter), ""), config)
+        return {part.name: part.rank for part in _parts(tensors)}
     except CheckpointError:
         return {}
 
@@ -92,6 +108,28 @@ def _weights(adapter: Path) -> Path:
     if not (adapter / ADAPTER_WEIGHTS).exists() and (adapter / _PICKLED).exists():
         return adapter / _PICKLED
     return adapter / ADAPTER_WEIGHTS
+
+
+def _weights_of(
+    tensors: Mapping[str, TensorInfo], config: Mapping[str, object]
+) -> dict[str, TensorInfo]:
+    """An adapter's tensors but for those of `target_parameters`, such as stacked experts.
+
+    They have the names of the modules, whatever their parameters are called, and other shapes.
+    """
+    targets = config.get("target_parameters")
+    named = targets if isinstance(targets, list) else []
+    modules = [str(name).rpartition(".")[0] for name in named]
+    return {
+        name: info
+        for name, info in tensors.items()
+        if not any(f".{_module(name)}".endswith(f".{module}") for module in modules)
+    }
+
+
+def _module(name: str) -> str:
+    factor = _FACTOR.match(_WRAPPING.sub(".", name.removeprefix(_PREFIX)))
+    return factor[1] if factor else ""
 
 
 def _check_shapes(

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from mergekit.config import MergeConfiguration
 
-from cart_plugin.checkpoints import configs, tokenizers
+from cart_plugin.checkpoints import configs, names, tokenizers
 from cart_plugin.checkpoints.configs import Difference, Meaning
-from cart_plugin.checkpoints.names import settings
+from cart_plugin.checkpoints.headers import StoredTensor
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.checkpoints.tokenizers import Vocabulary
 from cart_plugin.doctor.findings import Finding, problem, some, warning
@@ -26,6 +27,7 @@ def check(
     rows: int | None = None,
     *,
     aligns: bool = False,
+    completed: bool = False,
 ) -> list[Finding]:
     """Compare the models of a recipe for `mergekit-yaml`; weight files have nothing to compare.
 
@@ -35,11 +37,12 @@ def check(
         rows: of the merged embeddings; tokens beyond them have nothing to average. None if no
             plan tells: then as many as the models' configs say.
         aligns: mergekit can merge the models, and so align their tokenizers.
+        completed: `mergekit-cart merge` does it, which merges tied heads with those of their own.
     """
     if not isinstance(config, MergeConfiguration):
         return []
     models = list(checkpoints.values())
-    findings = list(_check_configs(models))
+    findings = list(_check_configs(models, completed))
     if not (config.tokenizer or config.tokenizer_source):
         findings += _check_tokens(models, _rows(models) if rows is None else rows, aligns)
     return findings
@@ -50,7 +53,7 @@ def _rows(models: Sequence[Checkpoint]) -> int | None:
     counts = []
     for model in models:
         try:
-            text = settings(model.path, model.name).get_text_config()
+            text = names.settings(model.path, model.name).get_text_config()
         except (CartError, ValueError):  # its own code, or a text model on either side
             continue
         if isinstance(rows := getattr(text, "vocab_size", None), int):
@@ -58,11 +61,13 @@ def _rows(models: Sequence[Checkpoint]) -> int | None:
     return min(counts, default=None)
 
 
-def _check_configs(models: Sequence[Checkpoint]) -> Iterator[Finding]:
+def _check_configs(models: Sequence[Checkpoint], completed: bool) -> Iterator[Finding]:
     if len({model.model_type for model in models}) > 1:
         return  # another architecture: the plan tells
     try:
         found = configs.differences(models)
+        if completed:
+            found = [entry for entry in found if not _is_merged(entry, models)]
     except CartError:  # a model with its own code; what mergekit cannot read either stops it
         return
     differing = [entry for entry in found if entry.meaning is Meaning.COMPUTATION]
@@ -80,13 +85,36 @@ def _check_configs(models: Sequence[Checkpoint]) -> Iterator[Finding]:
         )
 
 
+def _is_merged(entry: Difference, models: Sequence[Checkpoint]) -> bool:
+    """Whether models differ by heads of their own only, which are merged with the tied ones.
+
+    A head in the file of a model that is tied contradicts its config: either may be wrong.
+    """
+    tied = [model for model in models if entry.values[model.name] is True]
+    return entry.key.endswith("tie_word_embeddings") and not any(map(_has_head, tied))
+
+
+def _has_head(model: Checkpoint) -> bool:
+    built = names.meta_model(model.path, model.config, model.name)
+    for same in names.tied_names(built).values():
+        held = [name for name in same if name in model.tensors]
+        if len(held) < 2:
+            continue
+        if not all(isinstance(model.tensors[name], StoredTensor) for name in held):
+            return True  # not to be read here
+        first, *others = map(model.read, held)
+        if not all(torch.equal(first, other) for other in others):
+            return True
+    return False
+
+
 def _listed(found: Sequence[Difference]) -> str:
     texts = []
     for entry in found:
         held: dict[str, list[str]] = {}
         for name, value in entry.values.items():
             held.setdefault(str(value), []).append(name)
-        values = ", ".join(f"{value} in {some(names, 1)}" for value, names in held.items())
+        values = ", ".join(f"{value} in {some(who, 1)}" for value, who in held.items())
         texts.append(f"{entry.key} is {values}")
     more = f"; also {some(entry.key for entry in found[2:])}" if found[2:] else ""
     return "; ".join(texts[:2]) + more

@@ -17,6 +17,7 @@ from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor import (
     adapters,
     costs,
+    described,
     likeness,
     merges,
     output,
@@ -135,14 +136,16 @@ def _check_document(
         in_the_way = [finding for finding in in_the_way if finding.level is Level.PROBLEM]
     if in_the_way:
         show(Section("Output", in_the_way))
-    checkpoints, findings = _read_inputs(config, made)
+    checkpoints, findings = _read_inputs(config, made, completed=options is not None)
     if options is None:
         findings += adapters.check_cache(config)
     show(Section("Inputs", findings))
     if checkpoints is None:
         return
-    if beyond := check_ranges(config, checkpoints):
-        show(Section("Result", beyond))
+    completed = options is not None
+    wrong = check_ranges(config, checkpoints)
+    if wrong := wrong or list(described.check(checkpoints, config, completed=completed)):
+        show(Section("Result", wrong))
         return
     plan, findings = planning.plan(config, checkpoints, options)
     if plan is None and stopped:
@@ -150,10 +153,12 @@ def _check_document(
             warning("mergekit cannot plan the merge as it is", "solve the problems above first")
         ]
     if plan is None:
-        findings += likeness.check(checkpoints, config)
+        findings += likeness.check(checkpoints, config, completed=options is not None)
     else:
         matched = merges.match(plan, checkpoints)
-        findings = result.check_plan(matched, checkpoints, config, method)
+        findings = result.check_plan(
+            matched, checkpoints, config, method, completed=options is not None
+        )
         held = [merge for merge in matched if merge.inputs]
         if parameters.is_cart(method) and not _has_problem(findings):
             findings += whole.check_rules(held, config)
@@ -170,7 +175,7 @@ def _check_document(
 
 
 def _read_inputs(
-    config: Recipe, made: set[str]
+    config: Recipe, made: set[str], *, completed: bool
 ) -> tuple[Mapping[str, Checkpoint] | None, list[Finding]]:
     """Find and read the models of a recipe; None for them if not all could be read."""
     checkpoints: dict[str, Checkpoint] = {}
@@ -191,7 +196,8 @@ def _read_inputs(
             checkpoint, unreadable = files.read_file(label, path)
         else:
             checkpoint, unreadable = files.read_folder(label, path)
-            findings += files.check_model_card(model.model.path)
+            # `mergekit-cart merge` writes the card itself.
+            findings += [] if completed else files.check_model_card(model.model.path)
         unreadable += files.check_dtypes(checkpoint)
         if model.lora is not None:
             odd = files.check_adapter(model.lora.path)

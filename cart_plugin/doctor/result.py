@@ -26,6 +26,8 @@ def check_plan(
     checkpoints: Mapping[str, Checkpoint],
     config: Recipe,
     method: MergeMethod,
+    *,
+    completed: bool = False,
 ) -> list[Finding]:
     """Check a plan for losses, mismatches and settings without effect; sum up what it will do.
 
@@ -34,19 +36,21 @@ def check_plan(
         checkpoints: the inputs by label.
         config: the recipe.
         method: its merge method.
+        completed: `mergekit-cart merge` does it.
     """
     plan = [merge.planned for merge in matched]
     merges = [merge for merge in matched if merge.inputs]
     findings = list(check_contributors(merges, checkpoints, config))
     findings = findings or list(_check_lacking(matched, checkpoints, config))
+    rows = vocabulary_rows(merges)
     if any(finding.level is Level.PROBLEM for finding in findings):
         # What is left over is the same mismatch, seen from the other side; but for what no plan
         # tells.
-        return findings + likeness.check(checkpoints, config, vocabulary_rows(merges))
+        return findings + likeness.check(checkpoints, config, rows, completed=completed)
     findings += _check_losses(plan, checkpoints, config)
     findings += _check_shapes(merges, config)
     whole = not any(finding.of_architecture for finding in findings)
-    findings += likeness.check(checkpoints, config, vocabulary_rows(merges), aligns=whole)
+    findings += likeness.check(checkpoints, config, rows, aligns=whole, completed=completed)
     if not whole:
         return findings  # of the tensors that the parameters meet, these are but some
     findings += check_casts(merges, checkpoints, config)

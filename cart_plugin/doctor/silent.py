@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -79,6 +80,7 @@ def check_casts(
 
 # A merged value may be larger than those it was merged from: a sum of differences, or a `lambda`.
 _MARGIN = 16
+_HALF = torch.finfo(torch.float16).max
 
 
 def check_range(
@@ -87,51 +89,84 @@ def check_range(
     """Report values that would be saved as infinite.
 
     mergekit casts a finished tensor to `out_dtype` when it writes it, so that no method can check
-    it: the inputs' values are read for that, and the written file by `mergekit-cart merge`.
+    it, and the inputs to `dtype` when it reads them, which only ours look at: the inputs' values
+    are read for that, and the written file by `mergekit-cart merge`.
     """
-    wide = _dtype(config.dtype)
-    if wide is None:
-        found = {
-            info.dtype for merge in merges if merge.is_floating for info in merge.inputs.values()
-        }
-        wide = next((dtype for dtype in found if dtype and _is_beyond_half(dtype)), None)
-    if _dtype(config.out_dtype) is torch.float16 and wide and _is_beyond_half(wide):
-        yield from _check_values(checkpoints)
+    if _dtype(config.dtype) is torch.float16:
+        wide = [
+            label
+            for label, checkpoint in checkpoints.items()
+            if any(_is_wide(info) for info in checkpoint.tensors.values())
+        ]
+        largest, where, _ = _largest({label: checkpoints[label] for label in wide}, _is_wide)
+        if largest > _HALF:
+            yield _beyond("dtype", largest, where)
+        return
+    if _dtype(config.out_dtype) is not torch.float16:
+        return
+    stored = (info for merge in merges if merge.is_floating for info in merge.inputs.values())
+    if _dtype(config.dtype) is None and not any(map(_is_wide, stored)):
+        return
+    largest, where, unread = _largest(checkpoints, lambda info: info.is_floating)
+    if largest > _HALF:
+        yield _beyond("out_dtype", largest, where)
+    elif unread or largest > _HALF / _MARGIN:
+        known = f"not known of {unread[0]}" if unread else f"up to {largest:,.0f} in {where}"
+        way = "merge with `mergekit-cart merge RECIPE OUT`, which looks"
+        if config.merge_method.startswith("cart"):
+            way = "write `dtype: float16` instead (cart computes in float32 all the same, and looks"
+            way += " itself)"
+        yield warning(
+            f"out_dtype: merged values beyond {_HALF:,.0f} would be saved as infinite, and "
+            f"mergekit does not look; the inputs' are {known}",
+            f"{way}; or write out_dtype: bfloat16",
+        )
 
 
-def _check_values(checkpoints: Mapping[str, Checkpoint]) -> Iterator[Finding]:
-    """Report weights that float16 does not hold, or may not hold after a merge."""
-    half = torch.finfo(torch.float16).max
-    advice = (
-        "write `dtype: float16` instead (cart computes in float32 all the same, and stops at such "
-        "values), or out_dtype: bfloat16"
+def _beyond(key: str, largest: float, where: str) -> Finding:
+    return problem(
+        f"{key}: {where} holds values up to {largest:,.0f}; beyond {_HALF:,.0f} they would be "
+        "saved as infinite, and mergekit does not look",
+        f"write `{key}: bfloat16`, or float32",
     )
+
+
+def _largest(
+    checkpoints: Mapping[str, Checkpoint], matters: Callable[[TensorInfo], bool]
+) -> tuple[float, str, list[str]]:
+    """The largest value of some weights, where it is, and the models that cannot be looked at."""
     largest, where = 0.0, ""
     unread = []
     for label, checkpoint in checkpoints.items():
         masks = set(computed(checkpoint))
-        for name, info in checkpoint.tensors.items():
-            if not info.is_floating or not info.elements or name in masks:
+        names = [name for name, info in checkpoint.tensors.items() if matters(info)]
+        read = _reader(checkpoint)
+        if read is None:
+            unread.append(label)
+            continue
+        for name in names:
+            if name in masks or not checkpoint.tensors[name].elements:
                 continue
-            if not isinstance(info, StoredTensor):
-                unread.append(label)
-                break
-            found = float(checkpoint.read(name).float().abs().amax())
+            found = float(read(name).float().abs().amax())
             if found > largest:
                 largest, where = found, f"{name} of {label}"
-    if largest > half:
-        yield problem(
-            f"out_dtype: {where} holds values up to {largest:,.0f}; beyond {half:,.0f} they would "
-            "be saved as infinite, and mergekit does not look",
-            advice,
-        )
-    elif unread or largest > half / _MARGIN:
-        known = f"not known of {unread[0]}" if unread else f"up to {largest:,.0f} in {where}"
-        yield warning(
-            f"out_dtype: merged values beyond {half:,.0f} would be saved as infinite, and mergekit "
-            f"does not look; the inputs' are {known}",
-            advice,
-        )
+    return largest, where, unread
+
+
+def _reader(checkpoint: Checkpoint) -> Callable[[str], torch.Tensor] | None:
+    """What reads a tensor of a model; None for pickles that only can be loaded whole."""
+    if all(isinstance(info, StoredTensor) for info in checkpoint.tensors.values()):
+        return checkpoint.read
+    if not all(zipfile.is_zipfile(file) for file in checkpoint.files):
+        return None
+    held: dict[str, torch.Tensor] = {}
+    for file in checkpoint.files:
+        held |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    return held.__getitem__
+
+
+def _is_wide(info: TensorInfo) -> bool:
+    return info.is_floating and info.dtype is not None and _is_beyond_half(info.dtype)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -142,7 +177,7 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 
 def _is_beyond_half(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point and torch.finfo(dtype).max > torch.finfo(torch.float16).max
+    return dtype.is_floating_point and torch.finfo(dtype).max > _HALF
 
 
 # mergekit 0.1.5's methods that divide by the sum of the weights, whatever it is, with the parameter

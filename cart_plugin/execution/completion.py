@@ -18,7 +18,7 @@ from cart_plugin.checkpoints.files import read_json, write_json, write_text
 from cart_plugin.checkpoints.reading import CONFIG, Checkpoint
 from cart_plugin.errors import CartError
 from cart_plugin.execution.inputs import OrderedConfiguration, plain
-from cart_plugin.execution.layout import values, vocabulary_names
+from cart_plugin.execution.layout import values
 
 
 def add_side_files(
@@ -113,7 +113,7 @@ def _dtype(written: Checkpoint) -> str:
 def _correct_vocabulary(
     config: dict[str, Any], sections: list[dict[str, Any]], model: Any, written: Checkpoint
 ) -> None:
-    tables = vocabulary_names(model)
+    tables = names.vocabulary_names(model)
     state = model.state_dict()
     for unit in names.one_way(model, {name: info.shape for name, info in written.tensors.items()}):
         if unit.is_converted or not tables.intersection(unit.targets):

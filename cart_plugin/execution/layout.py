@@ -101,7 +101,7 @@ def _add_tied(model: Any, placed: Placed) -> None:
     """Add the names that a file may leave out: some programs store a tied head, others do not."""
     state = model.state_dict().keys()
     _add_names(names.tied_names(model), placed)
-    if not vocabulary_names(model).isdisjoint(state - placed.units.keys()):
+    if not names.vocabulary_names(model).isdisjoint(state - placed.units.keys()):
         # This model may be tied where the others, and so the class as they configure it, are not.
         checkpoint = placed.checkpoint
         with contextlib.suppress(CartError):
@@ -195,7 +195,7 @@ def check_described(model: Any, placed: Placed) -> None:
     Raises:
         CartError: a tensor has another shape than its config describes, or is missing.
     """
-    state, tables = model.state_dict(), vocabulary_names(model)
+    state, tables = model.state_dict(), names.vocabulary_names(model)
     for name, shape in placed.shapes.items():
         # Rows for more or fewer tokens are corrected when all is done.
         if name in state and name not in tables and tuple(state[name].shape) != shape:
@@ -226,22 +226,3 @@ def missing(model: Any, placed: Placed, known: Placed) -> set[str]:
     own = model.state_dict().keys() - known.units.keys()
     never = {_LAYER.sub(".N.", name) for name in own} - held
     return {name for name in found if _LAYER.sub(".N.", name) not in never}
-
-
-def vocabulary_names(model: Any) -> set[str]:
-    """The tensors whose rows are tokens: embeddings and heads, under all of their names."""
-    tables = set()
-    for getter in (model.get_input_embeddings, model.get_output_embeddings):
-        try:
-            module = getter()
-        except (NotImplementedError, AttributeError):  # models of no text
-            continue
-        for kind in ("weight", "bias"):
-            parameter = getattr(module, kind, None)
-            if isinstance(parameter, torch.Tensor):
-                tables.add(id(parameter))
-    return {
-        name
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if id(parameter) in tables
-    }

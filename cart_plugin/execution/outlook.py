@@ -8,6 +8,7 @@ from typing import Any
 from mergekit import merge_methods
 
 from cart_plugin.checkpoints.headers import TensorInfo
+from cart_plugin.checkpoints.names import vocabulary_names
 from cart_plugin.doctor import likeness, whole
 from cart_plugin.doctor.effects import check_effects
 from cart_plugin.doctor.findings import Finding, Level
@@ -16,7 +17,7 @@ from cart_plugin.doctor.parameters import is_cart
 from cart_plugin.doctor.planning import PlannedTensor
 from cart_plugin.doctor.silent import check_range
 from cart_plugin.execution.inputs import Inputs
-from cart_plugin.execution.layout import Placed, vocabulary_names
+from cart_plugin.execution.layout import Placed
 from cart_plugin.execution.settings import Settings
 
 
@@ -35,7 +36,7 @@ def check(inputs: Inputs, model: Any, placed: Mapping[str, Placed]) -> list[Find
     merges = foresee(inputs, model, placed)
     findings = [
         *check_range(merges, inputs.checkpoints, config),
-        *likeness.check(inputs.checkpoints, config, vocabulary_rows(merges)),
+        *likeness.check(inputs.checkpoints, config, vocabulary_rows(merges), completed=True),
         *check_effects(merges, config, method),
     ]
     if is_cart(method) and not any(finding.level is Level.PROBLEM for finding in findings):

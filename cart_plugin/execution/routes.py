@@ -225,7 +225,9 @@ def choose(inputs: Inputs, options: MergeOptions, *, force: bool = False) -> Cho
 def _stop_at_problems(merges: list[Merge], inputs: Inputs) -> None:
     method, findings = check_method(inputs.config.merge_method)
     if method is not None:
-        findings = result.check_plan(merges, inputs.checkpoints, inputs.config, method)
+        findings = result.check_plan(
+            merges, inputs.checkpoints, inputs.config, method, completed=True
+        )
     stop_at(finding for finding in findings if not finding.of_architecture)
 
 

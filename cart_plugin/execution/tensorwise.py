@@ -17,7 +17,7 @@ from mergekit.io.tasks import FinalizeModel, TensorWriterTask
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask, TensorDictWrapper
 from mergekit.options import MergeOptions
 
-from cart_plugin.checkpoints.names import Unit
+from cart_plugin.checkpoints.names import Unit, vocabulary_names
 from cart_plugin.doctor.layout import references
 from cart_plugin.errors import CartError
 from cart_plugin.execution.inputs import Inputs
@@ -28,7 +28,6 @@ from cart_plugin.execution.layout import (
     donor_model,
     place,
     values,
-    vocabulary_names,
 )
 from cart_plugin.execution.settings import Settings
 from cart_plugin.merging.inputs import agreed_buffer

@@ -213,18 +213,46 @@ def test_float16_after_a_merge_in_float32(
     report.has_only_warning("beyond 65,504", "infinite", f"up to 60,000 in {name}", "bfloat16")
     edit_weights(own_llamas[1], lambda tensors: tensors[name][0].fill_(70_000.0))
     report = check(own_llamas, **recipe)
-    report.has_only_problem(name, "up to 70,000", "infinite", "dtype: float16")
+    report.has_only_problem(name, "up to 70,000", "infinite", "out_dtype: bfloat16")
     check(own_llamas, out_dtype="bfloat16").is_clean()
-    check(own_llamas, dtype="float16", out_dtype="float16").is_clean()
 
 
-def test_values_of_pickles_are_not_read(check: Callable[..., Report], tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["cart", "linear"])
+def test_inputs_beyond_the_dtype_that_they_are_read_as(
+    method: str, check: Callable[..., Report], own_llamas: list[str]
+) -> None:
+    recipe = {"merge_method": method, "parameters": {"weight": 1.0}, "dtype": "float16"}
+    check(own_llamas, **recipe).is_clean()
+    edit_weights(own_llamas[1], lambda tensors: tensors["model.norm.weight"][0].fill_(70_000.0))
+    for out_dtype in (None, "float16", "float32"):
+        report = check(own_llamas, **recipe, out_dtype=out_dtype)
+        report.has_only_problem("dtype: model.norm.weight", "up to 70,000", "bfloat16")
+
+
+def test_a_way_out_of_infinity_for_methods_that_do_not_look(
+    check: Callable[..., Report], own_llamas: list[str]
+) -> None:
+    edit_weights(own_llamas[1], lambda tensors: tensors["model.norm.weight"][0].fill_(60_000.0))
+    report = check(
+        own_llamas, merge_method="linear", parameters={"weight": 1.0}, out_dtype="float16"
+    )
+    report.has_only_warning("up to 60,000", "mergekit-cart merge RECIPE OUT")
+    assert "dtype: float16`" not in report.text
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_values_of_pickles(new: bool, check: Callable[..., Report], tmp_path: Path) -> None:
     folders = save_models(tmp_path, "llama")
     whole = load_tensors(folders[0])
-    torch.save(whole, Path(folders[0]) / "pytorch_model.bin")
+    whole["model.norm.weight"][0] = 70_000.0
+    file = Path(folders[0]) / "pytorch_model.bin"
+    torch.save(whole, file, _use_new_zipfile_serialization=new)
     (Path(folders[0]) / "model.safetensors").unlink()
     report = check(folders, out_dtype="float16", dtype="float32")
-    assert f"the inputs' are not known of {folders[0]}" in report.text
+    if new:
+        report.has_only_problem("model.norm.weight", "up to 70,000")
+    else:  # they would be loaded whole
+        assert f"the inputs' are not known of {folders[0]}" in report.text
 
 
 # Weights that nothing can be divided by

@@ -166,7 +166,7 @@ def test_config_says_what_was_saved(merge: Merge, saved: Saved, tmp_path: Path) 
     for model in own:
         change_config(model, dtype="bfloat16")
     recipe = write_recipe(tmp_path / "r.yaml", own, base_model=tied, out_dtype="float16")
-    done = merge(recipe, tmp_path / "out", "--force")
+    done = merge(recipe, tmp_path / "out")
     assert done.exit_code == 0, done.output
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == "float16"

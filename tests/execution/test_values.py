@@ -12,6 +12,7 @@ import transformers
 from mergekit.options import MergeOptions
 
 from benchmarks.architectures import cases
+from cart_plugin.checkpoints import names
 from cart_plugin.execution import layout, routes
 from cart_plugin.execution.inputs import Inputs, read_inputs
 from cart_plugin.merging.tensors import is_decomposed, matrix_shape
@@ -73,7 +74,7 @@ def test_values_are_those_of_the_formula(name: str, method: str, tmp_path: Path)
     routes.ROUTES[choice.route](routes.Job.of(choice, inputs, out, options), options)
     if not (out / "config.json").exists():
         (out / "config.json").write_bytes((folders[0] / "config.json").read_bytes())
-    tables = layout.vocabulary_names(layout.donor_model(inputs))
+    tables = names.vocabulary_names(layout.donor_model(inputs))
     held = states(name, folders)
     (merged,) = states(name, [out])
     for tensor, found in merged.items():
