@@ -225,7 +225,8 @@ def _merge_two(
 ) -> dict[str, Path]:
     """The first two models merged with nothing to choose, by method."""
     jobs = {pool.submit(work.merge_two, one, models, base): one.method for one in OF_TWO}
-    return {jobs[future]: future.result() for future in pool.finished(jobs, stage.advance)}
+    done = {jobs[future]: future.result() for future in pool.finished(jobs, stage.advance)}
+    return {one.method: done[one.method] for one in OF_TWO}
 
 
 _SLOWEST = ("cart_auto", "ties", "cart", "dare_ties", "task_arithmetic", "linear")

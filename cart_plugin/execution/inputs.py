@@ -16,6 +16,7 @@ from cart_plugin.doctor import inputs as files
 from cart_plugin.doctor import schema
 from cart_plugin.doctor.findings import Finding, Level
 from cart_plugin.doctor.layout import groups, references
+from cart_plugin.doctor.parameters import check_method
 from cart_plugin.errors import CartError
 
 
@@ -76,6 +77,7 @@ def read_inputs(document: Mapping[str, Any]) -> Inputs:
     stop_at(findings)
     if config is None:
         raise CartError("mergekit rejects the recipe")
+    stop_at(check_method(config.merge_method)[1])
     ordered = OrderedConfiguration.model_validate(recipe)
     for group in groups(ordered):
         twice = sorted({label for label in group.models if group.models.count(label) > 1})
