@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.common.peers import svc
+from benchmarks.common.peers import polar, svc
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.merging.informed import INFORMED_RANK_RATIO, INFORMED_RIDGE
 from cart_plugin.merging.least_interference import AUTO_RANK_RATIO, least_interference
@@ -130,13 +130,7 @@ def tsvm(tasks: Sequence[LowRank]) -> Tensor:
     left = torch.cat([task.U[:, :count] for task in tasks], dim=1)
     right = torch.cat([task.Vh[:count].mT for task in tasks], dim=1)
     values = torch.cat([task.S[:count] for task in tasks])
-    return (_orthogonal(left) * values) @ _orthogonal(right).mT
-
-
-def _orthogonal(columns: Tensor) -> Tensor:
-    """The closest matrix with orthonormal columns."""
-    left, _, right = torch.linalg.svd(columns, full_matrices=False)
-    return left @ right
+    return (polar(left) * values) @ polar(right).mT
 
 
 def _solve(gram: Tensor, right: Tensor, variant: Informed) -> Tensor:

@@ -25,6 +25,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 
 from benchmarks.auto import variants
+from benchmarks.auto.informed import Informed
 from benchmarks.auto.variants import Variant, merge_factors
 from benchmarks.common.commands import out_option, workers_option
 from benchmarks.common.provenance import made_by
@@ -122,7 +123,7 @@ def search(suite: str, seed: int, folder: Path) -> None:
         click.echo(f"{suite} {seed}: {100 * mean:5.1f} {key} ({seconds:.0f} s)")
 
 
-def key_of(variant: Variant) -> str:
+def key_of(variant: Variant | Informed) -> str:
     """All that a variant is; names a case."""
     return ", ".join(f"{field.name}={getattr(variant, field.name)}" for field in fields(variant))
 

@@ -11,7 +11,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from benchmarks.auto import informed
 from benchmarks.auto.informed import Informed, combine, tsvm
+from benchmarks.auto.search import key_of
 from benchmarks.common import peers
 from benchmarks.common.commands import out_option, workers_option
 from benchmarks.common.provenance import made_by
@@ -113,11 +113,6 @@ def ways() -> dict[str, Way]:
     for group in VARIANTS.values():
         keyed |= {key_of(variant): partial(combine, variant=variant) for variant in group.values()}
     return keyed
-
-
-def key_of(variant: Informed) -> str:
-    """All that a variant is; names a case."""
-    return ", ".join(f"{field.name}={getattr(variant, field.name)}" for field in fields(variant))
 
 
 def study(suite: str, seed: int, folder: Path) -> None:

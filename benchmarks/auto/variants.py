@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.common.peers import polar
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.merging.least_interference import AUTO_RANK_RATIO, PULL, RIDGE
 
@@ -167,12 +168,8 @@ def _scale(
 
 
 def _whitened(tasks: Sequence[LowRank]) -> Tensor:
-    def orthogonal(columns: Tensor) -> Tensor:  # the closest matrix with orthonormal columns
-        left, _, right = torch.linalg.svd(columns, full_matrices=False)
-        return left @ right
-
-    left = orthogonal(torch.cat([task.U for task in tasks], dim=1))
-    right = orthogonal(torch.cat([task.Vh.mT for task in tasks], dim=1))
+    left = polar(torch.cat([task.U for task in tasks], dim=1))
+    right = polar(torch.cat([task.Vh.mT for task in tasks], dim=1))
     return (left * torch.cat([task.S for task in tasks])) @ right.mT
 
 

@@ -186,8 +186,8 @@ def dc_merge(
     lefts = [left[:, :count] for left, _, _ in parts]
     rights = [right[:count] for _, _, right in parts]
     values = [_smoothed(value[:count], smoothing) for _, value, _ in parts]
-    left = _polar(torch.cat(lefts, dim=1))
-    right = _polar(torch.cat(rights, dim=0))
+    left = polar(torch.cat(lefts, dim=1))
+    right = polar(torch.cat(rights, dim=0))
     cores = torch.stack(
         [
             (left.mT @ own * value) @ (other @ right.mT)
@@ -222,7 +222,7 @@ def _elected(cores: Tensor) -> Tensor:
     return (cores * agree).sum(dim=0) / agree.sum(dim=0).clamp_min(1)
 
 
-def _polar(matrix: Tensor) -> Tensor:
+def polar(matrix: Tensor) -> Tensor:
     """The nearest matrix with orthonormal columns, or rows."""
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     return left @ right

@@ -76,8 +76,7 @@ class Merge:
 
     @property
     def _is_informed(self) -> bool:
-        has_base = self.planned.base in self.inputs
-        return self._settings.is_informed(len(self.counting), has_base=has_base)
+        return self.planned.base in self.inputs and self._settings.is_informed(len(self.counting))
 
     @property
     def rule(self) -> RankRule:

@@ -113,6 +113,7 @@ def _check_document(
     options: MergeOptions | None,
 ) -> None:
     """Check one recipe as far as it goes; `made` are the names of the file's other recipes."""
+    completed = options is not None  # by `mergekit-cart merge`, in what mergekit leaves out
     kind = schema.recipe_class(document)
     method, findings = parameters.check_method(document.get("merge_method"))
     known = {spec.name for spec in method.spec.parameters} if method is not None else set()
@@ -132,17 +133,16 @@ def _check_document(
     stopped = _has_problem(findings)
 
     in_the_way = [] if out is None else output.check_out(out, config)
-    if options is not None:  # then nothing is written over
+    if completed:  # then nothing is written over
         in_the_way = [finding for finding in in_the_way if finding.level is Level.PROBLEM]
     if in_the_way:
         show(Section("Output", in_the_way))
-    checkpoints, findings = _read_inputs(config, made, completed=options is not None)
-    if options is None:
+    checkpoints, findings = _read_inputs(config, made, completed=completed)
+    if not completed:
         findings += adapters.check_cache(config)
     show(Section("Inputs", findings))
     if checkpoints is None:
         return
-    completed = options is not None
     wrong = check_ranges(config, checkpoints)
     if wrong := wrong or list(described.check(checkpoints, config, completed=completed)):
         show(Section("Result", wrong))
@@ -153,24 +153,21 @@ def _check_document(
             warning("mergekit cannot plan the merge as it is", "solve the problems above first")
         ]
     if plan is None:
-        findings += likeness.check(checkpoints, config, completed=options is not None)
+        findings += likeness.check(checkpoints, config, completed=completed)
     else:
         matched = merges.match(plan, checkpoints)
-        findings = result.check_plan(
-            matched, checkpoints, config, method, completed=options is not None
-        )
+        findings = result.check_plan(matched, checkpoints, config, method, completed=completed)
         held = [merge for merge in matched if merge.inputs]
         if parameters.is_cart(method) and not _has_problem(findings):
             findings += whole.check_rules(held, config)
-        findings += saved.check_saved(held, checkpoints, config, completed=options is not None)
-        if options is None:  # else our merge writes them
-            findings += slices.check(checkpoints, config, options)
+        findings += saved.check_saved(held, checkpoints, config, completed=completed)
+        if not completed:  # else our merge writes them
+            findings += slices.check(checkpoints, config)
         # What a merge that fails would need is of no use.
         if not stopped and not _has_problem(findings):
             if parameters.is_cart(method):  # others need other amounts
                 findings += costs.check_memory(matched, config)
-            fuses = options is not None
-            findings += costs.check_disk(matched, checkpoints, config, out, fuses=fuses)
+            findings += costs.check_disk(matched, checkpoints, config, out, fuses=completed)
     show(Section("Result", findings))
 
 

@@ -99,14 +99,12 @@ def layer_lists(
                 yield LayerList(path, entry, list(donors), made)
 
 
-def check(
-    checkpoints: Mapping[str, Checkpoint], config: Recipe, options: MergeOptions | None = None
-) -> list[Finding]:
+def check(checkpoints: Mapping[str, Checkpoint], config: Recipe) -> list[Finding]:
     """Find slices of which mergekit's config of the result is wrong, or cannot be saved."""
     if not isinstance(config, MergeConfiguration):
         return []
     try:
-        architecture = get_architecture_info(config, options or MergeOptions(quiet=True))
+        architecture = get_architecture_info(config, MergeOptions(quiet=True))
         found = list(
             layer_lists(
                 config,

@@ -119,13 +119,18 @@ class CartBase(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             raise CartError(
                 "task vectors around the pretrained model need one: give the pool a _pretrained_"
             )
+        weights = _listed(self.weights, list(pool.model_names))
+        counting = len(pool.model_names) if weights is None else sum(one != 0 for one in weights)
         with self.profile("load models"):
             models = {name: pool.load_model(name) for name in pool.model_names}
-            takes_base = self.settings.takes_base and pool.has_pretrained
+            takes_base = self.settings.takes_base(counting) and pool.has_pretrained
             base = pool.load_pretrained_model() if takes_base else None
         states = {name: _state_dict(model) for name, model in models.items()}
         base_state = None if base is None else _state_dict(base)
-        check_same_tensors(states if self.center != "base" else {**states, BASE: base_state or {}})
+        holders = dict(states)
+        if base_state is not None and self.center == "base":
+            holders[BASE] = base_state
+        check_same_tensors(holders)
         first = next(iter(states.values()))
         decompose = selection(self.decompose, list(first), self.exclude_keys)
         if base_state is not None and self.center is None:
@@ -134,7 +139,7 @@ class CartBase(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             models=models,
             states=states,
             base=base_state,
-            weights=_listed(self.weights, list(models)),
+            weights=weights,
             decompose=decompose,
             device=self.fabric.device,
             keep=pool.has_instance_models,
@@ -179,7 +184,9 @@ class Fleet:
 
     def base_tensor(self, name: str) -> Tensor | None:
         """The pretrained model's version of a tensor, where the method takes it."""
-        return None if name not in (self.base or ()) else self._moved(self.base or {}, name)
+        if self.base is None or name not in self.base:
+            return None
+        return self._moved(self.base, name)
 
     def home(self, name: str) -> torch.device:
         """Where the models hold a tensor: results go back there."""

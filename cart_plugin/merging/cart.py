@@ -89,12 +89,11 @@ def merge_tensors(
 
     with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
         shares = normalised(weights, len(tensors), where)
-        around = base if decompose and settings.takes_base else None
         one = _Inputs(tensors, shares, models, name, where)
-        if around is not None and settings.is_informed(one.counting, has_base=True):
-            merged = _informed(one, around, settings.informed)
+        if decompose and base is not None and settings.is_informed(one.counting):
+            merged = _informed(one, base, settings.informed)
         else:
-            centre = around if settings.center == "base" else None
+            centre = base if decompose and settings.center == "base" else None
             merged = centre_of(tensors, shares, centre, models, where)
             if decompose:
                 merged = _add_low_rank(one, merged, settings, kept, has_base=base is not None)
@@ -176,7 +175,7 @@ def _add_low_rank(
                 _count_whole(inputs, centre, kept)
             return centre
         if are_two:
-            warnings.warn(two_models(settings, has_base=has_base), CartWarning, stacklevel=3)
+            warnings.warn(_two_models(settings, has_base=has_base), CartWarning, stacklevel=3)
 
     def reduced(delta: Tensor) -> LowRank:
         factors = truncated(delta, settings, inputs.name)
@@ -207,7 +206,7 @@ def _count_whole(inputs: _Inputs, centre: Tensor, kept: Kept) -> None:
         pass
 
 
-def two_models(settings: CartSettings, *, has_base: bool) -> str:
+def _two_models(settings: CartSettings, *, has_base: bool) -> str:
     """What to say where two models are merged around their average."""
     if settings.lambda_ == "auto" and settings.center is None:
         advice = "give their base model, which shows where the inputs of each lie"

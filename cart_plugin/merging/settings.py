@@ -58,15 +58,13 @@ class CartSettings:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise CartError(f"seed must be a whole number, got {self.seed!r}")
 
-    @property
-    def takes_base(self) -> bool:
-        """Whether a base model that is given has a part in the result."""
-        return self.center == "base" or (self.center is None and self.lambda_ == "auto")
+    def takes_base(self, models: int) -> bool:
+        """Whether the base model of so many models, if it is given, has a part in the result."""
+        return self.center == "base" or self.is_informed(models)
 
-    def is_informed(self, models: int, *, has_base: bool) -> bool:
-        """Whether the base model decides where the inputs of so many models' tasks lie."""
-        own = self.lambda_ == "auto" and self.center is None
-        return own and has_base and models <= MOST_INFORMED
+    def is_informed(self, models: int) -> bool:
+        """Whether it decides where the inputs of the models' tasks lie."""
+        return self.lambda_ == "auto" and self.center is None and models <= MOST_INFORMED
 
     @property
     def informed(self) -> CartSettings:

@@ -55,7 +55,8 @@ def merge_state_dicts(
         raise CartError("CART needs at least two fine-tuned models, got none")
     settings = settings or CartSettings()
     holders = dict(named)
-    base = base if settings.takes_base else None
+    counting = len(models) if weights is None else sum(weight != 0 for weight in weights)
+    base = base if settings.takes_base(counting) else None
     if base is not None:
         holders["the base model"] = base
     check_same_tensors(holders)
