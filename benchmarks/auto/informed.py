@@ -16,7 +16,7 @@ from cart_plugin.linalg.factors import LowRank
 from cart_plugin.merging.informed import INFORMED_RANK_RATIO, INFORMED_RIDGE
 from cart_plugin.merging.least_interference import AUTO_RANK_RATIO, least_interference
 
-REVISION = 2  # raised when a variant gives other weights
+REVISION = 3  # raised when a variant gives other weights
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Informed:
         ridge: relative to the mean eigenvalue of the summed covariances.
         norm: what a task's covariance is divided by: its largest eigenvalue (`spectral`), or its
             `trace`.
+        others: share of the average's ``tau^T tau`` that is added to each task's covariance: inputs
+            that the others moved are a task's own, too, in some measure.
         pull: what the ridge pulls to: the mean and the sum of what each task lacks of it on its own
             inputs, over rho (`own`); the `mean` alone; as strong as the task vectors in what they
             share (`strong`); the `sum`; TSV-M (`tsvm`); CART's own sum over rho (`cart`), which
@@ -43,6 +45,7 @@ class Informed:
     rank: float | None = INFORMED_RANK_RATIO
     ridge: float = INFORMED_RIDGE
     norm: str = "trace"
+    others: float = 0.0
     pull: str = "own"
     keep: str = "ridge"
     rescaled: bool = False
@@ -59,19 +62,33 @@ def combine(tasks: Sequence[LowRank], variant: Informed) -> Tensor:
     if variant.source == "mean":
         return _centred(taus)
     kept = [_cut(task, variant.rank) for task in tasks]
-    gram, fitted = torch.zeros(len(taus[0].mT), len(taus[0].mT)), torch.zeros_like(taus[0])
+    mean = sum(taus, torch.zeros_like(taus[0])) / len(taus)
+    common = variant.others * mean.mT @ mean
+    gram, fitted = torch.zeros_like(common), torch.zeros_like(mean)
     for tau, task in zip(taus, kept, strict=True):
-        squares = task.S.square()
-        by = {"spectral": squares.max(), "trace": squares.sum()}[variant.norm]
-        if by > 0:
-            covariance = (task.Vh.mT * (squares / by)) @ task.Vh
-            gram += covariance
-            fitted += tau @ covariance
+        if task.S[0] == 0:  # no inputs of its own
+            continue
+        covariance = (task.Vh.mT * task.S.square()) @ task.Vh + common
+        if variant.norm == "trace":
+            covariance /= covariance.trace()
+        else:
+            covariance /= _largest_eigenvalue(covariance) if variant.others else task.S[0].square()
+        gram += covariance
+        fitted += tau @ covariance
     target = _target(taus, kept, variant.pull)
     if not gram.any():
         return target
     merged = target + _solve(gram, fitted - target @ gram, variant)
     return svc(merged, taus) if variant.rescaled else merged
+
+
+def _largest_eigenvalue(matrix: Tensor) -> Tensor:
+    """To a few digits, by the power method: a norm needs no more."""
+    generator = torch.Generator().manual_seed(0)
+    found = torch.randn(len(matrix), 4, generator=generator)
+    for _ in range(8):
+        found = torch.linalg.qr(matrix @ found).Q
+    return torch.linalg.vector_norm(matrix @ found, dim=0).max()
 
 
 def _cut(task: LowRank, share: float | None) -> LowRank:
@@ -82,11 +99,12 @@ def _cut(task: LowRank, share: float | None) -> LowRank:
 def _centred(taus: Sequence[Tensor]) -> Tensor:
     """The method without a base: its term of least interference around the mean."""
     mean = sum(taus, torch.zeros_like(taus[0])) / len(taus)
-    parts = [_cut(_factored(tau - mean), AUTO_RANK_RATIO) for tau in taus]
+    parts = [_cut(factored(tau - mean), AUTO_RANK_RATIO) for tau in taus]
     return mean + least_interference((part, 1.0) for part in parts)
 
 
-def _factored(matrix: Tensor) -> LowRank:
+def factored(matrix: Tensor) -> LowRank:
+    """All singular directions of a matrix."""
     return LowRank(*torch.linalg.svd(matrix, full_matrices=False))
 
 
@@ -100,9 +118,9 @@ def _target(taus: Sequence[Tensor], kept: Sequence[LowRank], pull: str) -> Tenso
     if pull == "own":
         return mean + _over_rho([(tau - mean) @ one.Vh.mT @ one.Vh for tau, one in pairs])
     if pull == "tsvm":
-        return tsvm([_factored(tau) for tau in taus])
+        return tsvm([factored(tau) for tau in taus])
     if pull == "cart":
-        parts = [_cut(_factored(tau - mean), AUTO_RANK_RATIO) for tau in taus]
+        parts = [_cut(factored(tau - mean), AUTO_RANK_RATIO) for tau in taus]
         return mean + _over_rho([part.dense() for part in parts])
     return {"mean": mean, "sum": sum_, "zero": torch.zeros_like(mean)}[pull]
 

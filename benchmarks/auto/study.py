@@ -39,6 +39,7 @@ from cart_plugin.linalg.factors import LowRank
 SUITES = ("vision", "text")
 SEEDS = (0, 1)
 EXAMPLES = 100  # a task
+SCALES = (0.3, 0.5, 1.0)  # of task arithmetic
 PACKAGES = ("torch", "transformers")
 
 Way = Callable[[Sequence[LowRank]], Tensor]
@@ -56,10 +57,22 @@ def _of_taus(method: Callable[[Sequence[Tensor]], Tensor], tasks: Sequence[LowRa
     return method([task.dense() for task in tasks])
 
 
+def task_arithmetic(scale: float) -> str:
+    """Names task arithmetic of one scale."""
+    return f"task arithmetic, {scale:g}"
+
+
 DEFAULT = Informed()
 VARIANTS: dict[str, dict[str, Informed]] = {
     "the method": {"its defaults": DEFAULT},
     "source of the covariances": {"differences from the mean": Informed(source="mean")},
+    "the average's inputs in each task's": {
+        "none": DEFAULT,
+        "whole": Informed(others=1.0),
+        "whole, equal largest eigenvalues, ridge 1": Informed(
+            others=1.0, norm="spectral", ridge=1.0
+        ),
+    },
     "ridge": {f"{ridge:g}": Informed(ridge=ridge) for ridge in (0.03, 0.1, 0.3, 1.0)},
     "pull towards": {
         "the base": Informed(pull="zero"),
@@ -90,7 +103,7 @@ VARIANTS: dict[str, dict[str, Informed]] = {
 }
 OTHERS: dict[str, Way] = {
     "average": _average,
-    **{f"task arithmetic, {scale:g}": partial(_scaled_sum, scale) for scale in (0.3, 0.5, 1.0)},
+    **{task_arithmetic(scale): partial(_scaled_sum, scale) for scale in SCALES},
     "TSV-M": tsvm,
     "ASWUDI": partial(_of_taus, peers.aswudi),
     "SWUDI": partial(_of_taus, peers.swudi),
@@ -208,7 +221,10 @@ def _cells(
     def over_seeds(suite: str, count: str) -> float:
         return statistics.fmean(mean(one["cases"][key][count]) for one in records[suite])
 
-    return [f"{100 * over_seeds(*column):.1f}" for column in columns]
+    known = {suite: all(key in one["cases"] for one in held) for suite, held in records.items()}
+    return [
+        f"{100 * over_seeds(suite, count):.1f}" if known[suite] else "-" for suite, count in columns
+    ]
 
 
 @click.command()

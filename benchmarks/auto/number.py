@@ -1,0 +1,297 @@
+"""`python -m benchmarks.auto.number`: accuracy against the number of merged models, on test splits.
+
+Two models to eight with their base, of the image and the text suite: CART without hyperparameters,
+with the base and without it, and other data-free methods with what their authors recommend. Only
+the scale of task arithmetic is chosen, for each number of models, by `study` on the validation
+split of the first seed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes from local folders
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from benchmarks.auto.informed import factored, tsvm
+from benchmarks.auto.study import SCALES, mean, sets_of, task_arithmetic
+from benchmarks.common import peers
+from benchmarks.common.colors import CART_COLOR, LIMIT_COLOR
+from benchmarks.common.commands import out_option, report_option, workers_option
+from benchmarks.common.provenance import made_by
+from benchmarks.common.record import Record, conditions
+from benchmarks.common.tables import markdown_table
+from benchmarks.common.training import in_processes
+from benchmarks.suites import Encoders, load_encoders, task_order
+from cart_plugin import CartSettings, merge_state_dicts
+from cart_plugin.merging.tensors import is_decomposed, matrix_shape
+
+SUITES = ("vision", "text")
+SEEDS = (0, 1, 2)
+EXAMPLES = 250  # a task
+PACKAGES = ("torch", "transformers", "mergekit", "fusion-bench")
+AUTO = "cart_auto"
+FINE_TUNED = "fine-tuned"
+
+Tensors = Mapping[str, Tensor]
+OfTaus = Callable[[Sequence[Tensor]], Tensor]
+
+
+def sparse(taus: Sequence[Tensor], *, random: bool, density: float) -> Tensor:
+    """TIES of matrices, or DARE-TIES (`random`), by mergekit's functions; scale 1.
+
+    What is elected is averaged, as mergekit does for TIES.
+    """
+    from mergekit.merge_methods.generalized_task_arithmetic import get_mask
+    from mergekit.sparsify import RescaleNorm, SparsificationMethod, sparsify
+
+    torch.manual_seed(0)
+    which = SparsificationMethod.random if random else SparsificationMethod.magnitude
+    rescale = RescaleNorm.l1 if random else None
+    kept = torch.stack(
+        [sparsify(tau, density=density, method=which, rescale_norm=rescale) for tau in taus]
+    )
+    mask = get_mask(kept)
+    return (kept * mask).sum(dim=0) / mask.sum(dim=0).clamp_min(1)
+
+
+def iso_c(taus: Sequence[Tensor]) -> Tensor:
+    """FusionBench's Iso-C (arXiv 2502.04959) of matrices, scale 1."""
+    from fusion_bench.method.isotropic_merging.iso_utils import iso_c as merge
+
+    with redirect_stdout(io.StringIO()):  # a line a matrix
+        return merge([{"w": tau} for tau in taus], "cpu")["w"]
+
+
+def _scaled_sum(taus: Sequence[Tensor], scale: float) -> Tensor:
+    return scale * torch.stack(list(taus)).sum(dim=0)
+
+
+OF_TAUS: dict[str, OfTaus] = {
+    "ASWUDI": peers.aswudi,
+    "SWUDI": peers.swudi,
+    "TSV-M": lambda taus: tsvm([factored(tau) for tau in taus]),
+    "ACE": peers.ace,
+    "DC-Merge": peers.dc_merge,
+    "TIES": partial(sparse, random=False, density=0.2),
+    "DARE-TIES": partial(sparse, random=True, density=0.5),
+    "Iso-C": iso_c,
+}
+OF_MODELS: dict[str, tuple[CartSettings, bool]] = {  # and whether they are given the base
+    AUTO: (CartSettings(lambda_="auto"), True),
+    "cart_auto without the base": (CartSettings(lambda_="auto"), False),
+    "cart, its defaults": (CartSettings(), False),
+}
+ARITHMETIC = "task arithmetic"
+METHODS = (FINE_TUNED, "average", *OF_MODELS, ARITHMETIC, *OF_TAUS)
+
+
+def number(suite: str, seed: int, scales: Mapping[str, float], folder: Path) -> None:
+    """Judge everything on one suite and seed; what is known is not done again.
+
+    Args:
+        suite: `vision` or `text`.
+        seed: of the fine-tuning.
+        scales: of task arithmetic, by number of models.
+        folder: of the records.
+    """
+    known = conditions(
+        ("linalg", "merging"),
+        PACKAGES,
+        timed=False,
+        examples=EXAMPLES,
+        peers=peers.REVISION,
+        scales=dict(scales),
+    )
+    record = Record(folder / f"{suite}-{seed}.json", known)
+    wanted = [method for method in METHODS if method not in record.cases]
+    if not wanted:
+        return
+    encoders = load_encoders(suite, seed, "test", EXAMPLES, task_order(suite))
+    base = load_file(encoders.pretrained / "model.safetensors")
+    sets = sets_of(suite)
+    for method in wanted:
+        started = time.perf_counter()
+        own: dict[str, float] = {}
+        if method == FINE_TUNED:
+            for task, tensors in encoders.tuned.items():
+                own |= encoders.judge(tensors, [task])
+        found = {
+            count: [
+                {task: own[task] for task in tasks}
+                if own
+                else encoders.judge(merge(method, encoders, base, tasks, scales[count]), tasks)
+                for tasks in chosen
+            ]
+            for count, chosen in sets.items()
+        }
+        record.put(method, found)
+        means = ", ".join(f"{count}: {100 * mean(found[count]):.1f}" for count in found)
+        click.echo(f"{suite} {seed}: {means} | {method} ({time.perf_counter() - started:.0f} s)")
+
+
+def merge(
+    method: str, encoders: Encoders, base: Tensors, tasks: Sequence[str], scale: float
+) -> dict[str, Tensor]:
+    """Merge some of the encoders; other methods than ours average what is no matrix."""
+    tuned = [encoders.tuned[task] for task in tasks]
+    if method in OF_MODELS:
+        settings, informed = OF_MODELS[method]
+        return merge_state_dicts(tuned, settings, base=base if informed else None)
+    of_taus: OfTaus = OF_TAUS.get(
+        method, partial(_scaled_sum, scale=scale if method == ARITHMETIC else 1 / len(tasks))
+    )
+    merged = {}
+    with torch.no_grad():
+        for name, start in base.items():
+            taus = [one[name] - start for one in tuned]
+            if is_decomposed(name, start.shape):
+                shape = matrix_shape(name, start.shape)[1:]
+                taus = [tau.reshape(shape) for tau in taus]
+                merged[name] = start + of_taus(taus).view(start.shape)
+            else:
+                merged[name] = start + torch.stack(taus).mean(dim=0)
+    return merged
+
+
+def scales_of(suite: str, folder: Path) -> dict[str, float]:
+    """The scales of task arithmetic that `study` found best on the first validation split."""
+    cases = json.loads((folder / "study" / f"{suite}-{SEEDS[0]}.json").read_text())["cases"]
+    return {
+        count: max(SCALES, key=lambda scale: mean(cases[task_arithmetic(scale)][count]))
+        for count in sets_of(suite)
+    }
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """What the records say: by suite, mean accuracies by method, number of models and seed."""
+    found: dict[str, Any] = {}
+    measured: list[dict[str, Any]] = []
+    for suite in SUITES:
+        paths = [folder / "number" / f"{suite}-{seed}.json" for seed in SEEDS]
+        records = [json.loads(path.read_text()) for path in paths if path.exists()]
+        if not records:
+            continue
+        measured += [one for record in records for one in record["measured"]]
+        methods = {
+            method: {
+                count: [mean(record["cases"][method][count]) for record in records]
+                for count in sets_of(suite)
+            }
+            for method in METHODS
+            if all(method in record["cases"] for record in records)
+        }
+        found[suite] = {"seeds": len(records), "methods": methods}
+    return {"suites": found, "measured": measured}
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """A table a suite: a row a method, a column a number of models; the best is bold."""
+    parts = [
+        f"Test accuracy in per cent ({EXAMPLES} examples a task), mean over fine-tuning seeds ± "
+        "standard error, by the number of merged models (four pairs, two triples, and the first "
+        "4, 6 and 8 tasks). Nothing is tuned but the scale of task arithmetic, on a validation "
+        f"split. {made_by('bench-auto', result['measured'])}"
+    ]
+    for suite, held in result["suites"].items():
+        methods = held["methods"]
+        counts = list(methods[AUTO])
+        merged = [title for title in methods if title != FINE_TUNED]
+        best = {
+            count: max(merged, key=lambda title: statistics.fmean(methods[title][count]))
+            for count in counts
+        }
+        rows = [
+            [title, *(_cell(means[count], best[count] == title) for count in counts)]
+            for title, means in methods.items()
+        ]
+        heading = [f"{suite}, {held['seeds']} seeds", *(f"{count} models" for count in counts)]
+        parts.append(markdown_table(heading, rows, ["---", *["---:"] * len(counts)]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _cell(means: Sequence[float], best: bool) -> str:
+    text = f"{100 * statistics.fmean(means):.1f}"
+    if len(means) > 1:
+        text += f" ± {100 * statistics.stdev(means) / len(means) ** 0.5:.1f}"
+    return f"**{text}**" if best else text
+
+
+def plot(result: Mapping[str, Any]) -> Any:
+    """Accuracy over the number of models, a panel a suite."""
+    from matplotlib import pyplot as plt
+
+    suites = result["suites"]
+    figure, panels = plt.subplots(
+        1, len(suites), figsize=(6.2 * len(suites) + 1.6, 4.6), layout="constrained", squeeze=False
+    )
+    others = [method for method in METHODS if method not in (AUTO, FINE_TUNED)]
+    palette = plt.get_cmap("tab20")
+    styles: dict[str, dict[str, Any]] = {
+        method: {"color": palette(index), "lw": 1.2, "marker": "o", "ms": 3}
+        for index, method in enumerate(others)
+    }
+    styles[AUTO] = {"color": CART_COLOR, "lw": 2.6, "marker": "o", "ms": 5, "zorder": 4}
+    styles[FINE_TUNED] = {"color": LIMIT_COLOR, "ls": "--"}
+    for axes, (suite, held) in zip(panels[0], suites.items(), strict=True):
+        for title, means in held["methods"].items():
+            counts = [int(count) for count in means]
+            values = [100 * statistics.fmean(over_seeds) for over_seeds in means.values()]
+            axes.plot(counts, values, label=title, **styles[title])
+        axes.set_title(f"{suite} suite, {held['seeds']} seeds", fontsize=10)
+        axes.set_xlabel("merged models")
+        axes.set_ylabel("mean test accuracy in per cent")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#e3e7eb", zorder=0)
+    panels[0][-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    return figure
+
+
+def write_report(folder: Path) -> None:
+    """Write `number.md` and `number.png`."""
+    from matplotlib import pyplot as plt
+
+    result = results(folder)
+    (folder / "number.md").write_text(markdown(result))
+    figure = plot(result)
+    figure.savefig(folder / "number.png", dpi=150)
+    plt.close(figure)
+
+
+@click.command()
+@workers_option
+@out_option("auto")
+@report_option
+@click.option("--suites", default=",".join(SUITES), show_default=True, help="Which.")
+@click.option("--seeds", default=",".join(map(str, SEEDS)), show_default=True, help="Which.")
+def main(workers: int, out: Path, only_report: bool, suites: str, seeds: str) -> None:
+    """Merge two models to eight by every data-free method, and judge that on the test splits."""
+    if not only_report:
+        todo = [
+            partial(number, suite, int(seed), scales_of(suite, out), out / "number")
+            for seed in seeds.split(",")
+            for suite in suites.split(",")
+        ]
+        in_processes(todo, workers)
+    write_report(out)
+    click.echo((out / "number.md").read_text())
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m benchmarks.auto.number")
