@@ -69,6 +69,7 @@ bench-llm: $(STAMP) ## merge methods of mergekit on a language model, by mergeki
 bench-auto: $(STAMP) ## CART without hyperparameters: variants on validation splits, then other tasks and models (two hours)
 	$(BIN)/python -m benchmarks.auto.search
 	$(BIN)/python -m benchmarks.auto.study
+	$(BIN)/python -m benchmarks.auto.number
 	$(BIN)/python -m benchmarks.auto.carry
 	$(BIN)/python -m benchmarks.auto.cost
 

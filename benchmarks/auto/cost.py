@@ -1,6 +1,6 @@
 """`python -m benchmarks.auto.cost`: what CART without hyperparameters costs beside plain CART.
 
-Whole `mergekit-yaml` runs on the models of `make bench-merge`, both methods in turns.
+Whole `mergekit-yaml` runs on the models of `make bench-merge`, in turns: with a base model, too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ from benchmarks.common.tables import markdown_table
 from benchmarks.speed import report
 from benchmarks.speed.merges import METHODS, PACKAGES, Case, model_sets, run_all
 
-LABELS = ("cart, auto", "cart_auto")
+TITLES = {
+    "cart, auto": "cart, rank_ratio 0.08",
+    "cart_auto": "cart_auto",
+    "cart_auto, base": "cart_auto with the base",
+}
 
 
 @click.command()
@@ -27,13 +31,13 @@ LABELS = ("cart, auto", "cart_auto")
 @quick_option
 @out_option("auto")
 def main(runs: int, quick: bool, out: Path) -> None:
-    """Measure merges by cart and by cart_auto."""
+    """Measure merges by cart and by cart_auto, without and with the base."""
     console = Console()
     record = Record(out / "cost.json", conditions(MERGES, PACKAGES, quick=quick))
     cases = [
         Case(f"methods on {name}", label, METHODS[label], models)
         for name, models in model_sets(console, quick).items()
-        for label in LABELS
+        for label in TITLES
     ]
     with progress(console) as bar:
         run_all(cases, runs, record, bar)
@@ -42,21 +46,20 @@ def main(runs: int, quick: bool, out: Path) -> None:
 
 
 def markdown(record: Record, runs: int) -> str:
-    """A row a set of models and method; the ratios are the second method's over the first's."""
+    """A row a set of models and method; the ratios are over plain cart's."""
     rows = []
     for name, points in report.series(record.cases, "methods on").items():
-        plain = points[LABELS[0]]
-        for label in LABELS:
+        plain = points["cart, auto"]
+        for label, title in TITLES.items():
             of = points[label]
             cells = [f"{of['wall']:.1f}", f"{of['cpu']:.1f}", f"{of['peak']:.0f}"]
             ratios = [f"{of[key] / plain[key]:.2f}" for key in ("wall", "cpu", "peak")]
-            title = "cart, rank_ratio 0.08" if label == LABELS[0] else "cart_auto"
             rows.append([name.removeprefix("methods on "), title, *cells, *ratios])
     heading = ["models", "method", "wall s", "CPU s", "peak MB", "of wall", "of CPU", "of peak"]
     table = markdown_table(heading, rows, ["---", "---", *["---:"] * 6])
     machine = record.conditions["machine"]
     return (
-        f"Whole `mergekit-yaml` runs, medians of {runs}, both methods in turns, on "
+        f"Whole `mergekit-yaml` runs, medians of {runs}, the methods in turns, on "
         f"{machine['processor']}, {machine['cores']} cores: four Llama-shaped models of 1024 "
         "hidden and 8 layers in bf16, and the four encoders of `make demo`. "
         f"{made_by('bench-auto', record.measured)}\n\n{table}\n"

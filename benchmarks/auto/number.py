@@ -3,7 +3,8 @@
 Two models to eight with their base, of the image and the text suite: CART without hyperparameters,
 with the base and without it, and other data-free methods with what their authors recommend. Only
 the scale of task arithmetic is chosen, for each number of models, by `study` on the validation
-split of the first seed.
+split of the first seed. Experts that overlap are merged, too: two of one task, fine-tuned on other
+samples of its data (and, of images, under other heads), beside one of another task.
 """
 
 from __future__ import annotations
@@ -48,7 +49,10 @@ PACKAGES = ("torch", "transformers", "mergekit", "fusion-bench")
 AUTO = "cart_auto"
 FINE_TUNED = "fine-tuned"
 
+OVERLAPPING = "overlapping"
+
 Tensors = Mapping[str, Tensor]
+Member = tuple[int, str]  # a model: how far its seed is from the first one's, and its task
 OfTaus = Callable[[Sequence[Tensor]], Tensor]
 
 
@@ -101,12 +105,23 @@ ARITHMETIC = "task arithmetic"
 METHODS = (FINE_TUNED, "average", *OF_MODELS, ARITHMETIC, *OF_TAUS)
 
 
+def members_of(suite: str) -> dict[str, list[tuple[Member, ...]]]:
+    """Which models are merged, by how many they are; three experts that overlap at the end."""
+    sets = {
+        count: [tuple((0, task) for task in tasks) for tasks in chosen]
+        for count, chosen in sets_of(suite).items()
+    }
+    order = task_order(suite)
+    pairs = zip(order[::2], order[1::2], strict=True)
+    return sets | {OVERLAPPING: [((0, one), (1, one), (0, other)) for one, other in pairs]}
+
+
 def number(suite: str, seed: int, scales: Mapping[str, float], folder: Path) -> None:
     """Judge everything on one suite and seed; what is known is not done again.
 
     Args:
         suite: `vision` or `text`.
-        seed: of the fine-tuning.
+        seed: of the fine-tuning; experts that overlap take the next one, too.
         scales: of task arithmetic, by number of models.
         folder: of the records.
     """
@@ -122,39 +137,56 @@ def number(suite: str, seed: int, scales: Mapping[str, float], folder: Path) -> 
     wanted = [method for method in METHODS if method not in record.cases]
     if not wanted:
         return
-    encoders = load_encoders(suite, seed, "test", EXAMPLES, task_order(suite))
-    base = load_file(encoders.pretrained / "model.safetensors")
-    sets = sets_of(suite)
+    seeds = (seed, (seed + 1) % len(SEEDS))
+    held = [load_encoders(suite, one, "test", EXAMPLES, task_order(suite)) for one in seeds]
+    base = load_file(held[0].pretrained / "model.safetensors")
+    alone: dict[Member, float] = {}
     for method in wanted:
         started = time.perf_counter()
-        own: dict[str, float] = {}
-        if method == FINE_TUNED:
-            for task, tensors in encoders.tuned.items():
-                own |= encoders.judge(tensors, [task])
-        found = {
-            count: [
-                {task: own[task] for task in tasks}
-                if own
-                else encoders.judge(merge(method, encoders, base, tasks, scales[count]), tasks)
-                for tasks in chosen
-            ]
-            for count, chosen in sets.items()
-        }
+        found: dict[str, list[dict[str, float]]] = {}
+        for count, chosen in members_of(suite).items():
+            found[count] = []
+            for members in chosen:
+                if method == FINE_TUNED:
+                    scores = {one: _alone(held, one, alone) for one in members}
+                else:
+                    tuned = [held[offset].tuned[task] for offset, task in members]
+                    scores = judge(held, merge(method, tuned, base, scales[count]), members)
+                found[count].append(
+                    {f"{task} {offset}": scores[offset, task] for offset, task in members}
+                )
         record.put(method, found)
         means = ", ".join(f"{count}: {100 * mean(found[count]):.1f}" for count in found)
         click.echo(f"{suite} {seed}: {means} | {method} ({time.perf_counter() - started:.0f} s)")
 
 
-def merge(
-    method: str, encoders: Encoders, base: Tensors, tasks: Sequence[str], scale: float
-) -> dict[str, Tensor]:
-    """Merge some of the encoders; other methods than ours average what is no matrix."""
-    tuned = [encoders.tuned[task] for task in tasks]
+def judge(
+    held: Sequence[Encoders], tensors: Tensors, members: Sequence[Member]
+) -> dict[Member, float]:
+    """The accuracy of tensors for each member's task, under that member's head."""
+    found: dict[Member, float] = {}
+    for offset, encoders in enumerate(held):
+        own = [task for seeds_on, task in members if seeds_on == offset]
+        if own:
+            found |= {(offset, task): one for task, one in encoders.judge(tensors, own).items()}
+    return found
+
+
+def _alone(held: Sequence[Encoders], one: Member, known: dict[Member, float]) -> float:
+    """A member's own accuracy; each is judged once."""
+    if one not in known:
+        offset, task = one
+        known |= judge(held, held[offset].tuned[task], [one])
+    return known[one]
+
+
+def merge(method: str, tuned: Sequence[Tensors], base: Tensors, scale: float) -> dict[str, Tensor]:
+    """Merge models; other methods than ours average what is no matrix."""
     if method in OF_MODELS:
         settings, informed = OF_MODELS[method]
         return merge_state_dicts(tuned, settings, base=base if informed else None)
     of_taus: OfTaus = OF_TAUS.get(
-        method, partial(_scaled_sum, scale=scale if method == ARITHMETIC else 1 / len(tasks))
+        method, partial(_scaled_sum, scale=scale if method == ARITHMETIC else 1 / len(tuned))
     )
     merged = {}
     with torch.no_grad():
@@ -170,12 +202,16 @@ def merge(
 
 
 def scales_of(suite: str, folder: Path) -> dict[str, float]:
-    """The scales of task arithmetic that `study` found best on the first validation split."""
+    """The scales of task arithmetic that `study` found best on the first validation split.
+
+    Experts that overlap are three models.
+    """
     cases = json.loads((folder / "study" / f"{suite}-{SEEDS[0]}.json").read_text())["cases"]
-    return {
+    found = {
         count: max(SCALES, key=lambda scale: mean(cases[task_arithmetic(scale)][count]))
         for count in sets_of(suite)
     }
+    return found | {OVERLAPPING: found["3"]}
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -191,7 +227,7 @@ def results(folder: Path) -> dict[str, Any]:
         methods = {
             method: {
                 count: [mean(record["cases"][method][count]) for record in records]
-                for count in sets_of(suite)
+                for count in members_of(suite)
             }
             for method in METHODS
             if all(method in record["cases"] for record in records)
@@ -205,7 +241,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     parts = [
         f"Test accuracy in per cent ({EXAMPLES} examples a task), mean over fine-tuning seeds ± "
         "standard error, by the number of merged models (four pairs, two triples, and the first "
-        "4, 6 and 8 tasks). Nothing is tuned but the scale of task arithmetic, on a validation "
+        "4, 6 and 8 tasks; overlapping: two models of one task and one of another, four times). "
+        "Nothing is tuned but the scale of task arithmetic, on a validation "
         f"split. {made_by('bench-auto', result['measured'])}"
     ]
     for suite, held in result["suites"].items():
@@ -220,9 +257,13 @@ def markdown(result: Mapping[str, Any]) -> str:
             [title, *(_cell(means[count], best[count] == title) for count in counts)]
             for title, means in methods.items()
         ]
-        heading = [f"{suite}, {held['seeds']} seeds", *(f"{count} models" for count in counts)]
+        heading = [f"{suite}, {held['seeds']} seeds", *(_heading(count) for count in counts)]
         parts.append(markdown_table(heading, rows, ["---", *["---:"] * len(counts)]))
     return "\n\n".join(parts) + "\n"
+
+
+def _heading(count: str) -> str:
+    return "3, overlapping" if count == OVERLAPPING else f"{count} models"
 
 
 def _cell(means: Sequence[float], best: bool) -> str:
@@ -250,9 +291,12 @@ def plot(result: Mapping[str, Any]) -> Any:
     styles[FINE_TUNED] = {"color": LIMIT_COLOR, "ls": "--"}
     for axes, (suite, held) in zip(panels[0], suites.items(), strict=True):
         for title, means in held["methods"].items():
-            counts = [int(count) for count in means]
-            values = [100 * statistics.fmean(over_seeds) for over_seeds in means.values()]
-            axes.plot(counts, values, label=title, **styles[title])
+            points = {
+                int(count): 100 * statistics.fmean(over_seeds)
+                for count, over_seeds in means.items()
+                if count != OVERLAPPING
+            }
+            axes.plot(points.keys(), points.values(), label=title, **styles[title])
         axes.set_title(f"{suite} suite, {held['seeds']} seeds", fontsize=10)
         axes.set_xlabel("merged models")
         axes.set_ylabel("mean test accuracy in per cent")

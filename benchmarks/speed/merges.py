@@ -59,6 +59,7 @@ METHODS = {
     "cart, exact": Method("cart", parameters={**RATIO, "svd": "exact"}),
     "cart, fast": Method("cart", parameters={**RATIO, "svd": "fast"}),
     "cart_auto": Method("cart_auto"),
+    "cart_auto, base": Method("cart_auto", base=True),
     "plain full SVD": Method("plain_cart", parameters=RATIO, plain=True),
 }
 

@@ -14,7 +14,7 @@ from benchmarks.suites import Encoders
 from cart_plugin import CartSettings, merge_state_dicts
 
 TASKS = study.task_order("vision")
-SCALES = dict.fromkeys(study.sets_of("vision"), 0.5)
+SCALES = dict.fromkeys(number.members_of("vision"), 0.5)
 
 
 def encoders(folder: Path) -> Encoders:
@@ -43,7 +43,7 @@ def test_every_method_merges_matrices_its_own_way_and_averages_the_rest(
     held = encoders(tmp_path)
     tuned = [held.tuned[task] for task in TASKS[:3]]
     base = {"a.weight": tuned[0]["a.weight"] * 0 + 1, "norm": tuned[0]["norm"] * 0 + 1}
-    found = number.merge(method, held, base, TASKS[:3], 0.5)
+    found = number.merge(method, tuned, base, 0.5)
     mean = {name: sum(one[name] for one in tuned) / 3 for name in base}
     assert torch.allclose(found["norm"], mean["norm"], atol=1e-6)
     assert found["a.weight"].isfinite().all()
@@ -61,16 +61,20 @@ def test_it_resumes_and_the_table_has_every_method(
     monkeypatch.setattr(number, "load_encoders", lambda *args: held)
     folder = tmp_path / "number"
     number.number("vision", 0, SCALES, folder)
+    # Each model alone; then each set, under both heads where experts overlap.
+    alone = [(task,) for task in TASKS] + [(task,) for task in TASKS[::2]]
     sets = [tasks for chosen in study.sets_of("vision").values() for tasks in chosen]
-    assert judged == [(task,) for task in TASKS] + sets * (len(number.METHODS) - 1)
+    for one, other in zip(TASKS[::2], TASKS[1::2], strict=True):
+        sets += [(one, other), (one,)]
+    assert judged == alone + sets * (len(number.METHODS) - 1)
     number.number("vision", 0, SCALES, folder)
-    assert len(judged) == len(TASKS) + len(sets) * (len(number.METHODS) - 1)
+    assert judged == alone + sets * (len(number.METHODS) - 1)
     number.write_report(tmp_path)
     assert (tmp_path / "number.png").stat().st_size > 10_000
     _, _, heading, _, *rows = (tmp_path / "number.md").read_text().splitlines()
     assert heading.startswith("| vision, 1 seeds | 2 models | 3 models |")
     assert [row.split(" | ")[0] for row in rows] == [f"| {title}" for title in number.METHODS]
-    assert rows[0].endswith("| 37.5 | 37.5 | 37.5 | 37.5 | 37.5 |")
+    assert rows[0].endswith("| 37.5 | 37.5 | 37.5 | 37.5 | 37.5 | 37.5 |")
     assert all("**" not in row for row in rows if not row.startswith("| average"))
 
 
@@ -87,4 +91,4 @@ def test_task_arithmetic_takes_the_scale_that_the_study_found_best(tmp_path: Pat
     path.parent.mkdir()
     path.write_text(json.dumps({"cases": cases}))
     found = number.scales_of("vision", tmp_path)
-    assert found == {count: 0.3 if count == "8" else 1.0 for count in counts}
+    assert found == {count: 0.3 if count == "8" else 1.0 for count in [*counts, "overlapping"]}
