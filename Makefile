@@ -70,6 +70,7 @@ bench-auto: $(STAMP) ## CART without hyperparameters: variants on validation spl
 	$(BIN)/python -m benchmarks.auto.search
 	$(BIN)/python -m benchmarks.auto.study
 	$(BIN)/python -m benchmarks.auto.number
+	$(BIN)/python -m benchmarks.auto.adapters
 	$(BIN)/python -m benchmarks.auto.carry
 	$(BIN)/python -m benchmarks.auto.cost
 

@@ -2,6 +2,6 @@
 
 `search` tries variants of the closed form on the validation splits of the vision and the text
 suite, `study` variants with a base model; `number` compares methods by the number of models on test
-splits; `carry` takes the defaults to other numbers of tasks and to gentler fine-tuning; `cost`
+splits; `adapters` merges models of low rank; `carry` takes the defaults to other numbers of tasks and to gentler fine-tuning; `cost`
 measures time and memory.
 """
