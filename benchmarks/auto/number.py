@@ -44,7 +44,7 @@ from cart_plugin.merging.tensors import is_decomposed, matrix_shape
 
 SUITES = ("vision", "text")
 SEEDS = (0, 1, 2)
-EXAMPLES = 250  # a task
+EXAMPLES = 150  # a task
 PACKAGES = ("torch", "transformers", "mergekit", "fusion-bench")
 AUTO = "cart_auto"
 FINE_TUNED = "fine-tuned"
