@@ -34,6 +34,11 @@ class Encoders:
     folders: Mapping[str, Path] = field(default_factory=dict)
     pretrained: Path = Path()
 
+    def base(self) -> dict[str, Tensor]:
+        """What they were fine-tuned from: those of its tensors that they have, too."""
+        held = load_file(self.pretrained / "model.safetensors")
+        return {name: held[name] for name in next(iter(self.tuned.values()))}
+
     def average(self) -> dict[str, Tensor]:
         """The mean of the encoders, in fp32."""
         first, *others = self.tuned.values()

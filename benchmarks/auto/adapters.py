@@ -19,7 +19,6 @@ import click
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes from local folders
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.auto.number import ARITHMETIC, FINE_TUNED, merge
@@ -86,7 +85,7 @@ def adapters(suite: str, folder: Path) -> None:
         return
     order = task_order(suite)
     encoders = load_encoders(suite, SEED, "validation", EXAMPLES, order)
-    base = load_file(encoders.pretrained / "model.safetensors")
+    base = encoders.base()
     tuned = {task: cut(encoders.tuned[task], base) for task in order}
     alone: dict[str, float] = {}
     for task in order if FINE_TUNED in wanted else ():

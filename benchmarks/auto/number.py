@@ -26,7 +26,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes from local fold
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.auto.informed import factored, tsvm
@@ -139,7 +138,7 @@ def number(suite: str, seed: int, scales: Mapping[str, float], folder: Path) -> 
         return
     seeds = (seed, (seed + 1) % len(SEEDS))
     held = [load_encoders(suite, one, "test", EXAMPLES, task_order(suite)) for one in seeds]
-    base = load_file(held[0].pretrained / "model.safetensors")
+    base = held[0].base()
     alone: dict[Member, float] = {}
     for method in wanted:
         started = time.perf_counter()

@@ -21,7 +21,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes from local fold
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.auto import informed
@@ -144,7 +143,7 @@ def study(suite: str, seed: int, folder: Path) -> None:
     if not wanted:
         return
     encoders = load_encoders(suite, seed, "validation", EXAMPLES, task_order(suite))
-    base = load_file(encoders.pretrained / "model.safetensors")
+    base = encoders.base()
     factors = encoders.factors(base)
     for key, way in wanted.items():
         started = time.perf_counter()

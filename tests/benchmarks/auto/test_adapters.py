@@ -20,7 +20,7 @@ def encoders(folder: Path, size: int = 40) -> tuple[Encoders, dict[str, torch.Te
     generator = torch.Generator().manual_seed(0)
     start, *tensors = [torch.randn(size, size, generator=generator) for _ in range(1 + len(TASKS))]
     base = {"a.weight": start, "norm": start[0].clone()}
-    save_file(base, folder / "model.safetensors")
+    save_file(base | {"buffer": torch.zeros(2)}, folder / "model.safetensors")
     tuned = {
         task: {"a.weight": start + tensor, "norm": tensor[0].clone()}
         for task, tensor in zip(TASKS, tensors, strict=True)

@@ -20,7 +20,8 @@ SCALES = dict.fromkeys(number.members_of("vision"), 0.5)
 def encoders(folder: Path) -> Encoders:
     generator = torch.Generator().manual_seed(0)
     base, *tensors = [torch.randn(24, 40, generator=generator) for _ in range(1 + len(TASKS))]
-    save_file({"a.weight": base, "norm": base[0].clone()}, folder / "model.safetensors")
+    own = {"a.weight": base, "norm": base[0].clone(), "buffer": torch.zeros(2)}  # not theirs
+    save_file(own, folder / "model.safetensors")
     tuned = {
         task: {"a.weight": base + tensor, "norm": tensor[0].clone()}
         for task, tensor in zip(TASKS, tensors, strict=True)

@@ -61,7 +61,8 @@ def test_the_study_resumes_and_its_table_has_everything(
     judged: list[tuple[str, ...]] = []
     names = study.task_order("vision")
     base, *tensors = matrices(1 + len(names), 8, 12)
-    save_file({"a.weight": base, "norm": base[0].clone()}, tmp_path / "model.safetensors")
+    own = {"a.weight": base, "norm": base[0].clone(), "buffer": torch.zeros(2)}  # not theirs
+    save_file(own, tmp_path / "model.safetensors")
     tuned = {
         name: {"a.weight": tensor, "norm": tensor[0].clone()}
         for name, tensor in zip(names, tensors, strict=True)
