@@ -73,6 +73,15 @@ VARIANTS: dict[str, dict[str, Informed]] = {
         ),
     },
     "ridge": {f"{ridge:g}": Informed(ridge=ridge) for ridge in (0.03, 0.1, 0.3, 1.0)},
+    "mean eigenvalue over": {
+        "directions that are known": DEFAULT,
+        "all directions": Informed(over="all"),
+    },
+    "least rho": {
+        "0.1": Informed(least=0.1),
+        "0.3": DEFAULT,
+        "1": Informed(least=1.0),
+    },
     "pull towards": {
         "the base": Informed(pull="zero"),
         "the mean": Informed(pull="mean"),

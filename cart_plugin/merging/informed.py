@@ -13,6 +13,10 @@ acts on the task's own inputs ::
 
     D_t = (W_t - average) V_t V_t^T = (U_t S_t - (average - W_base) V_t) V_t^T
 
+``r`` and ``s`` are 0.3 of the mean eigenvalue of ``sum_t w_t C_t`` over the directions that the
+``V_t`` hold, at most n: of n inputs, adapters move a few. rho is taken to be 0.3 at least: of
+adapters that share their leading inputs the sum of the ``D_t`` keeps less, and is blown up.
+
 The merged weight is ``average + M``. Equal models give themselves: their ``D_t`` are zero. Models
 whose inputs have nothing in common keep their own answers: ``rho`` is 1, and P is what each lacks.
 
@@ -35,12 +39,15 @@ from cart_plugin.merging.normal_equations import System
 
 INFORMED_RANK_RATIO = 0.32
 INFORMED_RIDGE = 0.3
+INFORMED_LEAST_KEPT = 0.3
+"""The least rho."""
 MOST_INFORMED = 4
 """Models beyond which the base is left out: with six and more of them the centred task vectors hold
 little of each other, and were ahead on images (``benchmarks/notes/auto.md``)."""
 
-# Singular values below this share of the largest are rounding, or directions of no weight.
-_LEAST_SHARE = 1e-3
+# Singular values below this share of the largest are rounding (of adapters merged into bf16), or
+# directions of no weight.
+LEAST_SHARE = 1e-2
 
 
 def informed_by_base(
@@ -55,7 +62,7 @@ def informed_by_base(
         parts: a model's truncated ``W_t - W_base``, ``(m, n)`` or a stack of such, and its weight,
             one pair after the other. The weights are positive.
         mean: ``average - W_base``, of the same shape.
-        ridge: r and s, relative to the mean eigenvalue of ``sum_t w_t C_t``; above 0.
+        ridge: r and s, relative to the mean eigenvalue; above 0.
 
     Returns:
         M, of the factors' dtype, ``(m, n)`` or a stack. Zero if no model was changed.
@@ -63,10 +70,13 @@ def informed_by_base(
     if mean.device.type == "mps":  # no fp64, and not all of the linear algebra
         mean = mean.cpu()
     total = System()
+    directions = torch.zeros((), device=mean.device)
     for factors, weight in parts:
         factors = factors.to(mean.device)
-        values = factors.S
-        real = values > _LEAST_SHARE * values[..., :1]
+        least = LEAST_SHARE * factors.S[..., :1]
+        real = factors.S > least
+        values = torch.where(real, factors.S, 0)
+        directions = directions + real.sum(dim=-1)
         with full_precision(mean.device):
             lacking = factors.U * values[..., None, :] - mean @ factors.Vh.mT
         left = torch.where(real[..., None, :], lacking / values[..., None, :], 0)
@@ -75,4 +85,4 @@ def informed_by_base(
         size = torch.linalg.vector_norm(values, dim=-1, keepdim=True, dtype=torch.float64)
         kept = LowRank(left, values, factors.Vh)
         total.add(kept, weight, size.to(values.dtype), norms.square().sum(dim=-1))
-    return total.solve(ridge, ridge)
+    return total.solve(ridge, ridge, directions=directions, least_kept=INFORMED_LEAST_KEPT)

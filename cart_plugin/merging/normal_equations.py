@@ -20,9 +20,9 @@ from torch import Tensor
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.precision import full_precision
 
-# A sum that keeps less of the task vectors than this (of weight 1 on average) is not scaled up any
-# further: at full rank it is nothing but rounding.
-_LEAST_KEPT = 0.1
+LEAST_KEPT = 0.1
+"""A sum that keeps less of the task vectors than this (of weight 1 on average) is not scaled up any
+further: at full rank it is nothing but rounding."""
 
 
 class _Dense(NamedTuple):
@@ -111,40 +111,57 @@ class System:
         self.waiting = []
         return torch.cat(left, dim=-1), torch.cat(shares, dim=-1), torch.cat(right, dim=-1)
 
-    def solve(self, ridge: float, pull: float) -> Tensor:
-        """``(sum w D C + s P) (sum w C + r I)^-1`` for P the sum at full strength."""
+    def solve(
+        self,
+        ridge: float,
+        pull: float,
+        *,
+        directions: Tensor | None = None,
+        least_kept: float = LEAST_KEPT,
+    ) -> Tensor:
+        """``(sum w D C + s P) (sum w C + r I)^-1`` for P the sum at full strength.
+
+        Args:
+            ridge: r, relative to the mean eigenvalue of ``sum w C``.
+            pull: s, relative to the same.
+            directions: of how many eigenvalues the mean is, a number for each matrix of a stack;
+                all n if None.
+            least_kept: see `LEAST_KEPT`.
+        """
         if self.dense is not None:
             fitted, summed, gram = self.dense
             with full_precision(gram.device):
-                mean = self._mean_eigenvalue(gram.shape[-1])
+                mean = self._mean_eigenvalue(gram.shape[-1], directions)
                 norm = torch.linalg.vector_norm(summed, dim=(-2, -1), dtype=torch.float64)
-                strength = self._strength(norm.square(), pull * mean)
+                strength = self._strength(norm.square(), pull * mean, least_kept)
                 fitted.add_(summed.mul_(strength[..., None, None]))
                 return _solve(gram, ridge * mean, fitted.mT).mT
         plain, shares, right = self._products()
         with full_precision(plain.device):
-            mean = self._mean_eigenvalue(right.shape[-2])
+            mean = self._mean_eigenvalue(right.shape[-2], directions)
             gram = right.mT @ right
             # ||A B^T||^2 = <A^T A, B^T B>, with columns of A of moderate size: fp32 has no room.
             size = plain.abs().amax(dim=(-2, -1), keepdim=True)
             scaled = plain / torch.where(size > 0, size, 1)
             kept = ((scaled.mT @ scaled) * gram).sum(dim=(-2, -1), dtype=torch.float64)
             del scaled
-            strength = self._strength(kept * size[..., 0, 0].double().square(), pull * mean)
+            energy = kept * size[..., 0, 0].double().square()
+            strength = self._strength(energy, pull * mean, least_kept)
             left = plain.mul_((shares.square() + strength[..., None]).unsqueeze(-2))
             if left.shape[-2] < right.shape[-2]:  # fewer right-hand sides
                 return _solve(gram, ridge * mean, left.mT).mT @ right.mT
             return left @ _solve(gram, ridge * mean, right.mT)
 
-    def _mean_eigenvalue(self, n: int) -> Tensor:
+    def _mean_eigenvalue(self, n: int, directions: Tensor | None) -> Tensor:
         """Of ``sum w C``; where nothing moved, any number will do."""
-        return torch.where(self.trace > 0, self.trace, 1) / n
+        count = n if directions is None else directions.clamp(1, n)
+        return torch.where(self.trace > 0, self.trace, 1) / count
 
-    def _strength(self, energy_of_sum: Tensor, pull: Tensor) -> Tensor:
+    def _strength(self, energy_of_sum: Tensor, pull: Tensor, least_kept: float) -> Tensor:
         """What ``sum w D`` is multiplied by: ``pull / rho``."""
         kept = energy_of_sum / torch.where(self.energy > 0, self.energy, 1)
         mean_weight = sum(self.weights) / len(self.weights)
-        return (pull / kept.clamp_min(_LEAST_KEPT * mean_weight)).to(pull.dtype)
+        return (pull / kept.clamp_min(least_kept * mean_weight)).to(pull.dtype)
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
