@@ -146,7 +146,9 @@ def study(suite: str, seed: int, folder: Path) -> None:
         variants=informed.REVISION,
         peers=peers.REVISION,
     )
-    record = Record(folder / f"{suite}-{seed}.json", known)
+    # Neither the plugin nor the variants decide what the others merge.
+    spared = dict.fromkeys(("revisions", "variants"), OTHERS.__contains__)
+    record = Record(folder / f"{suite}-{seed}.json", known, spared=spared)
     sets = sets_of(suite)
     wanted = {key: way for key, way in ways().items() if key not in record.cases}
     if not wanted:

@@ -73,9 +73,9 @@ def informed_by_base(
     directions = torch.zeros((), device=mean.device)
     for factors, weight in parts:
         factors = factors.to(mean.device)
-        least = LEAST_SHARE * factors.S[..., :1]
-        real = factors.S > least
-        values = torch.where(real, factors.S, 0)
+        values = factors.S
+        real = values > LEAST_SHARE * values[..., :1]
+        values = torch.where(real, values, 0)
         directions = directions + real.sum(dim=-1)
         with full_precision(mean.device):
             lacking = factors.U * values[..., None, :] - mean @ factors.Vh.mT
