@@ -134,8 +134,10 @@ def markdown(folder: Path) -> str:
     columns = [(suite, str(count)) for suite in records for count in COUNTS]
     rows = []
     for method in METHODS:
+        known = {suite: record["cases"].get(method) for suite, record in records.items()}
         cells = [
-            f"{100 * _mean(records[suite]['cases'][method][count]):.1f}" for suite, count in columns
+            f"{100 * _mean(case[count]):.1f}" if (case := known[suite]) else "-"
+            for suite, count in columns
         ]
         bold = "**" if method == share_of(SHARE_OF_NUMERICAL_RANK) else ""
         rows.append([f"{bold}{method}{bold}", *cells])
