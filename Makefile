@@ -66,7 +66,7 @@ bench-text: $(STAMP) ## merge methods of mergekit on eight text tasks, by mergek
 bench-llm: $(STAMP) ## merge methods of mergekit on a language model, by mergekit-cart compare and lm-eval
 	$(BIN)/python -m benchmarks.llm
 
-bench-auto: $(STAMP) ## CART without hyperparameters: variants on validation splits, then other tasks and models (two hours)
+bench-auto: $(STAMP) ## CART without hyperparameters: variants on validation splits, then other tasks and models (hours; goes on where it stopped)
 	$(BIN)/python -m benchmarks.auto.search
 	$(BIN)/python -m benchmarks.auto.study
 	$(BIN)/python -m benchmarks.auto.number

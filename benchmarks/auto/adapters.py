@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,11 +22,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from torch import Tensor
 
 from benchmarks.auto.number import ARITHMETIC, FINE_TUNED, merge
-from benchmarks.auto.study import EXAMPLES, SCALES, task_arithmetic
-from benchmarks.common import peers
+from benchmarks.auto.study import EXAMPLES, SCALES, open_record, task_arithmetic
 from benchmarks.common.commands import out_option, workers_option
 from benchmarks.common.provenance import made_by
-from benchmarks.common.record import Record, conditions
 from benchmarks.common.tables import markdown_table
 from benchmarks.common.training import in_processes
 from benchmarks.suites import load_encoders, task_order
@@ -64,23 +62,36 @@ def share_of(share: float) -> str:
     return f"cart, 1/{1 / share:.0f} of the rank"
 
 
-METHODS = (
-    FINE_TUNED,
-    "average",
-    *map(task_arithmetic, SCALES),
-    *map(share_of, SHARES),
-    *PEERS,
-    *AUTOS,
-)
+def _by_cart(share: float, tuned: Sequence[Tensors], _: Tensors) -> dict[str, Tensor]:
+    # Its differences are from the mean of all T models: they have T times the rank of one.
+    rank = max(1, int(share * RANK * len(tuned)))
+    return merge_state_dicts(tuned, CartSettings(rank=rank))
+
+
+def _by_arithmetic(scale: float, tuned: Sequence[Tensors], base: Tensors) -> dict[str, Tensor]:
+    return merge(ARITHMETIC, tuned, base, scale)
+
+
+def _by(method: str, tuned: Sequence[Tensors], base: Tensors) -> dict[str, Tensor]:
+    return merge(method, tuned, base, 1.0)  # the scale is task arithmetic's
+
+
+Way = Callable[[Sequence[Tensors], Tensors], dict[str, Tensor]]
+OF_CART: dict[str, Way] = {share_of(share): partial(_by_cart, share) for share in SHARES}
+WAYS: dict[str, Way] = {
+    "average": partial(_by, "average"),
+    **{task_arithmetic(scale): partial(_by_arithmetic, scale) for scale in SCALES},
+    **OF_CART,
+    **{method: partial(_by, method) for method in (*PEERS, *AUTOS)},
+}
+METHODS = (FINE_TUNED, *WAYS)
 
 
 def adapters(suite: str, folder: Path) -> None:
     """Judge everything on one suite; what is known is not done again."""
-    known = conditions(
-        ("linalg", "merging"), PACKAGES, timed=False, examples=EXAMPLES, peers=peers.REVISION
-    )
-    spared = {"revisions": lambda key: key not in AUTOS and not key.startswith("cart")}
-    record = Record(folder / f"{suite}.json", known, spared=spared)
+    spared = {"revisions": lambda key: key not in AUTOS and key not in OF_CART}
+    known = {"examples": EXAMPLES}
+    record = open_record(folder / f"{suite}.json", PACKAGES, spared, known)
     wanted = [method for method in METHODS if method not in record.cases]
     if not wanted:
         return
@@ -98,27 +109,11 @@ def adapters(suite: str, folder: Path) -> None:
             if method == FINE_TUNED:
                 found[str(count)] = {task: alone[task] for task in tasks}
             else:
-                merged = merged_by(method, [tuned[task] for task in tasks], base)
+                merged = WAYS[method]([tuned[task] for task in tasks], base)
                 found[str(count)] = encoders.judge(merged, tasks)
         record.put(method, found)
         means = ", ".join(f"{count}: {100 * _mean(one):.1f}" for count, one in found.items())
         click.echo(f"{suite}: {means} | {method}")
-
-
-def merged_by(method: str, tuned: Sequence[Tensors], base: Tensors) -> dict[str, Tensor]:
-    """Merge models of low rank.
-
-    The mean of the differences that plain CART takes is that of all models: they have T times the
-    rank of one.
-    """
-    for share in SHARES:
-        if method == share_of(share):
-            rank = max(1, int(share * RANK * len(tuned)))
-            return merge_state_dicts(tuned, CartSettings(rank=rank))
-    for scale in SCALES:
-        if method == task_arithmetic(scale):
-            return merge(ARITHMETIC, tuned, base, scale)
-    return merge(method, tuned, base, 1.0)
 
 
 def _mean(accuracies: Mapping[str, float]) -> float:

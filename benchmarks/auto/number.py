@@ -29,12 +29,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.auto.informed import factored, tsvm
-from benchmarks.auto.study import SCALES, mean, sets_of, task_arithmetic
+from benchmarks.auto.study import SCALES, mean, open_record, sets_of, task_arithmetic
 from benchmarks.common import peers
 from benchmarks.common.colors import CART_COLOR, LIMIT_COLOR
 from benchmarks.common.commands import out_option, report_option, workers_option
 from benchmarks.common.provenance import made_by
-from benchmarks.common.record import Record, conditions
 from benchmarks.common.tables import markdown_table
 from benchmarks.common.training import in_processes
 from benchmarks.suites import Encoders, load_encoders, task_order
@@ -124,16 +123,9 @@ def number(suite: str, seed: int, scales: Mapping[str, float], folder: Path) -> 
         scales: of task arithmetic, by number of models.
         folder: of the records.
     """
-    known = conditions(
-        ("linalg", "merging"),
-        PACKAGES,
-        timed=False,
-        examples=EXAMPLES,
-        peers=peers.REVISION,
-        scales=dict(scales),
-    )
     spared = {"revisions": lambda key: key not in OF_MODELS}
-    record = Record(folder / f"{suite}-{seed}.json", known, spared=spared)
+    known = {"examples": EXAMPLES, "scales": dict(scales)}
+    record = open_record(folder / f"{suite}-{seed}.json", PACKAGES, spared, known)
     wanted = [method for method in METHODS if method not in record.cases]
     if not wanted:
         return

@@ -136,19 +136,30 @@ def ways() -> dict[str, Way]:
     return keyed
 
 
+def open_record(
+    path: Path,
+    packages: Sequence[str],
+    spared: Mapping[str, Callable[[str], bool]],
+    known: Mapping[str, Any],
+) -> Record:
+    """The record of merges by the plugin and by peers, untimed.
+
+    Args:
+        path: of its file.
+        packages: see `conditions`.
+        spared: see `Record`.
+        known: the conditions that are its own.
+    """
+    found = conditions(("linalg", "merging"), packages, timed=False, peers=peers.REVISION, **known)
+    return Record(path, found, spared=spared)
+
+
 def study(suite: str, seed: int, folder: Path) -> None:
     """Judge everything on one suite and seed; what is known is not done again."""
-    known = conditions(
-        ("linalg", "merging"),
-        PACKAGES,
-        timed=False,
-        examples=EXAMPLES,
-        variants=informed.REVISION,
-        peers=peers.REVISION,
-    )
     # Neither the plugin nor the variants decide what the others merge.
     spared = dict.fromkeys(("revisions", "variants"), OTHERS.__contains__)
-    record = Record(folder / f"{suite}-{seed}.json", known, spared=spared)
+    known = {"examples": EXAMPLES, "variants": informed.REVISION}
+    record = open_record(folder / f"{suite}-{seed}.json", PACKAGES, spared, known)
     sets = sets_of(suite)
     wanted = {key: way for key, way in ways().items() if key not in record.cases}
     if not wanted:

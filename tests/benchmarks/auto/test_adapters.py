@@ -47,7 +47,7 @@ def test_the_default_share_is_what_cart_does_by_itself(tmp_path: Path) -> None:
     # The numerical rank, 99 % of the energy, is a little below 48.
     distances = {
         share: torch.linalg.norm(
-            adapters.merged_by(adapters.share_of(share), tuned, base)["a.weight"] - default
+            adapters.WAYS[adapters.share_of(share)](tuned, base)["a.weight"] - default
         )
         for share in adapters.SHARES
     }

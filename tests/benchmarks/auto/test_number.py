@@ -17,7 +17,8 @@ TASKS = study.task_order("vision")
 SCALES = dict.fromkeys(number.members_of("vision"), 0.5)
 
 
-def encoders(folder: Path) -> Encoders:
+def encoders(folder: Path) -> tuple[Encoders, list[tuple[str, ...]]]:
+    """Encoders, and the tasks that they are judged on, call by call."""
     generator = torch.Generator().manual_seed(0)
     base, *tensors = [torch.randn(24, 40, generator=generator) for _ in range(1 + len(TASKS))]
     own = {"a.weight": base, "norm": base[0].clone(), "buffer": torch.zeros(2)}  # not theirs
@@ -32,16 +33,14 @@ def encoders(folder: Path) -> Encoders:
         judged.append(tuple(tasks))
         return dict.fromkeys(tasks, 0.375)
 
-    found = Encoders(tuned, judge, pretrained=folder)
-    object.__setattr__(found, "judged", judged)
-    return found
+    return Encoders(tuned, judge, pretrained=folder), judged
 
 
 @pytest.mark.parametrize("method", [one for one in number.METHODS if one != number.FINE_TUNED])
 def test_every_method_merges_matrices_its_own_way_and_averages_the_rest(
     method: str, tmp_path: Path
 ) -> None:
-    held = encoders(tmp_path)
+    held, _ = encoders(tmp_path)
     tuned = [held.tuned[task] for task in TASKS[:3]]
     base = {"a.weight": tuned[0]["a.weight"] * 0 + 1, "norm": tuned[0]["norm"] * 0 + 1}
     found = number.merge(method, tuned, base, 0.5)
@@ -57,8 +56,7 @@ def test_every_method_merges_matrices_its_own_way_and_averages_the_rest(
 def test_it_resumes_and_the_table_has_every_method(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = encoders(tmp_path)
-    judged = held.judged  # type: ignore[attr-defined]
+    held, judged = encoders(tmp_path)
     monkeypatch.setattr(number, "load_encoders", lambda *args: held)
     folder = tmp_path / "number"
     number.number("vision", 0, SCALES, folder)
