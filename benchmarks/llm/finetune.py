@@ -31,6 +31,8 @@ class FineTuning(Settings):
     Args:
         examples: training examples of the task.
         rank: of the adapter's matrices; its scale is 2.
+        one_start: all tasks' adapters of a seed start from the same A, as of trainings with one
+            seed; otherwise each from its own.
     """
 
     epochs: int = 1
@@ -39,6 +41,7 @@ class FineTuning(Settings):
     weight_decay: float = 0.0
     examples: int = 2000
     rank: int = 16
+    one_start: bool = True
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ def _train(name: str, seed: int, settings: FineTuning, shown: Shown) -> Trained:
     base = prepare_backbone()
     tokenizer = AutoTokenizer.from_pretrained(base)
     frozen = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    torch.manual_seed(seed)  # for the adapter's start
+    own = 0 if settings.one_start else 1 + list(QUESTIONS).index(name)
+    torch.manual_seed(seed + 1000 * own)  # for the adapter's start
     lora = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=settings.rank,
@@ -137,7 +141,7 @@ TUNER = FineTuner(
 def finetune_task(name: str, seed: int, settings: FineTuning | None = None) -> Tuned:
     """Fine-tune the pretrained model on a task unless that is done.
 
-    The seed decides the adapter's start, too.
+    The seed decides the adapter's start, too; see `FineTuning.one_start`.
     """
     return Tuned.of(TUNER.finetune(name, seed, settings))
 
