@@ -94,7 +94,8 @@ VARIANTS: dict[str, dict[str, Informed]] = {
     "cut": {
         "0.08": Informed(rank=0.08),
         "0.16": Informed(rank=0.16),
-        "0.32": DEFAULT,
+        "0.24": DEFAULT,
+        "0.32": Informed(rank=0.32),
         "0.48": Informed(rank=0.48),
         "none": Informed(rank=None),
     },
