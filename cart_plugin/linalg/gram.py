@@ -134,7 +134,7 @@ def _orthonormal(rows: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor, rows, upper=False)
 
 
-def _gram(x: Tensor, dtype: torch.dtype) -> Tensor:
+def lower_gram(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Lower triangles of ``x x^T``, above which lies rubbish: 5/8 of the full product's work.
 
     Blocks of rows are converted to ``dtype`` one by one, so that no copy of ``x`` comes about.
@@ -156,7 +156,7 @@ def _leading(x: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, flo
     Noise is the size of rounding errors in units of ``eps * values[0] / sqrt(m)``, as measured.
     """
     m = x.shape[-2]
-    gram = _gram(x, dtype)
+    gram = lower_gram(x, dtype)
     partial = _solved_partially(x, k)
     found = [_partial_eigh(matrix, k + 1) for matrix in gram.view(-1, m, m)] if partial else []
     if partial and all(len(values) == k + 1 for values, _ in found):
@@ -164,7 +164,7 @@ def _leading(x: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, flo
         vectors = torch.stack([vectors for _, vectors in found]).view(*x.shape[:-1], k + 1)
         noise = 0.4
     else:
-        values, vectors = eigh(_gram(x, dtype) if partial else gram)
+        values, vectors = eigh(lower_gram(x, dtype) if partial else gram)
         noise = 4.0
     values = values.flip(-1)[..., : k + 1].clamp_min(0)
     if k == m:
