@@ -151,20 +151,15 @@ def _common(adapters: Sequence[Adapter], base: str | None) -> dict[str, Any]:
     )
     found["bias"] = _agreed(configs, "bias", "train them alike") or "none"
     parameters = {
-        name: sorted(config.get("target_parameters") or ()) for name, config in configs.items()
+        name: {"target_parameters": sorted(config.get("target_parameters") or ())}
+        for name, config in configs.items()
     }
-    held = {name: value for name, value in parameters.items() if value}
-    if len({tuple(value) for value in held.values()}) > 1:
-        (one, first), (other, second) = (
-            list(held.items())[0],
-            next(item for item in held.items() if item[1] != next(iter(held.values()))),
-        )
-        raise CartError(
-            f"adapters {one} and {other} have different target_parameters ({', '.join(first)}; "
-            f"{', '.join(second)}): PEFT does not name these in the file, so that they cannot be "
-            "told apart; merge each into its base and the whole models with `mergekit-cart merge`"
-        )
-    found["target_parameters"] = next(iter(held.values()), None)
+    # PEFT does not name these in the file: of different ones nobody knows which is which.
+    found["target_parameters"] = _agreed(
+        parameters,
+        "target_parameters",
+        "merge each into its base and the whole models with `mergekit-cart merge`",
+    )
     saved = [name for config in configs.values() for name in config.get("modules_to_save") or ()]
     found["modules_to_save"] = sorted(set(saved)) or None
     # PEFT corrects it itself where a module is of the other kind.
@@ -175,17 +170,14 @@ def _common(adapters: Sequence[Adapter], base: str | None) -> dict[str, Any]:
 
 def _agreed(configs: Mapping[str, Mapping[str, Any]], key: str, advice: str) -> Any:
     """The one value of a key; those that do not have it agree with all."""
-    values: dict[Any, str] = {}
-    for name, config in configs.items():
-        if config.get(key):
-            values.setdefault(str(config[key]), name)
-    if len(values) > 1:
-        (first, one), (second, other) = list(values.items())[:2]
-        raise CartError(
-            f"adapters {one} and {other} differ in {key} of adapter_config.json ({first} and "
-            f"{second}); {advice}"
-        )
-    return next(iter(values), None)
+    values = [(name, config[key]) for name, config in configs.items() if config.get(key)]
+    for name, value in values[1:]:
+        if value != values[0][1]:
+            raise CartError(
+                f"adapters {values[0][0]} and {name} differ in {key} of adapter_config.json "
+                f"({values[0][1]} and {value}); {advice}"
+            )
+    return values[0][1] if values else None
 
 
 def _agreed_base(configs: Mapping[str, Mapping[str, Any]]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -86,7 +87,8 @@ def merge_loaded(
     for adapter in names:
         values = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
         info = {key: TensorInfo(tuple(value.shape), value.dtype) for key, value in values.items()}
-        config = model.peft_config[adapter].to_dict()
+        # As in its file: enums by their values, sets as lists.
+        config = json.loads(peft_files.text_of(model.peft_config[adapter]))
         opened.append(
             inputs.sorted_adapter(_InMemory(adapter, Path(), config, info, values=values))
         )
@@ -104,7 +106,7 @@ def merge_loaded(
     active = model.active_adapters if hasattr(model, "active_adapters") else [model.active_adapter]
     try:
         model.add_adapter(name, peft_files.lora_config(merge), autocast_adapter_dtype=False)
-        found = set_peft_model_state_dict(model, state, adapter_name=name)
+        found: Any = set_peft_model_state_dict(model, state, adapter_name=name)
         lost = [key for key in found.unexpected_keys if f".{name}" in key]
         lost += [key for key in found.missing_keys if f".{name}." in key]
         if lost:

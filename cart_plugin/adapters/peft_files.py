@@ -34,10 +34,15 @@ def lora_config(merge: Merge) -> Any:
 
 
 def config_text(merge: Merge) -> str:
-    """The text of an adapter_config.json."""
+    """The text of the merged adapter's adapter_config.json."""
+    return text_of(lora_config(merge))
+
+
+def text_of(config: Any) -> str:
+    """A config of PEFT's as the text of an adapter_config.json."""
     plain = {
         key: sorted(value) if isinstance(value, set) else value
-        for key, value in lora_config(merge).to_dict().items()
+        for key, value in config.to_dict().items()
     }
     return json_text(plain, sort_keys=True)
 

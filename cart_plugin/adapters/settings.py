@@ -19,8 +19,6 @@ from cart_plugin.merging.settings import CartSettings
 
 Method = Literal["auto", "cart", "linear"]
 METHODS = get_args(Method)
-FULL = "full"
-"""The rank that loses nothing: the sum of the adapters' ranks."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,8 @@ class Request:
     Attributes:
         method: its name.
         settings: of `cart_plugin.merging.spans.merge_in_span`; None for the mean.
-        rank: of the result; None for the largest of the adapters' ranks.
+        rank: of the result; None for the largest of the adapters' ranks, "full" for the sum of
+            them, which loses nothing.
         dtype: of the result; None for the adapters' own.
     """
 
@@ -58,16 +57,15 @@ def request(
         raise CartError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if dtype is not None and dtype not in STORED:
         raise CartError(f"dtype must be one of {', '.join(STORED)}, got {dtype!r}")
-    if rank is not None and rank != FULL:
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise CartError(f"rank must be a positive whole number or {FULL!r}, got {rank!r}")
+    if rank not in (None, "full") and not _is_count(rank):
+        raise CartError(f"rank must be a positive whole number or 'full', got {rank!r}")
     if lambda_ is not None and method != "cart":
         raise CartError(f"lambda is of the method cart, and {method} has none; leave it out")
     if method == "linear" and not (rank_ratio is keep is None):
         raise CartError("rank_ratio and keep are of cart and auto; linear keeps all directions")
     if rank_ratio is not None and keep is not None:
         raise CartError(f"rank_ratio={rank_ratio} and keep={keep} are two rules; give one of them")
-    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
+    if keep is not None and not _is_count(keep):
         raise CartError(f"keep must be a positive whole number, got {keep!r}")
     settings = None
     if method != "linear":
@@ -76,6 +74,10 @@ def request(
     chosen: Any = rank
     named: Any = method
     return Request(named, settings, chosen, None if dtype is None else STORED[dtype])
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def shares_of(weights: Sequence[float] | None, count: int, request: Request) -> list[float]:

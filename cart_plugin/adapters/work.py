@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cart_plugin.adapters.agreement import Plan
 from cart_plugin.adapters.inputs import Shape
-from cart_plugin.adapters.settings import FULL, Request
+from cart_plugin.adapters.settings import Request
 from cart_plugin.checkpoints import adapters as tensors
 from cart_plugin.errors import CartError
 from cart_plugin.merging.kept import Kept
@@ -64,9 +64,10 @@ class Merge:
         """
         self.plan, self.request, self.shares = plan, request, shares
         self.kept = Kept()
-        self.rank = plan.largest_rank
-        if request.rank is not None:
-            self.rank = plan.full_rank if request.rank == FULL else request.rank
+        if request.rank is None:
+            self.rank = plan.largest_rank
+        else:
+            self.rank = plan.full_rank if request.rank == "full" else request.rank
         self.dtype = request.dtype or plan.dtype(
             lambda adapter: (layer.factors.a for layer in adapter.layers.values())
         )
@@ -83,10 +84,8 @@ class Merge:
             if bias is not None:
                 found[bias] = (self.dtype, (shape.m,))
         for name in self.plan.whole:
-            found[name] = (
-                self._whole_dtype(name),
-                self.plan.adapters[0].checkpoint.tensors[name].shape,
-            )
+            info = self.plan.adapters[0].checkpoint.tensors[name]
+            found[name] = (self._whole_dtype(name), info.shape)
         return found
 
     def _names(self, module: str) -> tuple[str, str, str | None]:
@@ -185,14 +184,13 @@ def _side_by_side(work: Callable[[_T], _R], items: Sequence[_T]) -> Iterator[_R]
     """Results in order, from as many threads as torch has, each with one of its own."""
     count = torch.get_num_threads()
     torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(
-        min(count, _MOST_THREADS), initializer=torch.set_num_threads, initargs=(1,)
-    )
+    threads = min(count, _MOST_THREADS)
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     waiting: deque[Future[_R]] = deque()
     try:
         for item in items:
             waiting.append(pool.submit(work, item))
-            if len(waiting) > min(count, _MOST_THREADS):
+            if len(waiting) > threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
