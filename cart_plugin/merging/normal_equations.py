@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cart_plugin.linalg.factors import LowRank
-from cart_plugin.linalg.gram import eigvalsh
+from cart_plugin.linalg.gram import largest_eigenvalue
 from cart_plugin.linalg.precision import full_precision
 
 LEAST_KEPT = 0.1
@@ -104,11 +104,8 @@ class System:
             self._pour()
         with full_precision(difference.device):
             gram = difference.mT @ difference
-            # z^2, of which fp32 has the digits, after a scaling to its range.
-            trace = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
-            gram.div_(torch.where(trace > 0, trace, 1)[..., None, None])
-            size = eigvalsh(gram.float())[..., -1].to(gram.dtype)
-            gram.mul_((weight / torch.where(trace > 0, size, 1))[..., None, None])
+            size = largest_eigenvalue(gram)  # z^2
+            gram.mul_((weight / torch.where(size > 0, size, 1))[..., None, None])
             terms = _Dense(difference @ gram, weight * difference, gram)
         self.weights.append(weight)
         self.trace = self.trace + terms.gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1)

@@ -69,19 +69,28 @@ def answers(span: Span, total: Tensor) -> Answers:
 
 def overlaps(span: Span) -> Overlaps:
     """Compare the models of a span with each other; spaces as the mean over a stack."""
-    count = len(span.parts)
-    inner, outputs, inputs = torch.zeros(3, count, count, dtype=torch.float64)
-    for i, part in enumerate(span.parts):
-        for j, other in enumerate(span.parts[: i + 1]):
-            with full_precision(part.S.device):
-                left, right = part.U.mT @ other.U, part.Vh @ other.Vh.mT
-            scaled = part.S[..., :, None] * left * other.S[..., None, :]
-            inner[i, j] = inner[j, i] = (scaled * right).sum()
-            real = _real(part)[..., :, None] * _real(other)[..., None, :]
-            fewer = torch.minimum(_real(part).sum(), _real(other).sum()).clamp_min(1)
-            outputs[i, j] = outputs[j, i] = (left.square() * real).sum() / fewer
-            inputs[i, j] = inputs[j, i] = (right.square() * real).sum() / fewer
-    return Overlaps(inner, outputs, inputs)
+    left = torch.cat([part.U for part in span.parts], dim=-1)
+    right = torch.cat([part.Vh for part in span.parts], dim=-2)
+    sizes = torch.cat([part.S for part in span.parts], dim=-1)
+    real = torch.cat([_real(part) for part in span.parts], dim=-1)
+    owners = torch.arange(len(span.parts)).repeat_interleave(
+        torch.tensor([part.rank for part in span.parts])
+    )
+    is_of = torch.nn.functional.one_hot(owners, len(span.parts)).to(sizes)  # (K, T)
+
+    def summed(products: Tensor, scales: Tensor) -> Tensor:
+        scaled = scales[..., :, None] * products * scales[..., None, :]
+        return (is_of.mT @ scaled @ is_of).sum(dim=0, dtype=torch.float64).cpu()
+
+    with full_precision(left.device):
+        outer, within = left.mT @ left, right @ right.mT
+        counts = (real.sum(dim=0) @ is_of).double().cpu()
+        fewer = torch.minimum(counts[:, None], counts).clamp_min(1)
+        return Overlaps(
+            summed(outer * within, sizes),
+            summed(outer.square(), real) / fewer,
+            summed(within.square(), real) / fewer,
+        )
 
 
 def _real(part: LowRank) -> Tensor:

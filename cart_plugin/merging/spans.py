@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cart_plugin.errors import CartError
 from cart_plugin.linalg.factors import LowRank
-from cart_plugin.linalg.gram import eigh, lower_gram
+from cart_plugin.linalg.gram import eigh
 from cart_plugin.linalg.precision import full_precision
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.linalg.svd import truncated_svd
@@ -38,6 +38,10 @@ from cart_plugin.merging.settings import CartSettings
 # Directions of a basis below this share of the strongest (squared, of factors of length 1) are
 # rounding of fp64 or all but: adapters of one start differ by 1e-4 and more.
 _LEAST_SQUARE = 1e-11
+
+# Up to so many coordinates fp64 costs next to nothing; beyond, as much as all the rest.
+_IN_DOUBLE = 256
+_ROWS = 512  # their copy in fp64 stays in the cache
 
 
 class Difference(NamedTuple):
@@ -69,7 +73,8 @@ class Span:
 
     Attributes:
         shape: ``(stack, m, n)`` of the weights.
-        parts: each model's difference, as singular value decompositions in coordinates, in fp64:
+        parts: each model's difference, as singular value decompositions in coordinates, in fp64
+            where these are few, else in the differences' dtype:
             U ``(stack, p, r)``, Vh ``(stack, r, q)``. p is the sum of the ranks or m, whichever is
             smaller; q likewise.
     """
@@ -84,18 +89,19 @@ class Span:
         right = torch.cat([part.right for part in differences], dim=-2)
         self.shape = (left.shape[0], left.shape[1], right.shape[2])
         self._rows, self._columns = _Basis(left), _Basis(right.mT)
+        few = max(self._rows.size, self._columns.size) <= _IN_DOUBLE
+        dtype = torch.float64 if few else left.dtype
         ranks = [part.left.shape[-1] for part in differences]
-        pairs = zip(
-            self._rows.coordinates.split(ranks, dim=-1),
-            self._columns.coordinates.split(ranks, dim=-1),
-            strict=True,
+        sides = (
+            basis.coordinates.to(dtype).split(ranks, dim=-1)
+            for basis in (self._rows, self._columns)
         )
-        self.parts = [_decomposed(*pair) for pair in pairs]
+        self.parts = [_decomposed(*pair) for pair in zip(*sides, strict=True)]
 
     def mean(self, shares: Sequence[float]) -> Tensor:
         """The weighted mean of the differences, ``(stack, p, q)``."""
         stack, p, q = len(self._rows.coordinates), self._rows.size, self._columns.size
-        found = self._rows.coordinates.new_zeros(stack, p, q)
+        found = self.parts[0].S.new_zeros(stack, p, q)
         for part, share in zip(self.parts, shares, strict=True):
             if share and part.rank:
                 part.add_to_(found, share)
@@ -128,8 +134,13 @@ class _Basis:
         if count >= m:  # the whole space: it has a basis
             self.coordinates = columns.double()
             return
+        gram = torch.zeros(*columns.shape[:-2], count, count, dtype=torch.float64).to(
+            columns.device
+        )
         with full_precision(columns.device):
-            gram = lower_gram(columns.mT, torch.float64)
+            for rows in columns.split(_ROWS, dim=-2):
+                wide = rows.double()
+                gram.baddbmm_(wide.mT, wide)
         norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
         norms = torch.where(norms > 0, norms, 1)
         gram /= norms[..., :, None] * norms[..., None, :]
@@ -142,7 +153,7 @@ class _Basis:
         if self._map is None:
             return coordinates.to(self._columns.dtype)
         with full_precision(self._columns.device):
-            coefficients = (self._map @ coordinates).to(self._columns.dtype)
+            coefficients = (self._map @ coordinates.double()).to(self._columns.dtype)
             return self._columns @ coefficients
 
 
@@ -150,7 +161,7 @@ def _root(gram: Tensor) -> tuple[Tensor, Tensor]:
     """R with ``gram = R^T R``, and its inverse; of a singular matrix the pseudo-inverse.
 
     Args:
-        gram: lower triangles of a stack, ``(stack, k, k)``, with a diagonal of ones (or zeros).
+        gram: a stack, ``(stack, k, k)``, with a diagonal of ones (or zeros).
     """
     factor, failed = torch.linalg.cholesky_ex(gram)
     diagonal = factor.diagonal(dim1=-2, dim2=-1)
@@ -240,7 +251,8 @@ def _leading(factors: LowRank, rank: int | None) -> LowRank:
 
 
 def _truncated(centred: Tensor, settings: CartSettings, of: tuple[int, int]) -> LowRank:
-    return truncated_svd(centred, settings.rule, svd=settings.solver, seed=settings.seed, of=of)
+    # So small that no other solver pays.
+    return truncated_svd(centred, settings.rule, svd="exact", of=of)
 
 
 def of_rank(merged: Merged, rank: int) -> LowRank:
