@@ -59,6 +59,10 @@ class Plan:
             for layer in adapter.layers.values()
         )
 
+    def holders(self, name: str) -> list[Adapter]:
+        """The adapters that hold a tensor in the place of the base's."""
+        return [adapter for adapter in self.adapters if name in adapter.whole]
+
     def dtype(self, names: Callable[[Adapter], Iterator[str]]) -> torch.dtype:
         """The dtype to which tensors of all adapters promote."""
         found = None
@@ -116,11 +120,16 @@ def _check_names(adapters: Sequence[Adapter]) -> None:
 
 
 def _whole(adapters: Sequence[Adapter]) -> list[str]:
-    """The tensors that take the place of the base's, of the same names and shapes in all."""
+    """The tensors that take the place of the base's, of the same names and shapes in all.
+
+    PEFT saves the base's own table beside LoRA of it: that may be lacking where there is none.
+    """
     names = sorted(set().union(*(adapter.whole for adapter in adapters)))
     for name in names:
         holders = [adapter for adapter in adapters if name in adapter.whole]
         first = holders[0]
+        if ".base_layer." in name and _are_one(name, holders):
+            continue
         for adapter in adapters:
             if adapter not in holders:
                 raise CartError(
@@ -137,6 +146,15 @@ def _whole(adapters: Sequence[Adapter]) -> list[str]:
                     "different sizes cannot be merged"
                 )
     return names
+
+
+def _are_one(name: str, holders: Sequence[Adapter]) -> bool:
+    first = holders[0].checkpoint
+    return all(
+        other.checkpoint.tensors[name].shape == first.tensors[name].shape
+        and torch.equal(other.checkpoint.read(name), first.read(name))
+        for other in holders[1:]
+    )
 
 
 def _common(adapters: Sequence[Adapter], base: str | None) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def merge_loaded(
     request = settings.request(
         method=method, rank=rank, lambda_=lambda_, rank_ratio=rank_ratio, keep=keep
     )
-    shares = settings.shares_of(weights, len(adapters), request) if adapters else []
+    shares = settings.shares_of(weights, len(adapters)) if adapters else []
     names = settings.names_of(adapters, adapters)
     known = list(model.peft_config)
     for adapter in names:

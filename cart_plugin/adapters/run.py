@@ -71,7 +71,7 @@ def merge_adapters(
     request = settings.request(
         method=method, rank=rank, lambda_=lambda_, rank_ratio=rank_ratio, keep=keep, dtype=dtype
     )
-    shares = settings.shares_of(weights, len(adapters), request) if adapters else []
+    shares = settings.shares_of(weights, len(adapters)) if adapters else []
     folders = inputs.find(adapters)
     chosen = settings.names_of(adapters, names)
     by_name = dict(zip(chosen, zip(folders, shares, strict=True), strict=True))

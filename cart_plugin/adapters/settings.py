@@ -80,21 +80,17 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def shares_of(weights: Sequence[float] | None, count: int, request: Request) -> list[float]:
+def shares_of(weights: Sequence[float] | None, count: int) -> list[float]:
     """The adapters' weights, scaled to a sum of 1.
 
     Raises:
-        CartError: of another number, not finite, of no positive sum, or negative where the method
-            takes none.
+        CartError: of another number, not finite, or of no positive sum.
     """
     for weight in weights or ():
         is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
         if not is_number or not math.isfinite(weight):
             raise CartError(f"weights must be finite numbers, got {weight!r}")
-    shares = normalised(weights, count, "adapters")
-    if min(shares) < 0 and request.method == "auto":
-        raise CartError("the method auto takes no negative weights; merge with cart or linear")
-    return shares
+    return normalised(weights, count, "adapters")
 
 
 def names_of(paths: Sequence[str | Path], names: Sequence[str] | None) -> list[str]:

@@ -84,7 +84,7 @@ class Merge:
             if bias is not None:
                 found[bias] = (self.dtype, (shape.m,))
         for name in self.plan.whole:
-            info = self.plan.adapters[0].checkpoint.tensors[name]
+            info = self.plan.holders(name)[0].checkpoint.tensors[name]
             found[name] = (self._whole_dtype(name), info.shape)
         return found
 
@@ -100,7 +100,9 @@ class Merge:
         return factors.a, factors.b, bias
 
     def _whole_dtype(self, name: str) -> torch.dtype:
-        return self.request.dtype or self.plan.dtype(lambda _: iter((name,)))
+        return self.request.dtype or self.plan.dtype(
+            lambda adapter: iter([name] if name in adapter.whole else [])
+        )
 
     def weights(self) -> Iterator[Done]:
         """Merge all weights, in the plan's order.
@@ -162,10 +164,18 @@ class Merge:
         Raises:
             CartError: values that are not finite, or leave the dtype's range.
         """
+        shares = {
+            adapter.name: share
+            for adapter, share in zip(self.plan.adapters, self.shares, strict=True)
+        }
         for name in self.plan.whole:
+            holders = self.plan.holders(name)
+            if len(holders) < len(shares):  # one table, wherever it is
+                yield name, self._stored(name, holders[0].read(name), self._whole_dtype(name))
+                continue
             total: Tensor | None = None
-            for adapter, share in zip(self.plan.adapters, self.shares, strict=True):
-                part = adapter.read(name) * share
+            for adapter in holders:
+                part = adapter.read(name) * shares[adapter.name]
                 total = part if total is None else total.add_(part)
             assert total is not None
             yield name, self._stored(name, total, self._whole_dtype(name))

@@ -37,7 +37,7 @@ from cart_plugin.merging.settings import CartSettings
 
 # Directions of a basis below this share of the strongest (squared, of factors of length 1) are
 # rounding of fp64 or all but: adapters of one start differ by 1e-4 and more.
-_LEAST_SQUARE = 1e-11
+_LEAST_SQUARE = 1e-12
 
 # Up to so many coordinates fp64 costs next to nothing; beyond, as much as all the rest.
 _IN_DOUBLE = 256
@@ -134,9 +134,7 @@ class _Basis:
         if count >= m:  # the whole space: it has a basis
             self.coordinates = columns.double()
             return
-        gram = torch.zeros(*columns.shape[:-2], count, count, dtype=torch.float64).to(
-            columns.device
-        )
+        gram = columns.new_zeros(len(columns), count, count, dtype=torch.float64)
         with full_precision(columns.device):
             for rows in columns.split(_ROWS, dim=-2):
                 wide = rows.double()
@@ -204,7 +202,7 @@ def merge_in_span(
         shares: one a model: weights that sum to 1.
         settings: as for whole weights, with a rank of ``rank_ratio`` or ``rank`` and no ``center``;
             None for the weighted mean, which is what becomes of tensors that are not decomposed.
-        name: of the tensor, for errors.
+        name: of the tensor, for what is counted.
         kept: counts what is kept of the differences from the average, as for whole weights.
 
     Raises:
@@ -216,9 +214,7 @@ def merge_in_span(
     _, m, n = span.shape
     counting = [index for index, share in enumerate(shares) if share]
     if settings.lambda_ == "auto" and min(shares) < 0:
-        raise CartError(
-            f"{name or 'tensor'}: the method auto takes no negative weights; merge with cart"
-        )
+        raise CartError("the method auto takes no negative weights; merge with cart or linear")
     weights = [len(shares) * share for share in shares]
     with torch.no_grad(), torch.autocast(mean.device.type, enabled=False):
         if settings.is_informed(len(counting)):
@@ -251,8 +247,7 @@ def _leading(factors: LowRank, rank: int | None) -> LowRank:
 
 
 def _truncated(centred: Tensor, settings: CartSettings, of: tuple[int, int]) -> LowRank:
-    # So small that no other solver pays.
-    return truncated_svd(centred, settings.rule, svd="exact", of=of)
+    return truncated_svd(centred, settings.rule, svd=settings.solver, of=of)
 
 
 def of_rank(merged: Merged, rank: int) -> LowRank:
