@@ -140,11 +140,11 @@ class _Basis:
                 wide = rows.double()
                 gram.baddbmm_(wide.mT, wide)
         norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-        norms = torch.where(norms > 0, norms, 1)
-        gram /= norms[..., :, None] * norms[..., None, :]
+        lengths = torch.where(norms > 0, norms, 1)
+        gram /= lengths[..., :, None] * lengths[..., None, :]
         root, inverse = _root(gram)
-        self.coordinates = root * norms[..., None, :]
-        self._map = inverse / norms[..., :, None]
+        self.coordinates = root * norms[..., None, :]  # zeros stay zeros
+        self._map = inverse / lengths[..., :, None]
 
     def lifted(self, coordinates: Tensor) -> Tensor:
         """Vectors ``(stack, size, k)`` as ``(stack, m, k)``."""
