@@ -63,7 +63,10 @@ def refuses(adapters: list[Path], *parts: str, out: Path | None = None, **option
         ({"base_model_name_or_path": "org/other"}, ("different bases", "org/other", "--base")),
         ({"revision": "v2"}, ("differ in revision", "v2 and v1", "--base")),
         ({"task_type": "SEQ_CLS"}, ("differ in task_type", "SEQ_CLS and CAUSAL_LM")),
-        ({"target_parameters": ["mlp.gate.weight"]}, ("differ in target_parameters", "merge each into its base")),
+        (
+            {"target_parameters": ["mlp.gate.weight"]},
+            ("differ in target_parameters", "merge each into its base"),
+        ),
     ],
 )
 def test_configs(changes: dict[str, Any], parts: tuple[str, ...], own_trio: list[Path]) -> None:
