@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 FILE = "report.json"
 _WORST = 10
+_WELL_KEPT = 0.99
 _ALIKE = 0.95  # cosine of two adapters' differences
 _LARGE = 5.0  # one adapter's difference against the next largest one's
 _ONE_START = 0.5  # share of the row spaces that two adapters have in common
@@ -182,8 +183,9 @@ class Report:
         worst.add_column("of adapter")
         worst.add_column("kept", justify="right")
         for module, name, kept in self.worst()[:3]:
-            worst.add_row(escape(module), escape(name), f"{kept.kept:.1%}")
-        return [found, worst]
+            if kept.kept < _WELL_KEPT:
+                worst.add_row(escape(module), escape(name), f"{kept.kept:.1%}")
+        return [found, worst] if worst.row_count else [found]
 
 
 def _rank(merge: Merge, index: int) -> int:
