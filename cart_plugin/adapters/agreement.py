@@ -99,6 +99,12 @@ def agree(adapters: Sequence[Adapter], base: str | None) -> Plan:
                 )
     _check_names(ordered)
     plan = Plan(ordered, dict(sorted(shapes.items())), _whole(ordered), _common(ordered, base))
+    if plan.has_bias and any(shape.kind == "experts" for shape in shapes.values()):
+        raise CartError(
+            "some adapters have biases (lora_bias) and some target_parameters, and PEFT holds no "
+            "adapter with both; merge each into its base and the whole models with `mergekit-cart "
+            "merge`"
+        )
     plan.notes += _notes(plan)
     return plan
 
@@ -181,7 +187,9 @@ def _common(adapters: Sequence[Adapter], base: str | None) -> dict[str, Any]:
     saved = [name for config in configs.values() for name in config.get("modules_to_save") or ()]
     found["modules_to_save"] = sorted(set(saved)) or None
     # PEFT corrects it itself where a module is of the other kind.
-    found["fan_in_fan_out"] = any(config.get("fan_in_fan_out") for config in configs.values())
+    # But for parameters, beside which it takes no such key.
+    turned = any(config.get("fan_in_fan_out") for config in configs.values())
+    found["fan_in_fan_out"] = turned and not found["target_parameters"]
     found.update(_selection(adapters))
     return found
 
@@ -235,7 +243,9 @@ def _selection(adapters: Sequence[Adapter]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, (list, tuple, set)) else value or None
+    if isinstance(value, (list, tuple, set)):
+        return sorted(value) or None
+    return None if value == "" else value
 
 
 def _notes(plan: Plan) -> Iterator[str]:

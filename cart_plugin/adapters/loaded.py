@@ -14,7 +14,7 @@ from torch import Tensor
 from cart_plugin.adapters import inputs, peft_files, settings
 from cart_plugin.adapters.agreement import agree
 from cart_plugin.adapters.report import Report, Sums
-from cart_plugin.adapters.work import Merge
+from cart_plugin.adapters.work import Done, Merge
 from cart_plugin.checkpoints.headers import TensorInfo
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.errors import CartError, first_line
@@ -97,9 +97,12 @@ def merge_loaded(
     merge = Merge(plan, request, [by_name[adapter.name] for adapter in plan.adapters])
     report, sums = Report(merge, {adapter: adapter for adapter in names}), Sums(merge)
     state: dict[str, Tensor] = {}
-    for done in merge.weights():
+
+    def take(done: Done) -> None:
         state.update(done.tensors)
         sums.add(done)
+
+    merge.weights(take)
     state.update(merge.whole())
     sums.fill(report)
     report.bytes = sum(tensor.nbytes for tensor in state.values())

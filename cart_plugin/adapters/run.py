@@ -10,7 +10,7 @@ from typing import Literal
 from cart_plugin.adapters import inputs, peft_files, settings
 from cart_plugin.adapters.agreement import agree
 from cart_plugin.adapters.report import Report, Sums
-from cart_plugin.adapters.work import Merge
+from cart_plugin.adapters.work import Done, Merge
 from cart_plugin.checkpoints import writing
 from cart_plugin.checkpoints.files import check_space, unfinished, write_text
 from cart_plugin.checkpoints.reading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
@@ -87,11 +87,14 @@ def merge_adapters(
     with unfinished(Path(out)) as folder:
         check_space(folder, writing.file_bytes(layout))
         with writing.TensorFile(folder / ADAPTER_WEIGHTS, layout) as file:
-            for number, done in enumerate(merge.weights(), 1):
+
+            def take(done: Done) -> None:
                 for name, tensor in done.tensors.items():
                     file.write(name, tensor)
                 sums.add(done)
-                tell("merging", number, len(plan.shapes))
+                tell("merging", len(sums.modules), len(plan.shapes))
+
+            merge.weights(take)
             for name, tensor in merge.whole():
                 file.write(name, tensor)
         sums.fill(report)

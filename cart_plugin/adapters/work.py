@@ -104,20 +104,26 @@ class Merge:
             lambda adapter: iter([name] if name in adapter.whole else [])
         )
 
-    def weights(self) -> Iterator[Done]:
-        """Merge all weights, in the plan's order.
+    def weights(self, take: Callable[[Done], None]) -> None:
+        """Merge all weights.
 
         Each by one thread, as many at once as torch has threads: the matrices are too small for
         several to gain on one, and the result does not depend on their number.
+
+        Args:
+            take: is given one after the other, in the plan's order.
 
         Raises:
             CartError: a tensor that cannot be merged, or an adapter that changes nothing.
         """
         changes = [0.0] * len(self.plan.adapters)
-        for done in _side_by_side(self._merged, list(self.plan.shapes)):
+
+        def counted(done: Done) -> None:
             for index, own in enumerate(done.cut.own.tolist()):
                 changes[index] += own
-            yield done
+            take(done)
+
+        _side_by_side(self._merged, list(self.plan.shapes), counted)
         for adapter, change in zip(self.plan.adapters, changes, strict=True):
             if change == 0:
                 raise CartError(
@@ -190,8 +196,10 @@ class Merge:
         return found
 
 
-def _side_by_side(work: Callable[[_T], _R], items: Sequence[_T]) -> Iterator[_R]:
-    """Results in order, from as many threads as torch has, each with one of its own."""
+def _side_by_side(
+    work: Callable[[_T], _R], items: Sequence[_T], take: Callable[[_R], None]
+) -> None:
+    """Work in as many threads as torch has, each with one of its own; take results in order."""
     count = torch.get_num_threads()
     torch.set_num_threads(1)
     threads = min(count, _MOST_THREADS)
@@ -201,9 +209,9 @@ def _side_by_side(work: Callable[[_T], _R], items: Sequence[_T]) -> Iterator[_R]
         for item in items:
             waiting.append(pool.submit(work, item))
             if len(waiting) > threads:
-                yield waiting.popleft().result()
+                take(waiting.popleft().result())
         while waiting:
-            yield waiting.popleft().result()
+            take(waiting.popleft().result())
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(count)

@@ -39,6 +39,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "fewer modules": {"target_modules": ["q_proj"]},
     "other modules": {"target_modules": ["up_proj", "down_proj"]},
     "one layer": {"layers_to_transform": [1]},
+    "the first layer": {"layers_to_transform": 0},
     "gaussian start": {"init_lora_weights": "gaussian"},
     "head": {"target_modules": ["q_proj", "lm_head"]},
     "bias of B": {"lora_bias": True, "target_modules": ["q_proj", "v_proj"]},

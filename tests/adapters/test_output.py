@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,30 @@ def test_targets_are_the_adapters_own_if_they_agree(
     modules = [f"model.layers.{layer}.self_attn.{kind}" for layer in (0, 1) for kind in "qv"]
     expected = [f"{module}_proj" for module in modules]
     assert config_of(tmp_path / "other")["target_modules"] == expected
+
+
+def test_one_layer_of_all_adapters_stays_one(base: Path, tmp_path: Path) -> None:
+    adapters = save_loras(tmp_path, base, [{}, {}], layers_to_transform=0)
+    merge_adapters(adapters, tmp_path / "out")
+    assert config_of(tmp_path / "out")["layers_to_transform"] == 0
+    assert len(tensors(tmp_path / "out")) == 4
+    model = peft.PeftModel.from_pretrained(load(base), str(tmp_path / "out"))
+    held = [name for name, _ in model.named_parameters() if "lora_" in name]
+    assert len(held) == 4
+
+
+def test_an_adapter_of_the_hubs_cache(
+    trio: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = tmp_path / "hub" / "models--org--math"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(trio[0], cached / "snapshots" / ("0" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    report = merge_adapters(["org/math", trio[1]], tmp_path / "out")
+    assert report.paths == {"math": "org/math", "code": str(trio[1])}
+    merge_adapters(trio[:2], tmp_path / "local")
+    assert files(tmp_path / "out") == files(tmp_path / "local")
 
 
 def test_side_files_that_all_have_alike(own_trio: list[Path], tmp_path: Path) -> None:

@@ -152,6 +152,13 @@ def test_patterns_of_stacked_experts(tmp_path: Path) -> None:
     refuses([adapter], "alpha_pattern names mlp.experts.down_proj")
 
 
+def test_biases_beside_stacked_experts(tmp_path: Path) -> None:
+    base = save_base(tmp_path, "qwen3-moe")
+    configs = [{"target_parameters": ["mlp.experts.down_proj"]}, {"lora_bias": True}]
+    adapters = save_loras(tmp_path, base, configs)
+    refuses(adapters, "some adapters have biases (lora_bias)", "PEFT holds no adapter with both")
+
+
 def test_adapters_of_two_classes_of_a_base(own_trio: list[Path]) -> None:
     held = tensors(own_trio[1])
     renamed = {name.replace("model.model.model.", "model.model."): held[name] for name in held}
