@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -111,8 +112,7 @@ def agree(adapters: Sequence[Adapter], base: str | None) -> Plan:
 
 def _check_names(adapters: Sequence[Adapter]) -> None:
     """Refuse adapters that call the same modules differently, such as with and without a head."""
-    first = adapters[0]
-    for other in adapters[1:]:
+    for first, other in itertools.combinations(adapters, 2):
         if first.layers.keys() & other.layers.keys():
             continue
         for module in first.layers:
@@ -186,8 +186,7 @@ def _common(adapters: Sequence[Adapter], base: str | None) -> dict[str, Any]:
     )
     saved = [name for config in configs.values() for name in config.get("modules_to_save") or ()]
     found["modules_to_save"] = sorted(set(saved)) or None
-    # PEFT corrects it itself where a module is of the other kind.
-    # But for parameters, beside which it takes no such key.
+    # PEFT corrects it where a module is of the other kind, but takes it beside no parameters.
     turned = any(config.get("fan_in_fan_out") for config in configs.values())
     found["fan_in_fan_out"] = turned and not found["target_parameters"]
     found.update(_selection(adapters))

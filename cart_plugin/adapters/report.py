@@ -236,8 +236,8 @@ def _notes(report: Report, norms: Sequence[float], averaged: Sequence[str]) -> I
     counting = [index for index, share in enumerate(merge.shares) if share]
     if averaged:
         yield (
-            f"{len(averaged):,} tables of tokens, such as {averaged[0]}, are averaged, as in whole "
-            "models"
+            f"{len(averaged):,} tables of tokens and the like, such as {averaged[0]}, are "
+            "averaged, as in whole models"
         )
     if merge.request.method == "cart" and len(counting) == 2:
         yield (

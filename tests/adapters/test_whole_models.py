@@ -100,6 +100,15 @@ def test_stacked_experts(count: int, tmp_path: Path) -> None:
         assert farthest(state(base, tmp_path / method), expected) < 3e-6
 
 
+def test_experts_that_one_adapter_leaves_alone(tmp_path: Path) -> None:
+    base = save_base(tmp_path, "qwen3-moe")
+    configs = [{"target_parameters": EXPERTS}, {}, {"target_parameters": EXPERTS}]
+    adapters = save_loras(tmp_path, base, configs)
+    merge_adapters(adapters, tmp_path / "out", rank="full")
+    expected = whole(base, adapters, METHODS["auto"][1])
+    assert farthest(state(base, tmp_path / "out"), expected) < 1e-6
+
+
 def test_convolutions(tmp_path: Path) -> None:
     kind = transformers.AutoModelForImageClassification
     sizes = {"hidden_sizes": [8, 12, 16, 16], "depths": [1, 1, 1, 1], "num_labels": 3}
