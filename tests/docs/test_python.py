@@ -105,4 +105,6 @@ def test_every_block_is_run_by_a_test() -> None:
         "docs/fusion-bench.md",
         "docs/how-it-works.md",
         "docs/how-it-works.md",
+        "docs/merging-adapters.md",
+        "docs/merging-adapters.md",
     ]
