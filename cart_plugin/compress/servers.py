@@ -8,6 +8,7 @@ rank; llama.cpp knows one alpha and divides it by the rank of each layer.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -33,6 +34,10 @@ TRIED = (
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's `--max-lora-rank` may be; 16 unless set."""
 
+# Of what is stored whole, llama.cpp's converter takes norms, and its run time leaves them out.
+_LLAMA_NORM = re.compile(r"\.norm|_layernorm")
+# SGLang looks at tensors of layers, and fails on those that it does not know.
+_LAYER = re.compile(r"layers\.\d+\.")
 # Layers that servers compute as one, and what SGLang 0.5.23 needs to be there with each of them.
 _NEEDS = {"q_proj": "v_proj", "k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
@@ -143,14 +148,18 @@ def loaders(
     lonely = [name for ranks in all_ranks for name in _lonely(assignment, ranks)]
     if lonely:
         sglang.append(f"it fuses layers, and misses those that belong to {min(lonely)}")
-    silent = _norms_only(assignment) and len(held) == 1
-    if silent:
-        llama = [f"it leaves out {_whole(assignment)} without a word, and answers wrongly"]
+    whole = list(assignment.exact)
+    # Nothing else keeps them from loading, and these tensors the server leaves out.
+    alone = bool(whole) and len(held) == 1 and peft_files.task_type(architecture) == "CAUSAL_LM"
+    skips = alone and len(sglang) == 1 and not any(_LAYER.search(name) for name in whole)
+    drops = alone and all(_LLAMA_NORM.search(name) for name in whole)
+    silent = [f"it leaves out {_some(whole)} without a word: a wrong model"] if whole else []
+    sglang_hint = f"--max-lora-rank {highest}"
     return [
         Loader("PEFT", True),
         _loader("vLLM", vllm, architecture, vllm_hint),
-        _loader("SGLang", sglang, architecture, f"--max-lora-rank {highest}"),
-        _loader("llama.cpp", llama, architecture, silent=silent),
+        _loader("SGLang", silent if skips else sglang, architecture, sglang_hint, skips),
+        _loader("llama.cpp", silent if drops else llama, architecture, silent=drops),
     ]
 
 
@@ -182,7 +191,9 @@ def _common(assignment: Assignment) -> list[str]:
     reasons = []
     layers = assignment.lora.values()
     if assignment.exact:
-        reasons.append(f"it takes no modules stored whole (modules_to_save): {_whole(assignment)}")
+        reasons.append(
+            f"it takes no modules stored whole (modules_to_save): {_some(list(assignment.exact))}"
+        )
     if assignment.has_bias:
         biases = [layer.bias for layer in layers if layer.bias is not None]
         reasons.append(f"it takes no biases: {_some(biases)}")
@@ -195,23 +206,10 @@ def _common(assignment: Assignment) -> list[str]:
     return reasons
 
 
-def _whole(assignment: Assignment) -> str:
-    return _some(list(assignment.exact))
-
-
 def _some(names: Sequence[str]) -> str:
     """The first name, and how many more there are."""
     more = len(names) - 1
     return names[0] if not more else f"{names[0]} and {more} more"
-
-
-def _norms_only(assignment: Assignment) -> bool:
-    """Whether llama.cpp converts what is stored whole, which its run time then leaves out.
-
-    Any other tensor beside A and B ends the conversion.
-    """
-    names = assignment.exact
-    return bool(names) and all(".norm" in name or "_layernorm" in name for name in names)
 
 
 def _lonely(assignment: Assignment, ranks: Mapping[str, int]) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoConfig
 
 
@@ -63,16 +64,16 @@ def _differences(folder: Path, config: object) -> dict:
     fused = _fused(config)
     found = {}
     for layer in adapter.layers:
-        for name, a in layer.weights.items():
+        # From here on as its memory pool does when it copies adapters to the GPU: whatever is no A
+        # is a B, the last one counts, and shapes are asserted.
+        sides: dict[str, dict[str, tuple[str, Tensor]]] = {"A": {}, "B": {}}
+        for name, weight in layer.weights.items():
             target = get_target_module_name(name, targets)
-            if not name.endswith((".lora_A.weight", ".lora_B.weight")):
-                raise ValueError(f"SGLang has no place for {name}")
-            if ".lora_A." not in name:
-                continue
-            b = layer.weights[name.replace(".lora_A.", ".lora_B.")]
+            sides["A" if "lora_A" in name else "B"][target] = name, weight
+        for target, (name, a) in sides["A"].items():
+            b = sides["B"][target][1]
             count, rank = get_stacked_multiply(target), settings.r
-            # What its memory pool asserts when it copies them to the GPU.
-            if a.shape[0] != count * rank or b.shape[1] != rank:
+            if a.shape[0] != count * rank or b.ndim != 2 or b.shape[1] != rank:
                 shapes = f"{tuple(a.shape)} and {tuple(b.shape)}"
                 raise ValueError(f"LoRA buffer shape does not match: {name} has {shapes}")
             module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")

@@ -44,16 +44,19 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def save_models(
-    folder: Path, architecture: str, moved: tuple[str, ...] = ("",), **config: Any
-) -> list[Path]:
-    """Two models of one start that differ in parameters whose names hold one of ``moved``."""
+def start(architecture: str) -> Any:
+    """A small random model."""
     kind = getattr(transformers, architecture)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return kind(kind.config_class(**ARCHITECTURES[architecture]))
+
+
+def save_models(folder: Path, architecture: str, moved: tuple[str, ...] = ("",)) -> list[Path]:
+    """Two models of one start that differ in parameters whose names hold one of ``moved``."""
     places = []
     for seed in range(2):
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = kind(kind.config_class(**{**ARCHITECTURES[architecture], **config}))
+        model = start(architecture)
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
