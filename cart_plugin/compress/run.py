@@ -201,8 +201,8 @@ def _assign(work: Work, base: Checkpoint, meta: Any, task_type: str | None) -> A
     if not changed:
         held = "the same" if work.given is None else "the base's"
         raise CartError(f"the models hold {held} weights: there is nothing to compress")
-    alone = work.options.layout == "servers"
-    unfit = servers.unfit_modules(work.structure) if alone else set()
+    for_servers = work.options.layout == "servers"
+    unfit = servers.unfit_modules(work.structure) if for_servers else set()
     refused: set[str] = set()
     errors: dict[str, float] = {}
     while True:
@@ -219,18 +219,22 @@ def _assign(work: Work, base: Checkpoint, meta: Any, task_type: str | None) -> A
             errors |= _errors(work, base, unknown)
             continue
         if not found.lora:
-            here = "in a linear layer's weights, all that layout='servers' holds" if alone else ""
+            here = (
+                "in a linear layer's weights, all that layout='servers' holds"
+                if for_servers
+                else ""
+            )
             raise CartError(f"the models differ in no matrix that LoRA can hold{here}")
         more = peft_files.refused_modules(meta, found, task_type)
         if not more:
             break
         refused |= more
     if refused:
-        instead = f"left at the {work.report.center}" if alone else "stored whole"
+        instead = f"left at the {work.report.center}" if for_servers else "stored whole"
         work.report.notes.append(
             f"PEFT gives no LoRA to {len(refused)} modules such as {min(refused)}: {instead}"
         )
-    if alone:
+    if for_servers:
         found.left = {name: servers.why_left(work.structure, name) for name in found.left}
     with_bias = [layer.bias is not None for layer in found.lora.values()]
     state = work.structure.state
@@ -258,7 +262,7 @@ def _ranks(
     work: Work, base: Checkpoint, assignment: Assignment, task_type: str | None
 ) -> list[dict[str, int]]:
     """One task's ranks each, by layer."""
-    rule, alone = work.options.rule, work.options.layout == "servers"
+    rule, for_servers = work.options.rule, work.options.layout == "servers"
     layers = list(assignment.lora.values())
     spectra: list[dict[str, Tensor]] = [{} for _ in work.models]
     if rule is None or rule.energy is not None:
@@ -284,7 +288,7 @@ def _ranks(
     assert work.options.target_size is not None
     target = int(work.options.target_size * work.report.models_bytes)
     sizes = {layer.name: dtypes[layer.name].itemsize for layer in layers}
-    choose = by_size_at_one_rank if alone else by_size
+    choose = by_size_at_one_rank if for_servers else by_size
     chosen = choose(layers, spectra, sizes, size, target)
     if size(chosen) > target:
         raise CartError(

@@ -40,6 +40,12 @@ _LLAMA_NORM = re.compile(r"\.norm|_layernorm")
 _LAYER = re.compile(r"layers\.\d+\.")
 # Layers that servers compute as one, and what SGLang 0.5.23 needs to be there with each of them.
 _NEEDS = {"q_proj": "v_proj", "k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+_KINDS = {
+    "transposed": "Conv1D layers",
+    "convolution": "convolutions",
+    "experts": "stacked experts",
+    "transposed experts": "stacked experts",
+}
 
 
 @dataclass(frozen=True)
@@ -96,12 +102,10 @@ def why_left(structure: Structure, name: str) -> str:
         what = "embeddings"
     elif structure.is_head(name):
         what = "heads"
-    elif layer is not None and layer.is_parameter:
-        what = "stacked experts"
-    elif layer is not None and layer.kind == "convolution":
-        what = "convolutions"
-    elif layer is not None and layer.kind == "transposed":
-        what = "Conv1D layers"
+    elif layer is not None and layer.kind == "linear":
+        return "PEFT gives its module no LoRA"
+    elif layer is not None:
+        what = _KINDS[layer.kind]
     elif len(structure.state[name].shape) < 2:
         what = "norms and other vectors"
     else:

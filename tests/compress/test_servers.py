@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from cart_plugin import CartError
 from cart_plugin.cli import main
 from cart_plugin.compress import compress, expand, load_task
-from cart_plugin.compress.servers import Loader, checked_layout, summary
-from tests.compress.models import TASKS, answer, load, save_tasks, tensors
+from cart_plugin.compress.layers import Structure
+from cart_plugin.compress.servers import Loader, checked_layout, summary, why_left
+from tests.compress.models import TASKS, answer, load, new_model, save_tasks, tensors
 
 ROUNDING = 2e-5
 SERVERS = {"layout": "servers", "rank_ratio": 0.25}
@@ -147,6 +148,25 @@ def test_biases_stay_at_the_base(compressed):
     made = compressed("qwen2", **SERVERS)
     entry = made.report.entries["model.layers.0.self_attn.q_proj.bias"]
     assert (entry.kind, entry.reason) == ("averaged", "servers take no biases")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "why"),
+    [
+        ("gpt2", "transformer.h.0.attn.c_attn.weight", "servers take no Conv1D layers"),
+        (
+            "vit",
+            "vit.embeddings.patch_embeddings.projection.weight",
+            "servers take no convolutions",
+        ),
+        ("gpt-oss", "model.layers.0.mlp.experts.down_proj", "servers take no stacked experts"),
+        # Left only where PEFT refuses the module.
+        ("llama", "model.layers.0.mlp.up_proj.weight", "PEFT gives its module no LoRA"),
+    ],
+)
+def test_a_tensor_is_left_for_what_it_is(kind, name, why):
+    model = new_model(kind)
+    assert why_left(Structure(model, list(model.state_dict())), name) == why
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "resnet"])
@@ -300,20 +320,24 @@ def test_the_last_line_names_who_loads_the_adapters(tmp_path):
     )
 
 
-def test_norms_that_llama_cpp_skips_without_a_word_are_warned_of(tmp_path):
+@pytest.mark.parametrize(
+    ("left", "server"), [(("embed", "lm_head"), "llama.cpp"), (("norm", "lm_head"), "SGLang")]
+)
+def test_servers_that_skip_what_is_stored_whole_are_warned_of(left, server, tmp_path):
     folders = save_tasks(tmp_path, "llama")
     start = tensors(folders[0])
     for folder in folders[1:]:
         model = load(folder)
         for name, parameter in model.named_parameters():
-            if "embed" in name or "lm_head" in name:
+            if any(part in name for part in left):
                 parameter.data.copy_(start[name])
         model.save_pretrained(folder)
-    report = compress(folders, tmp_path / "out")
-    loader = said_of(report, "llama.cpp")
-    assert loader.silent
-    assert loader.loads is False
-    assert any(note.startswith("give these adapters not to llama.cpp") for note in report.notes)
+    report = compress(folders, tmp_path / "out", rank=4)
+    assert [loader.name for loader in report.loaders if loader.silent] == [server]
+    assert said_of(report, server).loads is False
+    warned = [note for note in report.notes if note.startswith("give these adapters not to")]
+    assert len(warned) == 1
+    assert f"not to {server}: it leaves out model." in warned[0]
 
 
 def test_a_layout_has_a_name(originals, tmp_path):
