@@ -20,6 +20,6 @@ from cart_plugin.compress.run import compress
 
 __all__ = ["compress", "expand", "load_task", "task_tensors", "tasks"]
 
-REVISION = 1
+REVISION = 2
 """Raised when the numbers that come out of this room change by more than rounding, or their cost:
 what was measured or merged with another revision is then done anew. Not for moved files."""

@@ -136,15 +136,20 @@ class _Task:
         if exact in self._adapter.tensors:
             return self._adapter.read(exact)
         if name in self._layers:
-            sides = [peft_files.lora_name(self._layers[name], side) for side in "AB"]
-            a, b = (self._adapter.read(side) for side in sides)
-            return (self._layers[name].difference(a, b) + tensor).to(tensor.dtype)
+            layer = self._layers[name]
+            a, b = (self._adapter.read(peft_files.lora_name(layer, side)) for side in "AB")
+            delta = layer.difference(a, b).mul_(self._scaling(layer))
+            return (delta + tensor).to(tensor.dtype)
         bias = self._biases.get(name)
         if bias is not None and peft_files.bias_name(bias) in self._adapter.tensors:
             delta = self._adapter.read(peft_files.bias_name(bias))
             work = torch.promote_types(tensor.dtype, torch.float32)
-            return (tensor.to(work) + delta).to(tensor.dtype)
+            return (tensor.to(work) + delta.to(work) * self._scaling(bias)).to(tensor.dtype)
         return tensor
+
+    def _scaling(self, layer: Layer) -> float:
+        rows = self._adapter.tensors[peft_files.lora_name(layer, "A")].shape[0]
+        return peft_files.scaling(self._adapter.config, layer, rows)
 
     def _find(self, structure: Structure, settings: Mapping[str, Any]) -> dict[str, Layer]:
         """The layers that the adapter holds, by the parameter's name."""

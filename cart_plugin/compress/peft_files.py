@@ -59,6 +59,37 @@ def exact_name(name: str) -> str:
     return f"{_PREFIX}{name}"
 
 
+def folded(ranks: Ranks) -> dict[str, float]:
+    """By how much each layer's B (and bias) is larger than the difference needs it, by its name.
+
+    PEFT, vLLM and llama.cpp scale ``B A`` by ``lora_alpha / rank of the layer``, and only the first
+    two know of an alpha for a layer. With one alpha for all, B makes up for that.
+    """
+    usual = _usual(ranks)
+    return {name: rank / usual for name, rank in ranks.items()}
+
+
+def scaling(settings: Mapping[str, Any], layer: Layer, rows: int) -> float:
+    """What ``B A`` and the bias of a layer are multiplied by on loading: alpha by rank.
+
+    Args:
+        settings: the adapter's config.
+        layer: the layer.
+        rows: of its A, the directions of all its matrices.
+
+    Raises:
+        CartError: the config names no alpha.
+    """
+    patterns = settings.get("alpha_pattern") or {}  # earlier versions wrote one
+    alpha = patterns.get(_key(layer), settings.get("lora_alpha"))
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
+        raise CartError(
+            f"adapter_config.json gives {layer.name} no lora_alpha but {alpha!r}; run "
+            "`mergekit-cart compress` again"
+        )
+    return alpha / (rows // layer.matrices[0])
+
+
 def config_text(
     assignment: Assignment, ranks: Ranks, modules: Collection[str], base: str, task_type: str | None
 ) -> str:
@@ -95,21 +126,14 @@ def _config(
     from peft import LoraConfig
 
     layers = [layer for name, layer in assignment.lora.items() if ranks[name]]
-    counts = Counter(ranks[layer.name] for layer in layers)
-    usual = counts.most_common(1)[0][0] if counts else 1
-    # PEFT takes the keys for regular expressions that match the end of a name: this is one name.
-    pattern = {
-        f"^{re.escape(layer.name if layer.is_parameter else layer.module)}": ranks[layer.name]
-        for layer in layers
-        if ranks[layer.name] != usual
-    }
+    usual = _usual(ranks)
+    pattern = {_key(layer): ranks[layer.name] for layer in layers if ranks[layer.name] != usual}
     parameters = sorted(layer.name for layer in layers if layer.is_parameter)
     return LoraConfig(
         r=usual,
-        lora_alpha=usual,  # and so everywhere: a scaling of 1
+        lora_alpha=usual,  # and so everywhere: `folded`
         rank_pattern=pattern,
-        alpha_pattern=dict(pattern),
-        target_modules=_targets(layers, modules),
+        target_modules=targets(assignment, ranks, modules),
         target_parameters=parameters or None,
         modules_to_save=assignment.saved or None,
         fan_in_fan_out=any(layer.kind == "transposed" for layer in layers),
@@ -119,8 +143,20 @@ def _config(
     )
 
 
-def _targets(layers: list[Layer], modules: Collection[str]) -> list[str] | str:
+def _usual(ranks: Ranks) -> int:
+    """The rank of most layers."""
+    counts = Counter(rank for rank in ranks.values() if rank)
+    return counts.most_common(1)[0][0] if counts else 1
+
+
+def _key(layer: Layer) -> str:
+    """A layer in a pattern, whose keys PEFT takes for regular expressions: this is one name."""
+    return f"^{re.escape(layer.name if layer.is_parameter else layer.module)}"
+
+
+def targets(assignment: Assignment, ranks: Ranks, modules: Collection[str]) -> list[str] | str:
     """Full names; where PEFT would take another module for one of them, a regular expression."""
+    layers = [layer for name, layer in assignment.lora.items() if ranks[name]]
     names = sorted({layer.module for layer in layers if not layer.is_parameter})
     ends = tuple(f".{name}" for name in names)
     if any(module.endswith(ends) and module not in names for module in modules):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from cart_plugin.checkpoints import configs, writing
 from cart_plugin.checkpoints import names as naming
 from cart_plugin.checkpoints.files import check_space, unfinished
 from cart_plugin.checkpoints.reading import Checkpoint
-from cart_plugin.compress import peft_files
+from cart_plugin.compress import peft_files, servers
 from cart_plugin.compress.adapters import write_adapters
 from cart_plugin.compress.base import write_base
 from cart_plugin.compress.inputs import (
@@ -24,8 +24,8 @@ from cart_plugin.compress.inputs import (
     open_model,
     open_models,
 )
-from cart_plugin.compress.layers import Assignment, Structure, assign
-from cart_plugin.compress.ranks import by_rule, by_size
+from cart_plugin.compress.layers import Assignment, Layer, Structure, assign
+from cart_plugin.compress.ranks import by_rule, by_size, by_size_at_one_rank
 from cart_plugin.compress.report import Report
 from cart_plugin.compress.work import (
     BASE,
@@ -55,6 +55,7 @@ def compress(
     rank: int | None = None,
     energy: float | None = None,
     target_size: float | None = None,
+    layout: str = "peft",
     dtype: str | None = None,
     drop_small: bool = False,
     small_error: float = 0.0,
@@ -81,6 +82,12 @@ def compress(
         energy: as many as hold this share of the squared singular values instead.
         target_size: share of the models' bytes for base and adapters together instead: directions
             are kept where they lower the total squared error most per byte.
+        layout: "peft" stores what PEFT can load, which loses the least: norms, biases, embeddings
+            and heads whole, and of every layer as many directions as the rule says. "servers"
+            stores what vLLM, SGLang and llama.cpp load, too: A and B of linear layers alone, all of
+            one rank, the largest that the rule says for one of them. All else stays as the base has
+            it, and the report lists it. Shorter factors are padded with zeros; the size counts
+            them.
         dtype: of base and adapters, one of `checkpoints.dtypes.STORED`; the models' own if None.
         drop_small: leave norms, biases, embeddings, heads and all else that is no decomposed matrix
             as the base has it, rather than storing it exactly.
@@ -102,7 +109,7 @@ def compress(
     """
     started = time.perf_counter()
     options = checked_options(
-        rank_ratio, rank, energy, target_size, dtype, drop_small, small_error, svd, seed
+        rank_ratio, rank, energy, target_size, layout, dtype, drop_small, small_error, svd, seed
     )
     paths = [Path(model) for model in models]
     chosen = checked_names(paths, names)
@@ -116,20 +123,21 @@ def compress(
     if given is not None:
         _check_more(given, first, meta)
     targets = [target for unit in units for target in unit.targets]
-    layout = {
+    tensors = {
         source: (stored_dtype(folders, source, options.dtype), shapes[source])
         for unit in units
         for source in unit.sources
     }
     center: Literal["average", "base"] = "average" if given is None else "base"
-    report = Report(Path(out), chosen, center, sum(folder.bytes for folder in folders))
+    total = sum(folder.bytes for folder in folders)
+    report = Report(Path(out), chosen, center, options.layout, models_bytes=total)
     work = Work(
         folders,
         given,
         options,
         units,
         Structure(meta, targets),
-        layout,
+        tensors,
         progress or (lambda *_: None),
         report,
     )
@@ -137,7 +145,7 @@ def compress(
         _note_names(report, paths)
     _note_configs(work)
     with unfinished(Path(out)) as folder:
-        check_space(folder, writing.file_bytes(layout))
+        check_space(folder, writing.file_bytes(tensors))
         with _timed(report, center):
             write_base(work, folder / BASE)
         stored = open_model(folder / BASE, "base")
@@ -147,9 +155,11 @@ def compress(
         assignment = _assign(work, stored, meta, task_type)
         with _timed(report, "choose ranks"):
             all_ranks = _ranks(work, stored, assignment, task_type)
+        report.loaders = servers.loaders(work.structure, assignment, all_ranks, architecture)
         with _timed(report, "decompose"):
             write_adapters(work, stored, folder, assignment, all_ranks, task_type)
         _note_left(report)
+        _note_silent(report)
         _note_files(report)
         if report.share >= 1:
             report.notes.append(
@@ -191,6 +201,8 @@ def _assign(work: Work, base: Checkpoint, meta: Any, task_type: str | None) -> A
     if not changed:
         held = "the same" if work.given is None else "the base's"
         raise CartError(f"the models hold {held} weights: there is nothing to compress")
+    for_servers = work.options.layout == "servers"
+    unfit = servers.unfit_modules(work.structure) if for_servers else set()
     refused: set[str] = set()
     errors: dict[str, float] = {}
     while True:
@@ -200,22 +212,30 @@ def _assign(work: Work, base: Checkpoint, meta: Any, task_type: str | None) -> A
             drop_small=work.options.drop_small,
             small_error=work.options.small_error,
             errors=errors,
-            refused=refused,
+            refused=refused | unfit,
         )
         unknown = found.beside - errors.keys()
         if work.options.small_error and unknown:
             errors |= _errors(work, base, unknown)
             continue
         if not found.lora:
-            raise CartError("the models differ in no matrix that LoRA can hold")
+            here = (
+                "in a linear layer's weights, all that layout='servers' holds"
+                if for_servers
+                else ""
+            )
+            raise CartError(f"the models differ in no matrix that LoRA can hold{here}")
         more = peft_files.refused_modules(meta, found, task_type)
         if not more:
             break
         refused |= more
     if refused:
+        instead = f"left at the {work.report.center}" if for_servers else "stored whole"
         work.report.notes.append(
-            f"PEFT gives no LoRA to {len(refused)} modules such as {min(refused)}: stored whole"
+            f"PEFT gives no LoRA to {len(refused)} modules such as {min(refused)}: {instead}"
         )
+    if for_servers:
+        found.left = {name: servers.why_left(work.structure, name) for name in found.left}
     with_bias = [layer.bias is not None for layer in found.lora.values()]
     state = work.structure.state
     if any(with_bias) and any(f"{layer.module}.bias" not in state for layer in found.lora.values()):
@@ -242,7 +262,7 @@ def _ranks(
     work: Work, base: Checkpoint, assignment: Assignment, task_type: str | None
 ) -> list[dict[str, int]]:
     """One task's ranks each, by layer."""
-    rule = work.options.rule
+    rule, for_servers = work.options.rule, work.options.layout == "servers"
     layers = list(assignment.lora.values())
     spectra: list[dict[str, Tensor]] = [{} for _ in work.models]
     if rule is None or rule.energy is not None:
@@ -252,13 +272,14 @@ def _ranks(
             layer = assignment.lora[name]
             spectra[task][name] = spectrum(layer.to_matrices(delta))
     if rule is not None:
-        return [peft_files.not_empty(layers, by_rule(layers, rule, found)) for found in spectra]
+        by_layer = [by_rule(layers, rule, found) for found in spectra]
+        return _stored(work, layers, by_layer)
     dtypes = stored_dtypes(work)
     exact = exact_layout(work, assignment)
 
     def size(chosen: Sequence[Mapping[str, int]]) -> int:
         total = work.report.base_bytes
-        for task_ranks in (peft_files.not_empty(layers, found) for found in chosen):
+        for task_ranks in _stored(work, layers, chosen):
             layout = {**peft_files.tensor_layout(assignment, task_ranks, dtypes), **exact}
             text = config_text(work, assignment, task_ranks, task_type)
             total += writing.file_bytes(layout) + len(text.encode())
@@ -267,13 +288,23 @@ def _ranks(
     assert work.options.target_size is not None
     target = int(work.options.target_size * work.report.models_bytes)
     sizes = {layer.name: dtypes[layer.name].itemsize for layer in layers}
-    chosen = by_size(layers, spectra, sizes, size, target)
+    choose = by_size_at_one_rank if for_servers else by_size
+    chosen = choose(layers, spectra, sizes, size, target)
     if size(chosen) > target:
         raise CartError(
             f"the base and what is stored exactly take {size(chosen):,} bytes alone, but "
             f"target_size={work.options.target_size:g} allows {target:,}; give a larger one"
         )
-    return [peft_files.not_empty(layers, found) for found in chosen]
+    return _stored(work, layers, chosen)
+
+
+def _stored(
+    work: Work, layers: Collection[Layer], chosen: Sequence[Mapping[str, int]]
+) -> list[dict[str, int]]:
+    """The ranks of A and B in the files of the layout, from those that are chosen."""
+    if work.options.layout == "servers":
+        return servers.one_rank(chosen)
+    return [peft_files.not_empty(layers, ranks) for ranks in chosen]
 
 
 def _note_names(report: Report, paths: Sequence[Path]) -> None:
@@ -288,17 +319,23 @@ def _note_names(report: Report, paths: Sequence[Path]) -> None:
 
 
 def _note_left(report: Report) -> None:
-    """Say what stays at the base, why, and what that loses at worst."""
-    reasons: dict[str, list[str]] = {}
-    for name, entry in report.entries.items():
-        if entry.kind == report.left:
-            reasons.setdefault(entry.reason, []).append(name)
-    for reason, held in reasons.items():
-        worst = max(loss.error for name in held for loss in report.entries[name].losses)
+    """Say what stays at the base, why, and what that loses."""
+    for left in report.left_out():
         report.notes.append(
-            f"{len(held)} tensors, such as {held[0]}, stay at the {report.center} ({reason}): "
-            f"relative error at most {worst:.1e}"
+            f"{len(left.names)} tensors, such as {left.names[0]}, stay at the {report.center} "
+            f"({left.reason}): {left.bytes:,} bytes of each model, relative error at most "
+            f"{left.error:.1e}, {left.of_lost:.1%} of all that is lost"
         )
+
+
+def _note_silent(report: Report) -> None:
+    """Warn of who takes the adapters and answers wrongly."""
+    for loader in report.loaders:
+        if loader.silent:
+            report.notes.append(
+                f"give these adapters not to {loader.name}: {'; '.join(loader.reasons)}. "
+                "layout='servers' (--layout servers) writes what it takes"
+            )
 
 
 def _note_files(report: Report) -> None:

@@ -16,6 +16,7 @@ from cart_plugin.compress import peft_files
 from cart_plugin.compress.layers import Assignment, Structure
 from cart_plugin.compress.ranks import checked_rule
 from cart_plugin.compress.report import Report
+from cart_plugin.compress.servers import Layout, checked_layout
 from cart_plugin.errors import CartError
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.linalg.svd import SOLVERS
@@ -37,6 +38,7 @@ class Options:
     Attributes:
         rule: how many directions each layer keeps; None with a target size.
         target_size: share of the models' bytes.
+        layout: what the adapters may hold.
         dtype: of the result; None for the models' own.
         drop_small: leave all but LoRA layers as the base has them.
         small_error: leave those of them that differ by no more than this, relatively.
@@ -46,6 +48,7 @@ class Options:
 
     rule: RankRule | None
     target_size: float | None
+    layout: Layout
     dtype: torch.dtype | None
     drop_small: bool
     small_error: float
@@ -87,6 +90,7 @@ def checked_options(
     rank: int | None,
     energy: float | None,
     target_size: float | None,
+    layout: str,
     dtype: str | None,
     drop_small: bool,
     small_error: float,
@@ -110,8 +114,14 @@ def checked_options(
         raise CartError(
             f"drop_small leaves out more than small_error={small_error}; give one of them"
         )
+    if layout == "servers" and small_error:
+        raise CartError(
+            f"layout='servers' leaves out more than small_error={small_error}; give one of them"
+        )
     found = STORED[dtype] if dtype else None
-    return Options(rule, target_size, found, drop_small, small_error, svd, seed)
+    fixed = checked_layout(layout)
+    alone = drop_small or fixed == "servers"
+    return Options(rule, target_size, fixed, found, alone, small_error, svd, seed)
 
 
 def checked_names(paths: Sequence[Path], names: Sequence[str] | None) -> list[str]:

@@ -200,5 +200,7 @@ def test_the_command_reports_what_it_has_left(originals, tmp_path):
     worst = max(task["error"] for row in left.values() for task in row["tasks"].values())
     assert here.error(norm) * 0.999 < worst <= bound
     (note,) = report["notes"]
-    assert f"stay at the base ({reason}): relative error at most {worst:.1e}" in note
+    size, lost = sum(row["bytes"] for row in left.values()), report["left"][0]["of_lost"]
+    assert f"stay at the base ({reason}): {size:,} bytes of each model" in note
+    assert f"relative error at most {worst:.1e}, {lost:.1%} of all that is lost" in note
     assert f"note: {note}" in result.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,19 @@ def test_the_guides_loading_code_serves_each_task(
     assert not torch.allclose(
         AutoModelForCausalLM.from_pretrained("served/base")(tokens).logits, expected, atol=1e-2
     )
+
+
+def test_the_guides_last_line_is_the_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = FILLED["docs/adapters.md"]
+    (line,) = [line for line in page.splitlines() if "--layout servers --rank" in line]
+    (expected,) = [text.strip() for text in blocks(page, "text") if text.startswith("loaded by")]
+    models = save_tasks(tmp_path, "llama")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    for folder, name in zip(models, ("math", "code", "german"), strict=True):
+        folder.rename(tmp_path / "models" / name)
+    done = CliRunner().invoke(main, shlex.split(line)[1:])
+    assert done.exit_code == 0, done.output
+    assert done.output.splitlines()[-1] == expected
