@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from cart_plugin.checkpoints.names import tied_names
 from cart_plugin.errors import CartError
@@ -182,7 +183,7 @@ class Structure:
             return Layer(name, module, "linear", shape, prefix=module)
         if leaf == "weight" and type(owner).__name__ == "Conv1D":
             return Layer(name, module, "transposed", shape, prefix=module)
-        if len(shape) == 3:
+        if len(shape) == 3 and not isinstance(owner, ParametrizationList):
             is_transposed = bool(getattr(owner, "is_transposed", False))
             kind: Kind = "transposed experts" if is_transposed else "experts"
             return Layer(name, module, kind, shape, prefix=module)
@@ -198,12 +199,18 @@ class Structure:
 
     def holder(self, name: str) -> str | None:
         """The module that is stored whole for a tensor's sake; None if that would be too much."""
-        module = name.rpartition(".")[0]
+        # A parametrised weight, such as weight-norm's two factors, belongs to the layer above.
+        module = name.partition(".parametrizations.")[0]
+        if module == name:
+            module = name.rpartition(".")[0]
         inside = [
             found for path, found in self.modules.items() if f"{path}.".startswith(f"{module}.")
         ]
         # A parameter of its own of a module that holds the layers costs the whole model.
-        if not module or any(isinstance(found, nn.ModuleList) for found in inside):
+        if not module or any(
+            isinstance(found, nn.ModuleList) and not isinstance(found, ParametrizationList)
+            for found in inside
+        ):
             return None
         return module
 
@@ -222,7 +229,8 @@ def assign(
     drop_small: bool,
     small_error: float,
     errors: Mapping[str, float],
-    refused: Collection[str],
+    refused: Mapping[str, str],
+    unsaved: Mapping[str, str],
 ) -> Assignment:
     """Decide what becomes of the tensors in which models differ from the base.
 
@@ -234,7 +242,8 @@ def assign(
         small_error: leave those of them whose error is at most this, but for tensors of modules
             that another tensor has stored whole.
         errors: largest relative difference from the base, of the tensors for which it is known.
-        refused: modules that PEFT does not give LoRA to.
+        refused: modules that PEFT's LoRA does not work for, and why.
+        unsaved: modules that PEFT cannot store whole, and why.
 
     Raises:
         CartError: modules stored whole would leave nothing to LoRA.
@@ -260,7 +269,8 @@ def assign(
         if name in lora:
             continue
         if drop_small:
-            found.left[name] = "--drop-small"
+            why = refused.get(name.rpartition(".")[0])
+            found.left[name] = f"--drop-small; no LoRA: {why}" if why else "--drop-small"
         elif name in biases and experts:
             found.left[name] = "PEFT holds no biases beside LoRA of stacked experts"
         elif name in biases and name in small:
@@ -276,7 +286,7 @@ def assign(
                 whole.setdefault(module, []).append(name)
     for module in [module for module, names in whole.items() if small.issuperset(names)]:
         found.left.update(dict.fromkeys(whole.pop(module), within))
-    _save(structure, whole, lora, found)
+    _save(structure, whole, lora, unsaved, found)
     found.beside = {name for names in whole.values() for name in names} - found.left.keys()
     found.beside |= {layer.bias for layer in lora.values() if layer.bias is not None}
     if not lora and found.saved and candidates:
@@ -300,14 +310,18 @@ def assign(
 
 
 def _save(
-    structure: Structure, whole: dict[str, list[str]], lora: dict[str, Layer], found: Assignment
+    structure: Structure,
+    whole: dict[str, list[str]],
+    lora: dict[str, Layer],
+    unsaved: Mapping[str, str],
+    found: Assignment,
 ) -> None:
     """Fix the modules to be saved; those that cannot be stay at the base."""
     for module in sorted(whole, key=len):
         if any(f"{module}.".startswith(f"{outer}.") for outer in found.saved):
             continue
         holders = _holders(structure, module)
-        reason = _obstacle(structure, holders, lora)
+        reason = _obstacle(structure, holders, lora, unsaved)
         if reason:
             for name in whole[module]:
                 found.left[name] = reason
@@ -345,10 +359,17 @@ def _matched(structure: Structure, modules: Collection[str]) -> set[str]:
     return {path for path in structure.modules if path and path.endswith(tuple(modules))}
 
 
-def _obstacle(structure: Structure, holders: Collection[str], lora: dict[str, Layer]) -> str:
+def _obstacle(
+    structure: Structure,
+    holders: Collection[str],
+    lora: dict[str, Layer],
+    unsaved: Mapping[str, str],
+) -> str:
     """Why PEFT cannot store modules whole; empty if it can."""
     matched = _matched(structure, holders)
     for module in matched:
+        if module in unsaved:
+            return unsaved[module]
         inner = next((path for path in matched if path.startswith(f"{module}.")), None)
         if inner is not None:
             # Such as ViTModel's `embeddings` and its `embeddings.patch_embeddings`. No name says

@@ -1,10 +1,8 @@
-"""Adapters as PEFT reads them: the config, the names of the tensors, and a rehearsal."""
+"""Adapters as PEFT reads them: the config, and the names of the tensors."""
 
 from __future__ import annotations
 
-import copy
 import re
-import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -13,7 +11,6 @@ import torch
 
 from cart_plugin.checkpoints.files import json_text
 from cart_plugin.compress.layers import Assignment, Layer
-from cart_plugin.errors import CartError
 
 _PREFIX = "base_model.model."
 
@@ -71,7 +68,7 @@ def config_text(
         base: the base model's folder.
         task_type: PEFT's, if the architecture has one.
     """
-    config = _config(assignment, ranks, modules, task_type)
+    config = lora_config(assignment, ranks, modules, task_type)
     config.base_model_name_or_path = base
     config.inference_mode = True
     plain = {
@@ -89,9 +86,10 @@ def task_type(architecture: str) -> str | None:
     return "CAUSAL_LM" if architecture.endswith(("ForCausalLM", "LMHeadModel")) else None
 
 
-def _config(
+def lora_config(
     assignment: Assignment, ranks: Ranks, modules: Collection[str], task_type: str | None
 ) -> Any:
+    """PEFT's config of an adapter; arguments as of `config_text`."""
     from peft import LoraConfig
 
     layers = [layer for name, layer in assignment.lora.items() if ranks[name]]
@@ -126,41 +124,3 @@ def _targets(layers: list[Layer], modules: Collection[str]) -> list[str] | str:
     if any(module.endswith(ends) and module not in names for module in modules):
         return "|".join(re.escape(name) for name in names)
     return names
-
-
-def refused_modules(model: Any, assignment: Assignment, task_type: str | None) -> set[str]:
-    """The modules that PEFT does not give LoRA to as planned, found by having it try on a copy.
-
-    Args:
-        model: from `names.meta_model`; not modified.
-        assignment: the plan.
-        task_type: as in the config.
-
-    Raises:
-        CartError: PEFT rejects the plan altogether, or loads what is not in it.
-    """
-    from peft import get_peft_model, get_peft_model_state_dict
-
-    ranks = dict.fromkeys(assignment.lora, 1)
-    dtypes = dict.fromkeys(assignment.lora, torch.float32)
-    wanted = set(tensor_layout(assignment, ranks, dtypes))
-    wanted |= {exact_name(name) for name in assignment.exact}
-    trial = copy.deepcopy(model)
-    config = _config(assignment, ranks, dict(model.named_modules()), task_type)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            wrapped = get_peft_model(trial, config, low_cpu_mem_usage=True)
-            got = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
-        except (ValueError, TypeError, KeyError, RuntimeError) as error:
-            raise CartError(f"PEFT cannot hold these adapters: {error}") from error
-    lost = wanted - got
-    refused = {
-        layer.module
-        for layer in assignment.lora.values()
-        if lora_name(layer, "A") in lost or lora_name(layer, "B") in lost
-    }
-    if not refused and wanted != got:
-        name = min(wanted ^ got)
-        raise CartError(f"PEFT loads adapters of this architecture otherwise than planned: {name}")
-    return refused

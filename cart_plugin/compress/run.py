@@ -26,6 +26,7 @@ from cart_plugin.compress.inputs import (
 )
 from cart_plugin.compress.layers import Assignment, Structure, assign
 from cart_plugin.compress.ranks import by_rule, by_size
+from cart_plugin.compress.rehearsal import Rehearsal
 from cart_plugin.compress.report import Report
 from cart_plugin.compress.work import (
     BASE,
@@ -191,7 +192,7 @@ def _assign(work: Work, base: Checkpoint, meta: Any, task_type: str | None) -> A
     if not changed:
         held = "the same" if work.given is None else "the base's"
         raise CartError(f"the models hold {held} weights: there is nothing to compress")
-    refused: set[str] = set()
+    trials = Rehearsal(meta, work.structure, task_type)
     errors: dict[str, float] = {}
     while True:
         found = assign(
@@ -200,22 +201,21 @@ def _assign(work: Work, base: Checkpoint, meta: Any, task_type: str | None) -> A
             drop_small=work.options.drop_small,
             small_error=work.options.small_error,
             errors=errors,
-            refused=refused,
+            refused=trials.layers,
+            unsaved=trials.saved,
         )
         unknown = found.beside - errors.keys()
         if work.options.small_error and unknown:
             errors |= _errors(work, base, unknown)
             continue
         if not found.lora:
-            raise CartError("the models differ in no matrix that LoRA can hold")
-        more = peft_files.refused_modules(meta, found, task_type)
-        if not more:
+            why = next(iter(trials.layers.values()), "")
+            raise CartError(
+                "the models differ in no matrix that LoRA can hold" + (f" ({why})" if why else "")
+            )
+        if trials.accepts(found):
             break
-        refused |= more
-    if refused:
-        work.report.notes.append(
-            f"PEFT gives no LoRA to {len(refused)} modules such as {min(refused)}: stored whole"
-        )
+    work.report.notes += trials.notes(found)
     with_bias = [layer.bias is not None for layer in found.lora.values()]
     state = work.structure.state
     if any(with_bias) and any(f"{layer.module}.bias" not in state for layer in found.lora.values()):
