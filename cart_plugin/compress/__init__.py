@@ -10,8 +10,9 @@
     for name, tensor in task_tensors("served", "mistral-math"): ...     # a tensor at a time
     expand("served", "mistral-math", "mistral-math-again")              # its full checkpoint
 
-Modules, from the bottom: `ranks` (of all tensors and tasks), `layers` (what becomes of each
-tensor), `peft_files` (how PEFT wants it), `report`, `work` (what the steps share), `base` and
+Modules, from the bottom: `ranks` (of all tensors and tasks), `layers` (how a tensor can be held),
+`assigning` (what becomes of each), `peft_files` (how PEFT wants it), `trial_inputs`, `miniature`
+and `rehearsal` (whether PEFT works with it), `report`, `work` (what the steps share), `base` and
 `adapters` (the steps), `run` (all of it), `expansion` (the way back).
 """
 

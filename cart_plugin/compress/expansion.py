@@ -152,6 +152,8 @@ class _Task:
         layers = {}
         for name in structure.state:
             layer = structure.layer(name)
+            if name in parameters and (layer is None or not layer.is_parameter):
+                layer = structure.as_parameter(name)
             if layer is None:
                 continue
             if layer.is_parameter:

@@ -1,8 +1,8 @@
 """A real model, small and random, with the modules of a large one, and where it can be run.
 
-Whether PEFT computes what dense weights would does not depend on sizes, but on the code of the
-modules: so that can be tried without the memory for the model. Each module keeps its name, its class
-and the kinds of its parameters; layers, heads and experts keep their numbers, widths shrink.
+Whether PEFT computes what dense weights would depends on the code of the modules, not on sizes: so
+that can be tried without the memory for the model. Each module keeps its name, its class and the
+kinds of its parameters, layers and heads keep their numbers; widths shrink.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Whether PEFT computes with an adapter what its dense weights compute, tried before it is written.
 
 PEFT wraps modules, and not all models call the modules that they have: some read a layer's weight
-(and get the base's), its stride (and crash), or have a forward of their own that the wrapper does not
-know. So random adapters are loaded into a small model of the same modules (`miniature`), and its
-answers compared with those of the weights that `expand` would write, one kind of layer at a time.
+(and get the base's) or its stride (and crash), or have forwards that the wrapper does not know. So random adapters are loaded into a small model of the same modules (`miniature`), and its
+answers compared with those of the weights that `expand` would write, a kind of layer at a time.
 """
 
 from __future__ import annotations
@@ -68,12 +67,14 @@ class Rehearsal:
     Attributes:
         layers: modules that PEFT's LoRA does not work for, and why.
         saved: modules that PEFT does not work with when it stores them whole, and why.
+        as_parameters: modules that it wraps as it wraps stacked experts instead.
     """
 
     def __init__(self, model: Any, structure: Structure, task_type: str | None) -> None:
         """Of a model from `names.meta_model`, which is not modified."""
         self.layers: dict[str, str] = {}
         self.saved: dict[str, str] = {}
+        self.as_parameters: set[str] = set()
         self._structure = structure
         self._task_type = task_type
         self._small = miniature(model) or Miniature(model, (), frozenset(), False)
@@ -90,6 +91,15 @@ class Rehearsal:
         self._unseen = [module for module in outcome.unseen if module in layers]
         if outcome.is_clean:
             outcome = _by_class(self._structure, assignment, self._unseen)
+        if any(layer.is_parameter for layer in assignment.lora.values()):
+            # PEFT 0.21.2 takes `gate_proj` of a dense layer for an expert's, and knows no router's
+            # forward; both work as parameters, which no model without experts has any use for.
+            linear = {layer.module for layer in assignment.lora.values() if layer.kind == "linear"}
+            again = outcome.layers.keys() & linear
+            self.as_parameters |= again
+            outcome.layers = {m: why for m, why in outcome.layers.items() if m not in again}
+            if again:
+                return False
         self.layers |= outcome.layers
         self.saved |= outcome.saved
         return outcome.is_clean
@@ -100,11 +110,12 @@ class Rehearsal:
         reasons: dict[tuple[str, str], list[str]] = {}
         for module, reason in self.layers.items():
             names = self._structure.below(module)
-            fate = "stored whole" if any(n in assignment.exact for n in names) else "not stored"
+            stored = any(name in assignment.exact for name in names)
+            fate = "are stored whole" if stored else "stay at the base"
             reasons.setdefault((reason, fate), []).append(module)
         for (reason, fate), modules in reasons.items():
             found.append(
-                f"{len(modules)} modules such as {modules[0]} get no LoRA but are {fate}: {reason}"
+                f"{len(modules)} modules such as {modules[0]} get no LoRA but {fate}: {reason}"
             )
         if not self._small.runs:
             found.append(

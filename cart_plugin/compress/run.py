@@ -17,6 +17,7 @@ from cart_plugin.checkpoints.files import check_space, unfinished
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.compress import peft_files
 from cart_plugin.compress.adapters import write_adapters
+from cart_plugin.compress.assigning import assign
 from cart_plugin.compress.base import write_base
 from cart_plugin.compress.inputs import (
     check_holds,
@@ -24,7 +25,7 @@ from cart_plugin.compress.inputs import (
     open_model,
     open_models,
 )
-from cart_plugin.compress.layers import Assignment, Structure, assign
+from cart_plugin.compress.layers import Assignment, Structure
 from cart_plugin.compress.ranks import by_rule, by_size
 from cart_plugin.compress.rehearsal import Rehearsal
 from cart_plugin.compress.report import Report
@@ -203,16 +204,20 @@ def _assign(work: Work, base: Checkpoint, meta: Any, task_type: str | None) -> A
             errors=errors,
             refused=trials.layers,
             unsaved=trials.saved,
+            as_parameters=trials.as_parameters,
         )
         unknown = found.beside - errors.keys()
         if work.options.small_error and unknown:
             errors |= _errors(work, base, unknown)
             continue
         if not found.lora:
-            why = next(iter(trials.layers.values()), "")
-            raise CartError(
-                "the models differ in no matrix that LoRA can hold" + (f" ({why})" if why else "")
-            )
+            if trials.layers:
+                module, why = next(iter(trials.layers.items()))
+                raise CartError(
+                    f"PEFT's LoRA works for none of the matrices in which the models differ, such "
+                    f"as {module}: {why}"
+                )
+            raise CartError("the models differ in no matrix that LoRA can hold")
         if trials.accepts(found):
             break
     work.report.notes += trials.notes(found)

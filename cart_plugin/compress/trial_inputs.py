@@ -1,4 +1,4 @@
-"""What a model can be fed to see it answer, guessed from its forward's parameters and its config."""
+"""What a model can be fed, guessed from its forward's parameters and its config."""
 
 from __future__ import annotations
 
