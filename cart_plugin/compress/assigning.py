@@ -47,7 +47,7 @@ def assign(
     """
     found = Assignment()
     changed = [name for name in structure.state if name in changed and name in structure.stored]
-    candidates = _candidates(structure, refused, as_parameters, changed)
+    candidates = _candidates(structure, refused, as_parameters, changed, drop_small)
     biases = {
         f"{layer.module}.bias": name
         for name, layer in candidates.items()
@@ -140,8 +140,12 @@ def _candidates(
     refused: Collection[str],
     as_parameters: Collection[str],
     changed: Collection[str],
+    drop_small: bool,
 ) -> dict[str, Layer]:
-    """All tensors that LoRA can hold, in the model's order."""
+    """All tensors that LoRA can hold, in the model's order.
+
+    A router is small: it is stored whole, unless that is not wanted.
+    """
     found: dict[str, Layer] = {}
     rest = []
     for name in structure.state:
@@ -150,7 +154,8 @@ def _candidates(
             continue
         layer = None if module in as_parameters else structure.layer(name)
         if layer is None:
-            rest.append(name)
+            if drop_small or module in as_parameters:
+                rest.append(name)
         else:
             found[name] = layer
     if any(layer.is_parameter for name, layer in found.items() if name in changed):

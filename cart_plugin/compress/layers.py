@@ -15,6 +15,9 @@ from cart_plugin.checkpoints.names import tied_names
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.merging.tensors import is_decomposed
 
+# PEFT's classes of classifiers store these whole: parts of one would be stored twice.
+_HEADS = frozenset({"classifier", "score", "qa_outputs"})
+
 Kind = Literal["linear", "transposed", "convolution", "parameter", "experts", "transposed experts"]
 
 
@@ -210,6 +213,9 @@ class Structure:
 
     def holder(self, name: str) -> str | None:
         """The module that is stored whole for a tensor's sake; None if that would be too much."""
+        head = name.partition(".")[0]
+        if head in _HEADS and head != name and self.is_head(name):
+            return head
         # A parametrised weight, such as weight-norm's two factors, belongs to the layer above.
         module = name.partition(".parametrizations.")[0]
         if module == name:

@@ -57,7 +57,12 @@ def exact_name(name: str) -> str:
 
 
 def config_text(
-    assignment: Assignment, ranks: Ranks, modules: Collection[str], base: str, task_type: str | None
+    assignment: Assignment,
+    ranks: Ranks,
+    modules: Collection[str],
+    base: str,
+    task_type: str | None,
+    auto_mapping: Mapping[str, str],
 ) -> str:
     """The text of an adapter_config.json.
 
@@ -67,8 +72,12 @@ def config_text(
         modules: names of all modules of the model.
         base: the base model's folder.
         task_type: PEFT's, if the architecture has one.
+        auto_mapping: the base's class and module, by which PEFT's automatic classes load models
+            without a task type, such as classifiers.
     """
     config = lora_config(assignment, ranks, modules, task_type)
+    if task_type is None:
+        config.auto_mapping = dict(auto_mapping)
     config.base_model_name_or_path = base
     config.inference_mode = True
     plain = {
@@ -81,7 +90,8 @@ def config_text(
 def task_type(architecture: str) -> str | None:
     """PEFT's task type of an architecture: only where it changes nothing in what is loaded.
 
-    That of classifiers makes PEFT expect a head in every adapter.
+    That of classifiers makes PEFT expect a head in every adapter; its automatic classes load them
+    by ``auto_mapping``.
     """
     return "CAUSAL_LM" if architecture.endswith(("ForCausalLM", "LMHeadModel")) else None
 

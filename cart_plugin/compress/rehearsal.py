@@ -1,8 +1,9 @@
 """Whether PEFT computes with an adapter what its dense weights compute, tried before it is written.
 
 PEFT wraps modules, and not all models call the modules that they have: some read a layer's weight
-(and get the base's) or its stride (and crash), or have forwards that the wrapper does not know. So random adapters are loaded into a small model of the same modules (`miniature`), and its
-answers compared with those of the weights that `expand` would write, a kind of layer at a time.
+(and get the base's) or its stride (and crash), or have forwards that the wrapper does not know. So
+random adapters are loaded into a small model of the same modules (`miniature`), and its answers
+compared with those of the weights that `expand` would write, a kind of layer at a time.
 """
 
 from __future__ import annotations

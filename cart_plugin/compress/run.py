@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cart_plugin.checkpoints import configs, writing
 from cart_plugin.checkpoints import names as naming
+from cart_plugin.checkpoints.digests import digest
 from cart_plugin.checkpoints.files import check_space, unfinished
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.compress import peft_files
@@ -24,6 +25,8 @@ from cart_plugin.compress.inputs import (
     open_base,
     open_model,
     open_models,
+    random_weights,
+    untied,
 )
 from cart_plugin.compress.layers import Assignment, Structure
 from cart_plugin.compress.ranks import by_rule, by_size
@@ -33,6 +36,7 @@ from cart_plugin.compress.work import (
     BASE,
     Progress,
     Work,
+    base_record,
     checked_names,
     checked_options,
     config_text,
@@ -117,6 +121,11 @@ def compress(
     units = naming.units(meta, shapes)
     if given is not None:
         _check_more(given, first, meta)
+    everyone = folders if given is None else [*folders, given]
+    own_heads = untied(everyone, meta, units)
+    if own_heads:
+        meta = naming.meta_model(described.path, described.config, described.name)
+        units = naming.units(meta, shapes)
     targets = [target for unit in units for target in unit.targets]
     layout = {
         source: (stored_dtype(folders, source, options.dtype), shapes[source])
@@ -138,6 +147,7 @@ def compress(
     if names is None:
         _note_names(report, paths)
     _note_configs(work)
+    _note_weights(work, own_heads)
     with unfinished(Path(out)) as folder:
         check_space(folder, writing.file_bytes(layout))
         with _timed(report, center):
@@ -261,12 +271,14 @@ def _ranks(
     dtypes = stored_dtypes(work)
     exact = exact_layout(work, assignment)
 
+    record = len(base_record(digest(base)).encode())
+
     def size(chosen: Sequence[Mapping[str, int]]) -> int:
         total = work.report.base_bytes
         for task_ranks in (peft_files.not_empty(layers, found) for found in chosen):
             layout = {**peft_files.tensor_layout(assignment, task_ranks, dtypes), **exact}
             text = config_text(work, assignment, task_ranks, task_type)
-            total += writing.file_bytes(layout) + len(text.encode())
+            total += writing.file_bytes(layout) + len(text.encode()) + record
         return total
 
     assert work.options.target_size is not None
@@ -318,6 +330,31 @@ def _note_files(report: Report) -> None:
             f"{names} of {', '.join(held)} differ from the base's: `mergekit-cart expand` gives "
             "every model its own, but who loads an adapter with PEFT gets the base's"
         )
+
+
+def _note_weights(work: Work, own_heads: Sequence[str]) -> None:
+    """Say where a config and the weights disagree in what can be kept as it is.
+
+    Raises:
+        CartError: a config describes more layers than there are weights.
+    """
+    if own_heads:
+        work.report.notes.append(
+            f"the configs tie {' and '.join(own_heads)}, but files hold different values for them, "
+            "which transformers loads: the base's config says tie_word_embeddings: false"
+        )
+    configs_seen: list[dict[str, Any]] = []
+    for model in (work.described, *work.models):
+        if model.config in configs_seen:
+            continue
+        configs_seen.append(model.config)
+        missing = random_weights(model)
+        if missing:
+            work.report.notes.append(
+                f"no file of {model.name} holds {missing[0]}"
+                + (f" and {len(missing) - 1} more weights" if len(missing) > 1 else "")
+                + ": transformers fills them at random, in the base as in the models"
+            )
 
 
 def _note_configs(work: Work) -> None:
