@@ -82,14 +82,13 @@ def miniature(model: Any) -> Miniature | None:
     Args:
         model: from `checkpoints.names.meta_model`; not modified.
 
-    Of several sizes the one is taken of which most modules can be run.
+    Of several sizes the smallest is taken, or the one of which most modules can be run.
     """
     is_small = sum(tensor.numel() for tensor in model.parameters()) <= _SMALL
+    configs = [_shrunk(model.config, divisor) for divisor in ((1,) if is_small else _DIVISORS)]
+    sizes = [(size, config) for config in configs if (size := _size(model, config)) is not None]
     best: Miniature | None = None
-    for divisor in (1,) if is_small else _DIVISORS:
-        config = _shrunk(model.config, divisor)
-        if not _is_alike(model, config):
-            continue
+    for _, config in sorted(sizes, key=lambda entry: entry[0]):
         for kind in (torch.float64, torch.float32):
             found = _runnable(_random(type(model), config).to(kind))
             if best is None or len(found.reached) > len(best.reached):
@@ -107,7 +106,11 @@ def _shrunk(config: Any, divisor: int) -> Any:
     words = 0
     for part in configs_of(found):
         for key, value in list(vars(part).items()):
-            if "vocab" in key and _is_count(value):
+            if key == "max_source_positions" and _is_count(
+                value
+            ):  # of sounds: minutes of attention
+                _set(part, key, max(value // divisor, min(value, 64)))
+            elif "vocab" in key and _is_count(value):
                 smaller = max(value // divisor, min(value, 64))
                 words = max(words, smaller)
                 _set(part, key, smaller)
@@ -166,16 +169,15 @@ def _set(config: Any, key: str, value: Any) -> None:
     object.__setattr__(config, key, value)  # a check of one value may not fit the next one
 
 
-def _is_alike(model: Any, config: Any) -> bool:
-    """Whether a config makes a model of the same modules that is small enough."""
+def _size(model: Any, config: Any) -> int | None:
+    """Numbers of a config's model; None if it is too large, or has other modules."""
     try:
         with torch.device("meta"):
             small = type(model)(config)
     except Exception:
-        return False  # transformers' classes refuse sizes that do not fit in ways of their own
-    if sum(tensor.numel() for tensor in small.parameters()) > _ROOM:
-        return False
-    return _shape(small) == _shape(model)
+        return None  # transformers' classes refuse sizes that do not fit in ways of their own
+    found = sum(tensor.numel() for tensor in small.parameters())
+    return found if found <= _ROOM and _shape(small) == _shape(model) else None
 
 
 def _shape(model: Any) -> tuple[dict[str, str], dict[str, int]]:

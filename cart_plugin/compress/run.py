@@ -203,7 +203,7 @@ def _assign(work: Work, base: Checkpoint, meta: Any, task_type: str | None) -> A
     if not changed:
         held = "the same" if work.given is None else "the base's"
         raise CartError(f"the models hold {held} weights: there is nothing to compress")
-    trials = Rehearsal(meta, work.structure, task_type)
+    trials = Rehearsal(meta, work.structure, task_type, work.progress)
     errors: dict[str, float] = {}
     while True:
         found = assign(

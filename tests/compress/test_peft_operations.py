@@ -57,11 +57,11 @@ def test_cat_joins_adapters_of_a_and_b_exactly(kind, options, compressed, full):
     _near(answer(_joined(made, "cat")), answer(_mean(made, full)))
 
 
-@pytest.mark.parametrize("combination", ["linear", "ties", "svd"])
+@pytest.mark.parametrize("combination", ["linear", "ties", "dare_linear", "svd"])
 def test_the_other_ways_to_join_are_no_mean_of_the_differences(combination, compressed, full):
     made = compressed("llama", **PLAIN)
     model = load_peft(made.out, "one", "two")
-    density = {"density": 1.0} if combination == "ties" else {}
+    density = {"density": 1.0} if combination in ("ties", "dare_linear") else {}
     model.add_weighted_adapter(
         ["one", "two"], [0.5, 0.5], "both", combination_type=combination, **density
     )
@@ -73,6 +73,13 @@ def test_the_other_ways_to_join_are_no_mean_of_the_differences(combination, comp
 def test_linear_wants_the_same_ranks_in_all_adapters(compressed):
     with pytest.raises(RuntimeError, match="equal size"):
         _joined(compressed("llama", **RANKS), "linear")
+
+
+def test_what_linear_makes_of_several_ranks_cannot_be_loaded_again(compressed, tmp_path):
+    made = compressed("llama", rank_ratio=0.25, drop_small=True)  # in all adapters the same ones
+    _joined(made, "linear").save_pretrained(tmp_path, selected_adapters=["both"])
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        PeftModel.from_pretrained(load(made.base), tmp_path / "both")
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
@@ -92,6 +99,20 @@ def test_plain_adapters_are_swapped_in_place(kind, compressed, full):
     model = PeftModel.from_pretrained(load(made.base), made.adapter("one")).eval()
     hotswap_adapter(model, str(made.adapter("two")), adapter_name="default", torch_device="cpu")
     _near(answer(model), answer(full(made, "two")))
+
+
+def test_adapters_of_equal_ranks_by_layer_are_swapped_in_place(compressed, full):
+    made = compressed("llama", rank_ratio=0.25, drop_small=True)
+    model = PeftModel.from_pretrained(load(made.base), made.adapter("one")).eval()
+    hotswap_adapter(model, str(made.adapter("two")), adapter_name="default", torch_device="cpu")
+    _near(answer(model), answer(full(made, "two")))
+
+
+def test_adapters_of_other_ranks_are_not_swapped_in_place(compressed):
+    made = compressed("llama", **RANKS)
+    model = PeftModel.from_pretrained(load(made.base), made.adapter("one"))
+    with pytest.raises(ValueError, match="Configs are incompatible"):
+        hotswap_adapter(model, str(made.adapter("two")), adapter_name="default")
 
 
 def test_what_is_stored_whole_is_not_swapped_in_place(compressed):

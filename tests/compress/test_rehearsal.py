@@ -9,7 +9,7 @@ import torch
 import transformers
 from peft import PeftModel
 
-from cart_plugin.compress import compress, expand, miniature, rehearsal
+from cart_plugin.compress import compress, expand, miniature, trial
 from tests.compress.architectures import CASES, Case, save
 from tests.compress.models import save_tasks
 from tests.compress.refused import refusal
@@ -102,12 +102,12 @@ def test_layers_outside_the_answer_are_named(tmp_path):
 
 def test_adapters_that_work_alone_and_not_together_are_refused(tmp_path, monkeypatch):
     models = save_tasks(tmp_path, "llama", num_hidden_layers=1)
-    honest = rehearsal._Trial._difference
+    honest = trial.Trial._difference
 
-    def dishonest(self, model, base, values):
-        effect, error = honest(self, model, base, values)
+    def dishonest(self, model, values):
+        effect, error = honest(self, model, values)
         changed = sum(bool(v.any()) for name, v in values.items() if "lora_B" in name)
         return effect, (1.0 if changed > 1 else error)
 
-    monkeypatch.setattr(rehearsal._Trial, "_difference", dishonest)
+    monkeypatch.setattr(trial.Trial, "_difference", dishonest)
     assert "PEFT answers otherwise with these adapters" in refusal(models, tmp_path, rank=4)
