@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from cart_plugin.checkpoints import side_files, writing
+from cart_plugin.checkpoints.digests import digest
 from cart_plugin.checkpoints.files import check_space, write_json, write_text
 from cart_plugin.checkpoints.reading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint
 from cart_plugin.compress import peft_files
@@ -19,8 +20,10 @@ from cart_plugin.compress.layers import Assignment, Layer
 from cart_plugin.compress.report import Entry, Loss
 from cart_plugin.compress.work import (
     ADAPTERS,
+    BASE_RECORD,
     TASK_CONFIG,
     Work,
+    base_record,
     config_text,
     differences,
     exact_layout,
@@ -64,6 +67,7 @@ def write_adapters(
         {**peft_files.tensor_layout(assignment, chosen, dtypes), **exact} for chosen in all_ranks
     ]
     check_space(folder, sum(writing.file_bytes(layout) for layout in layouts))
+    record = base_record(digest(base))
     places = [folder / ADAPTERS / task for task in work.report.tasks]
     with ExitStack() as stack:
         files = []
@@ -73,6 +77,7 @@ def write_adapters(
             place.mkdir(parents=True)
             text = config_text(work, assignment, chosen, task_type)
             write_text(place / ADAPTER_CONFIG, text)
+            write_text(place / BASE_RECORD, record)
             if model.config != work.described.config:
                 write_json(place / TASK_CONFIG, model.config, sort_keys=True)
             kept, absent = side_files.keep(model.path, base.path, place)
@@ -82,8 +87,8 @@ def write_adapters(
             files.append(stack.enter_context(opened))
         _fill(work, base, assignment, all_ranks, files)
     for place in places:
-        written = (place / ADAPTER_CONFIG, place / ADAPTER_WEIGHTS)
-        work.report.adapter_bytes.append(sum(path.stat().st_size for path in written))
+        written = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD)
+        work.report.adapter_bytes.append(sum((place / name).stat().st_size for name in written))
 
 
 def _fill(

@@ -12,15 +12,16 @@ from torch import Tensor
 
 from cart_plugin.checkpoints import names as naming
 from cart_plugin.checkpoints import side_files, writing
+from cart_plugin.checkpoints.digests import digest
 from cart_plugin.checkpoints.files import check_space, read_json, unfinished, write_json
 from cart_plugin.checkpoints.names import Unit
-from cart_plugin.checkpoints.reading import CONFIG, open_adapter, read_config
+from cart_plugin.checkpoints.reading import CONFIG, Checkpoint, open_adapter, read_config
 from cart_plugin.compress import peft_files
 from cart_plugin.compress.inputs import open_model
 from cart_plugin.compress.layers import Layer, Structure, nested
 from cart_plugin.compress.report import FILE
-from cart_plugin.compress.work import ADAPTERS, BASE, TASK_CONFIG, Progress
-from cart_plugin.errors import CartError
+from cart_plugin.compress.work import ADAPTERS, BASE, BASE_RECORD, TASK_CONFIG, Progress
+from cart_plugin.errors import CartError, CheckpointError
 
 
 def tasks(folder: str | Path) -> list[str]:
@@ -101,6 +102,26 @@ def expand(
         write_json(place / CONFIG, config, sort_keys=True)
 
 
+def check_base(place: Path, name: str, base: Checkpoint) -> None:
+    """Refuse a base that is not the one which an adapter was made around.
+
+    Args:
+        place: the adapter's folder.
+        name: what errors call it.
+        base: the base.
+
+    Raises:
+        CartError: it is another one, or nothing says which it was.
+    """
+    made_for = read_config(place, f"adapter {name}", BASE_RECORD).get("digest")
+    if made_for != digest(base):
+        raise CheckpointError(
+            f"adapter {name} was made around other weights than those in {base.path}, such as an "
+            "earlier base in its place",
+            "name the base that `compress` wrote with it, or compress the models again",
+        )
+
+
 class _Task:
     """A base and one adapter."""
 
@@ -111,6 +132,7 @@ class _Task:
         self.place = place = folder / ADAPTERS / name
         self.absent_files: list[str] = known[name].get("absent_files", [])
         self.base = open_model(folder / BASE, f"the base of {folder}")
+        check_base(place, name, self.base)
         own = (place / TASK_CONFIG).exists()
         self.config = read_config(place, f"adapter {name}", TASK_CONFIG) if own else None
         self._adapter = open_adapter(place, name)
@@ -157,6 +179,8 @@ class _Task:
         layers = {}
         for name in structure.state:
             layer = structure.layer(name)
+            if name in parameters and (layer is None or not layer.is_parameter):
+                layer = structure.as_parameter(name)
             if layer is None:
                 continue
             if layer.is_parameter:

@@ -1,10 +1,8 @@
-"""Adapters as PEFT reads them: the config, the names of the tensors, and a rehearsal."""
+"""Adapters as PEFT reads them: the config, and the names of the tensors."""
 
 from __future__ import annotations
 
-import copy
 import re
-import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -91,7 +89,12 @@ def scaling(settings: Mapping[str, Any], layer: Layer, rows: int) -> float:
 
 
 def config_text(
-    assignment: Assignment, ranks: Ranks, modules: Collection[str], base: str, task_type: str | None
+    assignment: Assignment,
+    ranks: Ranks,
+    modules: Collection[str],
+    base: str,
+    task_type: str | None,
+    auto_mapping: Mapping[str, str],
 ) -> str:
     """The text of an adapter_config.json.
 
@@ -101,8 +104,12 @@ def config_text(
         modules: names of all modules of the model.
         base: the base model's folder.
         task_type: PEFT's, if the architecture has one.
+        auto_mapping: the base's class and module, by which PEFT's automatic classes load models
+            without a task type, such as classifiers.
     """
-    config = _config(assignment, ranks, modules, task_type)
+    config = lora_config(assignment, ranks, modules, task_type)
+    if task_type is None:
+        config.auto_mapping = dict(auto_mapping)
     config.base_model_name_or_path = base
     config.inference_mode = True
     plain = {
@@ -115,14 +122,16 @@ def config_text(
 def task_type(architecture: str) -> str | None:
     """PEFT's task type of an architecture: only where it changes nothing in what is loaded.
 
-    That of classifiers makes PEFT expect a head in every adapter.
+    That of classifiers makes PEFT expect a head in every adapter; its automatic classes load them
+    by ``auto_mapping``.
     """
     return "CAUSAL_LM" if architecture.endswith(("ForCausalLM", "LMHeadModel")) else None
 
 
-def _config(
+def lora_config(
     assignment: Assignment, ranks: Ranks, modules: Collection[str], task_type: str | None
 ) -> Any:
+    """PEFT's config of an adapter; arguments as of `config_text`."""
     from peft import LoraConfig
 
     layers = [layer for name, layer in assignment.lora.items() if ranks[name]]
@@ -162,41 +171,3 @@ def targets(assignment: Assignment, ranks: Ranks, modules: Collection[str]) -> l
     if any(module.endswith(ends) and module not in names for module in modules):
         return "|".join(re.escape(name) for name in names)
     return names
-
-
-def refused_modules(model: Any, assignment: Assignment, task_type: str | None) -> set[str]:
-    """The modules that PEFT does not give LoRA to as planned, found by having it try on a copy.
-
-    Args:
-        model: from `names.meta_model`; not modified.
-        assignment: the plan.
-        task_type: as in the config.
-
-    Raises:
-        CartError: PEFT rejects the plan altogether, or loads what is not in it.
-    """
-    from peft import get_peft_model, get_peft_model_state_dict
-
-    ranks = dict.fromkeys(assignment.lora, 1)
-    dtypes = dict.fromkeys(assignment.lora, torch.float32)
-    wanted = set(tensor_layout(assignment, ranks, dtypes))
-    wanted |= {exact_name(name) for name in assignment.exact}
-    trial = copy.deepcopy(model)
-    config = _config(assignment, ranks, dict(model.named_modules()), task_type)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            wrapped = get_peft_model(trial, config, low_cpu_mem_usage=True)
-            got = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
-        except (ValueError, TypeError, KeyError, RuntimeError) as error:
-            raise CartError(f"PEFT cannot hold these adapters: {error}") from error
-    lost = wanted - got
-    refused = {
-        layer.module
-        for layer in assignment.lora.values()
-        if lora_name(layer, "A") in lost or lora_name(layer, "B") in lost
-    }
-    if not refused and wanted != got:
-        name = min(wanted ^ got)
-        raise CartError(f"PEFT loads adapters of this architecture otherwise than planned: {name}")
-    return refused

@@ -97,7 +97,7 @@ class Report:
         loaders: what loads them, and what does not.
         models_bytes: of the weight files of all models.
         base_bytes: of the base's weight files.
-        adapter_bytes: one a task: weights and config.
+        adapter_bytes: one a task: weights, config, and the record of the base.
         task_files: one a task: those of tokenizer and the like that differ from the base's.
         absent_files: one a task: those that the base has and the task's model has not.
         entries: by the tensor's name.

@@ -11,26 +11,31 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from cart_plugin.checkpoints import configs, writing
 from cart_plugin.checkpoints import names as naming
+from cart_plugin.checkpoints import writing
+from cart_plugin.checkpoints.digests import digest
 from cart_plugin.checkpoints.files import check_space, unfinished
 from cart_plugin.checkpoints.reading import Checkpoint
-from cart_plugin.compress import peft_files, servers
+from cart_plugin.compress import notes, peft_files, servers
 from cart_plugin.compress.adapters import write_adapters
+from cart_plugin.compress.assigning import assign
 from cart_plugin.compress.base import write_base
 from cart_plugin.compress.inputs import (
     check_holds,
     open_base,
     open_model,
     open_models,
+    untied,
 )
-from cart_plugin.compress.layers import Assignment, Layer, Structure, assign
+from cart_plugin.compress.layers import Assignment, Layer, Structure
 from cart_plugin.compress.ranks import by_rule, by_size, by_size_at_one_rank
+from cart_plugin.compress.rehearsal import Rehearsal
 from cart_plugin.compress.report import Report
 from cart_plugin.compress.work import (
     BASE,
     Progress,
     Work,
+    base_record,
     checked_names,
     checked_options,
     config_text,
@@ -122,6 +127,11 @@ def compress(
     units = naming.units(meta, shapes)
     if given is not None:
         _check_more(given, first, meta)
+    everyone = folders if given is None else [*folders, given]
+    own_heads = untied(everyone, meta, units)
+    if own_heads:
+        meta = naming.meta_model(described.path, described.config, described.name)
+        units = naming.units(meta, shapes)
     targets = [target for unit in units for target in unit.targets]
     tensors = {
         source: (stored_dtype(folders, source, options.dtype), shapes[source])
@@ -142,8 +152,9 @@ def compress(
         report,
     )
     if names is None:
-        _note_names(report, paths)
-    _note_configs(work)
+        notes.of_names(report, paths)
+    notes.of_configs(work)
+    notes.of_weights(work, own_heads)
     with unfinished(Path(out)) as folder:
         check_space(folder, writing.file_bytes(tensors))
         with _timed(report, center):
@@ -158,9 +169,9 @@ def compress(
         report.loaders = servers.loaders(work.structure, assignment, all_ranks, architecture)
         with _timed(report, "decompose"):
             write_adapters(work, stored, folder, assignment, all_ranks, task_type)
-        _note_left(report)
-        _note_silent(report)
-        _note_files(report)
+        notes.of_left(report)
+        notes.of_silent(report)
+        notes.of_files(report)
         if report.share >= 1:
             report.notes.append(
                 f"base and adapters take {report.share:.0%} of the models' bytes, saving none: "
@@ -202,8 +213,8 @@ def _assign(work: Work, base: Checkpoint, meta: Any, task_type: str | None) -> A
         held = "the same" if work.given is None else "the base's"
         raise CartError(f"the models hold {held} weights: there is nothing to compress")
     for_servers = work.options.layout == "servers"
-    unfit = servers.unfit_modules(work.structure) if for_servers else set()
-    refused: set[str] = set()
+    unfit = servers.unfit_modules(work.structure) if for_servers else {}
+    trials = Rehearsal(meta, work.structure, task_type, work.progress)
     errors: dict[str, float] = {}
     while True:
         found = assign(
@@ -212,28 +223,28 @@ def _assign(work: Work, base: Checkpoint, meta: Any, task_type: str | None) -> A
             drop_small=work.options.drop_small,
             small_error=work.options.small_error,
             errors=errors,
-            refused=refused | unfit,
+            refused={**unfit, **trials.layers},
+            unsaved=trials.saved,
+            as_parameters=trials.as_parameters,
         )
         unknown = found.beside - errors.keys()
         if work.options.small_error and unknown:
             errors |= _errors(work, base, unknown)
             continue
         if not found.lora:
-            here = (
-                "in a linear layer's weights, all that layout='servers' holds"
-                if for_servers
-                else ""
+            if trials.layers:
+                module, why = next(iter(trials.layers.items()))
+                raise CartError(
+                    f"PEFT's LoRA works for none of the matrices in which the models differ, such "
+                    f"as {module}: {why}"
+                )
+            here = " in a linear layer's weights, all that layout='servers' holds"
+            raise CartError(
+                "the models differ in no matrix that LoRA can hold" + (here if for_servers else "")
             )
-            raise CartError(f"the models differ in no matrix that LoRA can hold{here}")
-        more = peft_files.refused_modules(meta, found, task_type)
-        if not more:
+        if trials.accepts(found):
             break
-        refused |= more
-    if refused:
-        instead = f"left at the {work.report.center}" if for_servers else "stored whole"
-        work.report.notes.append(
-            f"PEFT gives no LoRA to {len(refused)} modules such as {min(refused)}: {instead}"
-        )
+    work.report.notes += trials.notes(found)
     if for_servers:
         found.left = {name: servers.why_left(work.structure, name) for name in found.left}
     with_bias = [layer.bias is not None for layer in found.lora.values()]
@@ -277,12 +288,14 @@ def _ranks(
     dtypes = stored_dtypes(work)
     exact = exact_layout(work, assignment)
 
+    record = len(base_record(digest(base)).encode())
+
     def size(chosen: Sequence[Mapping[str, int]]) -> int:
         total = work.report.base_bytes
         for task_ranks in _stored(work, layers, chosen):
             layout = {**peft_files.tensor_layout(assignment, task_ranks, dtypes), **exact}
             text = config_text(work, assignment, task_ranks, task_type)
-            total += writing.file_bytes(layout) + len(text.encode())
+            total += writing.file_bytes(layout) + len(text.encode()) + record
         return total
 
     assert work.options.target_size is not None
@@ -305,66 +318,3 @@ def _stored(
     if work.options.layout == "servers":
         return servers.one_rank(chosen)
     return [peft_files.not_empty(layers, ranks) for ranks in chosen]
-
-
-def _note_names(report: Report, paths: Sequence[Path]) -> None:
-    """Say which adapters have another name than their models' folders."""
-    folders = (path.resolve().name for path in paths)
-    pairs = zip(folders, report.tasks, strict=True)
-    renamed = [f"{task} ({folder})" for folder, task in pairs if task != folder]
-    if renamed:
-        report.notes.append(
-            f"PEFT takes no dots in adapters' names; these are called {', '.join(renamed)}"
-        )
-
-
-def _note_left(report: Report) -> None:
-    """Say what stays at the base, why, and what that loses."""
-    for left in report.left_out():
-        report.notes.append(
-            f"{len(left.names)} tensors, such as {left.names[0]}, stay at the {report.center} "
-            f"({left.reason}): {left.bytes:,} bytes of each model, relative error at most "
-            f"{left.error:.1e}, {left.of_lost:.1%} of all that is lost"
-        )
-
-
-def _note_silent(report: Report) -> None:
-    """Warn of who takes the adapters and answers wrongly."""
-    for loader in report.loaders:
-        if loader.silent:
-            report.notes.append(
-                f"give these adapters not to {loader.name}: {'; '.join(loader.reasons)}. "
-                "layout='servers' (--layout servers) writes what it takes"
-            )
-
-
-def _note_files(report: Report) -> None:
-    """Say which tasks have files of tokenizer and the like that PEFT does not give them."""
-    found: dict[str, list[str]] = {}
-    rows = zip(report.tasks, report.task_files, report.absent_files, strict=True)
-    for task, different, absent in rows:
-        if different or absent:
-            found.setdefault(", ".join(sorted([*different, *absent])), []).append(task)
-    for names, held in found.items():
-        report.notes.append(
-            f"{names} of {', '.join(held)} differ from the base's: `mergekit-cart expand` gives "
-            "every model its own, but who loads an adapter with PEFT gets the base's"
-        )
-
-
-def _note_configs(work: Work) -> None:
-    """Say which models' configs differ from the base's: PEFT runs all adapters with that."""
-    base = work.described
-    keys: dict[str, None] = {}
-    held = []
-    for model in work.models:
-        different = configs.differences([base, model]) if model is not base else []
-        if different:
-            held.append(model.name)
-            keys.update(dict.fromkeys(entry.key for entry in different))
-    if held:
-        work.report.notes.append(
-            f"the config of {', '.join(held)} differs from the base's in {', '.join(keys)}: "
-            "`mergekit-cart expand` gives every model its own, but PEFT runs the adapters with the "
-            "base's and may answer otherwise"
-        )

@@ -85,10 +85,14 @@ def checked_layout(layout: str) -> Layout:
     raise CartError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
 
 
-def unfit_modules(structure: Structure) -> set[str]:
-    """The modules whose LoRA servers do not take: all but linear ones."""
+def unfit_modules(structure: Structure) -> dict[str, str]:
+    """The modules whose LoRA servers do not take, all but linear ones, and why."""
     layers = (structure.layer(name) for name in structure.state)
-    return {layer.module for layer in layers if layer is not None and layer.kind != "linear"}
+    return {
+        layer.module: "servers take LoRA of linear layers alone"
+        for layer in layers
+        if layer is not None and layer.kind != "linear"
+    }
 
 
 def why_left(structure: Structure, name: str) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cart_plugin.checkpoints.dtypes import STORED
+from cart_plugin.checkpoints.files import json_text
 from cart_plugin.checkpoints.names import Unit
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.compress import peft_files
@@ -24,6 +25,7 @@ from cart_plugin.linalg.svd import SOLVERS
 BASE = "base"
 ADAPTERS = "adapters"
 TASK_CONFIG = "task_config.json"
+BASE_RECORD = "base.json"
 
 _CHUNK = 2**16  # numbers: their copy in fp64 stays in the cache, five times as fast as of 2**18
 
@@ -203,7 +205,21 @@ def config_text(
 ) -> str:
     """An adapter's config; its base lies where the folder will be when all is done."""
     base = str(work.report.out.absolute() / BASE)
-    return peft_files.config_text(assignment, task_ranks, work.structure.modules, base, task_type)
+    modules = work.structure.modules
+    kind = type(modules[""])
+    return peft_files.config_text(
+        assignment,
+        task_ranks,
+        modules,
+        base,
+        task_type,
+        {"base_model_class": kind.__name__, "parent_library": kind.__module__},
+    )
+
+
+def base_record(digest: str) -> str:
+    """The text of the file that says which base an adapter was made around."""
+    return json_text({"digest": digest})
 
 
 def minus(tensor: Tensor, around: Tensor) -> Tensor:
