@@ -7,7 +7,6 @@ kinds of its parameters, layers and heads keep their numbers; widths shrink.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import re
 import warnings
@@ -90,7 +89,10 @@ def miniature(model: Any) -> Miniature | None:
     best: Miniature | None = None
     for _, config in sorted(sizes, key=lambda entry: entry[0]):
         for kind in (torch.float64, torch.float32):
-            found = _runnable(_random(type(model), config).to(kind))
+            small = _random(type(model), config)
+            if small is None:
+                break
+            found = _runnable(small.to(kind))
             if best is None or len(found.reached) > len(best.reached):
                 best = found
             if found.is_complete:
@@ -189,15 +191,17 @@ def _shape(model: Any) -> tuple[dict[str, str], dict[str, int]]:
 
 
 def _random(kind: Any, config: Any) -> Any:
-    """A model with random values, norms and biases included."""
+    """A model with random values, norms and biases included; None if these sizes do not fit."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = kind(copy.deepcopy(config))
+        try:
+            model = kind(copy.deepcopy(config))
+        except Exception:
+            return None  # what values start from may want other sizes than the shapes do
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data.add_(torch.randn_like(parameter), alpha=_NOISE)
-    with contextlib.suppress(Exception):  # of models without experts; fused kernels want even sizes
-        model.set_experts_implementation("eager")
+    model.set_experts_implementation("eager")  # fused kernels want even sizes
     return model.eval().requires_grad_(False)
 
 

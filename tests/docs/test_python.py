@@ -101,6 +101,7 @@ def test_every_block_is_run_by_a_test() -> None:
         "README.md",
         "docs/adapters.md",
         "docs/adapters.md",
+        "docs/adapters.md",
         "docs/comparing.md",
         "docs/fusion-bench.md",
         "docs/how-it-works.md",
