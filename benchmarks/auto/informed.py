@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.common.peers import polar, svc
+from benchmarks.common.data_free import factored, tsvm
+from benchmarks.common.peers import svc
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.merging.informed import (
     INFORMED_LEAST_KEPT,
@@ -121,11 +122,6 @@ def _centred(taus: Sequence[Tensor]) -> Tensor:
     return mean + least_interference((part, 1.0) for part in parts)
 
 
-def factored(matrix: Tensor) -> LowRank:
-    """All singular directions of a matrix."""
-    return LowRank(*torch.linalg.svd(matrix, full_matrices=False))
-
-
 def _target(taus: Sequence[Tensor], kept: Sequence[LowRank], variant: Informed) -> Tensor:
     pull = variant.pull
     sum_ = sum(taus, torch.zeros_like(taus[0]))
@@ -158,15 +154,6 @@ def _strong(taus: Sequence[Tensor]) -> Tensor:
     energy = sum((tau.square().sum() for tau in taus), torch.zeros(())) / len(taus)
     common = mean.square().sum()
     return mean * min(float(energy / common), len(taus)) if common > 0 else mean
-
-
-def tsvm(tasks: Sequence[LowRank]) -> Tensor:
-    """TSV-M (arXiv 2412.00081): as many singular triples a task as fit side by side, whitened."""
-    count = max(1, len(tasks[0].S) // len(tasks))
-    left = torch.cat([task.U[:, :count] for task in tasks], dim=1)
-    right = torch.cat([task.Vh[:count].mT for task in tasks], dim=1)
-    values = torch.cat([task.S[:count] for task in tasks])
-    return (polar(left) * values) @ polar(right).mT
 
 
 def _solve(gram: Tensor, right: Tensor, shift: Tensor, keep: str) -> Tensor:

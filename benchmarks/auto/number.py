@@ -9,13 +9,11 @@ samples of its data (and, of images, under other heads), beside one of another t
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,20 +23,17 @@ import click
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes from local folders
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import torch
 from torch import Tensor
 
-from benchmarks.auto.informed import factored, tsvm
 from benchmarks.auto.study import SCALES, mean, open_record, sets_of, task_arithmetic
-from benchmarks.common import peers
 from benchmarks.common.colors import CART_COLOR, LIMIT_COLOR
 from benchmarks.common.commands import out_option, report_option, workers_option
+from benchmarks.common.data_free import OF_TAUS, OfTaus, Tensors, merged_state, scaled_sum
 from benchmarks.common.provenance import made_by
 from benchmarks.common.tables import markdown_table
 from benchmarks.common.training import in_processes
 from benchmarks.suites import Encoders, load_encoders, task_order
 from cart_plugin import CartSettings, merge_state_dicts
-from cart_plugin.merging.tensors import is_decomposed, matrix_shape
 
 SUITES = ("vision", "text")
 SEEDS = (0, 1, 2)
@@ -49,51 +44,9 @@ FINE_TUNED = "fine-tuned"
 
 OVERLAPPING = "overlapping"
 
-Tensors = Mapping[str, Tensor]
 Member = tuple[int, str]  # a model: how far its seed is from the first one's, and its task
-OfTaus = Callable[[Sequence[Tensor]], Tensor]
 
 
-def sparse(taus: Sequence[Tensor], *, random: bool, density: float) -> Tensor:
-    """TIES of matrices, or DARE-TIES (`random`), by mergekit's functions; scale 1.
-
-    What is elected is averaged, as mergekit does for TIES.
-    """
-    from mergekit.merge_methods.generalized_task_arithmetic import get_mask
-    from mergekit.sparsify import RescaleNorm, SparsificationMethod, sparsify
-
-    torch.manual_seed(0)
-    which = SparsificationMethod.random if random else SparsificationMethod.magnitude
-    rescale = RescaleNorm.l1 if random else None
-    kept = torch.stack(
-        [sparsify(tau, density=density, method=which, rescale_norm=rescale) for tau in taus]
-    )
-    mask = get_mask(kept)
-    return (kept * mask).sum(dim=0) / mask.sum(dim=0).clamp_min(1)
-
-
-def iso_c(taus: Sequence[Tensor]) -> Tensor:
-    """FusionBench's Iso-C (arXiv 2502.04959) of matrices, scale 1."""
-    from fusion_bench.method.isotropic_merging.iso_utils import iso_c as merge
-
-    with redirect_stdout(io.StringIO()):  # a line a matrix
-        return merge([{"w": tau} for tau in taus], "cpu")["w"]
-
-
-def _scaled_sum(taus: Sequence[Tensor], scale: float) -> Tensor:
-    return scale * torch.stack(list(taus)).sum(dim=0)
-
-
-OF_TAUS: dict[str, OfTaus] = {
-    "ASWUDI": peers.aswudi,
-    "SWUDI": peers.swudi,
-    "TSV-M": lambda taus: tsvm([factored(tau) for tau in taus]),
-    "ACE": peers.ace,
-    "TIES": partial(sparse, random=False, density=0.2),
-    "DARE-TIES": partial(sparse, random=True, density=0.5),
-    "Iso-C": iso_c,
-    "DC-Merge": peers.dc_merge,
-}
 OF_MODELS: dict[str, tuple[CartSettings, bool]] = {  # and whether they are given the base
     AUTO: (CartSettings(lambda_="auto"), True),
     "cart_auto without the base": (CartSettings(lambda_="auto"), False),
@@ -178,19 +131,9 @@ def merge(method: str, tuned: Sequence[Tensors], base: Tensors, scale: float) ->
         settings, informed = OF_MODELS[method]
         return merge_state_dicts(tuned, settings, base=base if informed else None)
     of_taus: OfTaus = OF_TAUS.get(
-        method, partial(_scaled_sum, scale=scale if method == ARITHMETIC else 1 / len(tuned))
+        method, partial(scaled_sum, scale=scale if method == ARITHMETIC else 1 / len(tuned))
     )
-    merged = {}
-    with torch.no_grad():
-        for name, start in base.items():
-            taus = [one[name] - start for one in tuned]
-            if is_decomposed(name, start.shape):
-                shape = matrix_shape(name, start.shape)[1:]
-                taus = [tau.reshape(shape) for tau in taus]
-                merged[name] = start + of_taus(taus).view(start.shape)
-            else:
-                merged[name] = start + torch.stack(taus).mean(dim=0)
-    return merged
+    return merged_state(of_taus, tuned, base)
 
 
 def scales_of(suite: str, folder: Path) -> dict[str, float]:

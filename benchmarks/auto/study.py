@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.auto import informed
-from benchmarks.auto.informed import Informed, combine, tsvm
+from benchmarks.auto.informed import Informed, combine
 from benchmarks.auto.search import key_of
 from benchmarks.common import peers
 from benchmarks.common.commands import out_option, workers_option
+from benchmarks.common.data_free import tsvm
 from benchmarks.common.provenance import made_by
 from benchmarks.common.record import Record, conditions
 from benchmarks.common.tables import markdown_table
@@ -94,7 +95,8 @@ VARIANTS: dict[str, dict[str, Informed]] = {
     "cut": {
         "0.08": Informed(rank=0.08),
         "0.16": Informed(rank=0.16),
-        "0.32": DEFAULT,
+        "0.24": DEFAULT,
+        "0.32": Informed(rank=0.32),
         "0.48": Informed(rank=0.48),
         "none": Informed(rank=None),
     },

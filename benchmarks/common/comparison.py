@@ -54,6 +54,8 @@ class Suite:
         evaluator: the options of `compare` that judge a split (`validation` or `test`).
         work: the folder of all comparisons.
         grids: of the methods, by name.
+        beside: makes, of a seed, the models that are merged by other tools than mergekit, with
+            nothing to tune; in folders called by their method and a hash.
     """
 
     tasks: Mapping[str, str]
@@ -61,6 +63,7 @@ class Suite:
     evaluator: Callable[[str], Sequence[str]]
     work: Path
     grids: Mapping[str, Mapping[str, Sequence[float]]]
+    beside: Callable[[int], Sequence[Path]] = lambda _: ()
 
     def run(self, workers: int) -> dict[str, Any]:
         """Tune and test all methods, `workers` comparisons at a time; return the results."""
@@ -106,10 +109,12 @@ class Suite:
             for method, point in chosen.items()
             for name, value in point.items()
         ]
-        reports = in_threads(
-            [partial(self._compare, seed, "test", list(chosen), options) for seed in self.recipes],
-            workers,
-        )
+
+        def judged(seed: int) -> dict[str, Any]:
+            also = [f"--also={folder}" for folder in self.beside(seed)]
+            return self._compare(seed, "test", list(chosen), [*options, *also])
+
+        reports = in_threads([partial(judged, seed) for seed in self.recipes], workers)
         return {
             seed: [self._slim(row, "test") for row in report["rows"]]
             for seed, report in zip(self.recipes, reports, strict=True)
@@ -224,6 +229,8 @@ def lines(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 own = next(name for name in names if row["name"].startswith(f"input-{name}-"))
                 for values in individual:
                     individual[values][own] = row[values][own]
+            elif row["kind"] == "other":
+                found.setdefault(_method_of(row["name"]), []).append(row)
             elif not row["error"]:
                 found.setdefault(row["method"], []).append(row)
         found.setdefault("fine-tuned", []).append(individual)
@@ -240,6 +247,11 @@ def lines(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         for key, seeds in found.items()
     ]
     return sorted(table, key=_by_mean)
+
+
+def _method_of(name: str) -> str:
+    """Of a row that was merged elsewhere: its folder is called by the method and a hash."""
+    return name.removeprefix("also-").rpartition("-")[0]
 
 
 def _by_mean(line: Mapping[str, Any]) -> float:
@@ -296,7 +308,8 @@ def write_report(out: Path) -> None:
     results = json.loads((out / "results.json").read_text())
     table = lines(results)
     whole = next(line["mean"] for line in table if line["name"] == "fine-tuned")
-    best = max((line for line in table if line["name"] in results["chosen"]), key=_by_mean)
+    limits = ("pretrained", "fine-tuned")
+    best = max((line for line in table if line["name"] not in limits), key=_by_mean)
     rows = [
         [
             f"**{line['name']}**" if line is best else line["name"],

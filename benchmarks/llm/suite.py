@@ -1,17 +1,20 @@
 """`python -m benchmarks.llm` (`make bench-llm`): merge methods of mergekit on SmolLM2-135M.
 
-Fine-tunes (or finds) one model a task by LoRA; the rest is `benchmarks.common.comparison`, which
-runs `mergekit-cart compare` with lm-eval. The methods merge the whole models; at the end, those
-named by `--adapters` merge base and adapters (`model+lora`), which has to give the same.
+Fine-tunes (or finds) one model a task by LoRA, all of a seed from one start or each from its own,
+since that decides how much their row spaces have in common. The rest is
+`benchmarks.common.comparison`, which runs `mergekit-cart compare` with lm-eval. The methods merge
+the whole models; at the end, those named by `--adapters` merge base and adapters (`model+lora`),
+which has to give the same.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -21,11 +24,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from benchmarks.common.cache import cache_root, settings_hash
 from benchmarks.common.commands import out_option
 from benchmarks.common.comparison import Suite, in_threads, share_cores, write_recipe, write_results
+from benchmarks.common.data_free import BESIDE_MERGEKIT, merged_models
 from benchmarks.llm.backbone import prepare_backbone
 from benchmarks.llm.finetune import FineTuning, finetune_all
 from benchmarks.llm.tasks import QUESTIONS, task_name, write_tasks
 
 EXAMPLES = {"validation": 100, "test": 300}
+STARTS = ("one", "own")  # a seed's adapters begin with the same A, or each with its own
 
 # Half of the text suite's points: an evaluation takes a minute.
 GRIDS: dict[str, dict[str, Sequence[float]]] = {
@@ -53,6 +58,7 @@ def suites(
     methods: list[str],
     settings: FineTuning,
     examples: dict[str, int],
+    seeds: list[int],
     workers: int,
     most: int | None = None,
 ) -> tuple[Suite, Suite]:
@@ -63,60 +69,66 @@ def suites(
         methods: by name.
         settings: of the fine-tuning.
         examples: of each task by split.
+        seeds: of the fine-tuning; adapters are merged of the first one.
         workers: processes that fine-tune.
         most: values of each parameter in the grids; all by default.
     """
     base = prepare_backbone()
-    tuned = finetune_all(tasks, 0, settings, workers)
-    forms: dict[str, dict[str, str]] = {
-        "models": {name: str(one.model) for name, one in tuned.items()},
-        "adapters": {name: f"{base}+{one.adapter}" for name, one in tuned.items()},
-    }
+    tuned = {seed: finetune_all(tasks, seed, settings, workers) for seed in seeds}
+    first = tuned[seeds[0]]
     work = cache_root() / "llm-suite" / settings_hash([tasks, asdict(settings), examples])
 
     def judge(split: str) -> list[str]:
         return evaluator(tasks, split, examples[split])
 
-    whole, adapters = (
-        Suite(
-            tasks={name: QUESTIONS[name].title for name in tasks},
-            recipes={0: write_recipe(models, base, work / form)},
-            evaluator=judge,
-            work=work / form,
-            grids={
-                method: {name: values[:most] for name, values in GRIDS[method].items()}
-                for method in methods
-            },
-        )
-        for form, models in forms.items()
+    def beside(seed: int) -> list[Path]:
+        folders = [one.model for one in tuned[seed].values()]
+        return list(merged_models(BESIDE_MERGEKIT, folders, base, work / "beside").values())
+
+    def recipe(models: Mapping[str, str | Path], folder: Path) -> Path:
+        return write_recipe(models, base, folder)
+
+    common: dict[str, Any] = {
+        "tasks": {name: QUESTIONS[name].title for name in tasks},
+        "evaluator": judge,
+        "grids": {
+            method: {name: values[:most] for name, values in GRIDS[method].items()}
+            for method in methods
+        },
+    }
+    whole = Suite(
+        recipes={
+            seed: recipe({name: one.model for name, one in models.items()}, work / f"seed{seed}")
+            for seed, models in tuned.items()
+        },
+        work=work / "models",
+        beside=beside,
+        **common,
+    )
+    pairs = {name: f"{base}+{one.adapter}" for name, one in first.items()}
+    adapters = Suite(
+        recipes={seeds[0]: recipe(pairs, work / "adapters")}, work=work / "adapters", **common
     )
     return whole, adapters
 
 
-@click.command()
-@click.option("--tasks", default=",".join(QUESTIONS), help="Tasks, by name.")
-@click.option("--methods", default=",".join(GRIDS), help="Merge methods; all by default.")
-@click.option("--adapters", default="cart,linear", show_default=True, help="See above.")
-@click.option("--workers", default=2, show_default=True, help="Processes at work at a time.")
-@click.option("--tiny", is_flag=True, help="A few steps and settings, to see that it runs.")
-@out_option("llm")
-def main(tasks: str, methods: str, adapters: str, workers: int, tiny: bool, out: Path) -> None:
-    """Compare mergekit's methods on the LLM suite."""
-    if not set(adapters.split(",")) <= set(methods.split(",")):
-        raise click.UsageError("--adapters names methods that --methods does not")
-    share_cores(workers)
-    settings = FineTuning(examples=32, rank=4) if tiny else FineTuning()
+def compare(
+    methods: list[str],
+    adapters: list[str],
+    settings: FineTuning,
+    tasks: list[str],
+    seeds: list[int],
+    workers: int,
+    out: Path,
+    *,
+    tiny: bool,
+) -> None:
+    """Compare the methods on one kind of fine-tuning, and write the results."""
     examples = {"validation": 4, "test": 8} if tiny else EXAMPLES
-    whole, as_adapters = suites(
-        tasks.split(","),
-        methods.split(","),
-        settings,
-        examples,
-        workers,
-        most=1 if tiny else None,
-    )
+    most = 1 if tiny else None
+    whole, as_adapters = suites(tasks, methods, settings, examples, seeds, workers, most)
     chosen, validation = whole.tune(workers)
-    again = {name: chosen[name] for name in adapters.split(",")}
+    again = {name: chosen[name] for name in adapters}
     test, merged_adapters = in_threads(
         [partial(whole.test, chosen, 1), partial(as_adapters.test, again, 1)], workers
     )
@@ -125,10 +137,58 @@ def main(tasks: str, methods: str, adapters: str, workers: int, tiny: bool, out:
         "fine_tuning": asdict(settings),
         "examples": examples,
     }
+    count = len(seeds)
+    spread = (
+        f"mean of {count} fine-tuning seeds ± standard error"
+        if count > 1
+        else ("one fine-tuning seed, ± standard error over the examples")
+    )
+    start = (
+        "one start (a seed's adapters begin alike)" if settings.one_start else "starts of their own"
+    )
     caption = (
-        f"Test accuracy in per cent ({examples['test']} examples a task, lm-eval), ± standard "
-        "error over the examples. Settings were chosen on the validation split "
+        f"Test accuracy in per cent ({examples['test']} examples a task, lm-eval), {spread}; "
+        f"adapters from {start}. Settings were chosen on the validation split of the first seed "
         f"({examples['validation']} examples a task), among at most four."
     )
     write_results(results, caption, "bench-llm", out)
     click.echo((out / "table.md").read_text())
+
+
+@click.command()
+@click.option("--tasks", default=",".join(QUESTIONS), help="Tasks, by name.")
+@click.option("--methods", default=",".join(GRIDS), help="Merge methods; all by default.")
+@click.option("--adapters", default="cart,linear", show_default=True, help="See above.")
+@click.option("--seeds", default="0,1,2", show_default=True, help="Of the fine-tuning.")
+@click.option("--starts", default=",".join(STARTS), show_default=True, help="Of the adapters.")
+@click.option("--workers", default=2, show_default=True, help="Processes at work at a time.")
+@click.option("--tiny", is_flag=True, help="A few steps and settings, to see that it runs.")
+@out_option("llm")
+def main(
+    tasks: str,
+    methods: str,
+    adapters: str,
+    seeds: str,
+    starts: str,
+    workers: int,
+    tiny: bool,
+    out: Path,
+) -> None:
+    """Compare mergekit's methods, and others, on the LLM suite."""
+    if not set(adapters.split(",")) <= set(methods.split(",")):
+        raise click.UsageError("--adapters names methods that --methods does not")
+    if not set(starts.split(",")) <= set(STARTS):
+        raise click.UsageError(f"--starts are of {', '.join(STARTS)}")
+    share_cores(workers)
+    settings = FineTuning(examples=32, rank=4) if tiny else FineTuning()
+    for start in starts.split(","):
+        compare(
+            methods.split(","),
+            adapters.split(","),
+            replace(settings, one_start=start == "one"),
+            tasks.split(","),
+            [int(seed) for seed in seeds.split(",")],
+            workers,
+            out if start == "one" else out / "own_starts",
+            tiny=tiny,
+        )

@@ -18,6 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from benchmarks.common.cache import cache_root
 from benchmarks.common.commands import out_option
 from benchmarks.common.comparison import GRIDS, Suite, share_cores, write_recipe, write_results
+from benchmarks.common.data_free import BESIDE_MERGEKIT, merged_models
 from benchmarks.text.backbone import prepare_backbone
 from benchmarks.text.evaluator import TEST_TEXTS
 from benchmarks.text.finetune import FineTuning, finetune_all
@@ -35,17 +36,21 @@ def suite(seeds: list[int], methods: list[str], workers: int) -> Suite:
     for name in SUITE:
         prepare_task(name)
     work = cache_root() / "text-suite"
+    tuned = {seed: finetune_all(SUITE, seed, workers=workers) for seed in seeds}
+
+    def beside(seed: int) -> list[Path]:
+        folders = list(tuned[seed].values())
+        return list(merged_models(BESIDE_MERGEKIT, folders, base, work / "beside").values())
+
     return Suite(
         tasks={name: TASKS[name].title for name in SUITE},
         recipes={
-            seed: write_recipe(
-                finetune_all(SUITE, seed, workers=workers), base, work / f"seed{seed}"
-            )
-            for seed in seeds
+            seed: write_recipe(models, base, work / f"seed{seed}") for seed, models in tuned.items()
         },
         evaluator=evaluator,
         work=work,
         grids={method: GRIDS[method] for method in methods},
+        beside=beside,
     )
 
 

@@ -30,6 +30,12 @@ _METHODS = "cart,cart_auto,linear,task_arithmetic,ties,dare_ties,model_stock"
     metavar="MODULE:FUNCTION",
     help="Instead of lm-eval: a function that takes a model's folder and returns {name: number}.",
 )
+@click.option(
+    "--also",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Folder of a model to judge beside them, such as one merged by another tool.",
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of results.")
 @click.option(
     "--set", "fixed", multiple=True, metavar="METHOD.PARAMETER=VALUE", help="Replaces the recipe's."
@@ -67,6 +73,7 @@ def compare(
     methods: str,
     tasks: str | None,
     evaluator: str | None,
+    also: tuple[Path, ...],
     out: Path,
     fixed: tuple[str, ...],
     grid: tuple[str, ...],
@@ -96,6 +103,7 @@ def compare(
             out,
             keep_models,
             merge_options,
+            also,
         )
         asked.check_inputs(comparison)
         asked.check_disk(comparison)
@@ -148,6 +156,7 @@ def _table(rows: list[Row]) -> RenderableType:
     from rich.table import Table
 
     from cart_plugin.compare.report import tasks
+    from cart_plugin.compare.steps import title_of
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("model", overflow="fold")
@@ -163,7 +172,7 @@ def _table(rows: list[Row]) -> RenderableType:
         )
         style = "bold" if row.kind == "merged" and row.mean == best else ""
         table.add_row(
-            escape(row.name.removeprefix("input-")),
+            escape(title_of(row.name)),
             "" if row.mean is None else f"{row.mean:.3f}",
             *(f"{row.metrics[name]['value']:.3f}" if name in row.metrics else "" for name in names),
             state,

@@ -68,7 +68,7 @@ class Percent(click.ParamType):
 )
 @click.option(
     "--svd",
-    type=click.Choice(["auto", "exact", "fast", "subspace"]),
+    type=click.Choice(["auto", "exact", "fast", "subspace", "sketch"]),
     default="auto",
     show_default=True,
 )

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from cart_plugin.checkpoints.files import write_json, write_text
-from cart_plugin.compare.steps import Comparison, Row, versions
+from cart_plugin.compare.steps import Comparison, Row, title_of, versions
 
 _REMARKS = {
     "error": "failed: {}",
     "warning": "{}",
     "note": "merged tensor by tensor (run its recipe by mergekit-cart merge): {}",
 }
-_KINDS = {"base": "base model", "model": "fine-tuned", "merged": ""}
+_KINDS = {"base": "base model", "model": "fine-tuned", "other": "as it is", "merged": ""}
 
 
 def report(comparison: Comparison, rows: Sequence[Row], recipe: Path) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def write_report(found: Mapping[str, Any], out: Path) -> None:
 
 def title(row: Mapping[str, Any]) -> str:
     """A row's name as a reader wants it."""
-    return str(row["name"]).removeprefix("input-")
+    return title_of(row["name"])
 
 
 def settings(row: Mapping[str, Any]) -> str:
@@ -181,7 +181,7 @@ def _bars(rows: Sequence[Mapping[str, Any]]) -> str:
     ordered = sorted(rows, key=lambda row: row["mean"])
     figure = Figure(figsize=(6.4, 0.6 + 0.3 * len(ordered)), layout="constrained")
     axes = figure.subplots()
-    colours = {"base": "#b0b7c3", "model": "#8fa3bf", "merged": "#2f6fb0"}
+    colours = {"base": "#b0b7c3", "model": "#8fa3bf", "other": "#5f9ea0", "merged": "#2f6fb0"}
     bars = axes.barh(
         range(len(ordered)),
         [row["mean"] for row in ordered],

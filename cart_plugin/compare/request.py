@@ -76,6 +76,7 @@ def comparison_of(
     out: Path,
     keep: Any,
     options: tuple[str, ...],
+    also: tuple[Path, ...] = (),
 ) -> Comparison:
     """The comparison that a command asks for.
 
@@ -88,6 +89,7 @@ def comparison_of(
         out: folder of the results.
         keep: which merged models stay: none, best or all.
         options: of mergekit's command line.
+        also: folders of models to judge as they are.
 
     Raises:
         CartError: the recipe or its models cannot be merged, or an assignment is none.
@@ -111,7 +113,12 @@ def comparison_of(
     )
     if not rows:
         raise CartError("--methods names no method")
-    return Comparison(inputs, rows, request, out, keep, options)
+    for number, folder in enumerate(also):
+        if not (folder / "config.json").is_file():
+            raise CartError(f"--also {folder} is no model's folder: it has no config.json")
+        if folder.resolve() in [other.resolve() for other in also[:number]]:
+            raise CartError(f"--also {folder} is given twice")
+    return Comparison(inputs, rows, request, out, keep, options, also)
 
 
 def _check_parameters(config: MergeConfiguration) -> None:
@@ -146,8 +153,9 @@ def locked(out: Path) -> FileLock:
 def check_inputs(comparison: Comparison) -> None:
     """Refuse models that an earlier comparison left where this one removes its own."""
     made = {(comparison.out / variant.name / MODEL).resolve() for variant in comparison.variants}
-    for label, checkpoint in comparison.inputs.checkpoints.items():
-        if checkpoint.path.resolve() in made:
+    used = {label: checkpoint.path for label, checkpoint in comparison.inputs.checkpoints.items()}
+    for label, path in (used | {str(folder): folder for folder in comparison.also}).items():
+        if path.resolve() in made:
             raise CartError(
                 f"model {label} lies where this comparison would write; name another folder (--out)"
             )

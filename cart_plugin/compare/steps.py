@@ -41,7 +41,7 @@ MODEL = "model"  # a variant's merged folder
 
 @dataclass
 class Row:
-    """One line of the comparison: an input model or a merged one.
+    """One line of the comparison: an input model, a merged one, or one that was merged elsewhere.
 
     Attributes:
         name: of the line, and of its folder under the output.
@@ -60,7 +60,7 @@ class Row:
     """
 
     name: str
-    kind: Literal["base", "model", "merged"]
+    kind: Literal["base", "model", "other", "merged"]
     model: str
     method: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -79,6 +79,11 @@ class Row:
         return sum(values) / len(values) if values else None
 
 
+def title_of(name: str) -> str:
+    """A row's name as a reader wants it."""
+    return name.removeprefix("input-").removeprefix("also-")
+
+
 @dataclass(frozen=True)
 class Comparison:
     """What to compare.
@@ -91,6 +96,7 @@ class Comparison:
         keep: which merged models stay on the disk.
         options: further options of mergekit's command line; random methods start from seed 0
             unless they say otherwise.
+        also: folders of models that are judged as they are.
     """
 
     inputs: Inputs
@@ -99,9 +105,10 @@ class Comparison:
     out: Path
     keep: Keep = "none"
     options: Sequence[str] = ()
+    also: Sequence[Path] = ()
 
     def rows(self) -> list[Row]:
-        """The lines of the table in their order: base model, fine-tuned models, merged ones."""
+        """The lines of the table in their order: base, fine-tuned, others' models, merged ones."""
         base = self.inputs.config.base_model
         fused = self._adapters()
         rows = [
@@ -116,6 +123,8 @@ class Comparison:
             )
             for label, name in self._input_names().items()
         ]
+        others = _short_names([str(folder.resolve()) for folder in self.also])
+        rows += [Row(f"also-{name}", "other", path) for path, name in others.items()]
         for variant in self.variants:
             folder = self.out / variant.name / MODEL
             rows.append(Row(variant.name, "merged", str(folder), variant.method, variant.settings))
@@ -281,7 +290,7 @@ class Comparison:
 
 def _check_evaluator(rows: Sequence[Row]) -> None:
     """Refuse to merge for an evaluator that fails on every input: it would on every merge."""
-    inputs = [row for row in rows if row.kind != "merged"]
+    inputs = [row for row in rows if row.kind in ("base", "model")]
     if inputs and all(row.state == "failed" for row in inputs):
         raise CartError(f"not merged, since no input could be evaluated: {inputs[-1].error}")
 

@@ -6,6 +6,6 @@ with a base model), `settings`, `kept` (how much of the differences), `cart` (th
 `state_dicts` (whole models), `indexing` (CART-Indexing of one tensor).
 """
 
-REVISION = 3
+REVISION = 4
 """Raised when the numbers that come out of this room change by more than rounding, or their cost:
 what was measured or merged with another revision is then done anew. Not for moved files."""

@@ -38,7 +38,7 @@ from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.precision import full_precision
 from cart_plugin.merging.normal_equations import System
 
-INFORMED_RANK_RATIO = 0.32
+INFORMED_RANK_RATIO = 0.24
 INFORMED_RIDGE = 0.3
 INFORMED_LEAST_KEPT = 0.3
 """The least rho."""

@@ -20,7 +20,7 @@ class CartSettings:
     Attributes:
         rank_ratio: share of the singular directions to keep (`RankRule`). If none is given: 0.08,
             less of differences of low numerical rank (`RankRule.of_numerical_rank`), such as those
-            of adapters, of which 0.08 may be all; and 0.16 with ``lambda_="auto"``, or 0.32 where
+            of adapters, of which 0.08 may be all; and 0.16 with ``lambda_="auto"``, or 0.24 where
             the base model is taken into account.
         rank: their number instead.
         energy: as many as hold this share of the squared singular values instead.
@@ -31,7 +31,8 @@ class CartSettings:
             the average; but with ``lambda_="auto"`` a base model that is given shows where each
             task's inputs lie (`cart_plugin.merging.informed.informed_by_base`).
         svd: solver, one of `cart_plugin.linalg.svd.SOLVERS`; ``"auto"`` is ``"subspace"`` with
-            ``lambda_="auto"``, which needs no singular vectors.
+            ``lambda_="auto"``, which needs no singular vectors, and ``"sketch"`` where the base
+            model is taken into account.
         seed: start of the randomised solvers, mixed with each tensor's name.
 
     Raises:
@@ -68,8 +69,9 @@ class CartSettings:
 
     @property
     def informed(self) -> CartSettings:
-        """The same where the base model does: with a rank rule of its own if none is given."""
-        return self if self.has_rule else replace(self, rank_ratio=INFORMED_RANK_RATIO)
+        """The same where the base model does: with a rank rule and solver of its own."""
+        ratio = self.rank_ratio if self.has_rule else INFORMED_RANK_RATIO
+        return replace(self, rank_ratio=ratio, svd="sketch" if self.svd == "auto" else self.svd)
 
     @property
     def rule(self) -> RankRule:

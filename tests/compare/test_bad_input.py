@@ -154,6 +154,17 @@ def test_an_evaluator_of_no_use_is_a_line_of_the_report(
     assert (rows(tmp_path / "out")["input-llama-0"]["mean"] is not None) == (evaluator == "raising")
 
 
+def test_folders_to_judge_are_models_and_named_once(
+    llamas: list[str], compare: Callable[..., Any], tmp_path: Path
+) -> None:
+    recipe = recipe_for(llamas[:3], tmp_path / "mine.yaml")
+    done = compare(recipe, "--also", str(tmp_path))
+    assert "is no model's folder: it has no config.json" in " ".join(done.output.split())
+    done = compare(recipe, "--also", llamas[3], "--also", f"{llamas[3]}/")
+    assert "is given twice" in " ".join(done.output.split())
+    assert not (tmp_path / "out").exists()
+
+
 def test_wrong_commands_end_in_one_line(
     llamas: list[str], compare: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,6 +99,23 @@ def test_methods_and_inputs_are_compared(
     assert changed == ["cart"]
 
 
+def test_models_of_other_tools_are_judged_beside_them(
+    llamas: list[str], compare: Callable[..., Any], tmp_path: Path
+) -> None:
+    recipe = recipe_for(llamas[:3], tmp_path / "mine.yaml")
+    done = compare(recipe, "--methods", "linear", "--also", llamas[3])
+    assert done.exit_code == 0, done.output
+    found = rows(tmp_path / "out")
+    assert list(found)[-2:] == ["also-llama-3", "linear"]
+    assert found["also-llama-3"]["kind"] == "other"
+    from tests.compare.evaluators import mean_sizes
+
+    expected = mean_sizes(llamas[3])["matrices"]
+    assert found["also-llama-3"]["metrics"]["matrices"]["value"] == expected
+    assert "llama-3 (as it is)" in (tmp_path / "out" / "report.md").read_text()
+    assert Path(llamas[3], "config.json").is_file()  # it is not ours to remove
+
+
 @pytest.mark.slow
 def test_only_the_best_model_is_kept(
     llamas: list[str], compare: Callable[..., Any], tmp_path: Path

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cart_plugin import CartSettings
+from cart_plugin.linalg import subspace
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.linalg.subspace import GAIN, near_subspace, oversampled
 from cart_plugin.linalg.svd import truncated_svd
@@ -38,6 +39,30 @@ def test_decaying_spectra_lose_two_thousandths_at_most(
         assert lost(x, found.right[0]) <= 0.002
         assert close_to_orthonormal(found.left[0])
         assert torch.allclose(found.left[0].mT @ x, found.right[0], atol=1e-5 * float(x.norm()))
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("shape", [(160, 200), (130, 500)], ids=str)
+def test_a_sketch_loses_little_more_in_fewer_steps(
+    spectrum: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = with_spectrum(SPECTRA[spectrum](shape[0]), *shape)
+    steps = []
+    times = subspace.times_transposed
+    monkeypatch.setattr(
+        subspace, "times_transposed", lambda *pair: steps.append(pair) or times(*pair)
+    )
+    for share in (0.08, 0.24):
+        rule = RankRule(share)
+        whole = near_subspace(x[None], rule.fixed_rank(*shape) or 1, seed=0)
+        more = len(steps)
+        steps.clear()
+        found = truncated_svd(x, rule, svd="sketch")
+        assert len(steps) <= min(more, 4)
+        steps.clear()
+        assert lost(x, found.S[:, None]) <= 0.015
+        assert lost(x, whole.right[0]) <= lost(x, found.S[:, None]) + 1e-6
+        assert close_to_orthonormal(found.U)
 
 
 @pytest.mark.parametrize("shape", [(256, 256), (256, 700)], ids=str)
@@ -129,3 +154,10 @@ def test_cart_auto_takes_it_unless_told_otherwise(monkeypatch: pytest.MonkeyPatc
         torch.testing.assert_close(merge_tensors(tensors, settings), expected, atol=1e-5, rtol=1e-4)
         assert torch.equal(truncated(tensors[0] - centre, settings, None).S, parts[0].S[None])
     assert CartSettings().solver == "auto"
+
+
+def test_with_a_base_cart_auto_takes_the_sketch_unless_told_otherwise() -> None:
+    settings = CartSettings(lambda_="auto")
+    assert settings.informed.solver == "sketch"
+    assert CartSettings(lambda_="auto", svd="fast").informed.solver == "fast"
+    assert CartSettings(lambda_="auto", rank=3).informed.solver == "sketch"

@@ -96,7 +96,7 @@ def test_one_model_ends_the_merge(llamas: list[str], tmp_path: Path) -> None:
         ({"rank": 4, "energy": 0.9}, "rank=4 and energy=0.9 are two rank rules at once"),
         ({"center": "base"}, "center is 'base' but there is no base model"),
         ({"center": "mean"}, "center must be 'average' or 'base', got 'mean'"),
-        ({"svd": "quick"}, "svd must be one of auto, exact, fast, subspace, got 'quick'"),
+        ({"svd": "quick"}, "svd must be one of auto, exact, fast, subspace, sketch, got 'quick'"),
         ({"lambda": "much"}, "lambda must be a number, got 'much'"),
         ({"weight": 0}, "weights must sum to more than 0, got [0.0, 0.0, 0.0]"),
         ({"weight": "some"}, "weight must be a number, got 'some'"),

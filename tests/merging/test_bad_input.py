@@ -127,7 +127,7 @@ def test_center_base_without_a_base_is_refused() -> None:
         ({"lambda_": math.nan}, "lambda must be a finite number or 'auto', got nan"),
         ({"lambda_": math.inf}, "lambda must be a finite number or 'auto', got inf"),
         ({"center": "mean"}, "center must be 'average' or 'base', got 'mean'"),
-        ({"svd": "quick"}, "svd must be one of auto, exact, fast, subspace, got 'quick'"),
+        ({"svd": "quick"}, "svd must be one of auto, exact, fast, subspace, sketch, got 'quick'"),
         ({"lambda_": "1"}, "lambda must be a finite number or 'auto', got '1'"),
         ({"seed": 0.5}, r"seed must be a whole number, got 0\.5"),
         ({"rank": 4, "energy": 0.5}, r"rank=4 and energy=0\.5 are two rank rules at once"),

@@ -82,7 +82,7 @@ def test_a_merge_is_the_average_and_that() -> None:
     base, *taus = matrices(4, 24, 40)
     weights = [1.0, 2.0, 1.0]
     mean = (taus[0] + 2 * taus[1] + taus[2]) / 4
-    expected = mean + by_definition(taus, weights, int(0.32 * 24))
+    expected = mean + by_definition(taus, weights, int(0.24 * 24))
     found = merged(taus, base, weights=weights)
     assert torch.linalg.norm(found - expected) < 1e-4 * torch.linalg.norm(expected)
 

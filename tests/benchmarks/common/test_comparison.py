@@ -69,6 +69,7 @@ def test_the_table_is_made_from_the_results_alone(tmp_path: Path) -> None:
             row("input-two-5678", "model") | {"accuracy": {"one": 0.2, "two": 0.8}},
             row("cart", "merged", "cart") | {"accuracy": both},
             row("ties", "merged", "ties", error="no") | {"accuracy": {}},
+            row("also-tsv-m-0a1b2c", "other") | {"accuracy": {"one": 0.3, "two": 0.4}},
         ]
 
     results = {
@@ -78,7 +79,7 @@ def test_the_table_is_made_from_the_results_alone(tmp_path: Path) -> None:
         "test": {"0": seed(0.0), "1": seed(0.1)},
     }
     found = {line["name"]: line for line in comparison.lines(results)}
-    assert list(found) == ["pretrained", "cart", "fine-tuned"]
+    assert list(found) == ["pretrained", "tsv-m", "cart", "fine-tuned"]
     assert abs(found["fine-tuned"]["mean"] - 0.85) < 1e-9
     assert abs(found["cart"]["mean"] - 0.6) < 1e-9
     assert abs(found["cart"]["stderr"] - 0.05) < 1e-9

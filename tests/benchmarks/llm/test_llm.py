@@ -92,16 +92,24 @@ def test_the_loss_of_a_padded_batch_is_that_of_its_answers_alone():
 def test_a_tiny_suite_runs_from_fine_tuning_to_the_table(tmp_path):
     command = [sys.executable, "-m", "benchmarks.llm", "--tiny", "--out", str(tmp_path)]
     command += ["--tasks", "parts_of_speech,domains", "--methods", "linear,ties,cart"]
+    command += ["--seeds", "0", "--starts", "own"]
     subprocess.run([*command, "--adapters", "cart"], check=True)
-    results = json.loads((tmp_path / "results.json").read_text())
+    own = tmp_path / "own_starts"
+    results = json.loads((own / "results.json").read_text())
     (rows,) = results["test"].values()
-    assert [row["kind"] for row in rows] == ["base", "model", "model", *["merged"] * 3]
+    assert [row["kind"] for row in rows] == [
+        "base",
+        "model",
+        "model",
+        *["other"] * 6,
+        *["merged"] * 3,
+    ]
     assert not [row["error"] for row in rows if row["error"]]
     assert all(0 <= value <= 1 for row in rows for value in row["accuracy"].values())
     assert all(row["accuracy"].keys() == {"parts_of_speech", "domains"} for row in rows)
     (again,) = results["adapters"].values()
     assert [row["kind"] for row in again] == ["base", "model", "model", "merged"]
-    assert (tmp_path / "table.md").read_text().count("\n| ") == 7
+    assert (own / "table.md").read_text().count("\n| ") == 13
 
 
 @pytest.mark.slow

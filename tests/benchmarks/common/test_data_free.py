@@ -1,0 +1,53 @@
+"""Methods beside mergekit's, on whole models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.common import data_free, peers
+from tests.doctor.tiny import save_models
+from tests.support import random
+
+
+@pytest.mark.parametrize("method", data_free.OF_TAUS)
+def test_each_merges_matrices_one_by_one_and_averages_the_rest(method: str) -> None:
+    def state(seed: int) -> dict[str, torch.Tensor]:
+        return {
+            "up_proj.weight": random(6, 9, seed=seed),
+            "mlp.experts.up_proj": random(2, 6, 9, seed=10 + seed),
+            "norm.weight": random(9, seed=20 + seed),
+        }
+
+    base, *tuned = (state(seed) for seed in range(4))
+    of_taus = data_free.OF_TAUS[method]
+    merged = data_free.merged_state(of_taus, tuned, base)
+    taus = [one["up_proj.weight"] - base["up_proj.weight"] for one in tuned]
+    assert torch.equal(merged["up_proj.weight"], base["up_proj.weight"] + of_taus(taus))
+    for index in range(2):
+        expert = [
+            (one["mlp.experts.up_proj"] - base["mlp.experts.up_proj"])[index] for one in tuned
+        ]
+        found = merged["mlp.experts.up_proj"][index] - base["mlp.experts.up_proj"][index]
+        assert torch.allclose(found, of_taus(expert), atol=1e-6)
+    mean = sum(one["norm.weight"] for one in tuned) / 3
+    assert torch.allclose(merged["norm.weight"], mean, atol=1e-6)
+
+
+def test_merged_models_are_made_once_and_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base, *tuned = map(Path, save_models(tmp_path / "models", "llama", count=3))
+    found = data_free.merged_models(["ASWUDI"], tuned, base, tmp_path / "beside")
+    name = "model.layers.0.mlp.up_proj.weight"
+    start, *states = (load_file(path / data_free.WEIGHTS) for path in (base, *tuned))
+    expected = start[name] + peers.aswudi([state[name] - start[name] for state in states])
+    model = AutoModelForCausalLM.from_pretrained(found["ASWUDI"])
+    assert torch.allclose(model.state_dict()[name], expected, atol=1e-6)
+    monkeypatch.setattr(data_free, "merged_state", None)  # it is not called again
+    assert data_free.merged_models(["ASWUDI"], tuned, base, tmp_path / "beside") == found
