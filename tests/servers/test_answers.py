@@ -15,6 +15,7 @@ from cart_plugin.compress.report import Report
 from tests.compress.models import tensors
 from tests.servers.servers import (
     ARCHITECTURES,
+    LIMIT,
     MAX_RANK,
     ask,
     divergence,
@@ -62,15 +63,8 @@ def made(request, tmp_path_factory) -> Made:
             continue
         found.reports[name] = compress(models, found.folder / name, **options)
         expand(found.folder / name, TASK, found.folder / f"{name}-expanded")
-    assert (
-        len(
-            {
-                tuple(load_file(p / "base" / "model.safetensors")["model.norm.weight"].tolist())
-                for p in (found.folder / name for name in found.reports)
-            }
-        )
-        == 1
-    )
+    weights = [found.folder / name / "base" / "model.safetensors" for name in found.reports]
+    assert len({file.read_bytes() for file in weights}) == 1
     return found
 
 
@@ -78,11 +72,11 @@ def made(request, tmp_path_factory) -> Made:
 def test_a_server_answers_as_the_expanded_model(server, made, tmp_path):
     found = ask(server, made.base, made.adapters, tmp_path / server)
     called = {"llama_cpp": "llama.cpp", "vllm": "vLLM"}[server]
-    assert divergence(logprobs(made.base), found[""]) <= 1e-6
+    assert divergence(logprobs(made.base), found[""]) <= LIMIT
     for name, report in made.reports.items():
         expected = logprobs(made.folder / f"{name}-expanded")
         assert divergence(expected, found[""]) > 1e-3, "the adapter changes nothing"
-        assert divergence(expected, found[name]) <= 1e-6, name
+        assert divergence(expected, found[name]) <= LIMIT, name
         assert loader(report.loaders, called).loads, name
 
 
@@ -92,10 +86,7 @@ def test_sglang_adds_the_differences_of_the_expanded_model(made, tmp_path):
     for name, report in made.reports.items():
         if not loader(report.loaders, "SGLang").loads:
             assert name.startswith("peft")
-            assert (
-                "LoRA buffer shape" in found[name]["error"]
-                or "Sizes of tensors" in found[name]["error"]
-            )
+            assert "error" in found[name]
             continue
         differences = load_file(found[name]["differences"])
         full = load_task(made.folder / name, TASK)
