@@ -113,6 +113,11 @@ def check_base(place: Path, name: str, base: Checkpoint) -> None:
     Raises:
         CartError: it is another one, or nothing says which it was.
     """
+    if not (place / BASE_RECORD).is_file():
+        raise CheckpointError(
+            f"adapter {name} has no {BASE_RECORD}, which says around what base it was made",
+            "copy the whole folder that `compress` wrote, or compress the models again",
+        )
     made_for = read_config(place, f"adapter {name}", BASE_RECORD).get("digest")
     if made_for != digest(base):
         raise CheckpointError(

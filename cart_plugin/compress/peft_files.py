@@ -78,8 +78,7 @@ def scaling(settings: Mapping[str, Any], layer: Layer, rows: int) -> float:
     Raises:
         CartError: the config names no alpha.
     """
-    patterns = settings.get("alpha_pattern") or {}  # earlier versions wrote one
-    alpha = patterns.get(_key(layer), settings.get("lora_alpha"))
+    alpha = settings.get("lora_alpha")
     if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
         raise CartError(
             f"adapter_config.json gives {layer.name} no lora_alpha but {alpha!r}; run "

@@ -101,18 +101,23 @@ def test_plain_adapters_are_swapped_in_place(kind, compressed, full):
     _near(answer(model), answer(full(made, "two")))
 
 
-def test_adapters_of_equal_ranks_by_layer_are_swapped_in_place(compressed, full):
-    made = compressed("llama", rank_ratio=0.25, drop_small=True)
+def _swapped(made) -> Tensor:
     model = PeftModel.from_pretrained(load(made.base), made.adapter("one")).eval()
     hotswap_adapter(model, str(made.adapter("two")), adapter_name="default", torch_device="cpu")
-    _near(answer(model), answer(full(made, "two")))
+    return answer(model)
 
 
-def test_adapters_of_other_ranks_are_not_swapped_in_place(compressed):
-    made = compressed("llama", **RANKS)
-    model = PeftModel.from_pretrained(load(made.base), made.adapter("one"))
-    with pytest.raises(ValueError, match="Configs are incompatible"):
-        hotswap_adapter(model, str(made.adapter("two")), adapter_name="default")
+@pytest.mark.parametrize("options", [PLAIN, {"rank_ratio": 0.25, "layout": "servers"}])
+def test_adapters_of_one_rank_are_swapped_in_place(options, compressed, full):
+    made = compressed("llama", **options)
+    _near(_swapped(made), answer(full(made, "two")))
+
+
+@pytest.mark.parametrize("options", [RANKS, {"rank_ratio": 0.25, "drop_small": True}])
+def test_adapters_of_several_ranks_are_swapped_with_a_wrong_scale(options, compressed, full):
+    # PEFT 0.21.2 looks for a layer's rank by its tensors' names, finds none, and takes r for all.
+    made = compressed("llama", **options)
+    assert (_swapped(made) - answer(full(made, "two"))).abs().max() > 1000 * ROUNDING
 
 
 def test_what_is_stored_whole_is_not_swapped_in_place(compressed):

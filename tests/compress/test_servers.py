@@ -8,7 +8,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 
 from cart_plugin import CartError
 from cart_plugin.cli import main
@@ -177,40 +176,13 @@ def test_models_without_linear_layers_are_refused_before_anything_is_written(kin
     assert not (tmp_path / "out").exists()
 
 
-def test_folders_of_the_earlier_version_expand_to_the_same(compressed, tmp_path):
-    made = compressed("qwen2", rank_ratio=0.25)
-    place = made.adapter("one")
-    config, stored = config_of(made), load_file(place / "adapter_model.safetensors")
-    assert config["rank_pattern"]
-    new = load_task(made.out, "one")
-    by_module = {
-        key.removeprefix("^").replace("\\", ""): rank
-        for key, rank in config["rank_pattern"].items()
-    }
-    for name in stored:
-        module = name.removeprefix("base_model.model.").partition(".lora_")[0]
-        if ".lora_B." in name and module in by_module:
-            stored[name] *= config["lora_alpha"] / by_module[module]
-    # As it was: an alpha for each rank, and B as it is.
-    old = tmp_path / "old"
-    old.mkdir()
-    for part in ("base", "report.json"):
-        (old / part).symlink_to(made.out / part)
-    adapter = old / "adapters" / "one"
-    adapter.mkdir(parents=True)
-    save_file(stored, adapter / "adapter_model.safetensors")
-    text = json.dumps({**config, "alpha_pattern": config["rank_pattern"]})
-    (adapter / "adapter_config.json").write_text(text)
-    for name, tensor in load_task(old, "one").items():
-        torch.testing.assert_close(tensor, new[name], atol=1e-6, rtol=1e-6)
-
-
 def test_an_adapter_without_an_alpha_is_one_line(compressed, tmp_path):
     made = compressed("llama", rank_ratio=0.25)
     broken = tmp_path / "broken"
     adapter = broken / "adapters" / "one"
     adapter.mkdir(parents=True)
-    for part in ("base", "report.json", "adapters/one/adapter_model.safetensors"):
+    held = ("adapters/one/adapter_model.safetensors", "adapters/one/base.json")
+    for part in ("base", "report.json", *held):
         (broken / part).symlink_to(made.out / part)
     (adapter / "adapter_config.json").write_text(
         json.dumps({**config_of(made), "lora_alpha": None})
