@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+SERVERS := .venv-servers
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-all lint format demo bench-startup bench-memory bench-solvers bench-merge bench-accuracy bench-profile bench-vision bench-text bench-llm bench-auto bench-compress bench-architectures readme dist clean
+.PHONY: help venv test test-all test-servers lint format demo bench-startup bench-memory bench-solvers bench-merge bench-accuracy bench-profile bench-vision bench-text bench-llm bench-auto bench-compress bench-architectures readme dist clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -24,7 +25,23 @@ test: $(STAMP) ## the tests, without the slow ones
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-all: $(STAMP) ## the tests, slow ones included
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m ''
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not servers'
+
+test-servers: $(STAMP) $(SERVERS)/.installed ## adapters in vLLM, SGLang and llama.cpp, in an environment of their own (15 min)
+	$(BIN)/python -m pytest -m servers tests/servers
+
+# vLLM's CPU build brings torch's, beside which PyPI's torchvision and the like fail to load. llama.cpp's converters are in
+# the source distribution of its bindings, which is not built: another package has the run time.
+$(SERVERS)/.installed: $(wildcard tests/servers/*.txt)
+	test -x $(SERVERS)/bin/python || $(PYTHON) -m venv $(SERVERS)
+	$(SERVERS)/bin/python -m pip install --no-compile -r tests/servers/requirements.txt
+	$(SERVERS)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	$(SERVERS)/bin/python -m pip install --no-compile --no-deps -r tests/servers/alone.txt
+	$(SERVERS)/bin/python -m pip download --no-deps --no-binary :all: --dest $(SERVERS)/sources -r tests/servers/sources.txt
+	mkdir -p $(SERVERS)/llama.cpp
+	tar -xzf $(SERVERS)/sources/llama_cpp_python-*.tar.gz -C $(SERVERS)/llama.cpp --strip-components=3 --wildcards \
+		'*/vendor/llama.cpp/convert_*_to_gguf.py' '*/vendor/llama.cpp/conversion/*' '*/vendor/llama.cpp/gguf-py/*'
+	touch $@
 
 lint: $(STAMP) ## ruff (rules and format), mypy, and which room may import which
 	$(BIN)/ruff check
@@ -92,5 +109,5 @@ dist: $(STAMP) ## build sdist and wheel, check them, and try the wheel in a fres
 	$(BIN)/python .ci/try_wheel.py dist/*.whl
 
 clean: ## remove .venv, builds and caches of this folder (not the benchmarks' cache)
-	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv $(SERVERS) dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,8 +1,9 @@
 """Model folders, weight files and side files on disk: the one reader and the one writer.
 
 Modules, from the bottom: `dtypes`, `headers` (what a weight file holds), `files` (whole or not at
-all; JSON), `reading` (folders, shards, adapters; a tensor at a time), `writing` (safetensors),
-`side_files` (tokenizers and the like), `names` (the checkpoint's and the model's).
+all; JSON), `reading` (folders, shards, adapters; a tensor at a time), `adapters` (what their
+tensors are), `writing` (safetensors), `side_files` (tokenizers and the like), `names` (the
+checkpoint's and the model's).
 """
 
 REVISION = 1

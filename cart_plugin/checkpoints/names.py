@@ -102,11 +102,18 @@ def settings(folder: Path, label: str) -> Any:
 def meta_model(folder: Path, config: Mapping[str, Any], label: str) -> Any:
     """The model of a folder without its values.
 
+    Args:
+        folder: the model's.
+        config: its config.json; a ``tie_word_embeddings`` of false goes before the file's.
+        label: what errors call it.
+
     Raises:
         CartError: as `model_class` and `settings`, or transformers cannot build it.
     """
     kind = model_class(config, label)
     found = settings(folder, label)
+    if config.get("tie_word_embeddings") is False:
+        found.tie_word_embeddings = False
     try:
         with torch.device("meta"):
             return kind(found)

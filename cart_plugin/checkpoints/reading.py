@@ -292,6 +292,11 @@ def open_adapter(path: Path, name: str) -> Checkpoint:
     """
     who, weights = f"adapter {name}", path / ADAPTER_WEIGHTS
     config = read_config(path, who, ADAPTER_CONFIG)
+    if not weights.exists() and any(path.glob("adapter_model*.bin")):
+        raise CheckpointError(
+            f"{who} has its weights in .bin files, which are not read (loading them may run code)",
+            "load it with PEFT and save it with save_pretrained",
+        )
     tensors = read_header(weights, who)
     for tensor, info in tensors.items():
         if info.dtype is None:

@@ -10,13 +10,14 @@ from importlib import import_module
 
 import click
 
-# subcommand -> the module of this package that defines it, under the same name
+# subcommand -> the module of this package that defines it, under its own name
 _COMMANDS = {
     "compare": "compare",
     "compress": "compress",
     "doctor": "doctor",
     "expand": "expand",
     "merge": "merge",
+    "merge-adapters": "merge_adapters",
 }
 
 
@@ -32,7 +33,7 @@ class LazyGroup(click.Group):
         if cmd_name not in _COMMANDS:
             return None
         module = import_module(f"{__name__}.{_COMMANDS[cmd_name]}")
-        command: click.Command = getattr(module, cmd_name)
+        command: click.Command = getattr(module, _COMMANDS[cmd_name])
         return command
 
 

@@ -48,6 +48,14 @@ class Percent(click.ParamType):
     metavar="PERCENT",
     help="Instead: base and adapters together, of the models' size, with the least error.",
 )
+@click.option(
+    "--layout",
+    type=click.Choice(["peft", "servers"]),
+    default="peft",
+    show_default=True,
+    help="All that PEFT can hold, or what vLLM, SGLang and llama.cpp load, too: A and B of linear "
+    "layers alone, of one rank.",
+)
 @click.option("--names", help="The adapters' names, with commas between [the folders' names].")
 @click.option(
     "--dtype",
@@ -81,6 +89,7 @@ def compress(
     rank: int | None,
     energy: float | None,
     target_size: float | None,
+    layout: str,
     names: str | None,
     dtype: str | None,
     drop_small: bool,
@@ -95,6 +104,7 @@ def compress(
     gives full models back. Nothing appears under OUT before all is done.
     """
     from cart_plugin.compress import compress as run
+    from cart_plugin.compress.servers import summary
 
     terminal = console()
     try:
@@ -108,6 +118,7 @@ def compress(
                 rank=rank,
                 energy=energy,
                 target_size=target_size,
+                layout=layout,
                 dtype=dtype,
                 drop_small=drop_small,
                 small_error=small_error,
@@ -128,3 +139,4 @@ def compress(
         soft_wrap=True,
         markup=False,
     )
+    terminal.print(summary(report.loaders), soft_wrap=True, markup=False)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from cart_plugin.checkpoints import side_files, writing
+from cart_plugin.checkpoints.digests import digest
 from cart_plugin.checkpoints.files import check_space, write_json, write_text
 from cart_plugin.checkpoints.reading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint
 from cart_plugin.compress import peft_files
@@ -17,8 +20,10 @@ from cart_plugin.compress.layers import Assignment, Layer
 from cart_plugin.compress.report import Entry, Loss
 from cart_plugin.compress.work import (
     ADAPTERS,
+    BASE_RECORD,
     TASK_CONFIG,
     Work,
+    base_record,
     config_text,
     differences,
     exact_layout,
@@ -49,7 +54,8 @@ def write_adapters(
         base: as it is stored.
         folder: the unfinished one.
         assignment: what becomes of each tensor.
-        all_ranks: one task's ranks each.
+        all_ranks: one task's ranks each, by layer: of A and B as they are stored. A layer that has
+            not as many directions is padded with zeros.
         task_type: PEFT's.
 
     Raises:
@@ -61,6 +67,7 @@ def write_adapters(
         {**peft_files.tensor_layout(assignment, chosen, dtypes), **exact} for chosen in all_ranks
     ]
     check_space(folder, sum(writing.file_bytes(layout) for layout in layouts))
+    record = base_record(digest(base))
     places = [folder / ADAPTERS / task for task in work.report.tasks]
     with ExitStack() as stack:
         files = []
@@ -70,6 +77,7 @@ def write_adapters(
             place.mkdir(parents=True)
             text = config_text(work, assignment, chosen, task_type)
             write_text(place / ADAPTER_CONFIG, text)
+            write_text(place / BASE_RECORD, record)
             if model.config != work.described.config:
                 write_json(place / TASK_CONFIG, model.config, sort_keys=True)
             kept, absent = side_files.keep(model.path, base.path, place)
@@ -79,8 +87,8 @@ def write_adapters(
             files.append(stack.enter_context(opened))
         _fill(work, base, assignment, all_ranks, files)
     for place in places:
-        written = (place / ADAPTER_CONFIG, place / ADAPTER_WEIGHTS)
-        work.report.adapter_bytes.append(sum(path.stat().st_size for path in written))
+        written = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_RECORD)
+        work.report.adapter_bytes.append(sum((place / name).stat().st_size for name in written))
 
 
 def _fill(
@@ -95,6 +103,7 @@ def _fill(
     copies: dict[str, list[str]] = {}
     for name, source in assignment.exact.items():
         copies.setdefault(source, []).append(name)
+    folds = [peft_files.folded(ranks) for ranks in all_ranks]
     unused = {unit.sources[0] for unit in work.units if not unit.targets} & work.changed
     wanted = {*assignment.lora, *biases, *copies, *assignment.left, *unused}
     if assignment.has_bias:
@@ -111,19 +120,21 @@ def _fill(
         loss.lost = loss.difference
         if name in assignment.lora:
             kind, layer = "lora", assignment.lora[name]
-            rank = all_ranks[task][name]
+            rank, fold = all_ranks[task][name], folds[task][name]
             if rank:
                 delta = minus(tensor, around)
-                a, b = decompose(work, layer, delta, rank, dtype)
+                a, b = decompose(work, layer, delta, rank, dtype, fold)
                 file.write(peft_files.lora_name(layer, "A"), a)
                 file.write(peft_files.lora_name(layer, "B"), b)
-                loss.lost = square(delta, layer.difference(a, b))
+                loss.lost = square(delta, layer.difference(a, b).div_(fold))
         elif name in biases:
             kind = "bias"
             delta = minus(tensor, around)
-            rounded = delta.to(dtype)
+            fold = folds[task][biases[name].name]
+            rounded = (delta * fold).to(dtype)
+            check_range(rounded, name)
             file.write(peft_files.bias_name(biases[name]), rounded)
-            loss.lost = square(delta, rounded)
+            loss.lost = square(delta, rounded.to(delta.dtype) / fold)
         elif name in copies:
             kind = "exact"
             rounded = tensor.to(dtype)
@@ -136,8 +147,9 @@ def _fill(
         if any(source in work.changed for source in unit.sources):
             entry = work.report.entries.setdefault(name, Entry(kind, tuple(tensor.shape), reason))
             entry.losses.append(loss)
+            entry.bytes = tensor.numel() * dtype.itemsize
             if kind == "lora":
-                entry.ranks.append(all_ranks[task][name])
+                entry.ranks.append(min(all_ranks[task][name], layer.full_rank))
         del tensor, around  # before the next ones are read
 
 
@@ -153,9 +165,17 @@ def _write_no_biases(
 
 
 def decompose(
-    work: Work, layer: Layer, delta: Tensor, rank: int, dtype: torch.dtype
+    work: Work, layer: Layer, delta: Tensor, rank: int, dtype: torch.dtype, fold: float
 ) -> tuple[Tensor, Tensor]:
     """PEFT's A and B of a difference ``delta``, in ``dtype``.
+
+    Args:
+        work: of this compression.
+        layer: what ``delta`` is a difference of.
+        delta: in the layer's shape.
+        rank: of A and B; beyond `layer.full_rank`, of linear layers only, they hold zeros.
+        dtype: of A and B.
+        fold: B is this much larger than the difference (`peft_files.folded`).
 
     Raises:
         CartError: they leave the dtype's range.
@@ -167,7 +187,18 @@ def decompose(
         # the same energy is kept: of large matrices a near best subspace will do.
         svd = "subspace" if layer.full_rank >= _LARGE else "fast"
     found = factors_of(matrices, rule, layer.name, svd=svd, seed=options.seed)
-    a, b = layer.to_lora(found, dtype)
-    if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):  # a sum may overflow fp16
-        raise CartError(f"tensor {layer.name!r}: its factors leave the range of {dtype}")
-    return a, b
+    a, b = layer.to_lora(replace(found, U=found.U * fold), dtype)
+    for side in (a, b):  # a sum may overflow fp16
+        check_range(side, layer.name)
+    missing = rank - found.rank
+    return (pad(a, (0, 0, 0, missing)), pad(b, (0, missing))) if missing else (a, b)
+
+
+def check_range(stored: Tensor, name: str) -> None:
+    """Refuse what has left its dtype's range.
+
+    Raises:
+        CartError: a number is not finite.
+    """
+    if not bool(torch.isfinite(stored).all()):
+        raise CartError(f"tensor {name!r}: its factors leave the range of {stored.dtype}")

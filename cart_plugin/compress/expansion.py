@@ -12,15 +12,16 @@ from torch import Tensor
 
 from cart_plugin.checkpoints import names as naming
 from cart_plugin.checkpoints import side_files, writing
+from cart_plugin.checkpoints.digests import digest
 from cart_plugin.checkpoints.files import check_space, read_json, unfinished, write_json
 from cart_plugin.checkpoints.names import Unit
-from cart_plugin.checkpoints.reading import CONFIG, open_adapter, read_config
+from cart_plugin.checkpoints.reading import CONFIG, Checkpoint, open_adapter, read_config
 from cart_plugin.compress import peft_files
 from cart_plugin.compress.inputs import open_model
 from cart_plugin.compress.layers import Layer, Structure, nested
 from cart_plugin.compress.report import FILE
-from cart_plugin.compress.work import ADAPTERS, BASE, TASK_CONFIG, Progress
-from cart_plugin.errors import CartError
+from cart_plugin.compress.work import ADAPTERS, BASE, BASE_RECORD, TASK_CONFIG, Progress
+from cart_plugin.errors import CartError, CheckpointError
 
 
 def tasks(folder: str | Path) -> list[str]:
@@ -101,6 +102,31 @@ def expand(
         write_json(place / CONFIG, config, sort_keys=True)
 
 
+def check_base(place: Path, name: str, base: Checkpoint) -> None:
+    """Refuse a base that is not the one which an adapter was made around.
+
+    Args:
+        place: the adapter's folder.
+        name: what errors call it.
+        base: the base.
+
+    Raises:
+        CartError: it is another one, or nothing says which it was.
+    """
+    if not (place / BASE_RECORD).is_file():
+        raise CheckpointError(
+            f"adapter {name} has no {BASE_RECORD}, which says around what base it was made",
+            "copy the whole folder that `compress` wrote, or compress the models again",
+        )
+    made_for = read_config(place, f"adapter {name}", BASE_RECORD).get("digest")
+    if made_for != digest(base):
+        raise CheckpointError(
+            f"adapter {name} was made around other weights than those in {base.path}, such as an "
+            "earlier base in its place",
+            "name the base that `compress` wrote with it, or compress the models again",
+        )
+
+
 class _Task:
     """A base and one adapter."""
 
@@ -111,6 +137,7 @@ class _Task:
         self.place = place = folder / ADAPTERS / name
         self.absent_files: list[str] = known[name].get("absent_files", [])
         self.base = open_model(folder / BASE, f"the base of {folder}")
+        check_base(place, name, self.base)
         own = (place / TASK_CONFIG).exists()
         self.config = read_config(place, f"adapter {name}", TASK_CONFIG) if own else None
         self._adapter = open_adapter(place, name)
@@ -136,15 +163,20 @@ class _Task:
         if exact in self._adapter.tensors:
             return self._adapter.read(exact)
         if name in self._layers:
-            sides = [peft_files.lora_name(self._layers[name], side) for side in "AB"]
-            a, b = (self._adapter.read(side) for side in sides)
-            return (self._layers[name].difference(a, b) + tensor).to(tensor.dtype)
+            layer = self._layers[name]
+            a, b = (self._adapter.read(peft_files.lora_name(layer, side)) for side in "AB")
+            delta = layer.difference(a, b).mul_(self._scaling(layer))
+            return (delta + tensor).to(tensor.dtype)
         bias = self._biases.get(name)
         if bias is not None and peft_files.bias_name(bias) in self._adapter.tensors:
             delta = self._adapter.read(peft_files.bias_name(bias))
             work = torch.promote_types(tensor.dtype, torch.float32)
-            return (tensor.to(work) + delta).to(tensor.dtype)
+            return (tensor.to(work) + delta.to(work) * self._scaling(bias)).to(tensor.dtype)
         return tensor
+
+    def _scaling(self, layer: Layer) -> float:
+        rows = self._adapter.tensors[peft_files.lora_name(layer, "A")].shape[0]
+        return peft_files.scaling(self._adapter.config, layer, rows)
 
     def _find(self, structure: Structure, settings: Mapping[str, Any]) -> dict[str, Layer]:
         """The layers that the adapter holds, by the parameter's name."""
@@ -152,6 +184,8 @@ class _Task:
         layers = {}
         for name in structure.state:
             layer = structure.layer(name)
+            if name in parameters and (layer is None or not layer.is_parameter):
+                layer = structure.as_parameter(name)
             if layer is None:
                 continue
             if layer.is_parameter:

@@ -1,25 +1,24 @@
-"""What becomes of each tensor: LoRA, a bias beside it, a module stored whole, or nothing.
-
-Decided by the classes of the model's modules, and by what PEFT can hold: it must load the result.
-"""
+"""How a tensor can be held by an adapter, as the classes of the model's modules say."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from cart_plugin.checkpoints.names import tied_names
-from cart_plugin.errors import CartError
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.merging.tensors import is_decomposed
 
-Kind = Literal["linear", "transposed", "convolution", "experts", "transposed experts"]
+# PEFT's classes of classifiers store these whole: parts of one would be stored twice.
+_HEADS = frozenset({"classifier", "score", "qa_outputs"})
+
+Kind = Literal["linear", "transposed", "convolution", "parameter", "experts", "transposed experts"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,8 @@ class Layer:
         name: the parameter's name in the model's state dict.
         module: the module that PEFT wraps.
         kind: how the parameter becomes matrices ``(out, in)``: "linear" as it is, "transposed" is
-            GPT-2's Conv1D, "convolution" flattens the kernel, "experts" is a stack.
+            GPT-2's Conv1D, "convolution" flattens the kernel, "experts" is a stack, "parameter" a
+            matrix that PEFT is to target as it targets stacks.
         shape: of the parameter.
         bias: name of the bias whose difference travels with the adapter, if any.
         prefix: PEFT's name of what holds `lora_A` and `lora_B`.
@@ -46,7 +46,7 @@ class Layer:
     @property
     def matrices(self) -> tuple[int, int, int]:
         """``(stack, out, in)``."""
-        if self.kind == "linear":
+        if self.kind in ("linear", "parameter"):
             return 1, self.shape[0], self.shape[1]
         if self.kind == "transposed":
             return 1, self.shape[1], self.shape[0]
@@ -77,7 +77,7 @@ class Layer:
     @property
     def is_parameter(self) -> bool:
         """Whether PEFT targets the parameter itself rather than its module."""
-        return self.kind in ("experts", "transposed experts")
+        return self.kind in ("parameter", "experts", "transposed experts")
 
     def to_matrices(self, weight: Tensor) -> Tensor:
         """The parameter as ``(stack, out, in)``, a view."""
@@ -182,11 +182,26 @@ class Structure:
             return Layer(name, module, "linear", shape, prefix=module)
         if leaf == "weight" and type(owner).__name__ == "Conv1D":
             return Layer(name, module, "transposed", shape, prefix=module)
-        if len(shape) == 3:
+        if len(shape) == 3 and not isinstance(owner, ParametrizationList):
             is_transposed = bool(getattr(owner, "is_transposed", False))
             kind: Kind = "transposed experts" if is_transposed else "experts"
             return Layer(name, module, kind, shape, prefix=module)
         return None
+
+    def as_parameter(self, name: str) -> Layer | None:
+        """How PEFT holds a matrix as a parameter, whatever its module does with it; None if not.
+
+        That way are a router's weight, which is no layer's, and matrices of layers whose names PEFT
+        takes for those of experts. It takes neither biases beside it nor adapters without it.
+        """
+        module = name.rpartition(".")[0]
+        owner = self.modules.get(module)
+        shape = tuple(self.state[name].shape)
+        is_table = isinstance(owner, nn.Embedding)
+        if owner is None or not module or is_table or self.is_head(name) or len(shape) != 2:
+            return None
+        found = Layer(name, module, "parameter", shape, prefix=module)
+        return found if is_decomposed(name, shape) and found.full_rank > 1 else None
 
     def is_head(self, name: str) -> bool:
         """Whether a tensor lies outside the model's body: a task's own head."""
@@ -198,12 +213,21 @@ class Structure:
 
     def holder(self, name: str) -> str | None:
         """The module that is stored whole for a tensor's sake; None if that would be too much."""
-        module = name.rpartition(".")[0]
+        head = name.partition(".")[0]
+        if head in _HEADS and head != name and self.is_head(name):
+            return head
+        # A parametrised weight, such as weight-norm's two factors, belongs to the layer above.
+        module = name.partition(".parametrizations.")[0]
+        if module == name:
+            module = name.rpartition(".")[0]
         inside = [
             found for path, found in self.modules.items() if f"{path}.".startswith(f"{module}.")
         ]
         # A parameter of its own of a module that holds the layers costs the whole model.
-        if not module or any(isinstance(found, nn.ModuleList) for found in inside):
+        if not module or any(
+            isinstance(found, nn.ModuleList) and not isinstance(found, ParametrizationList)
+            for found in inside
+        ):
             return None
         return module
 
@@ -213,164 +237,6 @@ class Structure:
             if name in same:
                 return [name, *(other for other in same if other != name)]
         return [name]
-
-
-def assign(
-    structure: Structure,
-    changed: Collection[str],
-    *,
-    drop_small: bool,
-    small_error: float,
-    errors: Mapping[str, float],
-    refused: Collection[str],
-) -> Assignment:
-    """Decide what becomes of the tensors in which models differ from the base.
-
-    Args:
-        structure: the model's.
-        changed: names, in the model's state dict, of the tensors in which models differ
-            from the base.
-        drop_small: leave all but LoRA layers as the base has them.
-        small_error: leave those of them whose error is at most this, but for tensors of modules
-            that another tensor has stored whole.
-        errors: largest relative difference from the base, of the tensors for which it is known.
-        refused: modules that PEFT does not give LoRA to.
-
-    Raises:
-        CartError: modules stored whole would leave nothing to LoRA.
-    """
-    found = Assignment()
-    changed = [name for name in structure.state if name in changed and name in structure.stored]
-    candidates = {}
-    for name in structure.state:
-        layer = structure.layer(name)
-        if name in structure.stored and layer is not None and layer.module not in refused:
-            candidates[name] = layer
-    biases = {
-        f"{layer.module}.bias": name
-        for name, layer in candidates.items()
-        if not layer.is_parameter and f"{layer.module}.bias" in structure.state
-    }
-    experts = any(layer.is_parameter for name, layer in candidates.items() if name in changed)
-    lora: dict[str, Layer] = {name: candidates[name] for name in changed if name in candidates}
-    whole: dict[str, list[str]] = {}
-    small = {name for name in changed if errors.get(name, math.inf) <= small_error}
-    within = f"within --small-error {small_error:g} of the base"
-    for name in changed:
-        if name in lora:
-            continue
-        if drop_small:
-            found.left[name] = "--drop-small"
-        elif name in biases and experts:
-            found.left[name] = "PEFT holds no biases beside LoRA of stacked experts"
-        elif name in biases and name in small:
-            found.left[name] = within
-        elif name in biases:
-            weight = biases[name]
-            lora[weight] = replace(candidates[weight], bias=name)
-        else:
-            module = structure.holder(name)
-            if module is None:
-                found.left[name] = "its module holds the model's layers, too large to store"
-            else:
-                whole.setdefault(module, []).append(name)
-    for module in [module for module, names in whole.items() if small.issuperset(names)]:
-        found.left.update(dict.fromkeys(whole.pop(module), within))
-    _save(structure, whole, lora, found)
-    found.beside = {name for names in whole.values() for name in names} - found.left.keys()
-    found.beside |= {layer.bias for layer in lora.values() if layer.bias is not None}
-    if not lora and found.saved and candidates:
-        # Models that differ in what is stored whole only: PEFT loads no adapter without LoRA.
-        free = [
-            layer
-            for layer in candidates.values()
-            if not layer.is_parameter and layer.name not in found.exact
-        ]
-        if not free:
-            raise CartError(
-                "all matrices lie in modules that are stored whole for other tensors' sake, and "
-                "PEFT loads no adapter without LoRA; leave those tensors out with --drop-small "
-                "(drop_small)"
-            )
-        placeholder = min(free, key=lambda layer: layer.direction)
-        lora[placeholder.name] = placeholder
-    ordered = {name: lora[name] for name in structure.state if name in lora}
-    found.lora = nested(ordered, structure)
-    return found
-
-
-def _save(
-    structure: Structure, whole: dict[str, list[str]], lora: dict[str, Layer], found: Assignment
-) -> None:
-    """Fix the modules to be saved; those that cannot be stay at the base."""
-    for module in sorted(whole, key=len):
-        if any(f"{module}.".startswith(f"{outer}.") for outer in found.saved):
-            continue
-        holders = _holders(structure, module)
-        reason = _obstacle(structure, holders, lora)
-        if reason:
-            for name in whole[module]:
-                found.left[name] = reason
-            continue
-        found.saved += sorted(_matched(structure, holders))
-    found.saved = _outermost(found.saved)
-    for module in found.saved:
-        for name in structure.below(module):
-            lora.pop(name, None)
-            found.left.pop(name, None)
-            source = next(twin for twin in structure.twins(name) if twin in structure.stored)
-            found.exact[name] = source
-
-
-def _holders(structure: Structure, module: str) -> list[str]:
-    """A module and those that have to be saved with it: tied tensors bring theirs."""
-    found = {module}
-    new = [module]
-    while new:
-        names = structure.below(new.pop())
-        tied = {twin.rpartition(".")[0] for name in names for twin in structure.twins(name)[1:]}
-        new += tied - found
-        found |= tied
-    return _outermost(sorted(found))
-
-
-def _outermost(modules: list[str]) -> list[str]:
-    """Those of some modules that lie in no other of them."""
-    outer = tuple(f"{module}." for module in modules)
-    return [module for module in modules if not module.startswith(outer)]
-
-
-def _matched(structure: Structure, modules: Collection[str]) -> set[str]:
-    """The modules that PEFT takes for those named: whatever ends like them."""
-    return {path for path in structure.modules if path and path.endswith(tuple(modules))}
-
-
-def _obstacle(structure: Structure, holders: Collection[str], lora: dict[str, Layer]) -> str:
-    """Why PEFT cannot store modules whole; empty if it can."""
-    matched = _matched(structure, holders)
-    for module in matched:
-        inner = next((path for path in matched if path.startswith(f"{module}.")), None)
-        if inner is not None:
-            # Such as ViTModel's `embeddings` and its `embeddings.patch_embeddings`. No name says
-            # which: PEFT 0.21.2 compares the ends of names that lack its `base_model.model.`.
-            return f"PEFT would store {inner} twice: its name ends like that of {module}"
-        for name in structure.below(module):
-            if not any(twin in structure.stored for twin in structure.twins(name)):
-                return f"the models lack {name}, which PEFT would store with it"
-        if isinstance(structure.modules[module], (nn.ModuleList, nn.ModuleDict)):
-            return f"PEFT would take {module} for it"
-    inside = tuple(f"{module}." for module in holders)
-    experts = any(layer.is_parameter for layer in lora.values())
-    for layer in lora.values():
-        if experts and layer.name.startswith(inside):
-            # Such as gpt-oss's experts, which are nearly the whole model, for their biases; and
-            # its attention for the sinks: of layers with experts no bias is stored either.
-            return "its module holds matrices, too large to store beside stacked experts"
-        # PEFT takes the names for regular expressions that match anywhere in a path.
-        hit = any(re.match(rf"(^|.*\.){module}($|\..*)", layer.module) for module in matched)
-        if hit and not layer.name.startswith(inside):
-            return f"PEFT would take {layer.module} for it"
-    return ""
 
 
 def nested(layers: dict[str, Layer], structure: Structure) -> dict[str, Layer]:

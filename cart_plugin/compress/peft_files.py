@@ -1,10 +1,8 @@
-"""Adapters as PEFT reads them: the config, the names of the tensors, and a rehearsal."""
+"""Adapters as PEFT reads them: the config, and the names of the tensors."""
 
 from __future__ import annotations
 
-import copy
 import re
-import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -59,8 +57,43 @@ def exact_name(name: str) -> str:
     return f"{_PREFIX}{name}"
 
 
+def folded(ranks: Ranks) -> dict[str, float]:
+    """By how much each layer's B (and bias) is larger than the difference needs it, by its name.
+
+    PEFT, vLLM and llama.cpp scale ``B A`` by ``lora_alpha / rank of the layer``, and only the first
+    two know of an alpha for a layer. With one alpha for all, B makes up for that.
+    """
+    usual = _usual(ranks)
+    return {name: rank / usual for name, rank in ranks.items()}
+
+
+def scaling(settings: Mapping[str, Any], layer: Layer, rows: int) -> float:
+    """What ``B A`` and the bias of a layer are multiplied by on loading: alpha by rank.
+
+    Args:
+        settings: the adapter's config.
+        layer: the layer.
+        rows: of its A, the directions of all its matrices.
+
+    Raises:
+        CartError: the config names no alpha.
+    """
+    alpha = settings.get("lora_alpha")
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
+        raise CartError(
+            f"adapter_config.json gives {layer.name} no lora_alpha but {alpha!r}; run "
+            "`mergekit-cart compress` again"
+        )
+    return alpha / (rows // layer.matrices[0])
+
+
 def config_text(
-    assignment: Assignment, ranks: Ranks, modules: Collection[str], base: str, task_type: str | None
+    assignment: Assignment,
+    ranks: Ranks,
+    modules: Collection[str],
+    base: str,
+    task_type: str | None,
+    auto_mapping: Mapping[str, str],
 ) -> str:
     """The text of an adapter_config.json.
 
@@ -70,8 +103,12 @@ def config_text(
         modules: names of all modules of the model.
         base: the base model's folder.
         task_type: PEFT's, if the architecture has one.
+        auto_mapping: the base's class and module, by which PEFT's automatic classes load models
+            without a task type, such as classifiers.
     """
-    config = _config(assignment, ranks, modules, task_type)
+    config = lora_config(assignment, ranks, modules, task_type)
+    if task_type is None:
+        config.auto_mapping = dict(auto_mapping)
     config.base_model_name_or_path = base
     config.inference_mode = True
     plain = {
@@ -84,32 +121,27 @@ def config_text(
 def task_type(architecture: str) -> str | None:
     """PEFT's task type of an architecture: only where it changes nothing in what is loaded.
 
-    That of classifiers makes PEFT expect a head in every adapter.
+    That of classifiers makes PEFT expect a head in every adapter; its automatic classes load them
+    by ``auto_mapping``.
     """
     return "CAUSAL_LM" if architecture.endswith(("ForCausalLM", "LMHeadModel")) else None
 
 
-def _config(
+def lora_config(
     assignment: Assignment, ranks: Ranks, modules: Collection[str], task_type: str | None
 ) -> Any:
+    """PEFT's config of an adapter; arguments as of `config_text`."""
     from peft import LoraConfig
 
     layers = [layer for name, layer in assignment.lora.items() if ranks[name]]
-    counts = Counter(ranks[layer.name] for layer in layers)
-    usual = counts.most_common(1)[0][0] if counts else 1
-    # PEFT takes the keys for regular expressions that match the end of a name: this is one name.
-    pattern = {
-        f"^{re.escape(layer.name if layer.is_parameter else layer.module)}": ranks[layer.name]
-        for layer in layers
-        if ranks[layer.name] != usual
-    }
+    usual = _usual(ranks)
+    pattern = {_key(layer): ranks[layer.name] for layer in layers if ranks[layer.name] != usual}
     parameters = sorted(layer.name for layer in layers if layer.is_parameter)
     return LoraConfig(
         r=usual,
-        lora_alpha=usual,  # and so everywhere: a scaling of 1
+        lora_alpha=usual,  # and so everywhere: `folded`
         rank_pattern=pattern,
-        alpha_pattern=dict(pattern),
-        target_modules=_targets(layers, modules),
+        target_modules=targets(assignment, ranks, modules),
         target_parameters=parameters or None,
         modules_to_save=assignment.saved or None,
         fan_in_fan_out=any(layer.kind == "transposed" for layer in layers),
@@ -119,48 +151,22 @@ def _config(
     )
 
 
-def _targets(layers: list[Layer], modules: Collection[str]) -> list[str] | str:
+def _usual(ranks: Ranks) -> int:
+    """The rank of most layers."""
+    counts = Counter(rank for rank in ranks.values() if rank)
+    return counts.most_common(1)[0][0] if counts else 1
+
+
+def _key(layer: Layer) -> str:
+    """A layer in a pattern, whose keys PEFT takes for regular expressions: this is one name."""
+    return f"^{re.escape(layer.name if layer.is_parameter else layer.module)}"
+
+
+def targets(assignment: Assignment, ranks: Ranks, modules: Collection[str]) -> list[str] | str:
     """Full names; where PEFT would take another module for one of them, a regular expression."""
+    layers = [layer for name, layer in assignment.lora.items() if ranks[name]]
     names = sorted({layer.module for layer in layers if not layer.is_parameter})
     ends = tuple(f".{name}" for name in names)
     if any(module.endswith(ends) and module not in names for module in modules):
         return "|".join(re.escape(name) for name in names)
     return names
-
-
-def refused_modules(model: Any, assignment: Assignment, task_type: str | None) -> set[str]:
-    """The modules that PEFT does not give LoRA to as planned, found by having it try on a copy.
-
-    Args:
-        model: from `names.meta_model`; not modified.
-        assignment: the plan.
-        task_type: as in the config.
-
-    Raises:
-        CartError: PEFT rejects the plan altogether, or loads what is not in it.
-    """
-    from peft import get_peft_model, get_peft_model_state_dict
-
-    ranks = dict.fromkeys(assignment.lora, 1)
-    dtypes = dict.fromkeys(assignment.lora, torch.float32)
-    wanted = set(tensor_layout(assignment, ranks, dtypes))
-    wanted |= {exact_name(name) for name in assignment.exact}
-    trial = copy.deepcopy(model)
-    config = _config(assignment, ranks, dict(model.named_modules()), task_type)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            wrapped = get_peft_model(trial, config, low_cpu_mem_usage=True)
-            got = set(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
-        except (ValueError, TypeError, KeyError, RuntimeError) as error:
-            raise CartError(f"PEFT cannot hold these adapters: {error}") from error
-    lost = wanted - got
-    refused = {
-        layer.module
-        for layer in assignment.lora.values()
-        if lora_name(layer, "A") in lost or lora_name(layer, "B") in lost
-    }
-    if not refused and wanted != got:
-        name = min(wanted ^ got)
-        raise CartError(f"PEFT loads adapters of this architecture otherwise than planned: {name}")
-    return refused

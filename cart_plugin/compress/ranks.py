@@ -16,16 +16,12 @@ Spectra = Mapping[str, Tensor]
 """Squared singular values by the tensor's name, descending, fp64; summed over stacked experts."""
 
 
-class Decomposed(Protocol):
-    """A tensor whose matrices are stored as factors of one rank: what that choice has to know."""
+class Sized(Protocol):
+    """What is stored as factors of one rank, as far as their size goes."""
 
     @property
     def name(self) -> str:
         """Of the tensor."""
-
-    @property
-    def matrices(self) -> tuple[int, int, int]:
-        """Their shape ``(stack, m, n)``."""
 
     @property
     def direction(self) -> int:
@@ -34,6 +30,14 @@ class Decomposed(Protocol):
     @property
     def least_rank(self) -> int:
         """The rank below which none is chosen."""
+
+
+class Decomposed(Sized, Protocol):
+    """A tensor whose matrices are stored as factors of one rank: what that choice has to know."""
+
+    @property
+    def matrices(self) -> tuple[int, int, int]:
+        """Their shape ``(stack, m, n)``."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,21 @@ class Matrices:
         """Numbers that one more rank costs."""
         stack, m, n = self.matrices
         return stack * (m + n)
+
+
+@dataclass(frozen=True)
+class Together:
+    """All tensors of a task at one rank; a `Sized`.
+
+    Attributes:
+        name: of them together.
+        direction: what one more rank costs.
+        least_rank: 1, since PEFT loads nothing without LoRA.
+    """
+
+    name: str
+    direction: int
+    least_rank: int = 1
 
 
 def checked_rule(
@@ -100,7 +119,7 @@ def by_rule(tensors: Sequence[Decomposed], rule: RankRule, spectra: Spectra) -> 
 
 
 def by_size(
-    tensors: Sequence[Decomposed],
+    tensors: Sequence[Sized],
     spectra: Sequence[Spectra],
     itemsizes: Mapping[str, int],
     size: Callable[[Sequence[Mapping[str, int]]], int],
@@ -151,8 +170,37 @@ def by_size(
     return ranks(low)
 
 
+def by_size_at_one_rank(
+    tensors: Sequence[Sized],
+    spectra: Sequence[Spectra],
+    itemsizes: Mapping[str, int],
+    size: Callable[[Sequence[Mapping[str, int]]], int],
+    target: int,
+) -> list[dict[str, int]]:
+    """As `by_size`, where all tensors of a task are stored at one rank, at least 1.
+
+    One more rank gives each tensor its next direction, where it has one, and costs the same at any
+    rank. So a task is one tensor, whose squared singular values are the sums over all of them.
+    """
+    together = Together("all", sum(t.direction * itemsizes[t.name] for t in tensors))
+    longest = max((len(values) for found in spectra for values in found.values()), default=0)
+    sums = []
+    for found in spectra:
+        values = torch.zeros(longest, dtype=torch.float64)
+        for own in found.values():
+            values[: len(own)] += own
+        sums.append({together.name: values})
+
+    def each(chosen: Sequence[Mapping[str, int]]) -> list[dict[str, int]]:
+        names = [tensor.name for tensor in tensors]
+        return [dict.fromkeys(names, ranks[together.name]) for ranks in chosen]
+
+    sizes = {together.name: 1}  # its direction is in bytes already
+    return each(by_size([together], sums, sizes, lambda chosen: size(each(chosen)), target))
+
+
 def _directions(
-    tensors: Sequence[Decomposed], spectra: Sequence[Spectra], itemsizes: Mapping[str, int]
+    tensors: Sequence[Sized], spectra: Sequence[Spectra], itemsizes: Mapping[str, int]
 ) -> tuple[Tensor, Tensor]:
     """Worth per byte of every direction above the least ranks, and whose it is."""
     worths, owners = [], []

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cart_plugin.checkpoints.files import write_json
+from cart_plugin.compress.servers import Layout, Loader
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -54,13 +55,34 @@ class Entry:
         reason: why it stays at the base.
         ranks: one a task, of LoRA.
         losses: one a task.
+        bytes: of it in a whole model.
     """
 
     kind: str
     shape: tuple[int, ...]
     reason: str = ""
+    bytes: int = 0
     ranks: list[int] = field(default_factory=list)
     losses: list[Loss] = field(default_factory=list)
+
+
+@dataclass
+class Left:
+    """Tensors that stay at the base for one reason.
+
+    Attributes:
+        reason: why.
+        names: of them.
+        bytes: of them in a whole model.
+        error: the largest relative error of one of them in a task.
+        of_lost: their share of all that is lost, of squares over tensors and tasks.
+    """
+
+    reason: str
+    names: list[str]
+    bytes: int
+    error: float
+    of_lost: float
 
 
 @dataclass
@@ -71,9 +93,11 @@ class Report:
         out: the folder.
         tasks: the tasks' names.
         center: what the base is: the models' average, or a base model that was given.
+        layout: what the adapters may hold: "peft" or "servers".
+        loaders: what loads them, and what does not.
         models_bytes: of the weight files of all models.
         base_bytes: of the base's weight files.
-        adapter_bytes: one a task: weights and config.
+        adapter_bytes: one a task: weights, config, and the record of the base.
         task_files: one a task: those of tokenizer and the like that differ from the base's.
         absent_files: one a task: those that the base has and the task's model has not.
         entries: by the tensor's name.
@@ -84,6 +108,8 @@ class Report:
     out: Path
     tasks: list[str]
     center: Literal["average", "base"] = "average"
+    layout: Layout = "peft"
+    loaders: list[Loader] = field(default_factory=list)
     models_bytes: int = 0
     base_bytes: int = 0
     adapter_bytes: list[int] = field(default_factory=list)
@@ -120,6 +146,29 @@ class Report:
         """Of all tensors and tasks together."""
         return sum(self.total(task).lost for task in range(len(self.tasks)))
 
+    def left_out(self) -> list[Left]:
+        """What stays at the base, by the reason for it."""
+        reasons: dict[str, list[str]] = {}
+        for name, entry in self.entries.items():
+            if entry.kind == self.left:
+                reasons.setdefault(entry.reason, []).append(name)
+        total = self.squared_error
+        found = []
+        for reason, names in reasons.items():
+            entries = [self.entries[name] for name in names]
+            losses = [loss for entry in entries for loss in entry.losses]
+            lost = sum(loss.lost for loss in losses)
+            found.append(
+                Left(
+                    reason,
+                    names,
+                    sum(entry.bytes for entry in entries),
+                    max(loss.error for loss in losses),
+                    lost / total if total else 0.0,
+                )
+            )
+        return found
+
     def worst(self) -> list[tuple[str, str, Loss]]:
         """The tensors that lose most of their difference: name, task, loss."""
         found = [
@@ -134,6 +183,8 @@ class Report:
         """For JSON."""
         return {
             "center": self.center,
+            "layout": self.layout,
+            "loaded_by": {loader.name: _loader(loader) for loader in self.loaders},
             "bytes": self.bytes,
             "share": self.share,
             "models_bytes": self.models_bytes,
@@ -151,6 +202,7 @@ class Report:
                 }
                 for index, task in enumerate(self.tasks)
             },
+            "left": [asdict(left) for left in self.left_out()],
             "worst": [
                 {"tensor": name, "task": task, **loss.numbers()}
                 for name, task, loss in self.worst()
@@ -159,7 +211,11 @@ class Report:
         }
 
     def _tensor(self, entry: Entry) -> dict[str, Any]:
-        found: dict[str, Any] = {"kind": entry.kind, "shape": list(entry.shape)}
+        found: dict[str, Any] = {
+            "kind": entry.kind,
+            "shape": list(entry.shape),
+            "bytes": entry.bytes,
+        }
         if entry.reason:
             found["reason"] = entry.reason
         found["tasks"] = {
@@ -206,3 +262,13 @@ class Report:
 
 def _bytes(count: int, of: int) -> tuple[str, str]:
     return f"{count:,}", f"{count / of:.1%}"
+
+
+def _loader(loader: Loader) -> dict[str, Any]:
+    """For JSON: `loads` is null where that has not been tried."""
+    found: dict[str, Any] = {"loads": loader.loads}
+    if loader.hint:
+        found["with"] = loader.hint
+    if loader.reasons:
+        found["why"] = list(loader.reasons)
+    return found

@@ -4,33 +4,38 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
-from cart_plugin.checkpoints import configs, writing
 from cart_plugin.checkpoints import names as naming
+from cart_plugin.checkpoints import writing
+from cart_plugin.checkpoints.digests import digest
 from cart_plugin.checkpoints.files import check_space, unfinished
 from cart_plugin.checkpoints.reading import Checkpoint
-from cart_plugin.compress import peft_files
+from cart_plugin.compress import notes, peft_files, servers
 from cart_plugin.compress.adapters import write_adapters
+from cart_plugin.compress.assigning import assign
 from cart_plugin.compress.base import write_base
 from cart_plugin.compress.inputs import (
     check_holds,
     open_base,
     open_model,
     open_models,
+    untied,
 )
-from cart_plugin.compress.layers import Assignment, Structure, assign
-from cart_plugin.compress.ranks import by_rule, by_size
+from cart_plugin.compress.layers import Assignment, Layer, Structure
+from cart_plugin.compress.ranks import by_rule, by_size, by_size_at_one_rank
+from cart_plugin.compress.rehearsal import Rehearsal
 from cart_plugin.compress.report import Report
 from cart_plugin.compress.work import (
     BASE,
     Progress,
     Work,
+    base_record,
     checked_names,
     checked_options,
     config_text,
@@ -55,6 +60,7 @@ def compress(
     rank: int | None = None,
     energy: float | None = None,
     target_size: float | None = None,
+    layout: str = "peft",
     dtype: str | None = None,
     drop_small: bool = False,
     small_error: float = 0.0,
@@ -81,6 +87,12 @@ def compress(
         energy: as many as hold this share of the squared singular values instead.
         target_size: share of the models' bytes for base and adapters together instead: directions
             are kept where they lower the total squared error most per byte.
+        layout: "peft" stores what PEFT can load, which loses the least: norms, biases, embeddings
+            and heads whole, and of every layer as many directions as the rule says. "servers"
+            stores what vLLM, SGLang and llama.cpp load, too: A and B of linear layers alone, all of
+            one rank, the largest that the rule says for one of them. All else stays as the base has
+            it, and the report lists it. Shorter factors are padded with zeros; the size counts
+            them.
         dtype: of base and adapters, one of `checkpoints.dtypes.STORED`; the models' own if None.
         drop_small: leave norms, biases, embeddings, heads and all else that is no decomposed matrix
             as the base has it, rather than storing it exactly.
@@ -102,7 +114,7 @@ def compress(
     """
     started = time.perf_counter()
     options = checked_options(
-        rank_ratio, rank, energy, target_size, dtype, drop_small, small_error, svd, seed
+        rank_ratio, rank, energy, target_size, layout, dtype, drop_small, small_error, svd, seed
     )
     paths = [Path(model) for model in models]
     chosen = checked_names(paths, names)
@@ -115,29 +127,36 @@ def compress(
     units = naming.units(meta, shapes)
     if given is not None:
         _check_more(given, first, meta)
+    everyone = folders if given is None else [*folders, given]
+    own_heads = untied(everyone, meta, units)
+    if own_heads:
+        meta = naming.meta_model(described.path, described.config, described.name)
+        units = naming.units(meta, shapes)
     targets = [target for unit in units for target in unit.targets]
-    layout = {
+    tensors = {
         source: (stored_dtype(folders, source, options.dtype), shapes[source])
         for unit in units
         for source in unit.sources
     }
     center: Literal["average", "base"] = "average" if given is None else "base"
-    report = Report(Path(out), chosen, center, sum(folder.bytes for folder in folders))
+    total = sum(folder.bytes for folder in folders)
+    report = Report(Path(out), chosen, center, options.layout, models_bytes=total)
     work = Work(
         folders,
         given,
         options,
         units,
         Structure(meta, targets),
-        layout,
+        tensors,
         progress or (lambda *_: None),
         report,
     )
     if names is None:
-        _note_names(report, paths)
-    _note_configs(work)
+        notes.of_names(report, paths)
+    notes.of_configs(work)
+    notes.of_weights(work, own_heads)
     with unfinished(Path(out)) as folder:
-        check_space(folder, writing.file_bytes(layout))
+        check_space(folder, writing.file_bytes(tensors))
         with _timed(report, center):
             write_base(work, folder / BASE)
         stored = open_model(folder / BASE, "base")
@@ -147,10 +166,12 @@ def compress(
         assignment = _assign(work, stored, meta, task_type)
         with _timed(report, "choose ranks"):
             all_ranks = _ranks(work, stored, assignment, task_type)
+        report.loaders = servers.loaders(work.structure, assignment, all_ranks, architecture)
         with _timed(report, "decompose"):
             write_adapters(work, stored, folder, assignment, all_ranks, task_type)
-        _note_left(report)
-        _note_files(report)
+        notes.of_left(report)
+        notes.of_silent(report)
+        notes.of_files(report)
         if report.share >= 1:
             report.notes.append(
                 f"base and adapters take {report.share:.0%} of the models' bytes, saving none: "
@@ -191,7 +212,9 @@ def _assign(work: Work, base: Checkpoint, meta: Any, task_type: str | None) -> A
     if not changed:
         held = "the same" if work.given is None else "the base's"
         raise CartError(f"the models hold {held} weights: there is nothing to compress")
-    refused: set[str] = set()
+    for_servers = work.options.layout == "servers"
+    unfit = servers.unfit_modules(work.structure) if for_servers else {}
+    trials = Rehearsal(meta, work.structure, task_type, work.progress)
     errors: dict[str, float] = {}
     while True:
         found = assign(
@@ -200,22 +223,30 @@ def _assign(work: Work, base: Checkpoint, meta: Any, task_type: str | None) -> A
             drop_small=work.options.drop_small,
             small_error=work.options.small_error,
             errors=errors,
-            refused=refused,
+            refused={**unfit, **trials.layers},
+            unsaved=trials.saved,
+            as_parameters=trials.as_parameters,
         )
         unknown = found.beside - errors.keys()
         if work.options.small_error and unknown:
             errors |= _errors(work, base, unknown)
             continue
         if not found.lora:
-            raise CartError("the models differ in no matrix that LoRA can hold")
-        more = peft_files.refused_modules(meta, found, task_type)
-        if not more:
+            if trials.layers:
+                module, why = next(iter(trials.layers.items()))
+                raise CartError(
+                    f"PEFT's LoRA works for none of the matrices in which the models differ, such "
+                    f"as {module}: {why}"
+                )
+            here = " in a linear layer's weights, all that layout='servers' holds"
+            raise CartError(
+                "the models differ in no matrix that LoRA can hold" + (here if for_servers else "")
+            )
+        if trials.accepts(found):
             break
-        refused |= more
-    if refused:
-        work.report.notes.append(
-            f"PEFT gives no LoRA to {len(refused)} modules such as {min(refused)}: stored whole"
-        )
+    work.report.notes += trials.notes(found)
+    if for_servers:
+        found.left = {name: servers.why_left(work.structure, name) for name in found.left}
     with_bias = [layer.bias is not None for layer in found.lora.values()]
     state = work.structure.state
     if any(with_bias) and any(f"{layer.module}.bias" not in state for layer in found.lora.values()):
@@ -242,7 +273,7 @@ def _ranks(
     work: Work, base: Checkpoint, assignment: Assignment, task_type: str | None
 ) -> list[dict[str, int]]:
     """One task's ranks each, by layer."""
-    rule = work.options.rule
+    rule, for_servers = work.options.rule, work.options.layout == "servers"
     layers = list(assignment.lora.values())
     spectra: list[dict[str, Tensor]] = [{} for _ in work.models]
     if rule is None or rule.energy is not None:
@@ -252,82 +283,38 @@ def _ranks(
             layer = assignment.lora[name]
             spectra[task][name] = spectrum(layer.to_matrices(delta))
     if rule is not None:
-        return [peft_files.not_empty(layers, by_rule(layers, rule, found)) for found in spectra]
+        by_layer = [by_rule(layers, rule, found) for found in spectra]
+        return _stored(work, layers, by_layer)
     dtypes = stored_dtypes(work)
     exact = exact_layout(work, assignment)
 
+    record = len(base_record(digest(base)).encode())
+
     def size(chosen: Sequence[Mapping[str, int]]) -> int:
         total = work.report.base_bytes
-        for task_ranks in (peft_files.not_empty(layers, found) for found in chosen):
+        for task_ranks in _stored(work, layers, chosen):
             layout = {**peft_files.tensor_layout(assignment, task_ranks, dtypes), **exact}
             text = config_text(work, assignment, task_ranks, task_type)
-            total += writing.file_bytes(layout) + len(text.encode())
+            total += writing.file_bytes(layout) + len(text.encode()) + record
         return total
 
     assert work.options.target_size is not None
     target = int(work.options.target_size * work.report.models_bytes)
     sizes = {layer.name: dtypes[layer.name].itemsize for layer in layers}
-    chosen = by_size(layers, spectra, sizes, size, target)
+    choose = by_size_at_one_rank if for_servers else by_size
+    chosen = choose(layers, spectra, sizes, size, target)
     if size(chosen) > target:
         raise CartError(
             f"the base and what is stored exactly take {size(chosen):,} bytes alone, but "
             f"target_size={work.options.target_size:g} allows {target:,}; give a larger one"
         )
-    return [peft_files.not_empty(layers, found) for found in chosen]
+    return _stored(work, layers, chosen)
 
 
-def _note_names(report: Report, paths: Sequence[Path]) -> None:
-    """Say which adapters have another name than their models' folders."""
-    folders = (path.resolve().name for path in paths)
-    pairs = zip(folders, report.tasks, strict=True)
-    renamed = [f"{task} ({folder})" for folder, task in pairs if task != folder]
-    if renamed:
-        report.notes.append(
-            f"PEFT takes no dots in adapters' names; these are called {', '.join(renamed)}"
-        )
-
-
-def _note_left(report: Report) -> None:
-    """Say what stays at the base, why, and what that loses at worst."""
-    reasons: dict[str, list[str]] = {}
-    for name, entry in report.entries.items():
-        if entry.kind == report.left:
-            reasons.setdefault(entry.reason, []).append(name)
-    for reason, held in reasons.items():
-        worst = max(loss.error for name in held for loss in report.entries[name].losses)
-        report.notes.append(
-            f"{len(held)} tensors, such as {held[0]}, stay at the {report.center} ({reason}): "
-            f"relative error at most {worst:.1e}"
-        )
-
-
-def _note_files(report: Report) -> None:
-    """Say which tasks have files of tokenizer and the like that PEFT does not give them."""
-    found: dict[str, list[str]] = {}
-    rows = zip(report.tasks, report.task_files, report.absent_files, strict=True)
-    for task, different, absent in rows:
-        if different or absent:
-            found.setdefault(", ".join(sorted([*different, *absent])), []).append(task)
-    for names, held in found.items():
-        report.notes.append(
-            f"{names} of {', '.join(held)} differ from the base's: `mergekit-cart expand` gives "
-            "every model its own, but who loads an adapter with PEFT gets the base's"
-        )
-
-
-def _note_configs(work: Work) -> None:
-    """Say which models' configs differ from the base's: PEFT runs all adapters with that."""
-    base = work.described
-    keys: dict[str, None] = {}
-    held = []
-    for model in work.models:
-        different = configs.differences([base, model]) if model is not base else []
-        if different:
-            held.append(model.name)
-            keys.update(dict.fromkeys(entry.key for entry in different))
-    if held:
-        work.report.notes.append(
-            f"the config of {', '.join(held)} differs from the base's in {', '.join(keys)}: "
-            "`mergekit-cart expand` gives every model its own, but PEFT runs the adapters with the "
-            "base's and may answer otherwise"
-        )
+def _stored(
+    work: Work, layers: Collection[Layer], chosen: Sequence[Mapping[str, int]]
+) -> list[dict[str, int]]:
+    """The ranks of A and B in the files of the layout, from those that are chosen."""
+    if work.options.layout == "servers":
+        return servers.one_rank(chosen)
+    return [peft_files.not_empty(layers, ranks) for ranks in chosen]

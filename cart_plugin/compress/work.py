@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from cart_plugin.checkpoints.dtypes import STORED
+from cart_plugin.checkpoints.files import json_text
 from cart_plugin.checkpoints.names import Unit
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.compress import peft_files
 from cart_plugin.compress.layers import Assignment, Structure
 from cart_plugin.compress.ranks import checked_rule
 from cart_plugin.compress.report import Report
+from cart_plugin.compress.servers import Layout, checked_layout
 from cart_plugin.errors import CartError
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.linalg.svd import SOLVERS
@@ -23,6 +25,7 @@ from cart_plugin.linalg.svd import SOLVERS
 BASE = "base"
 ADAPTERS = "adapters"
 TASK_CONFIG = "task_config.json"
+BASE_RECORD = "base.json"
 
 _CHUNK = 2**16  # numbers: their copy in fp64 stays in the cache, five times as fast as of 2**18
 
@@ -37,6 +40,7 @@ class Options:
     Attributes:
         rule: how many directions each layer keeps; None with a target size.
         target_size: share of the models' bytes.
+        layout: what the adapters may hold.
         dtype: of the result; None for the models' own.
         drop_small: leave all but LoRA layers as the base has them.
         small_error: leave those of them that differ by no more than this, relatively.
@@ -46,6 +50,7 @@ class Options:
 
     rule: RankRule | None
     target_size: float | None
+    layout: Layout
     dtype: torch.dtype | None
     drop_small: bool
     small_error: float
@@ -87,6 +92,7 @@ def checked_options(
     rank: int | None,
     energy: float | None,
     target_size: float | None,
+    layout: str,
     dtype: str | None,
     drop_small: bool,
     small_error: float,
@@ -110,8 +116,14 @@ def checked_options(
         raise CartError(
             f"drop_small leaves out more than small_error={small_error}; give one of them"
         )
+    if layout == "servers" and small_error:
+        raise CartError(
+            f"layout='servers' leaves out more than small_error={small_error}; give one of them"
+        )
     found = STORED[dtype] if dtype else None
-    return Options(rule, target_size, found, drop_small, small_error, svd, seed)
+    fixed = checked_layout(layout)
+    alone = drop_small or fixed == "servers"
+    return Options(rule, target_size, fixed, found, alone, small_error, svd, seed)
 
 
 def checked_names(paths: Sequence[Path], names: Sequence[str] | None) -> list[str]:
@@ -193,7 +205,21 @@ def config_text(
 ) -> str:
     """An adapter's config; its base lies where the folder will be when all is done."""
     base = str(work.report.out.absolute() / BASE)
-    return peft_files.config_text(assignment, task_ranks, work.structure.modules, base, task_type)
+    modules = work.structure.modules
+    kind = type(modules[""])
+    return peft_files.config_text(
+        assignment,
+        task_ranks,
+        modules,
+        base,
+        task_type,
+        {"base_model_class": kind.__name__, "parent_library": kind.__module__},
+    )
+
+
+def base_record(digest: str) -> str:
+    """The text of the file that says which base an adapter was made around."""
+    return json_text({"digest": digest})
 
 
 def minus(tensor: Tensor, around: Tensor) -> Tensor:

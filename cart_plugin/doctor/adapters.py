@@ -7,33 +7,22 @@ cache that the next run takes for the fused model; an adapter of another base fi
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cart_plugin.checkpoints import names
+from cart_plugin.checkpoints import adapters, names
+from cart_plugin.checkpoints.adapters import LORA, weights_file
 from cart_plugin.checkpoints.headers import TensorInfo, read_header
-from cart_plugin.checkpoints.reading import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    Checkpoint,
-    read_config,
-)
+from cart_plugin.checkpoints.reading import ADAPTER_CONFIG, Checkpoint, read_config
 from cart_plugin.doctor.findings import Finding, count, problem, some, warning
 from cart_plugin.doctor.layout import Recipe, references
 from cart_plugin.errors import CartError, CheckpointError
 
-_PICKLED = "adapter_model.bin"  # as PEFT wrote before safetensors; it reads both
-_PREFIX = "base_model.model."
-_LORA = "LORA"  # PEFT's name of it; what other kinds hold is left to PEFT
 _PROMPTS = (
     *("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT"),
     "ADAPTION_PROMPT",
 )
-_FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?$")
-_WRAPPING = re.compile(r"\.(?:modules_to_save|base_layer)(?:\.default)?\.")
-_PEFT_OTHERS = re.compile(r"\.lora_|\.original_module\.")  # magnitudes of DoRA, biases of B
 
 _Shape = tuple[int, ...]
 
@@ -73,10 +62,10 @@ def check_fit(adapter: Path, name: str, model: Checkpoint) -> list[Finding]:
     who = f"adapter {name}"
     try:
         config = read_config(adapter, who, ADAPTER_CONFIG)
-        tensors = read_header(_weights(adapter), who)
+        tensors = read_header(weights_file(adapter), who)
     except CheckpointError as error:
         return [problem(error.fact, error.advice)]
-    kind = str(config.get("peft_type", _LORA)).upper()
+    kind = str(config.get("peft_type", LORA)).upper()
     if kind in _PROMPTS:
         return [
             problem(
@@ -84,7 +73,7 @@ def check_fit(adapter: Path, name: str, model: Checkpoint) -> list[Finding]:
                 "merge adapters that change weights, such as LoRA",
             )
         ]
-    shapes = list(_check_shapes(who, _weights_of(tensors, config), model)) if kind == _LORA else []
+    shapes = list(_check_shapes(who, list(_parts(tensors, config)), model)) if kind == LORA else []
     return shapes or list(_check_base(who, config, model))
 
 
@@ -96,46 +85,15 @@ def ranks(adapter: Path) -> dict[str, int]:
     """
     try:
         config = read_config(adapter, str(adapter), ADAPTER_CONFIG)
-        if config.get("use_dora") or str(config.get("peft_type", _LORA)).upper() != _LORA:
+        if config.get("use_dora") or str(config.get("peft_type", LORA)).upper() != LORA:
             return {}
-        tensors = _weights_of(read_header(_weights(adapter), ""), config)
-        return {part.name: part.rank for part in _parts(tensors)}
+        tensors = read_header(weights_file(adapter), "")
+        return {part.name: part.rank for part in _parts(tensors, config)}
     except CheckpointError:
         return {}
 
 
-def _weights(adapter: Path) -> Path:
-    if not (adapter / ADAPTER_WEIGHTS).exists() and (adapter / _PICKLED).exists():
-        return adapter / _PICKLED
-    return adapter / ADAPTER_WEIGHTS
-
-
-def _weights_of(
-    tensors: Mapping[str, TensorInfo], config: Mapping[str, object]
-) -> dict[str, TensorInfo]:
-    """An adapter's tensors but for those of `target_parameters`, such as stacked experts.
-
-    They have the names of the modules, whatever their parameters are called, and other shapes.
-    """
-    targets = config.get("target_parameters")
-    named = targets if isinstance(targets, list) else []
-    modules = [str(name).rpartition(".")[0] for name in named]
-    return {
-        name: info
-        for name, info in tensors.items()
-        if not any(f".{_module(name)}".endswith(f".{module}") for module in modules)
-    }
-
-
-def _module(name: str) -> str:
-    factor = _FACTOR.match(_WRAPPING.sub(".", name.removeprefix(_PREFIX)))
-    return factor[1] if factor else ""
-
-
-def _check_shapes(
-    who: str, tensors: Mapping[str, TensorInfo], model: Checkpoint
-) -> Iterator[Finding]:
-    parts = list(_parts(tensors))
+def _check_shapes(who: str, parts: Sequence[_Part], model: Checkpoint) -> Iterator[Finding]:
     held: Mapping[str, _Shape] = {name: info.shape for name, info in model.tensors.items()}
     if any(part.name not in held for part in parts):
         try:
@@ -173,27 +131,23 @@ def _check_shapes(
     )
 
 
-def _parts(tensors: Mapping[str, TensorInfo]) -> Iterator[_Part]:
-    named = {
-        _WRAPPING.sub(".", stored.removeprefix(_PREFIX)): info for stored, info in tensors.items()
-    }
-    for name, info in named.items():
-        factor = _FACTOR.match(name)
-        if factor is None:
-            if not _PEFT_OTHERS.search(name):
-                # `modules_to_save`: whole
-                yield _Part(name, (info.shape,), min(info.shape, default=1))
+def _parts(tensors: Mapping[str, TensorInfo], config: Mapping[str, object]) -> Iterator[_Part]:
+    """What an adapter changes, but for its `target_parameters`: no name of it says which."""
+    held = adapters.sort(tensors)
+    for pair in held.factors:
+        if adapters.is_of_parameter(pair.module, config):
             continue
-        other = named.get(f"{name[: factor.start(3)]}B{name[factor.end(3) :]}")
-        if factor[3] == "B" or other is None:
-            continue  # seen with its A
-        if factor[2]:  # of an embedding: (r, tokens), (width, r)
-            shapes = ((info.shape[1], other.shape[0]),)
-            yield _Part(f"{factor[1]}.weight", shapes, info.shape[0])
+        name = f"{adapters.plain_name(pair.module)}.weight"
+        a, b = tensors[pair.a].shape, tensors[pair.b].shape
+        if pair.is_embedding:
+            yield _Part(name, ((a[1], b[0]),), a[0])
         else:
-            shape = (other.shape[0], *info.shape[1:])
+            shape = (b[0], *a[1:])
             # GPT-2's Conv1D holds its matrices the other way round.
-            yield _Part(f"{factor[1]}.weight", (shape, shape[::-1]), info.shape[0])
+            yield _Part(name, (shape, shape[::-1]), a[0])
+    for stored in held.whole:  # such as those of `modules_to_save`
+        shape = tensors[stored].shape
+        yield _Part(adapters.plain_name(stored), (shape,), min(shape, default=1))
 
 
 def _models_own(model: Checkpoint) -> dict[str, _Shape]:

@@ -19,16 +19,16 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from cart_plugin.checkpoints import side_files
+from cart_plugin.checkpoints.adapters import PICKLED, weights_file
 from cart_plugin.checkpoints.files import read_json, unfinished
 from cart_plugin.checkpoints.headers import read_header
 from cart_plugin.checkpoints.names import model_class
-from cart_plugin.checkpoints.reading import ADAPTER_WEIGHTS, open_adapter
+from cart_plugin.checkpoints.reading import open_adapter
 from cart_plugin.doctor.layout import references
 from cart_plugin.errors import CartError, first_line
 from cart_plugin.execution import child
 from cart_plugin.execution.inputs import plain
 
-_PICKLED = "adapter_model.bin"
 _REVISION = 2  # raised when whole models of the same files come to be others
 
 
@@ -87,8 +87,8 @@ def _check(adapter: Path) -> None:
     Raises:
         CartError: its config or its weights are missing, broken or truncated.
     """
-    if not (adapter / ADAPTER_WEIGHTS).exists() and (adapter / _PICKLED).exists():
-        read_header(adapter / _PICKLED, f"adapter {adapter}")
+    if (file := weights_file(adapter)).name == PICKLED:
+        read_header(file, f"adapter {adapter}")
     else:
         open_adapter(adapter, str(adapter))
 

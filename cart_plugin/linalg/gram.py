@@ -11,6 +11,7 @@ import math
 from typing import NamedTuple
 
 import scipy.linalg
+import scipy.sparse.linalg
 import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
@@ -20,6 +21,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 # or another program's are busy beside them, that can take far longer than the work itself.
 PARTIAL_SIDE = 1536
 _PARTIAL_SHARE = 0.25
+_LANCZOS_SIDE = 64  # below, LAPACK is as fast
 _SMALLEST = 1e-150  # its square is no underflow in fp64
 
 
@@ -192,6 +194,28 @@ def eigvalsh(gram: Tensor) -> Tensor:
     except LinAlgError:
         return _eigh_otherwise(gram)[0]
     return values if bool(values.isfinite().all()) else _eigh_otherwise(gram)[0]
+
+
+def largest_eigenvalue(gram: Tensor) -> Tensor:
+    """The largest eigenvalue alone, ``(stack,)``, of symmetric matrices without negative ones.
+
+    By Lanczos iterations, which take a tenth of the time of all eigenvalues.
+    """
+    m = gram.shape[-1]
+    if gram.device.type != "cpu" or m < _LANCZOS_SIDE:
+        return eigvalsh(gram)[..., -1]
+    # Of its own generator: a start that is the same everywhere, and orthogonal to nothing.
+    start = torch.randn(m, generator=torch.Generator().manual_seed(0), dtype=gram.dtype).numpy()
+    found = []
+    for matrix in gram.reshape(-1, m, m):
+        try:
+            values = scipy.sparse.linalg.eigsh(
+                matrix.numpy(), k=1, which="LA", v0=start, return_eigenvectors=False
+            )
+            found.append(torch.from_numpy(values)[0].to(gram.dtype))
+        except scipy.sparse.linalg.ArpackError:  # of zeros, or too slow
+            found.append(eigvalsh(matrix)[-1])
+    return torch.stack(found).view(gram.shape[:-2])
 
 
 def _eigh_otherwise(gram: Tensor) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,14 @@ _FAST_SIDE = 512
 _SUBSPACE_SHARE = 0.5
 
 
-def truncated_svd(x: Tensor, rule: RankRule, *, svd: str = "auto", seed: int = 0) -> LowRank:
+def truncated_svd(
+    x: Tensor,
+    rule: RankRule,
+    *,
+    svd: str = "auto",
+    seed: int = 0,
+    of: tuple[int, int] | None = None,
+) -> LowRank:
     """The best approximation of a matrix at the rank that a rule asks for.
 
     Args:
@@ -54,6 +61,8 @@ def truncated_svd(x: Tensor, rule: RankRule, *, svd: str = "auto", seed: int = 0
             a stack has its own rank; ``S`` and ``Vh`` are then padded with zeros to the largest.
         svd: name of a solver, one of `SOLVERS`.
         seed: start of the randomised solvers.
+        of: shape of the matrices that ``x`` holds in fewer coordinates, if it does: ``rank_ratio``
+            is a share of their full rank.
 
     Returns:
         The factors, in fp32 (fp64 if ``x`` is fp64), on the device of ``x``. Where the k-th and the
@@ -70,14 +79,14 @@ def truncated_svd(x: Tensor, rule: RankRule, *, svd: str = "auto", seed: int = 0
     if svd not in SOLVERS:
         raise CartError(f"svd must be one of {', '.join(SOLVERS)}, got {svd!r}")
     if x.device.type == "mps":  # it has no fp64, which the solvers need for their estimates
-        return truncated_svd(x.cpu(), rule, svd=svd, seed=seed).to(x.device)
+        return truncated_svd(x.cpu(), rule, svd=svd, seed=seed, of=of).to(x.device)
     with torch.no_grad():
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         # One orientation inside: a stack whose rows are the short side.
         tall = x.shape[-2] > x.shape[-1]
         stack = x if x.ndim == 3 else x[None]
         with full_precision(x.device):
-            factors = _scaled(stack.mT if tall else stack, rule, SOLVERS[svd], seed)
+            factors = _scaled(stack.mT if tall else stack, rule, SOLVERS[svd], seed, of)
         factors = factors.mT if tall else factors
         if x.ndim == 3:
             return factors
@@ -87,13 +96,16 @@ def truncated_svd(x: Tensor, rule: RankRule, *, svd: str = "auto", seed: int = 0
 Solver = Callable[[Tensor, int, int], LowRank]
 
 
-def _scaled(x: Tensor, rule: RankRule, solver: Solver, seed: int) -> LowRank:
+def _scaled(
+    x: Tensor, rule: RankRule, solver: Solver, seed: int, of: tuple[int, int] | None
+) -> LowRank:
     """Solve with entries of moderate size: squares of very small or large ones leave fp32.
 
     Each matrix of a stack by itself: one may be a trillion times smaller than the others.
     """
     m, n = x.shape[1:]
-    k = rule.fixed_rank(m, n)
+    k = rule.fixed_rank(*(of or (m, n)))
+    k = None if k is None else min(k, m, n)
     if k == 0 or x.numel() == 0:
         return _zeros(x, 0)
     low, high = (x if x.is_contiguous() else x.mT).flatten(1).aminmax(dim=1)
@@ -105,7 +117,7 @@ def _scaled(x: Tensor, rule: RankRule, solver: Solver, seed: int) -> LowRank:
     moved = [exponent for exponent, entry in zip(exponents, largest, strict=True) if entry]
     if max(map(abs, moved)) > 20 or max(moved) - min(moved) > 10:
         powers = x.new_tensor([2.0**exponent for exponent in exponents])
-        scaled = _scaled(x / powers[:, None, None], rule, solver, seed)
+        scaled = _scaled(x / powers[:, None, None], rule, solver, seed, of)
         return LowRank(scaled.U, scaled.S * powers[:, None], scaled.Vh, scaled.error)
     if k is not None:
         factors = solver(x, k, seed)

@@ -29,6 +29,7 @@ the sum of the ``tau_t`` in the place of P. What was tried besides, and what it 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,6 +68,28 @@ def informed_by_base(
     Returns:
         M, of the factors' dtype, ``(m, n)`` or a stack. Zero if no model was changed.
     """
+    return informed_system(parts, mean).solve(ridge)
+
+
+class Informed(NamedTuple):
+    """The system, and how many directions are known."""
+
+    system: System
+    directions: Tensor
+
+    def solve(self, ridge: float = INFORMED_RIDGE) -> Tensor:
+        """See `informed_by_base`."""
+        return self.system.solve(
+            ridge, ridge, directions=self.directions, least_kept=INFORMED_LEAST_KEPT
+        )
+
+    def metric(self, ridge: float = INFORMED_RIDGE) -> Tensor:
+        """``sum w C + r I``, ``(n, n)``: by how much a change of M raises the objective."""
+        return self.system.metric(ridge, directions=self.directions)
+
+
+def informed_system(parts: Iterable[tuple[LowRank, float]], mean: Tensor) -> Informed:
+    """The sums that `informed_by_base` solves, for the same arguments."""
     if mean.device.type == "mps":  # no fp64, and not all of the linear algebra
         mean = mean.cpu()
     total = System()
@@ -85,4 +108,4 @@ def informed_by_base(
         size = torch.linalg.vector_norm(values, dim=-1, keepdim=True, dtype=torch.float64)
         kept = LowRank(left, values, factors.Vh)
         total.add(kept, weight, size.to(values.dtype), norms.square().sum(dim=-1))
-    return total.solve(ridge, ridge, directions=directions, least_kept=INFORMED_LEAST_KEPT)
+    return Informed(total, directions)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cart_plugin.linalg.factors import LowRank
+from cart_plugin.linalg.gram import largest_eigenvalue
 from cart_plugin.linalg.precision import full_precision
 
 LEAST_KEPT = 0.1
@@ -47,9 +48,15 @@ class _Term(NamedTuple):
 
 
 class System:
-    """The sums of the normal equations: as factors, or dense once that is smaller."""
+    """The sums of the normal equations: as factors, or dense once that is smaller.
 
-    def __init__(self) -> None:
+    Args:
+        width: n, if the task vectors are written in fewer coordinates than they have inputs
+            (`cart_plugin.merging.spans`).
+    """
+
+    def __init__(self, width: int | None = None) -> None:
+        self.width = width
         self.waiting: list[_Term] = []  # not in the dense sums
         self.dense: _Dense | None = None
         self.ranks = 0
@@ -85,6 +92,45 @@ class System:
         self.ranks += factors.rank
         if self.ranks >= factors.Vh.shape[-1]:
             self._pour()
+
+    def add_whole(self, difference: Tensor, weight: float) -> None:
+        """Add the terms of a task vector of which nothing is left out: without its decomposition.
+
+        Args:
+            difference: D, ``(m, n)`` or a stack; n is small, since the sums are dense from here on.
+            weight: w. z is the largest singular value.
+        """
+        if self.waiting:
+            self._pour()
+        with full_precision(difference.device):
+            gram = difference.mT @ difference
+            size = largest_eigenvalue(gram)  # z^2
+            gram.mul_((weight / torch.where(size > 0, size, 1))[..., None, None])
+            terms = _Dense(difference @ gram, weight * difference, gram)
+        self.weights.append(weight)
+        self.trace = self.trace + terms.gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+        energy = torch.linalg.vector_norm(difference, dim=(-2, -1), dtype=torch.float64).square()
+        self.energy = self.energy + weight * energy
+        if self.dense is None:
+            self.dense = terms
+            return
+        for total, term in zip(self.dense, terms, strict=True):
+            total.add_(term)
+
+    def metric(self, ridge: float, *, directions: Tensor | None = None) -> Tensor:
+        """``sum w C + r I``, by which the system weighs a change of its solution; `(n, n)`.
+
+        Args:
+            ridge: r, as in `solve`.
+            directions: as in `solve`.
+        """
+        if self.dense is None or self.waiting:
+            self._pour()
+        assert self.dense is not None
+        gram = self.dense.gram.clone()
+        shift = ridge * self._mean_eigenvalue(gram.shape[-1], directions)
+        gram.diagonal(dim1=-2, dim2=-1).add_(shift[..., None])
+        return gram
 
     def _pour(self) -> None:
         """Turn the factors that wait into dense sums."""
@@ -154,7 +200,7 @@ class System:
 
     def _mean_eigenvalue(self, n: int, directions: Tensor | None) -> Tensor:
         """Of ``sum w C``; where nothing moved, any number will do."""
-        count = n if directions is None else directions.clamp(1, n)
+        count = self.width or n if directions is None else directions.clamp(1, n)
         return torch.where(self.trace > 0, self.trace, 1) / count
 
     def _strength(self, energy_of_sum: Tensor, pull: Tensor, least_kept: float) -> Tensor:

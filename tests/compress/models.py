@@ -61,6 +61,24 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window": 4,
         },
     ),
+    "glm": (
+        "GlmForCausalLM",
+        {**_DECODER, "head_dim": 8, "attention_bias": True, "pad_token_id": 0},
+    ),
+    "gpt-j": (
+        "GPTJForCausalLM",
+        {
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "vocab_size": 64,
+            "n_positions": 32,
+            "rotary_dim": 4,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        },
+    ),
+    "clip": ("CLIPVisionModelWithProjection", {**_PATCHES, "projection_dim": 16}),
     "llama": ("LlamaForCausalLM", _DECODER),
     "tied-llama": ("LlamaForCausalLM", {**_DECODER, "tie_word_embeddings": True}),
     "qwen2": ("Qwen2ForCausalLM", _DECODER),
@@ -68,6 +86,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3MoeForCausalLM",
         {**_MIXTURE, "head_dim": 8, "moe_intermediate_size": 24, "num_experts": 4},
     ),
+    "roberta": ("RobertaForSequenceClassification", {**_TEXT, "num_labels": 3, "pad_token_id": 0}),
+    "tagger": ("BertForTokenClassification", {**_TEXT, "num_labels": 3}),
     "resnet": (
         "ResNetForImageClassification",
         {
@@ -78,8 +98,21 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_labels": 5,
         },
     ),
+    "swin": (
+        "SwinForImageClassification",
+        {
+            "image_size": 32,
+            "patch_size": 4,
+            "embed_dim": 16,
+            "depths": [1, 1],
+            "num_heads": [2, 2],
+            "window_size": 4,
+            "num_labels": 5,
+        },
+    ),
     "vit": ("ViTForImageClassification", _PATCHES),
 }
+MIXED = ("glm", "gpt-j", "qwen2", "swin")  # of which some layers have biases and some have none
 TASKS = ("one", "two", "three")
 
 
@@ -139,7 +172,8 @@ def answer(model: nn.Module) -> Tensor:
         inputs = {"input_ids": torch.randint(1, 64, (2, 9), generator=generator)}
     with torch.no_grad():
         found = model(**inputs)
-    return (found.logits if "logits" in found else found.last_hidden_state).float()
+    kinds = ("logits", "image_embeds", "last_hidden_state")
+    return next(found[kind] for kind in kinds if kind in found).float()
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import MambaConfig, MambaForCausalLM
 
 from cart_plugin import CartError
 from cart_plugin.compress import compress, expand, load_task, task_tensors, tasks
@@ -151,19 +150,6 @@ def test_an_index_that_names_no_files(models, tmp_path, shard):
     found["weight_map"]["model.norm.weight"] = shard
     index.write_text(json.dumps(found))
     assert "names no file for model.norm.weight" in refusal(models, tmp_path)
-
-
-def test_matrices_that_are_all_stored_whole_for_something_else(tmp_path):
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 64, "state_size": 4}
-    for task in "ab":
-        torch.manual_seed(ord(task))
-        model = MambaForCausalLM(MambaConfig(**sizes))
-        for parameter in model.parameters():
-            parameter.data.add_(torch.randn_like(parameter))
-        model.save_pretrained(tmp_path / task)
-    message = refusal([tmp_path / "a", tmp_path / "b"], tmp_path, rank=2)
-    assert "PEFT loads no adapter without LoRA" in message
-    assert "--drop-small" in message
 
 
 def test_integers_in_one_model_only(models, tmp_path):

@@ -65,6 +65,6 @@ def test_factors_within_the_range_of_fp16_may_sum_to_more() -> None:
     work = SimpleNamespace(options=SimpleNamespace(svd="exact", seed=0))
     layer = Layer("a.weight", "a", "linear", (64, 8192))
     difference = torch.full(layer.shape, 1000.0)
-    a, b = decompose(work, layer, difference, 1, torch.float16)  # type: ignore[arg-type]
+    a, b = decompose(work, layer, difference, 1, torch.float16, 1.0)  # type: ignore[arg-type]
     assert not torch.isfinite(a.sum())
     torch.testing.assert_close(layer.difference(a, b), difference, rtol=2e-3, atol=0)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.cli import main
 from cart_plugin.compress import compress, expand, load_task
+from tests.compress.architectures import CASES, save
 from tests.compress.models import TASKS, answer, load, new_model, save_tasks, tensors
 
 
@@ -200,5 +201,25 @@ def test_the_command_reports_what_it_has_left(originals, tmp_path):
     worst = max(task["error"] for row in left.values() for task in row["tasks"].values())
     assert here.error(norm) * 0.999 < worst <= bound
     (note,) = report["notes"]
-    assert f"stay at the base ({reason}): relative error at most {worst:.1e}" in note
+    size, lost = sum(row["bytes"] for row in left.values()), report["left"][0]["of_lost"]
+    assert f"stay at the base ({reason}): {size:,} bytes of each model" in note
+    assert f"relative error at most {worst:.1e}, {lost:.1%} of all that is lost" in note
     assert f"note: {note}" in result.output
+
+
+def test_a_router_is_stored_whole_or_else_it_is_lora(compressed):
+    name = "model.layers.0.mlp.gate.weight"
+    assert compressed("qwen3-moe", rank=4).report.entries[name].kind == "exact"
+    assert compressed("qwen3-moe", rank=4, drop_small=True).report.entries[name].kind == "lora"
+
+
+def test_matrices_that_are_dropped_are_named_apart_from_norms_and_biases(tmp_path):
+    report = compress(save(tmp_path, CASES["mamba"]), tmp_path / "out", rank=4, drop_small=True)
+    reasons = {name.rpartition("mixer.")[2]: entry.reason for name, entry in report.entries.items()}
+    assert reasons["conv1d.bias"] == "--drop-small"
+    assert reasons["conv1d.weight"] == "--drop-small; matrices that PEFT's LoRA has no layer for"
+    assert reasons["dt_proj.weight"].startswith(
+        "--drop-small; no LoRA: with PEFT the model answers"
+    )
+    told = [note for note in report.notes if "matrices that PEFT's LoRA has no layer for" in note]
+    assert [note.startswith("2 tensors, such as backbone.layers.0.mixer.conv1d") for note in told]

@@ -53,7 +53,7 @@ def test_comparing_judges_a_model(here: Path) -> None:
 
 
 def test_adapters_writes_reads_and_expands(here: Path) -> None:
-    _, from_python = blocks(FILLED["docs/adapters.md"], "python")  # the other: test_compress.py
+    *_, from_python = blocks(FILLED["docs/adapters.md"], "python")  # the others: test_compress.py
     names: dict[str, Any] = {}
     exec(from_python, names)  # noqa: S102  (our own pages)
     assert names["tasks"]("served") == ["math", "code", "german"]
@@ -101,8 +101,11 @@ def test_every_block_is_run_by_a_test() -> None:
         "README.md",
         "docs/adapters.md",
         "docs/adapters.md",
+        "docs/adapters.md",
         "docs/comparing.md",
         "docs/fusion-bench.md",
         "docs/how-it-works.md",
         "docs/how-it-works.md",
+        "docs/merging-adapters.md",
+        "docs/merging-adapters.md",
     ]

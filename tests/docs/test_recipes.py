@@ -22,7 +22,9 @@ register()
 
 DOCUMENTS = [(page, yaml.safe_load(code)) for page, code in all_blocks("yaml")]
 RECIPES = [(page, doc) for page, doc in DOCUMENTS if "merge_method" in doc]
-PARTS = [(page, doc) for page, doc in DOCUMENTS if not {"merge_method", "_target_"} & set(doc)]
+# Of adapters: test_merging_adapters.py.
+OTHERS = {"merge_method", "_target_", "adapters"}
+PARTS = [(page, doc) for page, doc in DOCUMENTS if not OTHERS & set(doc)]
 POOLS = [(page, doc) for page, doc in DOCUMENTS if "_target_" in doc]
 MINIMAL = {
     "models": [{"model": f"./models/{name}"} for name in ("math", "code", "german")],

@@ -175,3 +175,13 @@ def test_the_plain_share_does_not_look_at_the_rank() -> None:
     x = with_spectrum((torch.arange(200) < 9).double(), 200, 240)
     assert truncated_svd(x, RankRule(0.08)).rank == 16
     assert truncated_svd(x, RankRule()).rank == 16
+
+
+def test_a_share_is_of_the_matrix_that_stands_behind_fewer_coordinates() -> None:
+    x = with_spectrum(power_law(20, 0.5), 20, 30)
+    for shape, k in (((100, 400), 8), ((400, 100), 8), ((1000, 1000), 20)):
+        assert truncated_svd(x, RankRule(0.08), of=shape).rank == k
+    assert truncated_svd(x, RankRule(0.08)).rank == 1
+    low = with_spectrum(rank_deficient(20, 8), 20, 30)
+    rule = RankRule(0.08, of_numerical_rank=True)
+    assert truncated_svd(low, rule, of=(1000, 1000)).rank == 1

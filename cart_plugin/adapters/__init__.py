@@ -1,0 +1,18 @@
+"""T LoRA adapters into one, from their factors alone.
+
+::
+
+    from cart_plugin.adapters import merge_adapters, merge_loaded
+
+    merge_adapters(["math", "code", "german"], "merged")        # folders in, a folder out
+    merge_loaded(model, ["math", "code"], "both")               # of a loaded PeftModel
+
+Modules, from the bottom: `kinds` (what an adapter's config says), `inputs` (one adapter),
+`agreement` (all of them), `settings` (the options), `work` (the merge), `report`, `peft_files` (how
+PEFT wants it), `run` and `loaded` (all of it), `recipes` (the options from a file).
+"""
+
+from cart_plugin.adapters.loaded import merge_loaded
+from cart_plugin.adapters.run import merge_adapters
+
+__all__ = ["merge_adapters", "merge_loaded"]

@@ -1,0 +1,267 @@
+"""What has to be alike in adapters that are merged, and what is said of what is not."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from cart_plugin.adapters.inputs import Adapter, Shape
+from cart_plugin.errors import CartError
+
+_BASE = "base_model_name_or_path"
+_SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+@dataclass
+class Plan:
+    """What is merged.
+
+    Attributes:
+        adapters: in order of their names, so that the order in which they are given does not
+            matter.
+        shapes: of the weights that any of them changes, by PEFT's names of modules, in order.
+        whole: names of tensors that take the place of the base's.
+        common: keys and values of the merged adapter's config that are theirs.
+        notes: what a user has to know.
+    """
+
+    adapters: list[Adapter]
+    shapes: dict[str, Shape]
+    whole: list[str]
+    common: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def full_rank(self) -> int:
+        """The rank that holds any merge of theirs: the largest sum of ranks over the weights."""
+        return max(self.ranks(module) for module in self.shapes)
+
+    @property
+    def largest_rank(self) -> int:
+        """The largest of theirs."""
+        return max(layer.rank for adapter in self.adapters for layer in adapter.layers.values())
+
+    def ranks(self, module: str) -> int:
+        """The sum of the adapters' ranks in a weight."""
+        held = (adapter.layers.get(module) for adapter in self.adapters)
+        return sum(layer.rank for layer in held if layer is not None)
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether any adapter has biases of its own in B."""
+        return any(
+            layer.factors.bias is not None
+            for adapter in self.adapters
+            for layer in adapter.layers.values()
+        )
+
+    def holders(self, name: str) -> list[Adapter]:
+        """The adapters that hold a tensor in the place of the base's."""
+        return [adapter for adapter in self.adapters if name in adapter.whole]
+
+    def dtype(self, names: Callable[[Adapter], Iterator[str]]) -> torch.dtype:
+        """The dtype to which tensors of all adapters promote."""
+        found = None
+        for adapter in self.adapters:
+            for name in names(adapter):
+                own = adapter.checkpoint.dtype(name)
+                found = own if found is None else torch.promote_types(found, own)
+        assert found is not None
+        return found
+
+
+def agree(adapters: Sequence[Adapter], base: str | None) -> Plan:
+    """Compare adapters with each other.
+
+    Args:
+        adapters: one or more.
+        base: the name of their base, if it is given.
+
+    Raises:
+        CartError: they are of different bases or shapes, or hold what cannot be merged without the
+            base.
+    """
+    ordered = sorted(adapters, key=lambda adapter: adapter.name)
+    shapes: dict[str, Shape] = {}
+    for adapter in ordered:
+        for module, layer in adapter.layers.items():
+            known = shapes.setdefault(module, layer.shape)
+            if known != layer.shape:
+                other = next(one for one in ordered if module in one.layers)
+                raise CartError(
+                    f"adapters {other.name} and {adapter.name} are of different models: {module} "
+                    f"is {known} in the one and {layer.shape} in the other; merge adapters of one "
+                    "base"
+                )
+    _check_names(ordered)
+    plan = Plan(ordered, dict(sorted(shapes.items())), _whole(ordered), _common(ordered, base))
+    if plan.has_bias and any(shape.kind == "experts" for shape in shapes.values()):
+        raise CartError(
+            "some adapters have biases (lora_bias) and some target_parameters, and PEFT holds no "
+            "adapter with both; merge each into its base and the whole models with `mergekit-cart "
+            "merge`"
+        )
+    plan.notes += _notes(plan)
+    return plan
+
+
+def _check_names(adapters: Sequence[Adapter]) -> None:
+    """Refuse adapters that call the same modules differently, such as with and without a head."""
+    for first, other in itertools.combinations(adapters, 2):
+        if first.layers.keys() & other.layers.keys():
+            continue
+        for module in first.layers:
+            for found in other.layers:
+                if f".{module}".endswith(f".{found}") or f".{found}".endswith(f".{module}"):
+                    raise CartError(
+                        f"adapters {first.name} and {other.name} call one module differently "
+                        f"({module} and {found}): they were trained on different classes of the "
+                        "base, such as with and without its head; train or convert them to one"
+                    )
+
+
+def _whole(adapters: Sequence[Adapter]) -> list[str]:
+    """The tensors that take the place of the base's, of the same names and shapes in all.
+
+    PEFT saves the base's own table beside LoRA of it: that may be lacking where there is none.
+    """
+    names = sorted(set().union(*(adapter.whole for adapter in adapters)))
+    for name in names:
+        holders = [adapter for adapter in adapters if name in adapter.whole]
+        first = holders[0]
+        if ".base_layer." in name and _are_one(name, holders):
+            continue
+        for adapter in adapters:
+            if adapter not in holders:
+                raise CartError(
+                    f"adapter {first.name} holds {name} whole (modules_to_save, trained biases, "
+                    f"resized embeddings) and {adapter.name} does not: what that has there is the "
+                    "base's, which is not read here; merge each into its base (PEFT's "
+                    "merge_and_unload) and the whole models with `mergekit-cart merge`"
+                )
+            shape = adapter.checkpoint.tensors[name].shape
+            if shape != first.checkpoint.tensors[name].shape:
+                raise CartError(
+                    f"{name} is {tuple(first.checkpoint.tensors[name].shape)} in adapter "
+                    f"{first.name} and {tuple(shape)} in {adapter.name}: heads or vocabularies of "
+                    "different sizes cannot be merged"
+                )
+    return names
+
+
+def _are_one(name: str, holders: Sequence[Adapter]) -> bool:
+    first = holders[0].checkpoint
+    return all(
+        other.checkpoint.tensors[name].shape == first.tensors[name].shape
+        and torch.equal(other.checkpoint.read(name), first.read(name))
+        for other in holders[1:]
+    )
+
+
+def _common(adapters: Sequence[Adapter], base: str | None) -> dict[str, Any]:
+    """What the merged adapter's config takes over."""
+    configs = {adapter.name: adapter.checkpoint.config for adapter in adapters}
+    found: dict[str, Any] = {}
+    found[_BASE] = _agreed_base(configs) if base is None else base
+    if base is None:
+        found["revision"] = _agreed(configs, "revision", "pass --base to say that they are one")
+    found["task_type"] = _agreed(
+        configs, "task_type", "correct adapter_config.json if they are of one class of models"
+    )
+    found["bias"] = _agreed(configs, "bias", "train them alike") or "none"
+    parameters = {
+        name: {"target_parameters": sorted(config.get("target_parameters") or ())}
+        for name, config in configs.items()
+    }
+    # PEFT does not name these in the file: of different ones nobody knows which is which.
+    found["target_parameters"] = _agreed(
+        parameters,
+        "target_parameters",
+        "merge each into its base and the whole models with `mergekit-cart merge`",
+    )
+    saved = [name for config in configs.values() for name in config.get("modules_to_save") or ()]
+    found["modules_to_save"] = sorted(set(saved)) or None
+    # PEFT corrects it where a module is of the other kind, but takes it beside no parameters.
+    turned = any(config.get("fan_in_fan_out") for config in configs.values())
+    found["fan_in_fan_out"] = turned and not found["target_parameters"]
+    found.update(_selection(adapters))
+    return found
+
+
+def _agreed(configs: Mapping[str, Mapping[str, Any]], key: str, advice: str) -> Any:
+    """The one value of a key; those that do not have it agree with all."""
+    values = [(name, config[key]) for name, config in configs.items() if config.get(key)]
+    for name, value in values[1:]:
+        if value != values[0][1]:
+            raise CartError(
+                f"adapters {values[0][0]} and {name} differ in {key} of adapter_config.json "
+                f"({values[0][1]} and {value}); {advice}"
+            )
+    return values[0][1] if values else None
+
+
+def _agreed_base(configs: Mapping[str, Mapping[str, Any]]) -> str | None:
+    values: dict[str, tuple[str, str]] = {}
+    for name, config in configs.items():
+        if config.get(_BASE):
+            path = str(config[_BASE])
+            place = os.path.realpath(path) if os.path.exists(path) else path.rstrip("/")
+            values.setdefault(place, (path, name))
+    if len(values) > 1:
+        (first, one), (second, other) = list(values.values())[:2]
+        raise CartError(
+            f"adapters {one} and {other} are of different bases: {first} and {second}; if these "
+            "are one model, pass its name as --base"
+        )
+    return next((path for path, _ in values.values()), None)
+
+
+def _selection(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """Which modules PEFT wraps: as the adapters say if they say the same, or all by name."""
+    said = [
+        {key: _plain(adapter.checkpoint.config.get(key)) for key in _SELECTION}
+        for adapter in adapters
+    ]
+    modules = [adapter.layers.keys() for adapter in adapters]
+    same = all(own == modules[0] for own in modules) and all(own == said[0] for own in said)
+    if same and said[0]["target_modules"]:
+        return said[0]
+    parameters = {
+        module
+        for adapter in adapters
+        for module, layer in adapter.layers.items()
+        if layer.shape.kind == "experts"
+    }
+    names = sorted(set().union(*modules) - parameters)
+    return {**dict.fromkeys(_SELECTION), "target_modules": names or None}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple, set)):
+        return sorted(value) or None
+    return None if value == "" else value
+
+
+def _notes(plan: Plan) -> Iterator[str]:
+    for adapter in plan.adapters:
+        lacking = [module for module in plan.shapes if module not in adapter.layers]
+        if lacking:
+            yield (
+                f"{adapter.name} lacks {len(lacking):,} of {len(plan.shapes):,} modules, such as "
+                f"{lacking[0]}: a difference of zero there"
+            )
+    if plan.whole:
+        yield (
+            f"{len(plan.whole):,} tensors that the adapters hold whole, such as {plan.whole[0]}, "
+            "are averaged: whatever the method, the base's values are not known here. PEFT loads "
+            "them; vLLM, llama.cpp and SGLang do not"
+        )
+    if plan.has_bias:
+        yield "the adapters' biases are averaged; PEFT loads them, other servers do not"
+    if plan.common[_BASE] is None:
+        yield "no adapter names its base; pass --base, or name it wherever the merge is loaded"

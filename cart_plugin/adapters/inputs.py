@@ -1,0 +1,245 @@
+"""The adapters that are merged: what each changes, and what has to be alike in them."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cart_plugin.adapters import kinds
+from cart_plugin.checkpoints import adapters as tensors
+from cart_plugin.checkpoints.reading import ADAPTER_CONFIG, CONFIG, Checkpoint
+from cart_plugin.errors import CartError
+from cart_plugin.merging.inputs import check_finite
+from cart_plugin.merging.spans import Difference
+
+Kind = Literal["linear", "embedding", "convolution", "experts"]
+_AGAIN = "copy the adapter again, or save it with PEFT's save_pretrained"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A weight that adapters change, as matrices.
+
+    Attributes:
+        kind: "embedding" is a table of ``n`` rows, "convolution" flattens the kernel, "experts" is
+            a stack of matrices in one parameter.
+        stack: number of matrices; 1 but for experts.
+        m: outputs.
+        n: inputs.
+        kernel: of a convolution: input channels and the kernel's sides.
+    """
+
+    kind: Kind
+    stack: int
+    m: int
+    n: int
+    kernel: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        matrix = f"{self.m} x {self.n}"
+        return f"{self.stack} matrices {matrix}" if self.stack > 1 else f"{self.kind} {matrix}"
+
+    @property
+    def of_weight(self) -> tuple[int, ...]:
+        """As `cart_plugin.merging.tensors.is_decomposed` takes it."""
+        return (self.m, self.n) if self.stack == 1 else (self.stack, self.m, self.n)
+
+    def lora(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A and B."""
+        if self.kind == "convolution":
+            return (rank, *self.kernel), (self.m, rank, *(1 for _ in self.kernel[1:]))
+        return (self.stack * rank, self.n), (self.m, self.stack * rank)
+
+    def to_lora(self, found: Difference, rank: int) -> tuple[Tensor, Tensor]:
+        """A and B of a difference of at most a rank, with zeros for what it has less."""
+        lacking = rank - found.left.shape[-1]
+        left = torch.nn.functional.pad(found.left, (0, lacking))
+        right = torch.nn.functional.pad(found.right, (0, 0, 0, lacking))
+        a, b = self.lora(rank)
+        return right.reshape(a), left.permute(1, 2, 0).reshape(b)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight that one adapter changes.
+
+    Attributes:
+        factors: the names of its tensors.
+        shape: of the weight.
+        rank: of each of its matrices.
+        scale: of ``B A``.
+    """
+
+    factors: tensors.Factors
+    shape: Shape
+    rank: int
+    scale: float
+
+
+@dataclass
+class Adapter:
+    """An adapter.
+
+    Attributes:
+        checkpoint: its config, and its tensors.
+        layers: what it changes, by PEFT's names of modules.
+        whole: names of tensors that take the place of the base's.
+    """
+
+    checkpoint: Checkpoint
+    layers: dict[str, Layer] = field(default_factory=dict)
+    whole: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """What errors and reports call it."""
+        return self.checkpoint.name
+
+    def read(self, tensor: str) -> Tensor:
+        """A tensor, checked to be finite, in fp32 or better.
+
+        Raises:
+            CartError: it cannot be read, or holds NaN or infinite values.
+        """
+        found = self.checkpoint.read(tensor)
+        check_finite(found, [f"adapter {self.name}"], [found], f"tensor {tensor!r}")
+        return found.to(torch.promote_types(found.dtype, torch.float32))
+
+    def difference(self, module: str, shape: Shape, dtype: torch.dtype) -> Difference:
+        """What it changes of a weight; of rank 0 where it does not.
+
+        Raises:
+            CartError: as `read`.
+        """
+        layer = self.layers.get(module)
+        if layer is None:
+            empty = torch.empty(shape.stack, shape.m, 0, dtype=dtype)
+            return Difference(empty, empty.new_empty(shape.stack, 0, shape.n))
+        a, b = (self.read(name).to(dtype) for name in (layer.factors.a, layer.factors.b))
+        left = b.reshape(shape.m, layer.rank, shape.stack).permute(2, 0, 1) * layer.scale
+        return Difference(left, a.reshape(shape.stack, layer.rank, shape.n))
+
+    def bias(self, module: str, shape: Shape) -> Tensor | None:
+        """What it adds to a layer's bias; None for nothing.
+
+        Raises:
+            CartError: as `read`.
+        """
+        layer = self.layers.get(module)
+        if layer is None or layer.factors.bias is None:
+            return None
+        return self.read(layer.factors.bias).reshape(shape.m) * layer.scale
+
+
+def find(paths: Sequence[str | Path]) -> list[Path]:
+    """The folders of adapters, which are named by these, or by their names on the hub.
+
+    Raises:
+        CartError: one is neither here nor in the hub's cache, or is given twice.
+    """
+    folders = [_folder(path) for path in paths]
+    seen: dict[str, str | Path] = {}
+    for path, folder in zip(paths, folders, strict=True):
+        place = os.path.realpath(folder)
+        if place in seen:
+            raise CartError(
+                f"{seen[place]} and {path} are one folder: the adapter would count twice; name it "
+                "once (weights make it count more)"
+            )
+        seen[place] = path
+    return folders
+
+
+def _folder(path: str | Path) -> Path:
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / ADAPTER_CONFIG).exists() and (folder / CONFIG).exists():
+            raise CartError(
+                f"{path} is a whole model and no adapter: it has {CONFIG} and no {ADAPTER_CONFIG}; "
+                "merge whole models with `mergekit-cart merge`"
+            )
+        return folder
+    if folder.exists():
+        raise CartError(f"{path} is a file; name the folder that holds it")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path), local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        raise CartError(
+            f"adapter {path} is no folder here, nor in the hub's cache; correct the path, or "
+            f"download it first (hf download {path})"
+        ) from None
+
+
+def sorted_adapter(checkpoint: Checkpoint) -> Adapter:
+    """What an adapter changes.
+
+    Args:
+        checkpoint: its config, and its tensors' names, shapes and dtypes.
+
+    Raises:
+        CartError: it is no plain LoRA, or its tensors do not fit each other or its config.
+    """
+    name, config = checkpoint.name, checkpoint.config
+    kinds.check_kind(name, config)
+    found = tensors.sort(checkpoint.tensors)
+    if found.others:
+        more = f" and {len(found.others) - 1:,} more" if len(found.others) > 1 else ""
+        raise CartError(
+            f"adapter {name} holds {found.others[0]}{more}, which is no part of a plain LoRA, or "
+            f"one factor without its other; {_AGAIN}"
+        )
+    for tensor, info in checkpoint.tensors.items():
+        if not info.is_floating:
+            raise CartError(
+                f"adapter {name}: tensor {tensor!r} is {info.stored or info.dtype}; quantised "
+                "adapters cannot be merged, save it as bfloat16"
+            )
+        if 0 in info.shape:
+            raise CartError(
+                f"adapter {name}: tensor {tensor!r} is empty {info.shape}: its parts were not "
+                "gathered when it was saved (DeepSpeed, FSDP); save it again"
+            )
+    if not found.factors:
+        raise CartError(f"adapter {name} holds no LoRA factors; {_AGAIN}")
+    adapter = Adapter(checkpoint, whole=found.whole)
+    for factors in found.factors:
+        adapter.layers[factors.module] = _layer(checkpoint, factors)
+    return adapter
+
+
+def _layer(checkpoint: Checkpoint, factors: tensors.Factors) -> Layer:
+    name, config = checkpoint.name, checkpoint.config
+    a, b = (checkpoint.tensors[tensor].shape for tensor in (factors.a, factors.b))
+    plain = tensors.plain_name(factors.module)
+    kind: Kind = "linear"
+    stack, rank = 1, a[0]
+    kernel: tuple[int, ...] = ()
+    fits = len(a) == len(b) >= 2 and b[1] == rank and all(side == 1 for side in b[2:])
+    if tensors.is_of_parameter(factors.module, config):
+        rank = kinds.rank_of_parameters(name, config, plain)
+        kind, stack = "experts", a[0] // rank
+        fits = fits and len(a) == 2 and a[0] % rank == 0
+    elif factors.is_embedding:
+        kind = "embedding"
+        fits = fits and len(a) == 2
+    elif len(a) > 2:
+        kind, kernel = "convolution", a[1:]
+    if not fits:
+        raise CartError(
+            f"adapter {name}: the factors of {plain} do not fit each other: A is {a}, B is {b}"
+            + (" (a convolution of several groups?)" if len(a) > 2 else "")
+            + f"; {_AGAIN}"
+        )
+    factor = kinds.scale(name, config, plain, rank)
+    shape = Shape(kind, stack, b[0], math.prod(a[1:]), kernel)
+    return Layer(factors, shape, rank, factor)

@@ -1,0 +1,127 @@
+"""The adapters of a loaded PeftModel, merged into a new one of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from cart_plugin.adapters import inputs, peft_files, settings
+from cart_plugin.adapters.agreement import agree
+from cart_plugin.adapters.report import Report, Sums
+from cart_plugin.adapters.work import Done, Merge
+from cart_plugin.checkpoints.headers import TensorInfo
+from cart_plugin.checkpoints.reading import Checkpoint
+from cart_plugin.errors import CartError, first_line
+
+
+@dataclass
+class _InMemory(Checkpoint):
+    """An adapter of a model, in the place of one on the disk."""
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+
+    def read(self, name: str) -> Tensor:
+        return self.values[name].detach().cpu()
+
+    @property
+    def bytes(self) -> int:
+        return sum(info.bytes for info in self.tensors.values())
+
+
+def merge_loaded(
+    model: Any,
+    adapters: Sequence[str],
+    name: str = "merged",
+    *,
+    method: Literal["auto", "cart", "linear"] = "auto",
+    rank: int | Literal["full"] | None = None,
+    weights: Sequence[float] | None = None,
+    lambda_: float | None = None,
+    rank_ratio: float | None = None,
+    keep: int | None = None,
+) -> Report:
+    """Merge LoRA adapters of a loaded model into a new one of it.
+
+    As `cart_plugin.adapters.merge_adapters`, where the parameters are explained, through PEFT's
+    public functions. The model's active adapter stays active.
+
+    Args:
+        model: a `peft.PeftModel`.
+        adapters: names of its adapters.
+        name: of the new one.
+        method: as there.
+        rank: as there.
+        weights: as there.
+        lambda_: as there.
+        rank_ratio: as there.
+        keep: as there.
+
+    Returns:
+        What is kept of each adapter, and what they have in common.
+
+    Raises:
+        CartError: adapters that cannot be merged, or that PEFT does not hold beside each other; the
+            model is then as it was.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    started = time.perf_counter()
+    request = settings.request(
+        method=method, rank=rank, lambda_=lambda_, rank_ratio=rank_ratio, keep=keep
+    )
+    shares = settings.shares_of(weights, len(adapters)) if adapters else []
+    names = settings.names_of(adapters, adapters)
+    known = list(model.peft_config)
+    for adapter in names:
+        if adapter not in known:
+            raise CartError(f"the model has no adapter {adapter!r}; it has {', '.join(known)}")
+    if name in known or "." in name or not name:
+        raise CartError(f"name the new adapter otherwise than {name!r}: a new name without dots")
+    opened = []
+    for adapter in names:
+        values = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+        info = {key: TensorInfo(tuple(value.shape), value.dtype) for key, value in values.items()}
+        # As in its file: enums by their values, sets as lists.
+        config = json.loads(peft_files.text_of(model.peft_config[adapter]))
+        opened.append(
+            inputs.sorted_adapter(_InMemory(adapter, Path(), config, info, values=values))
+        )
+    plan = agree(opened, None)
+    by_name = dict(zip(names, shares, strict=True))
+    merge = Merge(plan, request, [by_name[adapter.name] for adapter in plan.adapters])
+    report, sums = Report(merge, {adapter: adapter for adapter in names}), Sums(merge)
+    state: dict[str, Tensor] = {}
+
+    def take(done: Done) -> None:
+        state.update(done.tensors)
+        sums.add(done)
+
+    merge.weights(take)
+    state.update(merge.whole())
+    sums.fill(report)
+    report.bytes = sum(tensor.nbytes for tensor in state.values())
+    active = model.active_adapters if hasattr(model, "active_adapters") else [model.active_adapter]
+    try:
+        model.add_adapter(name, peft_files.lora_config(merge), autocast_adapter_dtype=False)
+        found: Any = set_peft_model_state_dict(model, state, adapter_name=name)
+        lost = [key for key in found.unexpected_keys if f".{name}" in key]
+        lost += [key for key in found.missing_keys if f".{name}." in key]
+        if lost:
+            raise CartError(f"PEFT has no place for {lost[0]}")
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        if name in model.peft_config:
+            model.delete_adapter(name)
+            model.base_model.set_adapter(list(active))
+        raise CartError(
+            f"PEFT does not hold this merge beside the model's other adapters: "
+            f"{error if isinstance(error, CartError) else first_line(error)}; merge the adapters' "
+            "folders (merge_adapters) and load the result by itself"
+        ) from error
+    report.seconds = time.perf_counter() - started
+    return report

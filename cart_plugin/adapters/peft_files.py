@@ -1,0 +1,78 @@
+"""The merged adapter as PEFT and other servers read it."""
+
+from __future__ import annotations
+
+import filecmp
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cart_plugin.adapters.work import Merge
+from cart_plugin.checkpoints import side_files
+from cart_plugin.checkpoints.files import json_text
+
+_REPORT = "report.json"  # of another merge
+
+
+def lora_config(merge: Merge) -> Any:
+    """PEFT's config of the merged adapter: one rank for all modules, and a scale of 1.
+
+    That is what PEFT, vLLM, SGLang and llama.cpp read alike.
+    """
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        r=merge.rank,
+        lora_alpha=merge.rank,
+        lora_dropout=0.0,
+        lora_bias=merge.plan.has_bias,
+        **merge.plan.common,
+    )
+    config.inference_mode = True
+    return config
+
+
+def config_text(merge: Merge) -> str:
+    """The text of the merged adapter's adapter_config.json."""
+    return text_of(lora_config(merge))
+
+
+def text_of(config: Any) -> str:
+    """A config of PEFT's as the text of an adapter_config.json."""
+    plain = {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in config.to_dict().items()
+    }
+    return json_text(plain, sort_keys=True)
+
+
+def copy_side_files(folders: Sequence[Path], out: Path) -> str | None:
+    """Give the merged adapter the files beside weights and config that all adapters have alike.
+
+    A tokenizer's files are taken together or not at all.
+
+    Returns:
+        What to say of those that differ.
+    """
+    held = [side_files.side_files(folder) for folder in folders]
+    for files in held:
+        files.pop(_REPORT, None)
+    names = sorted(set().union(*held))
+    alike = {
+        name
+        for name in names
+        if all(
+            name in files and filecmp.cmp(files[name], held[0][name], shallow=False)
+            for files in held
+        )
+    }
+    unlike = [name for name in names if name not in alike]
+    if any(side_files.is_tokenizer(name) for name in unlike):
+        alike = {name for name in alike if not side_files.is_tokenizer(name)}
+    for name in sorted(alike):
+        shutil.copyfile(held[0][name], out / name)
+    if not unlike:
+        return None
+    left = [name for name in names if name not in alike]
+    return f"not all adapters have the same {', '.join(left)}: left out"

@@ -1,0 +1,78 @@
+"""The options of a merge of adapters from a YAML file.
+
+::
+
+    adapters:
+      - adapter: ./adapters/math
+        weight: 2.0
+      - adapter: ./adapters/code
+        name: programs
+      - adapter: ./adapters/german
+    method: auto
+    rank: 16
+
+The keys are the command's options; paths are relative to where the command is run, as mergekit's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cart_plugin.errors import CartError, first_line
+
+_OPTIONS = {
+    **{key: key for key in ("method", "rank", "rank_ratio", "keep", "dtype", "base")},
+    "lambda": "lambda_",
+}
+_OF_ADAPTER = ("adapter", "name", "weight")
+
+
+def read_recipe(file: Path) -> dict[str, Any]:
+    """The arguments of `cart_plugin.adapters.merge_adapters` that a recipe gives.
+
+    Raises:
+        CartError: it cannot be read, or has keys that mean nothing.
+    """
+    import yaml
+
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CartError(f"{file} cannot be read: {first_line(error)}") from None
+    if not isinstance(found, Mapping) or not isinstance(found.get("adapters"), list):
+        raise CartError(
+            f"{file} has no list of adapters; write one, as in `adapters: [adapter: ./math, "
+            "adapter: ./code]`"
+        )
+    _check_keys(found, ("adapters", *_OPTIONS), str(file))
+    entries = [_entry(entry, file) for entry in found["adapters"]]
+    arguments: dict[str, Any] = {
+        _OPTIONS[key]: value for key, value in found.items() if key in _OPTIONS
+    }
+    arguments["adapters"] = [entry["adapter"] for entry in entries]
+    for key, plural in (("name", "names"), ("weight", "weights")):
+        held = [entry for entry in entries if key in entry]
+        if held and len(held) < len(entries) and key == "name":
+            raise CartError(f"{file}: some adapters have a name and some have none; name all")
+        if held:
+            arguments[plural] = [entry.get(key, 1.0) for entry in entries]
+    return arguments
+
+
+def _entry(entry: object, file: Path) -> Mapping[str, Any]:
+    if isinstance(entry, str):
+        return {"adapter": entry}
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("adapter"), str):
+        raise CartError(
+            f"{file}: {entry!r} names no adapter; write `adapter:` and a folder, or just the folder"
+        )
+    _check_keys(entry, _OF_ADAPTER, f"{file}: {entry['adapter']}")
+    return entry
+
+
+def _check_keys(found: Mapping[Any, Any], known: tuple[str, ...], where: str) -> None:
+    for key in found:
+        if key not in known:
+            raise CartError(f"{where}: {key!r} means nothing here; known are {', '.join(known)}")

@@ -1,0 +1,124 @@
+"""How adapters are merged: the options, checked."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from cart_plugin.checkpoints.dtypes import STORED
+from cart_plugin.errors import CartError
+from cart_plugin.merging.inputs import normalised
+from cart_plugin.merging.settings import CartSettings
+
+Method = Literal["auto", "cart", "linear"]
+METHODS = get_args(Method)
+
+
+@dataclass(frozen=True)
+class Request:
+    """How adapters are merged.
+
+    Attributes:
+        method: its name.
+        settings: of `cart_plugin.merging.spans.merge_in_span`; None for the mean.
+        rank: of the result; None for the largest of the adapters' ranks, "full" for the sum of
+            them, which loses nothing.
+        dtype: of the result; None for the adapters' own.
+    """
+
+    method: Method
+    settings: CartSettings | None
+    rank: int | Literal["full"] | None
+    dtype: torch.dtype | None
+
+
+def request(
+    *,
+    method: str = "auto",
+    rank: int | str | None = None,
+    lambda_: float | None = None,
+    rank_ratio: float | None = None,
+    keep: int | None = None,
+    dtype: str | None = None,
+) -> Request:
+    """Check the options of `cart_plugin.adapters.merge_adapters`.
+
+    Raises:
+        CartError: a value of the wrong kind, or one that its method does not take.
+    """
+    if method not in METHODS:
+        raise CartError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if dtype is not None and dtype not in STORED:
+        raise CartError(f"dtype must be one of {', '.join(STORED)}, got {dtype!r}")
+    if rank not in (None, "full") and not _is_count(rank):
+        raise CartError(f"rank must be a positive whole number or 'full', got {rank!r}")
+    if lambda_ is not None and method != "cart":
+        raise CartError(f"lambda is of the method cart, and {method} has none; leave it out")
+    if method == "linear" and not (rank_ratio is keep is None):
+        raise CartError("rank_ratio and keep are of cart and auto; linear keeps all directions")
+    if rank_ratio is not None and keep is not None:
+        raise CartError(f"rank_ratio={rank_ratio} and keep={keep} are two rules; give one of them")
+    if keep is not None and not _is_count(keep):
+        raise CartError(f"keep must be a positive whole number, got {keep!r}")
+    settings = None
+    if method != "linear":
+        scale: Any = "auto" if method == "auto" else 1.0 if lambda_ is None else lambda_
+        settings = CartSettings(rank_ratio=rank_ratio, rank=keep, lambda_=scale)
+    chosen: Any = rank
+    named: Any = method
+    return Request(named, settings, chosen, None if dtype is None else STORED[dtype])
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def shares_of(weights: Sequence[float] | None, count: int) -> list[float]:
+    """The adapters' weights, scaled to a sum of 1.
+
+    Raises:
+        CartError: of another number, not finite, or of no positive sum.
+    """
+    for weight in weights or ():
+        is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not is_number or not math.isfinite(weight):
+            raise CartError(f"weights must be finite numbers, got {weight!r}")
+    return normalised(weights, count, "adapters")
+
+
+def names_of(paths: Sequence[str | Path], names: Sequence[str] | None) -> list[str]:
+    """What to call adapters: by their folders if no names are given.
+
+    Raises:
+        CartError: of another number, empty, or two alike.
+    """
+    if not paths:
+        raise CartError("name at least one adapter")
+    chosen = list(names) if names is not None else _told_apart(paths)
+    if len(chosen) != len(paths):
+        raise CartError(f"{len(paths)} adapters but {len(chosen)} names")
+    for name in chosen:
+        if not isinstance(name, str) or not re.search(r"\S", name):
+            raise CartError(f"an adapter's name must be a word, got {name!r}")
+        if chosen.count(name) > 1:
+            raise CartError(f"two adapters are called {name!r}; give names of their own (names)")
+    return chosen
+
+
+def _told_apart(paths: Sequence[str | Path]) -> list[str]:
+    """The shortest ends of the paths that tell them apart: trainers call every folder `adapter`."""
+    parts = [Path(os.path.abspath(path)).parts for path in paths]
+    length = 1
+    while length < max(map(len, parts)):
+        ends = ["/".join(part[-length:]) for part in parts]
+        if len(set(ends)) == len(ends):
+            break
+        length += 1
+    return ["/".join(part[-length:]) for part in parts]

@@ -1,0 +1,217 @@
+"""The merge itself, a weight at a time: read, merge within the span, cut to the rank."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from cart_plugin.adapters.agreement import Plan
+from cart_plugin.adapters.inputs import Shape
+from cart_plugin.adapters.settings import Request
+from cart_plugin.checkpoints import adapters as tensors
+from cart_plugin.errors import CartError
+from cart_plugin.merging.kept import Kept
+from cart_plugin.merging.span_measures import Answers, Overlaps, answers, overlaps
+from cart_plugin.merging.spans import Span, merge_in_span, of_rank
+from cart_plugin.merging.tensors import is_decomposed
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+# Weights in the works at once: each takes a few times the size of all adapters' factors of it.
+_MOST_THREADS = 8
+
+
+@dataclass
+class Done:
+    """One merged weight.
+
+    Attributes:
+        module: PEFT's name of it.
+        shape: of the weight.
+        is_averaged: its tables are no linear maps: the mean, whatever the method.
+        tensors: of the merged adapter, by their names in the file.
+        exact: how a merge without a bound on its rank answers in the adapters' places.
+        cut: how the one that is written does.
+        overlaps: of the adapters.
+    """
+
+    module: str
+    shape: Shape
+    is_averaged: bool
+    tensors: dict[str, Tensor]
+    exact: Answers
+    cut: Answers
+    overlaps: Overlaps
+
+
+class Merge:
+    """A merge of adapters whose plan is made."""
+
+    def __init__(self, plan: Plan, request: Request, shares: Sequence[float]) -> None:
+        """Choose rank and dtype.
+
+        Args:
+            plan: of the adapters.
+            request: how.
+            shares: of the plan's adapters, in its order; they sum to 1.
+        """
+        self.plan, self.request, self.shares = plan, request, shares
+        self.kept = Kept()
+        if request.rank is None:
+            self.rank = plan.largest_rank
+        else:
+            self.rank = plan.full_rank if request.rank == "full" else request.rank
+        self.dtype = request.dtype or plan.dtype(
+            lambda adapter: (layer.factors.a for layer in adapter.layers.values())
+        )
+        self.work_dtype = torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtypes and shapes of the merged adapter's tensors, by their names."""
+        found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for module, shape in self.plan.shapes.items():
+            a, b, bias = self._names(module)
+            for name, side in zip((a, b), shape.lora(self.rank), strict=True):
+                found[name] = (self.dtype, side)
+            if bias is not None:
+                found[bias] = (self.dtype, (shape.m,))
+        for name in self.plan.whole:
+            info = self.plan.holders(name)[0].checkpoint.tensors[name]
+            found[name] = (self._whole_dtype(name), info.shape)
+        return found
+
+    def _names(self, module: str) -> tuple[str, str, str | None]:
+        """The names in the file of a module's A and B, and of B's bias."""
+        factors = next(
+            adapter.layers[module].factors
+            for adapter in self.plan.adapters
+            if module in adapter.layers
+        )
+        can = self.plan.has_bias and self.plan.shapes[module].kind in ("linear", "convolution")
+        bias = f"{tensors.PREFIX}{module}.lora_B.bias" if can else None
+        return factors.a, factors.b, bias
+
+    def _whole_dtype(self, name: str) -> torch.dtype:
+        return self.request.dtype or self.plan.dtype(
+            lambda adapter: iter([name] if name in adapter.whole else [])
+        )
+
+    def weights(self, take: Callable[[Done], None]) -> None:
+        """Merge all weights.
+
+        Each by one thread, as many at once as torch has threads: the matrices are too small for
+        several to gain on one, and the result does not depend on their number.
+
+        Args:
+            take: is given one after the other, in the plan's order.
+
+        Raises:
+            CartError: a tensor that cannot be merged, or an adapter that changes nothing.
+        """
+        changes = [0.0] * len(self.plan.adapters)
+
+        def counted(done: Done) -> None:
+            for index, own in enumerate(done.cut.own.tolist()):
+                changes[index] += own
+            take(done)
+
+        _side_by_side(self._merged, list(self.plan.shapes), counted)
+        for adapter, change in zip(self.plan.adapters, changes, strict=True):
+            if change == 0:
+                raise CartError(
+                    f"adapter {adapter.name} changes nothing: all its B (or A) are zero, as before "
+                    "training; leave it out, or name the folder of the trained one"
+                )
+
+    def _merged(self, module: str) -> Done:
+        shape, shares = self.plan.shapes[module], self.shares
+        span = Span(
+            [adapter.difference(module, shape, self.work_dtype) for adapter in self.plan.adapters]
+        )
+        decomposed = shape.kind != "embedding" and is_decomposed(
+            f"{tensors.plain_name(module)}.weight", shape.of_weight
+        )
+        settings = self.request.settings if decomposed else None
+        merged = merge_in_span(span, shares, settings, name=module, kept=self.kept)
+        found = of_rank(merged, self.rank)
+        a, b, bias = self._names(module)
+        held = dict(zip((a, b), shape.to_lora(span.lifted(found), self.rank), strict=True))
+        if bias is not None:
+            held[bias] = self._bias(module, shape)
+        return Done(
+            module,
+            shape,
+            not decomposed and self.request.settings is not None,
+            {name: self._stored(name, tensor, self.dtype) for name, tensor in held.items()},
+            answers(span, merged.total),
+            answers(span, found.dense()),
+            overlaps(span),
+        )
+
+    def _bias(self, module: str, shape: Shape) -> Tensor:
+        total = torch.zeros(shape.m, dtype=self.work_dtype)
+        for adapter, share in zip(self.plan.adapters, self.shares, strict=True):
+            found = adapter.bias(module, shape)
+            if found is not None:
+                total.add_(found, alpha=share)
+        return total
+
+    def whole(self) -> Iterator[tuple[str, Tensor]]:
+        """The means of the tensors that take the place of the base's.
+
+        Raises:
+            CartError: values that are not finite, or leave the dtype's range.
+        """
+        shares = {
+            adapter.name: share
+            for adapter, share in zip(self.plan.adapters, self.shares, strict=True)
+        }
+        for name in self.plan.whole:
+            holders = self.plan.holders(name)
+            if len(holders) < len(shares):  # one table, wherever it is
+                yield name, self._stored(name, holders[0].read(name), self._whole_dtype(name))
+                continue
+            total: Tensor | None = None
+            for adapter in holders:
+                part = adapter.read(name) * shares[adapter.name]
+                total = part if total is None else total.add_(part)
+            assert total is not None
+            yield name, self._stored(name, total, self._whole_dtype(name))
+
+    def _stored(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        found = tensor.to(dtype).contiguous()
+        if not bool(torch.isfinite(found).all()):
+            raise CartError(
+                f"tensor {name!r}: the merged values leave the range of {dtype}; write another "
+                "dtype (float32 or bfloat16)"
+            )
+        return found
+
+
+def _side_by_side(
+    work: Callable[[_T], _R], items: Sequence[_T], take: Callable[[_R], None]
+) -> None:
+    """Work in as many threads as torch has, each with one of its own; take results in order."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    threads = min(count, _MOST_THREADS)
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    waiting: deque[Future[_R]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > threads:
+                take(waiting.popleft().result())
+        while waiting:
+            take(waiting.popleft().result())
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(count)

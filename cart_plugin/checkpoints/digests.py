@@ -1,0 +1,52 @@
+"""Whether weights are those that something was made for, without reading all of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+
+from cart_plugin.checkpoints.headers import StoredTensor, unreadable
+from cart_plugin.checkpoints.reading import Checkpoint
+
+_PIECES = 16
+_PIECE = 4096  # bytes: a page
+
+
+def digest(checkpoint: Checkpoint) -> str:
+    """A digest of a checkpoint's weights: names, dtypes, shapes, and some of the values.
+
+    Of each tensor 16 pages are read that lie evenly over it, its first and its last among them.
+    That tells models apart, for training moves every tensor a little everywhere; it is no proof
+    against a change of single numbers. How the tensors lie in files does not matter.
+
+    Args:
+        checkpoint: of safetensors.
+
+    Returns:
+        32 hexadecimal digits.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    found = hashlib.blake2b(digest_size=16)
+    for name in sorted(checkpoint.tensors):
+        stored = checkpoint.tensors[name]
+        assert isinstance(stored, StoredTensor), name
+        found.update(json.dumps([name, str(stored.dtype), list(stored.shape)]).encode())
+        size = math.prod(stored.shape) * checkpoint.dtype(name).itemsize
+        try:
+            with stored.file.open("rb", buffering=0) as file:
+                for start, length in _pieces(size):
+                    file.seek(stored.start + start)
+                    found.update(file.read(length))
+        except OSError as error:
+            raise unreadable(stored.file, checkpoint.name, error) from None
+    return found.hexdigest()
+
+
+def _pieces(size: int) -> list[tuple[int, int]]:
+    if size <= _PIECES * _PIECE:
+        return [(0, size)]
+    step = (size - _PIECE) / (_PIECES - 1)
+    return [(round(piece * step), _PIECE) for piece in range(_PIECES)]

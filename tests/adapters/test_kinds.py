@@ -1,0 +1,163 @@
+"""Adapters that differ in rank, scale and what they change, and tensors beside A and B."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from cart_plugin import CartSettings, merge_state_dicts
+from cart_plugin.adapters import merge_adapters
+from tests.adapters.lora import (
+    change_config,
+    change_tensors,
+    config_of,
+    farthest,
+    save_base,
+    save_loras,
+    state,
+    tensors,
+    whole,
+)
+
+AUTO = CartSettings(lambda_="auto")
+OTHERS: dict[str, dict[str, Any]] = {
+    "ranks": {"r": 6},
+    "alphas": {"lora_alpha": 3},
+    "rslora": {"use_rslora": True},
+    "rank pattern": {"rank_pattern": {"q_proj": 2, r"^model\.layers\.1\.self_attn\.v_proj": 7}},
+    "alpha pattern": {"alpha_pattern": {"layers.0.self_attn.q_proj": 1.5}},
+    "both, rslora": {
+        "rank_pattern": {"v_proj": 2},
+        "alpha_pattern": {"v_proj": 5},
+        "use_rslora": True,
+    },
+    "fewer modules": {"target_modules": ["q_proj"]},
+    "other modules": {"target_modules": ["up_proj", "down_proj"]},
+    "one layer": {"layers_to_transform": [1]},
+    "the first layer": {"layers_to_transform": 0},
+    "gaussian start": {"init_lora_weights": "gaussian"},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "bias of B": {"lora_bias": True, "target_modules": ["q_proj", "v_proj"]},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_one_of_another_kind_beside_two_plain_ones(name: str, tmp_path: Path) -> None:
+    base = save_base(tmp_path, "qwen2", num_hidden_layers=2)  # q and v have biases
+    adapters = save_loras(tmp_path, base, [{}, OTHERS[name], {}])
+    report = merge_adapters(adapters, tmp_path / "out", rank="full")
+    assert farthest(state(base, tmp_path / "out"), whole(base, adapters, AUTO)) < 1e-6
+    written = config_of(tmp_path / "out")
+    assert written["r"] == written["lora_alpha"] == report.rank
+    assert written["rank_pattern"] == written["alpha_pattern"] == {}
+    assert not written["use_rslora"]
+    shapes = {tensor.shape[0] for name, tensor in tensors(tmp_path / "out").items() if "A" in name}
+    assert shapes == {report.rank}
+
+
+def test_a_module_that_one_lacks_is_told(base: Path, tmp_path: Path) -> None:
+    adapters = save_loras(tmp_path, base, [{}, {"target_modules": ["q_proj"]}])
+    report = merge_adapters(adapters, tmp_path / "out")
+    expected = "code lacks 2 of 4 modules, such as model.layers.0.self_attn.v_proj"
+    assert any(expected in note for note in report.notes), report.notes
+
+
+def test_of_no_common_module_the_average_and_more(base: Path, tmp_path: Path) -> None:
+    configs = [{"target_modules": ["q_proj"]}, {"target_modules": ["v_proj"]}]
+    adapters = save_loras(tmp_path, base, configs)
+    merge_adapters(adapters, tmp_path / "out", rank="full")
+    assert farthest(state(base, tmp_path / "out"), whole(base, adapters, AUTO)) < 1e-6
+
+
+def test_gpt2_holds_its_matrices_the_other_way_round(tmp_path: Path) -> None:
+    """Their inputs are those of A. A merge of whole models takes the outputs for them."""
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=32)
+    torch.manual_seed(0)
+    base = tmp_path / "base"
+    transformers.GPT2LMHeadModel(config).save_pretrained(base)
+    settings = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
+    adapters = save_loras(tmp_path, base, [{}, {}, {}], **settings)
+
+    def turned(adapter: Path | None = None) -> dict[str, Tensor]:
+        held = state(base, adapter).items()
+        return {name: tensor.T if "c_" in name else tensor for name, tensor in held}
+
+    expected = merge_state_dicts([turned(one) for one in adapters], AUTO, base=turned())
+    merge_adapters(adapters, tmp_path / "out", rank="full")
+    assert farthest(turned(tmp_path / "out"), expected) < 1e-6
+    merge_adapters(adapters, tmp_path / "cart", method="cart", rank="full")
+    assert farthest(state(base, tmp_path / "cart"), whole(base, adapters, CartSettings())) < 1e-6
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_are_averaged(tied: bool, tmp_path: Path) -> None:
+    base = save_base(tmp_path, num_hidden_layers=2, tie_word_embeddings=tied)
+    adapters = save_loras(tmp_path, base, [{}, {}, {}], target_modules=["q_proj", "embed_tokens"])
+    for adapter in adapters:  # PEFT adds the base's own table
+        change_tensors(
+            adapter, lambda held: [held.pop(name) for name in list(held) if "base_layer" in name]
+        )
+    report = merge_adapters(adapters, tmp_path / "out", rank="full")
+    assert any("1 tables of tokens and the like" in note for note in report.notes)
+    assert farthest(state(base, tmp_path / "out"), whole(base, adapters, AUTO)) < 1e-6
+
+
+def test_the_bases_own_table_beside_its_lora_stays(base: Path, tmp_path: Path) -> None:
+    adapters = save_loras(tmp_path, base, [{}, {}], target_modules=["embed_tokens"])
+    assert any("base_layer" in name for name in tensors(adapters[0]))
+    merge_adapters(adapters, tmp_path / "out", rank="full")
+    assert farthest(state(base, tmp_path / "out"), whole(base, adapters, AUTO)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "common",
+    [
+        {"modules_to_save": ["norm", "embed_tokens"]},
+        {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]},
+    ],
+)
+def test_modules_that_are_saved_whole_are_averaged(common: dict[str, Any], tmp_path: Path) -> None:
+    base = save_base(tmp_path, num_hidden_layers=2)
+    adapters = save_loras(tmp_path, base, [{}, {}, {}], **common)
+    report = merge_adapters(adapters, tmp_path / "out", rank="full")
+    assert farthest(state(base, tmp_path / "out"), whole(base, adapters, AUTO)) < 1e-6
+    assert any("are averaged" in note and "vLLM" in note for note in report.notes)
+    assert config_of(tmp_path / "out")["modules_to_save"] == sorted(common["modules_to_save"])
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_are_averaged(bias: str, tmp_path: Path) -> None:
+    base = save_base(tmp_path, "qwen2", num_hidden_layers=2)
+    adapters = save_loras(tmp_path, base, [{}, {}, {}], bias=bias)
+    merge_adapters(adapters, tmp_path / "out", rank="full")
+    assert farthest(state(base, tmp_path / "out"), whole(base, adapters, AUTO)) < 1e-6
+    assert config_of(tmp_path / "out")["bias"] == bias
+
+
+def test_a_classifiers_head(tmp_path: Path) -> None:
+    kind = transformers.AutoModelForSequenceClassification
+    base = save_base(tmp_path, "bert-classifier", num_labels=3)
+    common = {"target_modules": ["query", "value"], "task_type": "SEQ_CLS", "kind": kind}
+    adapters = save_loras(tmp_path, base, [{}, {}, {}], **common)
+    report = merge_adapters(adapters, tmp_path / "out", rank="full")
+    found, expected = state(base, tmp_path / "out", kind), whole(base, adapters, AUTO, kind=kind)
+    body = [name for name in found if "classifier" not in name]
+    assert farthest({k: found[k] for k in body}, {k: expected[k] for k in body}) < 1e-6
+    heads = [state(base, adapter, kind)["classifier.weight"] for adapter in adapters]
+    assert torch.allclose(found["classifier.weight"], sum(heads) / 3, atol=1e-6)
+    assert any("base_model.model.classifier" in note for note in report.notes)
+    assert config_of(tmp_path / "out")["task_type"] == "SEQ_CLS"
+
+
+def test_a_key_that_this_peft_does_not_know_changes_nothing(
+    own_trio: list[Path], trio: list[Path], tmp_path: Path
+) -> None:
+    change_config(own_trio[0], written_by="someone's trainer")
+    merge_adapters(own_trio, tmp_path / "out")
+    merge_adapters(trio, tmp_path / "again")
+    assert farthest(tensors(tmp_path / "out"), tensors(tmp_path / "again")) == 0

@@ -1,0 +1,130 @@
+"""Adapters of a loaded model become a new one of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+from cart_plugin import CartError
+from cart_plugin.adapters import merge_adapters, merge_loaded
+from tests.adapters.lora import load, save_base, save_loras
+from tests.adapters.test_output import answer
+from tests.adapters.test_whole_models import EXPERTS
+
+
+def loaded(base: Path, adapters: Sequence[Path]) -> Any:
+    model = peft.PeftModel.from_pretrained(
+        load(base), str(adapters[0]), adapter_name=adapters[0].name
+    )
+    for adapter in adapters[1:]:
+        model.load_adapter(str(adapter), adapter_name=adapter.name)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"rank": "full"}, {"method": "cart", "keep": 2, "lambda_": 1.5}, {"method": "linear"}],
+)
+def test_it_is_what_the_folders_give(
+    options: dict[str, Any], base: Path, trio: list[Path], tmp_path: Path
+) -> None:
+    weights = [2.0, 1.0, 1.0]
+    model = loaded(base, trio)
+    report = merge_loaded(model, ["math", "code", "german"], "all", weights=weights, **options)
+    merge_adapters(trio, tmp_path / "out", weights=weights, **options)
+    assert model.active_adapters == ["math"]
+    assert not any(p.requires_grad for n, p in model.named_parameters() if ".all." in n)
+    before = answer(model)
+    model.set_adapter("all")
+    found = answer(model)
+    folder = peft.PeftModel.from_pretrained(load(base), str(tmp_path / "out"))
+    assert torch.allclose(found, answer(folder), atol=1e-5)
+    assert not torch.allclose(found, before, atol=1e-3)
+    assert report.bytes == sum(p.nbytes for n, p in model.named_parameters() if ".all." in n)
+    assert list(report.paths) == ["math", "code", "german"]
+
+
+def test_the_new_one_is_saved_and_loaded_like_any(
+    base: Path, trio: list[Path], tmp_path: Path
+) -> None:
+    model = loaded(base, trio)
+    merge_loaded(model, ["math", "code"])
+    model.set_adapter("merged")
+    model.save_pretrained(tmp_path, selected_adapters=["merged"])
+    again = peft.PeftModel.from_pretrained(load(base), str(tmp_path / "merged"))
+    assert torch.allclose(answer(again), answer(model), atol=1e-6)
+
+
+def test_adapters_of_several_kinds(tmp_path: Path) -> None:
+    base = save_base(tmp_path, "qwen2", num_hidden_layers=2)
+    configs = [
+        {"r": 6, "use_rslora": True},
+        {"rank_pattern": {"q_proj": 2}},
+        {"target_modules": ["down_proj"], "lora_bias": False},
+    ]
+    adapters = save_loras(tmp_path, base, configs)
+    model = loaded(base, adapters)
+    merge_loaded(model, [one.name for one in adapters], rank="full")
+    model.set_adapter("merged")
+    merge_adapters(adapters, tmp_path / "out", rank="full")
+    folder = peft.PeftModel.from_pretrained(load(base), str(tmp_path / "out"))
+    assert torch.allclose(answer(model), answer(folder), atol=1e-5)
+
+
+def test_stacked_experts(tmp_path: Path) -> None:
+    base = save_base(tmp_path, "qwen3-moe")
+    adapters = save_loras(tmp_path, base, [{}, {}], target_parameters=EXPERTS)
+    model = loaded(base, adapters)
+    merge_loaded(model, ["math", "code"], rank="full")
+    model.set_adapter("merged")
+    merge_adapters(adapters, tmp_path / "out", rank="full")
+    folder = peft.PeftModel.from_pretrained(load(base), str(tmp_path / "out"))
+    assert torch.allclose(answer(model), answer(folder), atol=1e-5)
+
+
+def test_a_bfloat16_model(base: Path, trio: list[Path]) -> None:
+    model = peft.PeftModel.from_pretrained(
+        load(base).bfloat16(), str(trio[0]), adapter_name="math", autocast_adapter_dtype=False
+    )
+    model.load_adapter(str(trio[1]), adapter_name="code", autocast_adapter_dtype=False)
+    merge_loaded(model, ["math", "code"])
+    dtypes = {p.dtype for name, p in model.named_parameters() if ".merged." in name}
+    assert dtypes == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("adapters", "name", "parts"),
+    [
+        (["math", "other"], "new", ("no adapter 'other'", "it has math, code")),
+        (["math", "code"], "code", ("otherwise than 'code'",)),
+        (["math", "code"], "a.b", ("otherwise than 'a.b'", "without dots")),
+        (["math", "math"], "new", ("two adapters are called 'math'",)),
+        ([], "new", ("at least one adapter",)),
+    ],
+)
+def test_names_that_do_not_fit(
+    adapters: list[str], name: str, parts: tuple[str, ...], base: Path, trio: list[Path]
+) -> None:
+    model = loaded(base, trio[:2])
+    with pytest.raises(CartError) as caught:
+        merge_loaded(model, adapters, name)
+    for part in parts:
+        assert part in str(caught.value)
+    assert set(model.peft_config) == {"math", "code"}
+
+
+def test_what_peft_does_not_hold_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    base = save_base(tmp_path, "qwen2", num_hidden_layers=2)
+    adapters = save_loras(tmp_path, base, [{}], bias="all")
+    model = loaded(base, adapters)
+    before = answer(model)
+    with pytest.raises(CartError, match=r"PEFT does not hold .* merge the adapters' folders"):
+        merge_loaded(model, ["math"], "new")
+    assert set(model.peft_config) == {"math"}
+    assert model.active_adapters == ["math"]
+    assert torch.equal(answer(model), before)
