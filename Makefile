@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 SERVERS := .venv-servers
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-all test-servers lint format demo bench-startup bench-memory bench-solvers bench-merge bench-accuracy bench-profile bench-vision bench-text bench-llm bench-auto bench-compress bench-architectures readme dist clean
+.PHONY: help venv test test-all test-servers lint format demo bench-startup bench-memory bench-solvers bench-merge bench-accuracy bench-profile bench-vision bench-text bench-llm bench-auto bench-compress bench-adapters bench-architectures readme dist clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -94,6 +94,9 @@ bench-auto: $(STAMP) ## CART without hyperparameters: variants on validation spl
 bench-compress: $(STAMP) ## eight encoders as base and adapters beside other ways to store them, and what that costs (an hour)
 	$(BIN)/python -m benchmarks.compression
 	$(BIN)/python -m benchmarks.compression.speed
+
+bench-adapters: $(STAMP) ## what it costs to merge LoRA adapters into one, beside PEFT (15 min)
+	$(BIN)/python -m benchmarks.adapters.speed
 
 bench-architectures: $(STAMP) ## which architectures merge whole, by mergekit-yaml and by mergekit-cart merge (ten minutes)
 	$(BIN)/python -m benchmarks.architectures

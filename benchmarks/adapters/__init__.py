@@ -1,0 +1,1 @@
+"""`make bench-adapters`: what it costs to merge LoRA adapters into one."""
