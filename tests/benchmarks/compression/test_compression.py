@@ -74,7 +74,8 @@ def test_compressed_sizes_are_those_of_the_files(
 ) -> None:
     served = tmp_path / "served"
     stored = compression_methods.indexed(encoders, served, around_base=around_base, rank=4)
-    files = [*served.glob("base/*.safetensors"), *served.glob("adapters/*/adapter_*")]
+    adapters = [*served.glob("adapters/*/adapter_*"), *served.glob("adapters/*/base.json")]
+    files = [*served.glob("base/*.safetensors"), *adapters]
     assert stored.bytes == sum(file.stat().st_size for file in files)
     average = squared_error(encoders, compression_methods.averaged(encoders))
     assert 0 < squared_error(encoders, stored) < (2 if around_base else 1) * average
