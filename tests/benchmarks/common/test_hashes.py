@@ -63,4 +63,4 @@ def test_encoders_of_texts(cache: Path) -> None:
 
 def test_language_models(cache: Path) -> None:
     folder = llm.TUNER.folder("reviews", 0, llm.FineTuning())
-    assert str(folder.relative_to(cache)) == "llm/seed0/reviews-5b3bdda11dc4"
+    assert str(folder.relative_to(cache)) == "llm/seed0/reviews-bd586dc98aa5"
