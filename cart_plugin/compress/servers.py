@@ -22,13 +22,12 @@ from cart_plugin.errors import CartError
 Layout = Literal["peft", "servers"]
 LAYOUTS: tuple[str, ...] = get_args(Layout)
 
-TRIED = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "MixtralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-)
+_DENSE = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+TRIED = {
+    "vLLM": _DENSE,  # of mixtures of experts its LoRA needs a GPU
+    "SGLang": (*_DENSE, "MixtralForCausalLM"),
+    "llama.cpp": (*_DENSE, "MixtralForCausalLM"),
+}
 """The architectures that `make test-servers` runs in each of the servers."""
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -188,7 +187,7 @@ def _loader(
 ) -> Loader:
     if reasons:
         return Loader(name, False, reasons=tuple(reasons), silent=silent)
-    if architecture not in TRIED:
+    if architecture not in TRIED[name]:
         why = f"the adapters have the form that it takes, but {architecture} has not been tried"
         return Loader(name, None, hint, (why,))
     return Loader(name, True, hint)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from cart_plugin.compress import compress, expand, load_task
 from cart_plugin.compress.report import Report
+from cart_plugin.compress.servers import TRIED
 from tests.compress.models import tensors
 from tests.servers.servers import (
     ARCHITECTURES,
@@ -41,6 +42,7 @@ TASK = "task1"
 class Made:
     """Models of an architecture, compressed in several ways around the same base."""
 
+    architecture: str
     folder: Path
     reports: dict[str, Report] = field(default_factory=dict)
 
@@ -55,7 +57,7 @@ class Made:
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def made(request, tmp_path_factory) -> Made:
-    found = Made(tmp_path_factory.mktemp(request.param))
+    found = Made(request.param, tmp_path_factory.mktemp(request.param))
     models = save_models(found.folder, request.param)
     for name, options in OPTIONS.items():
         # Stacked experts are the one thing beside linear layers that --drop-small keeps.
@@ -70,8 +72,11 @@ def made(request, tmp_path_factory) -> Made:
 
 @pytest.mark.parametrize("server", ["llama_cpp", "vllm"])
 def test_a_server_answers_as_the_expanded_model(server, made, tmp_path):
-    found = ask(server, made.base, made.adapters, tmp_path / server)
     called = {"llama_cpp": "llama.cpp", "vllm": "vLLM"}[server]
+    if made.architecture not in TRIED[called]:
+        assert all(loader(report.loaders, called).loads is None for report in made.reports.values())
+        pytest.skip(f"LoRA of {made.architecture} needs a GPU in {called}, and nothing is promised")
+    found = ask(server, made.base, made.adapters, tmp_path / server)
     assert divergence(logprobs(made.base), found[""]) <= LIMIT
     for name, report in made.reports.items():
         expected = logprobs(made.folder / f"{name}-expanded")

@@ -53,7 +53,9 @@ def test_a_server_does_as_the_report_says(server, made, tmp_path):
     folder, reports = made
     adapters = {name: folder / name / "adapters" / "task0" for name in reports}
     if server == "vllm":
-        adapters.pop("experts", None)  # needs a GPU, and the report promises nothing
+        adapters.pop("experts", None)
+        if not adapters:
+            pytest.skip("vLLM needs a GPU for LoRA of experts, and the report promises nothing")
     answers = ask(server, folder / "base", adapters, tmp_path / server)
     for name in adapters:
         said, found = loader(reports[name].loaders, SERVERS[server]), answers[name]
