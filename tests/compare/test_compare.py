@@ -37,16 +37,24 @@ def test_methods_and_inputs_are_compared(
         "cart.rank_ratio=0.5",
         "--keep-models",
         "all",
+        "--also",
+        llamas[3],
     )
     assert done.exit_code == 0, done.output
     found = rows(tmp_path / "out")
     assert list(found) == [
         *(f"input-llama-{number}" for number in range(4)),
+        "also-llama-3",
         "linear",
         "cart",
         "slerp",
     ]
     assert "slerp needs t" in found["slerp"]["error"]
+
+    # A model of another tool is judged as it is, and not ours to remove.
+    assert found["also-llama-3"]["metrics"] == found["input-llama-3"]["metrics"]
+    assert "llama-3 (as it is)" in (tmp_path / "out" / "report.md").read_text()
+    assert Path(llamas[3], "config.json").is_file()
 
     # By hand: the kept recipe, and the evaluator on what it makes.
     by_hand = tmp_path / "by-hand"
@@ -84,6 +92,8 @@ def test_methods_and_inputs_are_compared(
         "cart.rank_ratio=0.5",
         "--keep-models",
         "all",
+        "--also",
+        llamas[3],
     )
     assert again.exit_code == 0, again.output
     assert (tmp_path / "out" / "report.json").read_bytes() == before
@@ -97,23 +107,6 @@ def test_methods_and_inputs_are_compared(
     assert compare(recipe, "--methods", "linear,cart,slerp", *options).exit_code == 0
     changed = [file.parent.name for file in times if file.stat().st_mtime_ns != times[file]]
     assert changed == ["cart"]
-
-
-def test_models_of_other_tools_are_judged_beside_them(
-    llamas: list[str], compare: Callable[..., Any], tmp_path: Path
-) -> None:
-    recipe = recipe_for(llamas[:3], tmp_path / "mine.yaml")
-    done = compare(recipe, "--methods", "linear", "--also", llamas[3])
-    assert done.exit_code == 0, done.output
-    found = rows(tmp_path / "out")
-    assert list(found)[-2:] == ["also-llama-3", "linear"]
-    assert found["also-llama-3"]["kind"] == "other"
-    from tests.compare.evaluators import mean_sizes
-
-    expected = mean_sizes(llamas[3])["matrices"]
-    assert found["also-llama-3"]["metrics"]["matrices"]["value"] == expected
-    assert "llama-3 (as it is)" in (tmp_path / "out" / "report.md").read_text()
-    assert Path(llamas[3], "config.json").is_file()  # it is not ours to remove
 
 
 @pytest.mark.slow
