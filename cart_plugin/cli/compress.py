@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from cart_plugin.cli.console import console, progress
+from cart_plugin.cli.console import console, print_report, progress
 from cart_plugin.errors import CartError
 
 
@@ -128,11 +128,7 @@ def compress(
             )
     except CartError as error:
         raise click.ClickException(str(error)) from None
-    for table in report.tables():
-        terminal.print(table)
-        terminal.print()
-    for note in report.notes:
-        terminal.print(f"note: {note}", soft_wrap=True, markup=False)
+    print_report(terminal, report)
     terminal.print(
         f"{report.share:.1%} of {len(report.tasks)} models in {report.seconds['total']:.0f} s: "
         f"{out} (also report.json)",

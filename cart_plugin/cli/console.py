@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -59,3 +60,12 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
             bar.update(bars[step], completed=done)
 
         yield tell
+
+
+def print_report(terminal: Console, report: Any) -> None:
+    """Print the tables of a command's report, and its notes below."""
+    for table in report.tables():
+        terminal.print(table)
+        terminal.print()
+    for note in report.notes:
+        terminal.print(f"note: {note}", soft_wrap=True, markup=False)

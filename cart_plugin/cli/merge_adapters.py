@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from cart_plugin.cli.console import console, progress
+from cart_plugin.cli.console import console, print_report, progress
 from cart_plugin.errors import CartError
 
 
@@ -101,11 +101,7 @@ def merge_adapters(adapters: tuple[str, ...], out: Path, **options: Any) -> None
             report = run(out=out, progress=tell, **{**arguments, **given})
     except CartError as error:
         raise click.ClickException(str(error)) from None
-    for table in report.tables():
-        terminal.print(table)
-        terminal.print()
-    for note in report.notes:
-        terminal.print(f"note: {note}", soft_wrap=True, markup=False)
+    print_report(terminal, report)
     full = report.merge.plan.full_rank
     of = f" of {full}, which would lose nothing (--rank full)" if report.rank < full else ""
     terminal.print(
