@@ -19,7 +19,6 @@ from benchmarks.llm.backbone import SOURCE, prepare_backbone
 from benchmarks.llm.tasks import MOST_CHARACTERS, QUESTIONS, training_examples
 from benchmarks.text.tasks import prepare_task
 
-IGNORED = -100  # torch's label for positions that do not count
 # Of the attention and the MLP: all matrices of a layer.
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -115,22 +114,24 @@ def encode(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], int]:
 def answer_loss(model: torch.nn.Module, batch: Sequence[tuple[list[int], int]]) -> Tensor:
     """Mean cross entropy of the answers' tokens (a scalar) of a batch of `encode`d examples.
 
-    Padding goes in front, so that all answers stand at the end and only their logits are computed:
-    with a vocabulary of 49152 those of whole prompts would cost a quarter of the step.
+    The examples go through the model as one packed row, their positions counted anew, by which
+    transformers keeps their attention apart: padded to the longest of a batch, four tenths of the
+    tokens would be padding. Logits are computed where answers stand only: with a vocabulary of
+    49152 those of whole prompts would cost a quarter of the step.
     """
-    longest = max(len(tokens) for tokens, _ in batch)
-    last = max(answer for _, answer in batch)
-    tokens = torch.zeros(len(batch), longest, dtype=torch.long)
-    mask = torch.zeros_like(tokens)
-    labels = torch.full((len(batch), last), IGNORED)
-    for line, (example, answer) in enumerate(batch):
-        tokens[line, longest - len(example) :] = torch.tensor(example)
-        mask[line, longest - len(example) :] = 1
-        labels[line, last - answer :] = torch.tensor(example[-answer:])
-    logits = model(input_ids=tokens, attention_mask=mask, logits_to_keep=last + 1).logits
-    return torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED
+    tokens = torch.tensor([token for example, _ in batch for token in example])
+    positions = torch.cat([torch.arange(len(example)) for example, _ in batch])
+    ends = torch.tensor([len(example) for example, _ in batch]).cumsum(0).tolist()
+    said = torch.cat(
+        [torch.arange(end - answer, end) for end, (_, answer) in zip(ends, batch, strict=True)]
     )
+    logits = model(
+        input_ids=tokens[None],
+        position_ids=positions[None],
+        use_cache=False,
+        logits_to_keep=said - 1,
+    ).logits
+    return torch.nn.functional.cross_entropy(logits[0].float(), tokens[said])
 
 
 TUNER = FineTuner(
