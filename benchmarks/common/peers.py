@@ -194,7 +194,7 @@ def dc_merge(
             for own, value, other in zip(lefts, values, rights, strict=True)
         ]
     )
-    merged = _elected(_largest(cores, density))
+    merged = elected(largest(cores, density))
     blocks = torch.block_diag(*[torch.ones(count, count, device=merged.device)] * len(trained))
     return left @ (merged * blocks) @ right
 
@@ -208,7 +208,7 @@ def _smoothed(values: Tensor, most: float | None) -> Tensor:
     return values.sum() * line / line.sum()
 
 
-def _largest(cores: Tensor, density: float) -> Tensor:
+def largest(cores: Tensor, density: float) -> Tensor:
     """The cores (T, r, r) without their smaller entries."""
     flat = cores.abs().flatten(1)
     count = max(1, int(density * flat.shape[1]))
@@ -216,7 +216,7 @@ def _largest(cores: Tensor, density: float) -> Tensor:
     return cores * (cores.abs() >= least[:, None, None])
 
 
-def _elected(cores: Tensor) -> Tensor:
+def elected(cores: Tensor) -> Tensor:
     """By entry, the mean of those that have their sum's sign."""
     agree = (cores.sign() == cores.sum(dim=0).sign()) & (cores != 0)
     return (cores * agree).sum(dim=0) / agree.sum(dim=0).clamp_min(1)

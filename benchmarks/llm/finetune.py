@@ -112,12 +112,26 @@ def encode(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], int]:
 
 
 def answer_loss(model: torch.nn.Module, batch: Sequence[tuple[list[int], int]]) -> Tensor:
-    """Mean cross entropy of the answers' tokens (a scalar) of a batch of `encode`d examples.
+    """Mean cross entropy of the answers' tokens (a scalar) of a batch of `encode`d examples."""
+    return torch.nn.functional.cross_entropy(*packed_logits(model, batch))
+
+
+def packed_logits(
+    model: torch.nn.Module, batch: Sequence[tuple[list[int], int]]
+) -> tuple[Tensor, Tensor]:
+    """What a model says of the answers' tokens, and these.
 
     The examples go through the model as one packed row, their positions counted anew, by which
     transformers keeps their attention apart: padded to the longest of a batch, four tenths of the
     tokens would be padding. Logits are computed where answers stand only: with a vocabulary of
     49152 those of whole prompts would cost a quarter of the step.
+
+    Args:
+        model: of language.
+        batch: `encode`d examples.
+
+    Returns:
+        Logits in fp32, ``(answers' tokens of the batch, vocabulary)``, and the tokens.
     """
     tokens = torch.tensor([token for example, _ in batch for token in example])
     positions = torch.cat([torch.arange(len(example)) for example, _ in batch])
@@ -131,7 +145,7 @@ def answer_loss(model: torch.nn.Module, batch: Sequence[tuple[list[int], int]]) 
         use_cache=False,
         logits_to_keep=said - 1,
     ).logits
-    return torch.nn.functional.cross_entropy(logits[0].float(), tokens[said])
+    return logits[0].float(), tokens[said]
 
 
 TUNER = FineTuner(
