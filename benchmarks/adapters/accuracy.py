@@ -32,7 +32,7 @@ from benchmarks.common.tables import markdown_table
 from benchmarks.common.training import in_processes
 
 SEEDS = (0, 1, 2)
-EXAMPLES = {"validation": 75, "test": 150}  # a task
+EXAMPLES = {"validation": 50, "test": 100}  # a task
 PACKAGES = ("torch", "transformers", "peft")
 ALONE, BASE = "each adapter alone", "base"
 
@@ -97,6 +97,11 @@ def open_record(path: Path) -> Record:
     return Record(path, known, spared={"revisions": others})
 
 
+def ways_for(count: int) -> list[str]:
+    """The ways to merge so many adapters, without those to ranks beyond what there is."""
+    return [way for way, one in WAYS.items() if one.ranks in (None, 1) or one.ranks < count]
+
+
 def key_of(count: int, way: str) -> str:
     """Of a case."""
     return f"{count}: {way}"
@@ -112,7 +117,7 @@ def tune(name: str, folder: Path) -> None:
     wanted = [
         (count, way)
         for count in setting.counts
-        for way in WAYS
+        for way in ways_for(count)
         if key_of(count, way) not in record.cases
     ]
     if not wanted:
@@ -138,11 +143,10 @@ def test(name: str, seed: int, folder: Path) -> None:
     setting = SETTINGS[name]
     chosen = open_record(folder / f"{name}-validation.json").cases
     record = open_record(folder / f"{name}-{seed}.json")
-    ways = (BASE, ALONE, *WAYS)
     wanted = [
         (count, way)
         for count in setting.counts
-        for way in ways
+        for way in (BASE, ALONE, *ways_for(count))
         if key_of(count, way) not in record.cases
     ]
     if not wanted:
@@ -180,7 +184,9 @@ def columns(folder: Path) -> dict[tuple[str, int], list[Mapping[str, Any]]]:
             whole = [
                 record
                 for record in records
-                if all(key_of(count, way) in record["cases"] for way in (BASE, ALONE, *WAYS))
+                if all(
+                    key_of(count, way) in record["cases"] for way in (BASE, ALONE, *ways_for(count))
+                )
             ]
             if whole:
                 found[name, count] = whole
@@ -217,7 +223,7 @@ def markdown(folder: Path) -> str:
         own = {key: one for key, one in held.items() if SETTINGS[key[0]].suite == suite}
         if not own:
             continue
-        best = {key: max(WAYS, key=partial(_mean_of, own, key)) for key in own}
+        best = {key: max(ways_for(key[1]), key=partial(_mean_of, own, key)) for key in own}
         rows = []
         for way in (BASE, ALONE, *WAYS):
             merged = WAYS.get(way)
@@ -238,6 +244,8 @@ def _mean_of(held: Mapping[Any, Any], key: tuple[str, int], way: str) -> float:
 
 
 def _cell(held: Mapping[Any, Any], key: tuple[str, int], way: str, *, bold: bool) -> str:
+    if way in WAYS and way not in ways_for(key[1]):
+        return "-"
     means = _means(held, key, way)
     text = f"{100 * statistics.fmean(means):.1f}"
     if len(means) > 1:

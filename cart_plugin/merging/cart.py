@@ -22,9 +22,10 @@ from torch import Tensor
 
 from cart_plugin.errors import CartError, CartWarning
 from cart_plugin.linalg.factors import LowRank
+from cart_plugin.linalg.gram import total_energy
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.linalg.svd import truncated_svd
-from cart_plugin.merging.informed import informed_by_base
+from cart_plugin.merging.informed import Change, informed_by_base
 from cart_plugin.merging.inputs import (
     check_finite,
     check_inputs,
@@ -226,8 +227,13 @@ def _informed(inputs: _Inputs, base: Tensor, settings: CartSettings) -> Tensor:
     average = centre_of(inputs.tensors, inputs.shares, None, inputs.models, inputs.where)
     start = centre_of(inputs.tensors, inputs.shares, base, inputs.models, inputs.where)
     shape = matrix_shape(inputs.name, average.shape)
-    parts = inputs.each(start, lambda delta: truncated(delta, settings, inputs.name), check=False)
-    found = informed_by_base(parts, (average - start).reshape(shape))
+
+    def reduced(delta: Tensor) -> tuple[LowRank, Tensor]:
+        return truncated(delta, settings, inputs.name), total_energy(delta.reshape(shape))
+
+    parts = inputs.each(start, reduced, check=False)
+    changes = (Change(factors, weight, energy) for (factors, energy), weight in parts)
+    found = informed_by_base(changes, (average - start).reshape(shape))
     return average.contiguous().add_(found.to(average.device).view(average.shape))
 
 

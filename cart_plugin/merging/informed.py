@@ -29,6 +29,7 @@ the sum of the ``tau_t`` in the place of P. What was tried besides, and what it 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -36,6 +37,7 @@ from torch import Tensor
 
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.precision import full_precision
+from cart_plugin.merging import low_rank_changes
 from cart_plugin.merging.normal_equations import System
 
 INFORMED_RANK_RATIO = 0.24
@@ -50,25 +52,74 @@ little of each other, and were ahead on images (``benchmarks/notes/auto.md``).""
 # directions of no weight.
 LEAST_SHARE = 1e-2
 
+LOW_RANK = {
+    "ridge": INFORMED_RIDGE,
+    "least_kept": INFORMED_LEAST_KEPT,
+    "least_share": LEAST_SHARE,
+}
+"""Of `cart_plugin.merging.low_rank_changes.combine`."""
 
-def informed_by_base(
-    parts: Iterable[tuple[LowRank, float]], mean: Tensor, ridge: float = INFORMED_RIDGE
-) -> Tensor:
+
+class Change(NamedTuple):
+    """What a model has changed of a weight.
+
+    Attributes:
+        factors: of ``W_t - W_base``, truncated, ``(stack, m, n)``.
+        weight: of the model; positive.
+        energy: squared Frobenius norms of all of it, ``(stack,)``, in fp64.
+    """
+
+    factors: LowRank
+    weight: float
+    energy: Tensor
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether LoRA may have made it; see `cart_plugin.merging.low_rank_changes`."""
+        m, n = self.factors.U.shape[-2], self.factors.Vh.shape[-1]
+        return low_rank_changes.is_low_rank(self.factors.S, self.energy, few_directions(m, n))
+
+
+def few_directions(m: int, n: int) -> int:
+    """How many are few for a weight ``(m, n)``: those that are kept of other changes."""
+    return max(1, int(INFORMED_RANK_RATIO * min(m, n)))
+
+
+def informed_by_base(changes: Iterable[Change], mean: Tensor) -> Tensor:
     """What to add to the average of the models' weights; see the module.
 
-    Peak memory, the parts included, is below ``2 k (m + n) + 2 k^2 + 3 m n`` numbers, for k the
+    Changes that are all of low rank are combined as `cart_plugin.merging.low_rank_changes` says.
+
+    Peak memory, the changes included, is below ``2 k (m + n) + 2 k^2 + 3 m n`` numbers, for k the
     smaller of n and the sum of the ranks.
 
     Args:
-        parts: a model's truncated ``W_t - W_base``, ``(m, n)`` or a stack of such, and its weight,
-            one pair after the other. The weights are positive.
-        mean: ``average - W_base``, of the same shape.
-        ridge: r and s, relative to the mean eigenvalue; above 0.
+        changes: one a model, one after the other.
+        mean: ``average - W_base``, ``(stack, m, n)``.
 
     Returns:
-        M, of the factors' dtype, ``(m, n)`` or a stack. Zero if no model was changed.
+        M, of the factors' dtype, ``(stack, m, n)``. Zero if no model was changed.
     """
-    return informed_system(parts, mean).solve(ridge)
+    changes = iter(changes)
+    held: list[Change] = []
+    for change in changes:
+        held.append(change)
+        if not change.is_low_rank:
+            parts = ((one.factors, one.weight) for one in chain(held, changes))
+            return informed_system(parts, mean).solve()
+    left, right = low_rank_changes.combine_factors(
+        [(_real(one.factors), one.weight) for one in held], mean.shape[-1], **LOW_RANK
+    )
+    return left @ right
+
+
+def _real(factors: LowRank) -> LowRank:
+    """Without the directions that are rounding in all matrices of a stack."""
+    values = factors.S
+    real = (values > LEAST_SHARE * values[..., :1]).flatten(end_dim=-2)
+    count = max(1, int(real.sum(dim=-1).max()))
+    values = torch.where(real.view(values.shape), values, 0)
+    return LowRank(factors.U[..., :count], values[..., :count], factors.Vh[..., :count, :])
 
 
 class Informed(NamedTuple):
@@ -77,19 +128,25 @@ class Informed(NamedTuple):
     system: System
     directions: Tensor
 
-    def solve(self, ridge: float = INFORMED_RIDGE) -> Tensor:
+    def solve(self) -> Tensor:
         """See `informed_by_base`."""
+        ridge = INFORMED_RIDGE
         return self.system.solve(
             ridge, ridge, directions=self.directions, least_kept=INFORMED_LEAST_KEPT
         )
 
-    def metric(self, ridge: float = INFORMED_RIDGE) -> Tensor:
+    def metric(self) -> Tensor:
         """``sum w C + r I``, ``(n, n)``: by how much a change of M raises the objective."""
-        return self.system.metric(ridge, directions=self.directions)
+        return self.system.metric(INFORMED_RIDGE, directions=self.directions)
 
 
 def informed_system(parts: Iterable[tuple[LowRank, float]], mean: Tensor) -> Informed:
-    """The sums that `informed_by_base` solves, for the same arguments."""
+    """The sums that `informed_by_base` solves where the changes are not of low rank.
+
+    Args:
+        parts: truncated ``W_t - W_base`` and weights, one pair after the other.
+        mean: ``average - W_base``.
+    """
     if mean.device.type == "mps":  # no fp64, and not all of the linear algebra
         mean = mean.cpu()
     total = System()

@@ -29,9 +29,10 @@ from cart_plugin.linalg.gram import eigh
 from cart_plugin.linalg.precision import full_precision
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.linalg.svd import truncated_svd
-from cart_plugin.merging.informed import informed_system
+from cart_plugin.merging.informed import LOW_RANK, few_directions, informed_system
 from cart_plugin.merging.kept import Kept
 from cart_plugin.merging.least_interference import PULL, RIDGE
+from cart_plugin.merging.low_rank_changes import combine, is_low_rank
 from cart_plugin.merging.normal_equations import System
 from cart_plugin.merging.settings import CartSettings
 
@@ -219,7 +220,20 @@ def merge_in_span(
     with torch.no_grad(), torch.autocast(mean.device.type, enabled=False):
         if settings.is_informed(len(counting)):
             rank = settings.informed.rule.fixed_rank(m, n)
-            known = ((_leading(span.parts[index], rank), weights[index]) for index in counting)
+            known = [(_leading(span.parts[index], rank), weights[index]) for index in counting]
+            energies = [span.parts[index].S.double().square().sum(dim=-1) for index in counting]
+            few = few_directions(m, n)
+            if all(
+                is_low_rank(factors.S, energy, few)
+                for (factors, _), energy in zip(known, energies, strict=True)
+            ):
+                found = combine(
+                    [factors.dense().double() for factors, _ in known],
+                    [weight for _, weight in known],
+                    n,
+                    **LOW_RANK,
+                )
+                return Merged(mean + found.added.to(mean.dtype), found.metric.to(mean.dtype))
             system = informed_system(known, mean)
             metric = system.metric()
             return Merged(mean + system.solve(), metric)

@@ -158,17 +158,15 @@ def test_a_rank_is_the_best_of_its_objective(count: int, rank: int) -> None:
 
 def test_the_metric_is_that_of_the_system() -> None:
     """A small change of the minimum raises the sum of squares by what the metric says."""
-    parts = differences(3, 40, 60)
+    parts = differences(3, 40, 60, rank=12)  # of 9 directions
     span = Span(parts)
     found = merge_in_span(span, [0.5, 0.3, 0.2], AUTO)
     expected = torch.zeros_like(found.metric)
-    trace = 0.0
     for part, share in zip(span.parts, [0.5, 0.3, 0.2], strict=True):
-        covariance = part.Vh.mT @ (part.S.square()[..., None] * part.Vh)
-        weight = 3 * share
-        expected += weight * covariance / part.S.square().sum()
-        trace += weight
-    expected += 0.3 * trace / 15 * torch.eye(15)
+        values, rows = part.S[..., :9], part.Vh[..., :9, :]
+        covariance = rows.mT @ (values.square()[..., None] * rows)
+        expected += 3 * share * covariance / values.square().sum()
+    expected += 0.3 * 3 / 27 * torch.eye(36)
     assert torch.allclose(found.metric, expected, atol=1e-9)
 
 

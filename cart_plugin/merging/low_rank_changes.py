@@ -1,0 +1,165 @@
+"""How weights are combined that LoRA has changed, where their base model is known.
+
+`cart_plugin.merging.informed` takes from ``tau_t = W_t - W_base`` where the inputs of task t lie.
+That holds for weights that were trained as they are. LoRA draws A at random and trains B: the rows
+of ``tau_t = B_t A_t`` are those of A_t, which meet every input. Two things follow, and are
+different here (what each is worth on language models: ``benchmarks/notes/auto.md``):
+
+- **What all tasks have in common is not a task's own.** Adapters that were trained from one start
+  have the same rows, in which tasks show by what they differ. From each ``tau_t`` the part is
+  taken off that the tasks share, estimated from the average ``m = sum_t p_t tau_t`` (p the weights,
+  of sum 1) as Wiener's filter does::
+
+      tau'_t = tau_t - m G,    G = (m^T m)^+ X
+
+  with X the mean of ``tau_s^T tau_t`` over pairs of different tasks, and the eigenvalues of G, the
+  share of m that is common, limited to 0 to 1. Tasks with nothing in common keep their ``tau_t``;
+  of equal ones nothing is left.
+- **Inputs that the others changed are each task's inputs, too,** the more the weaker it is itself::
+
+      C_t = (tau'_t^T tau'_t + T m^T m) / trace
+
+  T is the number of tasks (with weights ``1 / sum p^2``): for tasks with nothing in common, both
+  terms are of like size.
+
+The system is the same as there, with ``D_t = W_t - average``, and in the pull the part of D_t that
+acts on the rows of ``tau'_t``. All is done in orthonormal bases of the factors, on matrices of the
+sum of the ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cart_plugin.linalg.factors import LowRank
+from cart_plugin.linalg.gram import eigh
+from cart_plugin.linalg.precision import full_precision
+from cart_plugin.linalg.rules import NEARLY_ALL
+
+_ROUNDING = 1e-8  # a share of squares below which they are none
+
+
+def is_low_rank(values: Tensor, energy: Tensor, most: int) -> bool:
+    """Whether a few directions hold nearly all (99 %) of what a model has changed.
+
+    Full fine-tuning moves more directions, but for a weight or two of a model.
+
+    Args:
+        values: leading singular values, ``(..., k)``, descending.
+        energy: squared Frobenius norms, ``(...)``, in fp64.
+        most: the number of directions that are few.
+    """
+    held = values[..., :most].double().square().sum(dim=-1)
+    # The energy of very small values is a zero of fp32: it says nothing then.
+    return bool(((held >= NEARLY_ALL * energy) & (held <= 2 * energy)).all())
+
+
+class Solution(NamedTuple):
+    """What to add to the average, and the metric of the objective; in coordinates.
+
+    Attributes:
+        added: M, ``(stack, p, q)``.
+        metric: ``sum w C + r I``, ``(stack, q, q)``.
+    """
+
+    added: Tensor
+    metric: Tensor
+
+
+def combine(
+    tasks: Sequence[Tensor],
+    weights: Sequence[float],
+    inputs: int,
+    *,
+    ridge: float,
+    least_kept: float,
+    least_share: float,
+) -> Solution:
+    """Solve the system for differences in coordinates.
+
+    Args:
+        tasks: ``tau_t`` in common orthonormal bases, ``(stack, p, q)`` in fp64.
+        weights: w, one a task; positive, 1 on average.
+        inputs: n, of the weight itself.
+        ridge: r and s, relative to the mean eigenvalue of the directions that are known.
+        least_kept: the least rho.
+        least_share: of the largest singular value of a ``tau'_t``: below, a direction is rounding.
+    """
+    taus = torch.stack(list(tasks))  # (T, stack, p, q)
+    shares = taus.new_tensor(weights) / sum(weights)
+    with full_precision(taus.device):
+        average = torch.einsum("t,tspq->spq", shares, taus)
+        common = average @ _common(taus, shares, average)
+        own = taus - common
+        squares, vectors = eigh(own.mT @ own)
+        sizes = taus.square().sum(dim=(-2, -1))  # (T, stack)
+        least = torch.maximum(least_share**2 * squares[..., -1], _ROUNDING * sizes)
+        squares = torch.where(squares > least[..., None], squares, 0)
+        # A task that changed nothing has no inputs, neither its own nor those of the others.
+        heavy = torch.where(sizes > 0, taus.new_tensor(weights)[:, None], 0)
+        others = average.mT @ average / shares.square().sum()
+        known = torch.zeros(taus.shape[1], device=taus.device)
+        fitted, summed = torch.zeros_like(average), torch.zeros_like(average)
+        gram, energy = torch.zeros_like(others), torch.zeros_like(known, dtype=torch.float64)
+        for tau, values, columns, weight in zip(taus, squares, vectors, heavy, strict=True):
+            real = (values > 0) & (weight > 0)[..., None]
+            known = known + real.sum(dim=-1)
+            covariance = (columns * values[..., None, :]) @ columns.mT + others
+            trace = covariance.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+            covariance *= (weight / torch.where(trace > 0, trace, 1))[..., None, None]
+            lacking = tau - average
+            acting = ((lacking @ columns) * real[..., None, :]) @ columns.mT
+            gram += covariance
+            fitted += lacking @ covariance
+            summed += weight[..., None, None] * acting
+            energy += weight * acting.square().sum(dim=(-2, -1))
+        total = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+        shift = ridge * torch.where(total > 0, total, 1) / known.clamp(1, inputs)
+        kept = summed.square().sum(dim=(-2, -1)) / torch.where(energy > 0, energy, 1)
+        strength = shift / kept.clamp_min(least_kept)
+        gram.diagonal(dim1=-2, dim2=-1).add_(shift[..., None])
+        right = fitted + strength[..., None, None] * summed
+        return Solution(torch.linalg.solve(gram, right, left=False), gram)
+
+
+def _common(taus: Tensor, shares: Tensor, average: Tensor) -> Tensor:
+    """G, ``(stack, q, q)``: what of the average's answer to an input the tasks have in common."""
+    square = average.mT @ average
+    own = torch.einsum("t,tspq,tspr->sqr", shares.square(), taus, taus)
+    across = (square - own) / (1 - shares.square().sum()).clamp_min(torch.finfo(taus.dtype).eps)
+    values, vectors = eigh(square)
+    known = values > _ROUNDING * values[..., -1:].clamp_min(torch.finfo(taus.dtype).tiny)
+    roots = torch.where(known, values, 1).sqrt()
+    inverse = vectors * torch.where(known, 1 / roots, 0)[..., None, :]
+    root = vectors * torch.where(known, roots, 0)[..., None, :]
+    parts, turned = eigh(inverse.mT @ across @ inverse)
+    return (inverse @ turned * parts.clamp(0, 1)[..., None, :]) @ (root @ turned).mT
+
+
+def combine_factors(
+    parts: Sequence[tuple[LowRank, float]], inputs: int, **options: float
+) -> tuple[Tensor, Tensor]:
+    """`combine` for factors of weights, in bases of theirs.
+
+    Args:
+        parts: of ``tau_t``, ``(stack, m, n)``, and its weight.
+        inputs: n.
+        options: those of `combine`.
+
+    Returns:
+        What to add to the average, as ``left @ right``: ``(stack, m, p)`` and ``(stack, p, n)``.
+    """
+    dtype = parts[0][0].S.dtype
+    with full_precision(parts[0][0].S.device):
+        left = torch.linalg.qr(torch.cat([one.U for one, _ in parts], dim=-1))[0]
+        right = torch.linalg.qr(torch.cat([one.Vh.mT for one, _ in parts], dim=-1))[0]
+        taus = [
+            ((left.mT @ one.U) * one.S[..., None, :]).double() @ (one.Vh @ right).double()
+            for one, _ in parts
+        ]
+        found = combine(taus, [weight for _, weight in parts], inputs, **options)
+        return left @ found.added.to(dtype), right.mT
