@@ -88,6 +88,7 @@ bench-auto: $(STAMP) ## CART without hyperparameters: variants on validation spl
 	$(BIN)/python -m benchmarks.auto.study
 	$(BIN)/python -m benchmarks.auto.number
 	$(BIN)/python -m benchmarks.auto.adapters
+	$(BIN)/python -m benchmarks.auto.low_rank
 	$(BIN)/python -m benchmarks.auto.carry
 	$(BIN)/python -m benchmarks.auto.cost
 
@@ -95,8 +96,9 @@ bench-compress: $(STAMP) ## eight encoders as base and adapters beside other way
 	$(BIN)/python -m benchmarks.compression
 	$(BIN)/python -m benchmarks.compression.speed
 
-bench-adapters: $(STAMP) ## what it costs to merge LoRA adapters into one, beside PEFT (15 min)
+bench-adapters: $(STAMP) ## LoRA adapters merged into one: what is left of them, and what it costs, beside PEFT and others (hours)
 	$(BIN)/python -m benchmarks.adapters.speed
+	$(BIN)/python -m benchmarks.adapters.accuracy
 
 bench-architectures: $(STAMP) ## which architectures merge whole, by mergekit-yaml and by mergekit-cart merge (ten minutes)
 	$(BIN)/python -m benchmarks.architectures
