@@ -62,8 +62,10 @@ class Setting:
 
             return language.load(seed, split, EXAMPLES[split], one_start=self.one_start)
         from benchmarks.adapters import images
+        from benchmarks.suites import task_order
 
-        return images.load(seed, split, EXAMPLES[split], rank=self.rank)
+        tasks = task_order("vision")[: max(self.counts)]
+        return images.load(seed, split, EXAMPLES[split], rank=self.rank, tasks=tasks)
 
 
 SETTINGS = {

@@ -1,7 +1,8 @@
 """`python -m benchmarks.auto.low_rank`: variants of how adapters are combined around their base.
 
-The LLM suite's adapters, of one start and of starts of their own, two to four of them, on the
-validation split. What survived is in `cart_plugin.merging.low_rank_changes`, in better numerics.
+The LLM suite's adapters, of one start and of starts of their own, and image encoders', two to four
+of them, on the validation split. What survived is in `cart_plugin.merging.low_rank_changes`, in
+better numerics.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from torch import Tensor
 
-from benchmarks.adapters.accuracy import ALONE, SETTINGS, mean
+from benchmarks.adapters.accuracy import ALONE, SETTINGS, Setting, mean
 from benchmarks.adapters.loaded import Loaded
 from benchmarks.common.commands import out_option, report_option, workers_option
 from benchmarks.common.provenance import made_by
@@ -36,7 +37,11 @@ from cart_plugin.merging.informed import INFORMED_LEAST_KEPT, INFORMED_RIDGE, LE
 from cart_plugin.merging.spans import Difference, Merged, Span, merge_in_span, of_rank
 
 SEEDS = (0, 1)
-STARTS = ("one", "own")
+STUDIED = {
+    "language-one": SETTINGS["language-one"],
+    "language-own": SETTINGS["language-own"],
+    "images": Setting("images", 16, (4,)),
+}
 PACKAGES = ("torch", "transformers", "peft")
 REVISION = 1  # raised when a variant gives other weights
 
@@ -139,15 +144,15 @@ def sets_of(tasks: Sequence[str]) -> dict[str, list[tuple[str, ...]]]:
     return {str(count): list(combinations(tasks, count)) for count in (2, 3, 4)}
 
 
-def study(start: str, seed: int, folder: Path) -> None:
+def study(name: str, seed: int, folder: Path) -> None:
     """Judge everything on one seed's adapters; what is known is not done again."""
     known = conditions(("linalg", "merging"), PACKAGES, timed=False, variants=REVISION)
     spared = {"revisions": lambda way: way != WITHOUT_BASE}
-    record = Record(folder / f"{start}-{seed}.json", known, spared=spared)
+    record = Record(folder / f"{name}-{seed}.json", known, spared=spared)
     wanted = [way for way in WAYS if way not in record.cases]
     if not wanted:
         return
-    loaded = SETTINGS[f"language-{start}"].load(seed, "validation")
+    loaded = STUDIED[name].load(seed, "validation")
     tasks = list(loaded.folders)
     for way in wanted:
         found: dict[str, list[dict[str, float]]] = {}
@@ -163,7 +168,7 @@ def study(start: str, seed: int, folder: Path) -> None:
             ]
         record.put(way, found)
         text = ", ".join(f"{count}: {100 * _mean(one):.1f}" for count, one in found.items())
-        click.echo(f"{start} {seed}: {text} | {way}")
+        click.echo(f"{name} {seed}: {text} | {way}")
 
 
 def _mean(sets: Sequence[Mapping[str, float]]) -> float:
@@ -171,30 +176,30 @@ def _mean(sets: Sequence[Mapping[str, float]]) -> float:
 
 
 def markdown(folder: Path) -> str:
-    """A row a way, a column a start and number of adapters, means over seeds."""
+    """A row a way, a column a setting and number of adapters, means over seeds."""
     records = {
-        start: [
+        name: [
             json.loads(path.read_text())
             for seed in SEEDS
-            if (path := folder / f"{start}-{seed}.json").exists()
+            if (path := folder / f"{name}-{seed}.json").exists()
         ]
-        for start in STARTS
+        for name in STUDIED
     }
-    columns = [(start, str(count)) for start in STARTS if records[start] for count in (2, 3, 4)]
+    columns = [(name, str(count)) for name in STUDIED if records[name] for count in (2, 3, 4)]
     rows = []
     for way in WAYS:
         cells = []
-        for start, count in columns:
-            sets = [one["cases"][way][count] for one in records[start] if way in one["cases"]]
+        for name, count in columns:
+            sets = [one["cases"][way][count] for one in records[name] if way in one["cases"]]
             cells.append(f"{100 * statistics.fmean(map(_mean, sets)):.1f}" if sets else "-")
         rows.append([f"**{way}**" if way == "the method" else way, *cells])
-    heading = ["way", *(f"{count}, {start} start{'s' * (start == 'own')}" for start, count in columns)]
+    heading = [f"{name} ({len(records[name])}), {count}" for name, count in columns]
     measured = [one for found in records.values() for record in found for one in record["measured"]]
     return (
         "Accuracy in per cent on the validation split (50 examples a task) of merged LoRA adapters "
-        "of rank 16 of a language model, by their number and starts: means over all pairs, triples "
-        f"and the four, and {len(SEEDS)} seeds. {made_by('bench-auto', measured)}\n\n"
-        f"{markdown_table(heading, rows, ['---', *['---:'] * len(columns)])}\n"
+        "of rank 16, by suite and starts (the number of seeds in brackets) and number of adapters: "
+        f"means over all pairs, all triples and the four. {made_by('bench-auto', measured)}\n\n"
+        f"{markdown_table(['way', *heading], rows, ['---', *['---:'] * len(columns)])}\n"
     )
 
 
@@ -202,11 +207,14 @@ def markdown(folder: Path) -> str:
 @workers_option
 @out_option("auto")
 @report_option
-def main(workers: int, out: Path, only_report: bool) -> None:
+@click.option("--seeds", default=",".join(map(str, SEEDS)), show_default=True, help="Which.")
+def main(workers: int, out: Path, only_report: bool, seeds: str) -> None:
     """Combine adapters in variants of the method, on validation splits."""
     folder = out / "low_rank"
     if not only_report:
-        todo = [partial(study, start, seed, folder) for seed in SEEDS for start in STARTS]
+        todo = [
+            partial(study, name, int(seed), folder) for seed in seeds.split(",") for name in STUDIED
+        ]
         in_processes(todo, workers)
     (out / "low_rank.md").write_text(markdown(folder))
     click.echo((out / "low_rank.md").read_text())

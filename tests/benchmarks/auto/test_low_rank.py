@@ -45,7 +45,7 @@ def test_the_table_has_all_ways(tmp_path: Path) -> None:
     }
     for seed in low_rank.SEEDS:
         record = {"cases": cases, "measured": []}
-        (tmp_path / f"own-{seed}.json").write_text(json.dumps(record))
+        (tmp_path / f"language-own-{seed}.json").write_text(json.dumps(record))
     text = markdown(tmp_path)
-    assert "| way | 2, own starts | 3, own starts | 4, own starts |" in text
+    assert "| way | language-own (2), 2 | language-own (2), 3 | language-own (2), 4 |" in text
     assert "| **the method** | 3.0 | 3.0 | 3.0 |" in text
