@@ -51,6 +51,7 @@ little of each other, and were ahead on images (``benchmarks/notes/auto.md``).""
 # Singular values below this share of the largest are rounding (of adapters merged into bf16), or
 # directions of no weight.
 LEAST_SHARE = 1e-2
+_MOST_OF_LORA = 256
 
 LOW_RANK = {
     "ridge": INFORMED_RIDGE,
@@ -81,8 +82,12 @@ class Change(NamedTuple):
 
 
 def few_directions(m: int, n: int) -> int:
-    """How many are few for a weight ``(m, n)``: those that are kept of other changes."""
-    return max(1, int(INFORMED_RANK_RATIO * min(m, n)))
+    """How many are few for a weight ``(m, n)``: those that are kept of other changes, up to 256.
+
+    LoRA of a higher rank is rare, while what whole fine-tuning moves of a large weight may well lie
+    in a quarter of its directions.
+    """
+    return max(1, min(int(INFORMED_RANK_RATIO * min(m, n)), _MOST_OF_LORA))
 
 
 def informed_by_base(changes: Iterable[Change], mean: Tensor) -> Tensor:
