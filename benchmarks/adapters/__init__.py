@@ -1,1 +1,1 @@
-"""`make bench-adapters`: what it costs to merge LoRA adapters into one."""
+"""`make bench-adapters`: what LoRA adapters merged into one keep, and what that costs."""

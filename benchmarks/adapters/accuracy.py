@@ -28,7 +28,7 @@ from benchmarks.adapters.ways import WAYS
 from benchmarks.common.commands import out_option, report_option, workers_option
 from benchmarks.common.provenance import made_by
 from benchmarks.common.record import Record, conditions
-from benchmarks.common.tables import markdown_table
+from benchmarks.common.tables import markdown_table, percent_cell
 from benchmarks.common.training import in_processes
 
 SEEDS = (0, 1, 2)
@@ -248,11 +248,7 @@ def _mean_of(held: Mapping[Any, Any], key: tuple[str, int], way: str) -> float:
 def _cell(held: Mapping[Any, Any], key: tuple[str, int], way: str, *, bold: bool) -> str:
     if way in WAYS and way not in ways_for(key[1]):
         return "-"
-    means = _means(held, key, way)
-    text = f"{100 * statistics.fmean(means):.1f}"
-    if len(means) > 1:
-        text += f" ± {100 * statistics.stdev(means) / len(means) ** 0.5:.1f}"
-    return f"**{text}**" if bold else text
+    return percent_cell(_means(held, key, way), bold=bold)
 
 
 @click.command()

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.adapters.loaded import Loaded
-from benchmarks.common.heads import LOGIT_SCALE, Head
+from benchmarks.common.heads import Head
 from benchmarks.common.training import FineTuner, Shown, Trained
 from benchmarks.vision import finetune
 from benchmarks.vision.backbone import prepare_backbone
 from benchmarks.vision.evaluate import accuracy, load_encoder
 from benchmarks.vision.heads import prototype_head
 from benchmarks.vision.strength import strength
-from benchmarks.vision.tasks import SUITE, load_split, prepare_task, task, training_sample
+from benchmarks.vision.tasks import SUITE, load_split, task, training_sample
 
 MATRICES = ("query", "key", "value", "dense", "fc1", "fc2")  # all of a layer
 
@@ -42,14 +42,7 @@ def settings_of(name: str, rank: int) -> LoraTuning:
 
 
 def _identity(name: str, seed: int, settings: LoraTuning) -> dict[str, object]:
-    return asdict(settings) | {
-        "task": name,
-        "data": prepare_task(name).name,
-        "pretrained": prepare_backbone().name,
-        "seed": seed,
-        "logit_scale": LOGIT_SCALE,
-        "matrices": list(MATRICES),
-    }
+    return finetune.identity(name, seed, settings) | {"matrices": list(MATRICES)}
 
 
 def _train(name: str, seed: int, settings: LoraTuning, shown: Shown) -> Trained:

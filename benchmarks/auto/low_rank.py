@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -25,8 +25,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from torch import Tensor
 
-from benchmarks.adapters.accuracy import ALONE, SETTINGS, Setting, mean
+from benchmarks.adapters.accuracy import ALONE, EXAMPLES, SETTINGS, Setting
 from benchmarks.adapters.loaded import Loaded
+from benchmarks.auto.study import mean
 from benchmarks.common.commands import out_option, report_option, workers_option
 from benchmarks.common.provenance import made_by
 from benchmarks.common.record import Record, conditions
@@ -167,12 +168,8 @@ def study(name: str, seed: int, folder: Path) -> None:
                 for members in chosen
             ]
         record.put(way, found)
-        text = ", ".join(f"{count}: {100 * _mean(one):.1f}" for count, one in found.items())
+        text = ", ".join(f"{count}: {100 * mean(one):.1f}" for count, one in found.items())
         click.echo(f"{name} {seed}: {text} | {way}")
-
-
-def _mean(sets: Sequence[Mapping[str, float]]) -> float:
-    return statistics.fmean(mean(one) for one in sets)
 
 
 def markdown(folder: Path) -> str:
@@ -191,14 +188,15 @@ def markdown(folder: Path) -> str:
         cells = []
         for name, count in columns:
             sets = [one["cases"][way][count] for one in records[name] if way in one["cases"]]
-            cells.append(f"{100 * statistics.fmean(map(_mean, sets)):.1f}" if sets else "-")
+            cells.append(f"{100 * statistics.fmean(map(mean, sets)):.1f}" if sets else "-")
         rows.append([f"**{way}**" if way == "the method" else way, *cells])
     heading = [f"{name} ({len(records[name])}), {count}" for name, count in columns]
     measured = [one for found in records.values() for record in found for one in record["measured"]]
     return (
-        "Accuracy in per cent on the validation split (50 examples a task) of merged LoRA adapters "
-        "of rank 16, by suite and starts (the number of seeds in brackets) and number of adapters: "
-        f"means over all pairs, all triples and the four. {made_by('bench-auto', measured)}\n\n"
+        f"Accuracy in per cent on the validation split ({EXAMPLES['validation']} examples a task) "
+        "of merged LoRA adapters of rank 16, by suite and starts (the number of seeds in brackets) "
+        "and number of adapters: means over all pairs, all triples and the four. "
+        f"{made_by('bench-auto', measured)}\n\n"
         f"{markdown_table(['way', *heading], rows, ['---', *['---:'] * len(columns)])}\n"
     )
 

@@ -30,7 +30,7 @@ from benchmarks.common.colors import CART_COLOR, LIMIT_COLOR
 from benchmarks.common.commands import out_option, report_option, workers_option
 from benchmarks.common.data_free import OF_TAUS, OfTaus, Tensors, merged_state, scaled_sum
 from benchmarks.common.provenance import made_by
-from benchmarks.common.tables import markdown_table
+from benchmarks.common.tables import markdown_table, percent_cell
 from benchmarks.common.training import in_processes
 from benchmarks.suites import Encoders, load_encoders, task_order
 from cart_plugin import CartSettings, merge_state_dicts
@@ -189,7 +189,7 @@ def markdown(result: Mapping[str, Any]) -> str:
             for count in counts
         }
         rows = [
-            [title, *(_cell(means[count], best[count] == title) for count in counts)]
+            [title, *(percent_cell(means[count], bold=best[count] == title) for count in counts)]
             for title, means in methods.items()
         ]
         heading = [f"{suite}, {held['seeds']} seeds", *(_heading(count) for count in counts)]
@@ -199,13 +199,6 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 def _heading(count: str) -> str:
     return "3, overlapping" if count == OVERLAPPING else f"{count} models"
-
-
-def _cell(means: Sequence[float], best: bool) -> str:
-    text = f"{100 * statistics.fmean(means):.1f}"
-    if len(means) > 1:
-        text += f" ± {100 * statistics.stdev(means) / len(means) ** 0.5:.1f}"
-    return f"**{text}**" if best else text
 
 
 def plot(result: Mapping[str, Any]) -> Any:

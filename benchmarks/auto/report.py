@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.common.colors import CART_COLOR, LIMIT_COLOR
 from benchmarks.common.provenance import made_by
-from benchmarks.common.tables import markdown_table
+from benchmarks.common.tables import markdown_table, percent_cell
 
 AUTO = "CART without hyperparameters"
 AUTO_COLOR = "#bf3989"
@@ -37,7 +37,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     examples = result["examples"]
     rows = []
     for setting in result["settings"]:
-        means = [_with_error(setting["test"][title]) for title in COLORS]
+        means = [percent_cell(setting["test"][title]) for title in COLORS]
         pairs = zip(setting["test"][AUTO], setting["test"]["CART, tuned here"], strict=True)
         difference = statistics.fmean(auto - tuned for auto, tuned in pairs)
         rows.append([setting["title"], *means, f"{100 * difference:+.1f}", setting["tuned"]])
@@ -49,13 +49,6 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"{examples['validation']} validation examples a task of the first seed. "
         f"{made_by('bench-auto', result['measured'])}\n\n{table}\n"
     )
-
-
-def _with_error(values: Sequence[float]) -> str:
-    mean = f"{100 * statistics.fmean(values):.1f}"
-    if len(values) == 1:
-        return mean
-    return f"{mean} ± {100 * statistics.stdev(values) / len(values) ** 0.5:.1f}"
 
 
 def plot(settings: Sequence[Mapping[str, Any]]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
 
 
@@ -17,3 +18,16 @@ def markdown_table(
     """
     lines = [heading, ruler or ["---"] * len(heading), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def percent_cell(shares: Sequence[float], *, bold: bool = False) -> str:
+    """A mean over seeds in per cent, with its standard error where there are several.
+
+    Args:
+        shares: one a seed, 0 to 1.
+        bold: for the best of a column.
+    """
+    text = f"{100 * statistics.fmean(shares):.1f}"
+    if len(shares) > 1:
+        text += f" ± {100 * statistics.stdev(shares) / len(shares) ** 0.5:.1f}"
+    return f"**{text}**" if bold else text

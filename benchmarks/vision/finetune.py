@@ -45,7 +45,8 @@ class FineTuning(Settings):
     shots: int = 3
 
 
-def _identity(name: str, seed: int, settings: FineTuning) -> dict[str, object]:
+def identity(name: str, seed: int, settings: FineTuning) -> dict[str, object]:
+    """All that decides a model."""
     return asdict(settings) | {
         "task": name,
         "data": prepare_task(name).name,
@@ -71,7 +72,7 @@ def _train(name: str, seed: int, settings: FineTuning, shown: Shown) -> Trained:
 
 
 TUNER = FineTuner(
-    place="encoders", settings=FineTuning, examples="images", identity=_identity, train=_train
+    place="encoders", settings=FineTuning, examples="images", identity=identity, train=_train
 )
 encoder_folder, finetune_task, finetune_all = TUNER.folder, TUNER.finetune, TUNER.finetune_all
 

@@ -74,11 +74,9 @@ class Change(NamedTuple):
     weight: float
     energy: Tensor
 
-    @property
-    def is_low_rank(self) -> bool:
-        """Whether LoRA may have made it; see `cart_plugin.merging.low_rank_changes`."""
-        m, n = self.factors.U.shape[-2], self.factors.Vh.shape[-1]
-        return low_rank_changes.is_low_rank(self.factors.S, self.energy, few_directions(m, n))
+    def is_low_rank(self, few: int) -> bool:
+        """Whether so few directions hold nearly all of it, so that LoRA may have made it."""
+        return low_rank_changes.is_low_rank(self.factors.S, self.energy, few)
 
 
 def few_directions(m: int, n: int) -> int:
@@ -105,11 +103,11 @@ def informed_by_base(changes: Iterable[Change], mean: Tensor) -> Tensor:
     Returns:
         M, of the factors' dtype, ``(stack, m, n)``. Zero if no model was changed.
     """
-    changes = iter(changes)
+    changes, few = iter(changes), few_directions(*mean.shape[-2:])
     held: list[Change] = []
     for change in changes:
         held.append(change)
-        if not change.is_low_rank:
+        if not change.is_low_rank(few):
             parts = ((one.factors, one.weight) for one in chain(held, changes))
             return informed_system(parts, mean).solve()
     left, right = low_rank_changes.combine_factors(

@@ -29,10 +29,10 @@ from cart_plugin.linalg.gram import eigh
 from cart_plugin.linalg.precision import full_precision
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.linalg.svd import truncated_svd
-from cart_plugin.merging.informed import LOW_RANK, few_directions, informed_system
+from cart_plugin.merging.informed import LOW_RANK, Change, few_directions, informed_system
 from cart_plugin.merging.kept import Kept
 from cart_plugin.merging.least_interference import PULL, RIDGE
-from cart_plugin.merging.low_rank_changes import combine, is_low_rank
+from cart_plugin.merging.low_rank_changes import combine
 from cart_plugin.merging.normal_equations import System
 from cart_plugin.merging.settings import CartSettings
 
@@ -220,21 +220,17 @@ def merge_in_span(
     with torch.no_grad(), torch.autocast(mean.device.type, enabled=False):
         if settings.is_informed(len(counting)):
             rank = settings.informed.rule.fixed_rank(m, n)
-            known = [(_leading(span.parts[index], rank), weights[index]) for index in counting]
-            energies = [span.parts[index].S.double().square().sum(dim=-1) for index in counting]
+            parts = [span.parts[index] for index in counting]
+            changes = [
+                Change(_leading(part, rank), weights[index], part.S.double().square().sum(dim=-1))
+                for index, part in zip(counting, parts, strict=True)
+            ]
             few = few_directions(m, n)
-            if all(
-                is_low_rank(factors.S, energy, few)
-                for (factors, _), energy in zip(known, energies, strict=True)
-            ):
-                found = combine(
-                    [factors.dense().double() for factors, _ in known],
-                    [weight for _, weight in known],
-                    n,
-                    **LOW_RANK,
-                )
+            if all(change.is_low_rank(few) for change in changes):
+                taus = [change.factors.dense().double() for change in changes]
+                found = combine(taus, [change.weight for change in changes], n, **LOW_RANK)
                 return Merged(mean + found.added.to(mean.dtype), found.metric.to(mean.dtype))
-            system = informed_system(known, mean)
+            system = informed_system(((one.factors, one.weight) for one in changes), mean)
             metric = system.metric()
             return Merged(mean + system.solve(), metric)
         differences = ((span.parts[index].dense() - mean, weights[index]) for index in counting)

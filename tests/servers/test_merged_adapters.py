@@ -7,9 +7,9 @@ from typing import Any
 
 import peft
 import pytest
-import torch
 
 from cart_plugin.adapters import merge_adapters
+from tests.adapters.lora import save_lora
 from tests.servers.servers import LIMIT, ask, divergence, logprobs, start
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(1200)]
@@ -22,21 +22,8 @@ ADAPTERS: list[dict[str, Any]] = [
     {"r": 8, "target_modules": _ALL, "use_rslora": True},
     {"r": 6, "target_modules": _ATTENTION},
 ]
+COMMON: dict[str, Any] = {"lora_alpha": 16, "task_type": "CAUSAL_LM"}
 RANKS = {"default": None, "full": "full"}
-
-
-def save_adapter(folder: Path, architecture: str, seed: int, options: dict[str, Any]) -> Path:
-    """An adapter with entries at random."""
-    config = peft.LoraConfig(lora_alpha=16, task_type="CAUSAL_LM", **options)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = peft.get_peft_model(start(architecture), config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(torch.randn_like(parameter), alpha=0.03)
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("server", ["llama_cpp", "vllm"])
@@ -47,7 +34,7 @@ def test_a_server_answers_as_peft_does(server: str, architecture: str, tmp_path:
     base = tmp_path / "base"
     start(architecture).save_pretrained(base)
     adapters = [
-        save_adapter(tmp_path / f"adapter{seed}", architecture, seed, options)
+        save_lora(tmp_path / f"adapter{seed}", base, seed, scale=0.03, **COMMON, **options)
         for seed, options in enumerate(ADAPTERS)
     ]
     merged = {}
