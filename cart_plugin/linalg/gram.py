@@ -22,14 +22,21 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 PARTIAL_SIDE = 1536
 _PARTIAL_SHARE = 0.25
 _LANCZOS_SIDE = 64  # below, LAPACK is as fast
+_SMALL = 1e-20
 _SMALLEST = 1e-150  # its square is no underflow in fp64
 
 
 def total_energy(x: Tensor) -> Tensor:
     """Sums of squares of matrices ``(stack, m, n)`` to more digits than fp32 has, ``(stack,)``."""
     # Along what is contiguous: a transposed view would take ten times as long.
-    lines = torch.linalg.vector_norm(x, dim=-1 if x.stride(-1) == 1 else -2)
-    return lines.double().square().sum(-1)
+    along = -1 if x.stride(-1) == 1 else -2
+    lines = torch.linalg.vector_norm(x, dim=along)
+    lines = lines.cpu() if lines.device.type == "mps" else lines  # it has no fp64
+    energy = lines.double().square().sum(-1)
+    if not bool(((energy > _SMALL) & (energy < 1 / _SMALL)).all()):  # squares may leave fp32
+        x = x.to(lines.device)
+        energy = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float64).square()
+    return energy
 
 
 class LeftVectors(NamedTuple):

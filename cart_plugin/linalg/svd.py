@@ -24,6 +24,7 @@ from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.gram import leading_left, total_energy
 from cart_plugin.linalg.krylov import leading_subspace
 from cart_plugin.linalg.precision import full_precision
+from cart_plugin.linalg.rounding import rounding_in
 from cart_plugin.linalg.rules import SHARE_OF_NUMERICAL_RANK, RankRule, numerical_rank
 from cart_plugin.linalg.spectra import energy_rank_of
 from cart_plugin.linalg.subspace import GAIN, SKETCH_GAIN, near_subspace, oversampled
@@ -52,6 +53,7 @@ def truncated_svd(
     svd: str = "auto",
     seed: int = 0,
     of: tuple[int, int] | None = None,
+    rounding: Tensor | None = None,
 ) -> LowRank:
     """The best approximation of a matrix at the rank that a rule asks for.
 
@@ -63,6 +65,8 @@ def truncated_svd(
         seed: start of the randomised solvers.
         of: shape of the matrices that ``x`` holds in fewer coordinates, if it does: ``rank_ratio``
             is a share of their full rank.
+        rounding: what of the squared norm of each matrix is rounding (`rounding_energy`),
+            ``(stack,)`` in fp64: not counted for a numerical rank. None for nothing.
 
     Returns:
         The factors, in fp32 (fp64 if ``x`` is fp64), on the device of ``x``. Where the k-th and the
@@ -79,14 +83,17 @@ def truncated_svd(
     if svd not in SOLVERS:
         raise CartError(f"svd must be one of {', '.join(SOLVERS)}, got {svd!r}")
     if x.device.type == "mps":  # it has no fp64, which the solvers need for their estimates
-        return truncated_svd(x.cpu(), rule, svd=svd, seed=seed, of=of).to(x.device)
+        rounding = None if rounding is None else rounding.cpu()
+        found = truncated_svd(x.cpu(), rule, svd=svd, seed=seed, of=of, rounding=rounding)
+        return found.to(x.device)
     with torch.no_grad():
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         # One orientation inside: a stack whose rows are the short side.
         tall = x.shape[-2] > x.shape[-1]
         stack = x if x.ndim == 3 else x[None]
         with full_precision(x.device):
-            factors = _scaled(stack.mT if tall else stack, rule, SOLVERS[svd], seed, of)
+            turned = stack.mT if tall else stack
+            factors = _scaled(turned, rule, SOLVERS[svd], seed, of, rounding)
         factors = factors.mT if tall else factors
         if x.ndim == 3:
             return factors
@@ -97,7 +104,12 @@ Solver = Callable[[Tensor, int, int], LowRank]
 
 
 def _scaled(
-    x: Tensor, rule: RankRule, solver: Solver, seed: int, of: tuple[int, int] | None
+    x: Tensor,
+    rule: RankRule,
+    solver: Solver,
+    seed: int,
+    of: tuple[int, int] | None,
+    rounding: Tensor | None,
 ) -> LowRank:
     """Solve with entries of moderate size: squares of very small or large ones leave fp32.
 
@@ -117,11 +129,12 @@ def _scaled(
     moved = [exponent for exponent, entry in zip(exponents, largest, strict=True) if entry]
     if max(map(abs, moved)) > 20 or max(moved) - min(moved) > 10:
         powers = x.new_tensor([2.0**exponent for exponent in exponents])
-        scaled = _scaled(x / powers[:, None, None], rule, solver, seed, of)
+        rounding = None if rounding is None else rounding / powers.double().square()
+        scaled = _scaled(x / powers[:, None, None], rule, solver, seed, of, rounding)
         return LowRank(scaled.U, scaled.S * powers[:, None], scaled.Vh, scaled.error)
     if k is not None:
         factors = solver(x, k, seed)
-        return _share_of_rank(x, factors) if rule.of_numerical_rank else factors
+        return _share_of_rank(x, factors, rounding) if rule.of_numerical_rank else factors
     assert rule.energy is not None
     ranks = [energy_rank_of(matrix, rule.energy) for matrix in x]
     return _cut(solver(x, max(ranks), seed), ranks)
@@ -132,10 +145,12 @@ def _zeros(x: Tensor, k: int) -> LowRank:
     return LowRank(x.new_zeros(stack, m, k), x.new_zeros(stack, k), x.new_zeros(stack, k, n))
 
 
-def _share_of_rank(x: Tensor, factors: LowRank) -> LowRank:
+def _share_of_rank(x: Tensor, factors: LowRank, rounding: Tensor | None) -> LowRank:
     """Of matrices of low numerical rank a share of it, of others all that was solved for."""
-    squares = factors.S.double().square()
-    found = [numerical_rank(*pair) for pair in zip(squares, total_energy(x).tolist(), strict=True)]
+    squares, totals = factors.S.double().square(), total_energy(x)
+    if rounding is not None:
+        totals = totals - rounding_in(totals, rounding)
+    found = [numerical_rank(*pair) for pair in zip(squares, totals.tolist(), strict=True)]
     ranks = [
         factors.rank if rank is None else max(1, math.floor(SHARE_OF_NUMERICAL_RANK * rank))
         for rank in found

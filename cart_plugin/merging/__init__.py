@@ -7,6 +7,6 @@ with a base model), `settings`, `kept` (how much of the differences), `cart` (th
 by low rank, from their factors) and `span_measures` (what is kept of them).
 """
 
-REVISION = 5
+REVISION = 6
 """Raised when the numbers that come out of this room change by more than rounding, or their cost:
 what was measured or merged with another revision is then done anew. Not for moved files."""

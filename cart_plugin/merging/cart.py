@@ -23,9 +23,10 @@ from torch import Tensor
 from cart_plugin.errors import CartError, CartWarning
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.gram import total_energy
+from cart_plugin.linalg.rounding import rounding_energy
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.linalg.svd import truncated_svd
-from cart_plugin.merging.informed import Change, informed_by_base
+from cart_plugin.merging.informed import MOST_INFORMED, Change, informed_by_base
 from cart_plugin.merging.inputs import (
     check_finite,
     check_inputs,
@@ -92,7 +93,7 @@ def merge_tensors(
         shares = normalised(weights, len(tensors), where)
         one = _Inputs(tensors, shares, models, name, where)
         if decompose and base is not None and settings.is_informed(one.counting):
-            merged = _informed(one, base, settings.informed)
+            merged = _informed(one, base, settings)
         else:
             centre = base if decompose and settings.center == "base" else None
             merged = centre_of(tensors, shares, centre, models, where)
@@ -148,6 +149,24 @@ class _Inputs(NamedTuple):
             del delta  # before the next one is made
             yield found, len(self.tensors) * share
 
+    def rounding(self, shape: tuple[int, int, int]) -> list[Tensor]:
+        """Squared norms of the rounding errors in each tensor that has a weight, ``(stack,)``.
+
+        Of its difference from the base, too, which the weights were rounded near.
+        """
+        return [
+            rounding_energy(tensor.reshape(shape))
+            for tensor, share in zip(self.tensors, self.shares, strict=True)
+            if share
+        ]
+
+    def centred_rounding(self, shape: tuple[int, int, int]) -> list[Tensor]:
+        """The same of the differences from the weighted mean."""
+        shares = [share for share in self.shares if share]
+        own = self.rounding(shape)
+        mean = sum(share**2 * one for share, one in zip(shares, own, strict=True))
+        return [mean + (1 - 2 * share) * one for share, one in zip(shares, own, strict=True)]
+
     def check_weights(self) -> None:
         """Refuse negative weights, which have no meaning in a least-squares sum."""
         if min(self.shares) < 0:
@@ -178,10 +197,14 @@ def _add_low_rank(
         if are_two:
             warnings.warn(_two_models(settings, has_base=has_base), CartWarning, stacklevel=3)
 
+    of_rank = settings.rule.of_numerical_rank or kept is not None
+    rounding = iter(inputs.centred_rounding(shape) if of_rank else ())
+
     def reduced(delta: Tensor) -> LowRank:
-        factors = truncated(delta, settings, inputs.name)
+        noise = next(rounding, None)
+        factors = truncated(delta, settings, inputs.name, noise)
         if kept is not None:
-            kept.add(inputs.name or "", delta.reshape(shape), factors)
+            kept.add(inputs.name or "", delta.reshape(shape), factors, noise)
         return factors
 
     parts = inputs.each(centre, reduced, check=settings.center == "base")
@@ -201,7 +224,7 @@ def _count_whole(inputs: _Inputs, centre: Tensor, kept: Kept) -> None:
     shape = matrix_shape(inputs.name, centre.shape)
 
     def count(delta: Tensor) -> None:
-        kept.add(inputs.name or "", delta.reshape(shape), None)
+        kept.add(inputs.name or "", delta.reshape(shape), None, None)
 
     for _ in inputs.each(centre, count, check=False):
         pass
@@ -222,19 +245,30 @@ def _two_models(settings: CartSettings, *, has_base: bool) -> str:
 
 
 def _informed(inputs: _Inputs, base: Tensor, settings: CartSettings) -> Tensor:
-    """``average + M`` for the M of `informed_by_base`."""
+    """``average + M`` for the M of `informed_by_base`; of four models the mean of both forms."""
     inputs.check_weights()
     average = centre_of(inputs.tensors, inputs.shares, None, inputs.models, inputs.where)
     start = centre_of(inputs.tensors, inputs.shares, base, inputs.models, inputs.where)
     shape = matrix_shape(inputs.name, average.shape)
 
     def reduced(delta: Tensor) -> tuple[LowRank, Tensor]:
-        return truncated(delta, settings, inputs.name), total_energy(delta.reshape(shape))
+        delta = delta.cpu() if delta.device.type == "mps" else delta  # it has no fp64
+        factors = truncated(delta, settings.informed, inputs.name)
+        return factors, total_energy(delta.reshape(shape))
 
-    parts = inputs.each(start, reduced, check=False)
-    changes = (Change(factors, weight, energy) for (factors, energy), weight in parts)
-    found = informed_by_base(changes, (average - start).reshape(shape))
-    return average.contiguous().add_(found.to(average.device).view(average.shape))
+    parts = zip(inputs.each(start, reduced, check=False), inputs.rounding(shape), strict=True)
+    changes = (
+        Change(factors, weight, energy, rounding) for ((factors, energy), weight), rounding in parts
+    )
+    added, of_low_rank = informed_by_base(changes, (average - start).reshape(shape))
+    if inputs.counting == MOST_INFORMED and not of_low_rank:
+
+        def centred(delta: Tensor) -> LowRank:
+            return truncated(delta, settings, inputs.name)
+
+        added += least_interference(inputs.each(average, centred, check=False)).to(added.device)
+        added /= 2
+    return average.contiguous().add_(added.to(average.device).view(average.shape))
 
 
 def centre_of(
@@ -260,14 +294,23 @@ def centre_of(
     return mean
 
 
-def truncated(delta: Tensor, settings: CartSettings, name: str | None) -> LowRank:
+def truncated(
+    delta: Tensor, settings: CartSettings, name: str | None, rounding: Tensor | None = None
+) -> LowRank:
     """The low-rank part of a task vector, as factors of its matrices (`matrix_shape`)."""
     matrices = delta.reshape(matrix_shape(name, delta.shape))
-    return factors_of(matrices, settings.rule, name, svd=settings.solver, seed=settings.seed)
+    svd, seed = settings.solver, settings.seed
+    return factors_of(matrices, settings.rule, name, svd=svd, seed=seed, rounding=rounding)
 
 
 def factors_of(
-    matrices: Tensor, rule: RankRule, name: str | None, *, svd: str, seed: int
+    matrices: Tensor,
+    rule: RankRule,
+    name: str | None,
+    *,
+    svd: str,
+    seed: int,
+    rounding: Tensor | None = None,
 ) -> LowRank:
     """What is kept of one model's difference from the centre.
 
@@ -277,8 +320,10 @@ def factors_of(
         name: the tensor's, which the solver's start depends on.
         svd: solver, one of `cart_plugin.linalg.svd.SOLVERS`.
         seed: of the solver, for all tensors.
+        rounding: see `truncated_svd`.
 
     Raises:
         CartError: as `truncated_svd`.
     """
-    return truncated_svd(matrices, rule, svd=svd, seed=tensor_seed(seed, name or ""))
+    start = tensor_seed(seed, name or "")
+    return truncated_svd(matrices, rule, svd=svd, seed=start, rounding=rounding)

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.precision import full_precision
+from cart_plugin.linalg.rounding import rounding_edge, rounding_in
 from cart_plugin.merging import low_rank_changes
 from cart_plugin.merging.normal_equations import System
 
@@ -46,10 +47,10 @@ INFORMED_LEAST_KEPT = 0.3
 """The least rho."""
 MOST_INFORMED = 4
 """Models beyond which the base is left out: with six and more of them the centred task vectors hold
-little of each other, and were ahead on images (``benchmarks/notes/auto.md``)."""
+little of each other, and were ahead on images (``benchmarks/notes/auto.md``). Of so many the mean
+of both results is taken, which is better than either, unless the changes are of low rank."""
 
-# Singular values below this share of the largest are rounding (of adapters merged into bf16), or
-# directions of no weight.
+# Singular values below this share of the largest are rounding, or directions of no weight.
 LEAST_SHARE = 1e-2
 _MOST_OF_LORA = 256
 
@@ -68,15 +69,28 @@ class Change(NamedTuple):
         factors: of ``W_t - W_base``, truncated, ``(stack, m, n)``.
         weight: of the model; positive.
         energy: squared Frobenius norms of all of it, ``(stack,)``, in fp64.
+        rounding: what of that rounding adds (`cart_plugin.linalg.rounding.rounding_energy`).
     """
 
     factors: LowRank
     weight: float
     energy: Tensor
+    rounding: Tensor
 
     def is_low_rank(self, few: int) -> bool:
-        """Whether so few directions hold nearly all of it, so that LoRA may have made it."""
-        return low_rank_changes.is_low_rank(self.factors.S, self.energy, few)
+        """Whether so few directions hold all of it, so that LoRA may have made it."""
+        return low_rank_changes.is_low_rank(self.factors.S, self.energy, self.rounding, few)
+
+    def real(self) -> LowRank:
+        """The factors without directions that are rounding; with those of any of a stack."""
+        factors, values = self.factors, self.factors.S
+        m, n = factors.U.shape[-2], factors.Vh.shape[-1]
+        edge = rounding_edge(rounding_in(self.energy, self.rounding), m, n).to(values)
+        least = torch.maximum(LEAST_SHARE * values[..., :1], edge[..., None])
+        known = values > least
+        count = max(1, int(known.flatten(end_dim=-2).sum(dim=-1).max()))
+        values = torch.where(known, values, 0)[..., :count]
+        return LowRank(factors.U[..., :count], values, factors.Vh[..., :count, :])
 
 
 def few_directions(m: int, n: int) -> int:
@@ -88,7 +102,19 @@ def few_directions(m: int, n: int) -> int:
     return max(1, min(int(INFORMED_RANK_RATIO * min(m, n)), _MOST_OF_LORA))
 
 
-def informed_by_base(changes: Iterable[Change], mean: Tensor) -> Tensor:
+class Found(NamedTuple):
+    """What to add to the average of the models' weights.
+
+    Attributes:
+        added: M, of the factors' dtype, ``(stack, m, n)``. Zero if no model was changed.
+        of_low_rank: whether all changes are.
+    """
+
+    added: Tensor
+    of_low_rank: bool
+
+
+def informed_by_base(changes: Iterable[Change], mean: Tensor) -> Found:
     """What to add to the average of the models' weights; see the module.
 
     Changes that are all of low rank are combined as `cart_plugin.merging.low_rank_changes` says.
@@ -99,30 +125,18 @@ def informed_by_base(changes: Iterable[Change], mean: Tensor) -> Tensor:
     Args:
         changes: one a model, one after the other.
         mean: ``average - W_base``, ``(stack, m, n)``.
-
-    Returns:
-        M, of the factors' dtype, ``(stack, m, n)``. Zero if no model was changed.
     """
     changes, few = iter(changes), few_directions(*mean.shape[-2:])
     held: list[Change] = []
     for change in changes:
         held.append(change)
         if not change.is_low_rank(few):
-            parts = ((one.factors, one.weight) for one in chain(held, changes))
-            return informed_system(parts, mean).solve()
+            parts = ((one.real(), one.weight) for one in chain(held, changes))
+            return Found(informed_system(parts, mean).solve(), of_low_rank=False)
     left, right = low_rank_changes.combine_factors(
-        [(_real(one.factors), one.weight) for one in held], mean.shape[-1], **LOW_RANK
+        [(one.real(), one.weight) for one in held], mean.shape[-1], **LOW_RANK
     )
-    return left @ right
-
-
-def _real(factors: LowRank) -> LowRank:
-    """Without the directions that are rounding in all matrices of a stack."""
-    values = factors.S
-    real = (values > LEAST_SHARE * values[..., :1]).flatten(end_dim=-2)
-    count = max(1, int(real.sum(dim=-1).max()))
-    values = torch.where(real.view(values.shape), values, 0)
-    return LowRank(factors.U[..., :count], values[..., :count], factors.Vh[..., :count, :])
+    return Found(left @ right, of_low_rank=True)
 
 
 class Informed(NamedTuple):
@@ -147,7 +161,8 @@ def informed_system(parts: Iterable[tuple[LowRank, float]], mean: Tensor) -> Inf
     """The sums that `informed_by_base` solves where the changes are not of low rank.
 
     Args:
-        parts: truncated ``W_t - W_base`` and weights, one pair after the other.
+        parts: truncated ``W_t - W_base`` and weights, one pair after the other; of directions that
+            are none the singular values are zero.
         mean: ``average - W_base``.
     """
     if mean.device.type == "mps":  # no fp64, and not all of the linear algebra
@@ -157,8 +172,7 @@ def informed_system(parts: Iterable[tuple[LowRank, float]], mean: Tensor) -> Inf
     for factors, weight in parts:
         factors = factors.to(mean.device)
         values = factors.S
-        real = values > LEAST_SHARE * values[..., :1]
-        values = torch.where(real, values, 0)
+        real = values > 0
         directions = directions + real.sum(dim=-1)
         with full_precision(mean.device):
             lacking = factors.U * values[..., None, :] - mean @ factors.Vh.mT

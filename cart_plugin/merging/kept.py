@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.gram import total_energy
+from cart_plugin.linalg.rounding import rounding_in
 from cart_plugin.linalg.rules import NEARLY_ALL, numerical_rank
 
 # Of tensors that no model changed, the average leaves rounding, which has no low rank. Relative to
@@ -39,17 +40,22 @@ class Kept:
     def __init__(self) -> None:
         self._tensors: dict[str, _Tensor] = {}
 
-    def add(self, name: str, difference: Tensor, factors: LowRank | None) -> None:
+    def add(
+        self, name: str, difference: Tensor, factors: LowRank | None, rounding: Tensor | None
+    ) -> None:
         """Count one model's difference.
 
         Args:
             name: the tensor's.
             difference: as matrices ``(stack, m, n)``; such that squares leave fp32 do not count.
             factors: what is kept of it; None for all.
+            rounding: what of its squared norms is rounding, ``(stack,)``, which does not count;
+                None for nothing.
         """
-        if difference.device.type == "mps":  # no fp64
-            difference = difference.cpu()
-        totals = total_energy(difference).tolist()
+        energy = total_energy(difference)
+        if rounding is not None:
+            energy -= rounding_in(energy, rounding)
+        totals = energy.tolist()
         tensor = self._tensors.setdefault(name, _Tensor())
         tensor.total += sum(totals)
         if factors is None:

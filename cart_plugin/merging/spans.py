@@ -29,7 +29,13 @@ from cart_plugin.linalg.gram import eigh
 from cart_plugin.linalg.precision import full_precision
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.linalg.svd import truncated_svd
-from cart_plugin.merging.informed import LOW_RANK, Change, few_directions, informed_system
+from cart_plugin.merging.informed import (
+    LOW_RANK,
+    MOST_INFORMED,
+    Change,
+    few_directions,
+    informed_system,
+)
 from cart_plugin.merging.kept import Kept
 from cart_plugin.merging.least_interference import PULL, RIDGE
 from cart_plugin.merging.low_rank_changes import combine
@@ -218,38 +224,63 @@ def merge_in_span(
         raise CartError("the method auto takes no negative weights; merge with cart or linear")
     weights = [len(shares) * share for share in shares]
     with torch.no_grad(), torch.autocast(mean.device.type, enabled=False):
+        parts = [(span.parts[index], weights[index]) for index in counting]
         if settings.is_informed(len(counting)):
-            rank = settings.informed.rule.fixed_rank(m, n)
-            parts = [span.parts[index] for index in counting]
-            changes = [
-                Change(_leading(part, rank), weights[index], part.S.double().square().sum(dim=-1))
-                for index, part in zip(counting, parts, strict=True)
-            ]
-            few = few_directions(m, n)
-            if all(change.is_low_rank(few) for change in changes):
-                taus = [change.factors.dense().double() for change in changes]
-                found = combine(taus, [change.weight for change in changes], n, **LOW_RANK)
-                return Merged(mean + found.added.to(mean.dtype), found.metric.to(mean.dtype))
-            system = informed_system(((one.factors, one.weight) for one in changes), mean)
-            metric = system.metric()
-            return Merged(mean + system.solve(), metric)
-        differences = ((span.parts[index].dense() - mean, weights[index]) for index in counting)
+            return _informed(parts, mean, settings, (m, n))
         if settings.lambda_ == "auto":
-            total = System(width=n)
-            for centred, weight in differences:
-                if (settings.rule.fixed_rank(m, n) or 0) >= min(centred.shape[-2:]):
-                    total.add_whole(centred, weight)
-                else:
-                    total.add(_truncated(centred, settings, (m, n)), weight)
-            metric = total.metric(RIDGE)
-            return Merged(mean + total.solve(RIDGE, PULL), metric)
+            return _centred(parts, mean, settings, (m, n))
         sums = mean.clone()
-        for centred, weight in differences:
+        for part, weight in parts:
+            centred = part.dense() - mean
             factors = _truncated(centred, settings, (m, n))
             if kept is not None and len(counting) > 2:
-                kept.add(name or "", centred, factors)
+                kept.add(name or "", centred, factors, None)
             factors.add_to_(sums, settings.lambda_ * weight)
         return Merged(sums, None)
+
+
+Parts = Sequence[tuple[LowRank, float]]
+
+
+def _informed(parts: Parts, mean: Tensor, settings: CartSettings, of: tuple[int, int]) -> Merged:
+    """As `informed_by_base`, and for four models the mean with the other form."""
+    rank = settings.informed.rule.fixed_rank(*of)
+    changes = [Change(_leading(part, rank), weight, *_norms(part)) for part, weight in parts]
+    if all(change.is_low_rank(few_directions(*of)) for change in changes):
+        taus = [change.factors.dense().double() for change in changes]
+        found = combine(taus, [weight for _, weight in parts], of[1], **LOW_RANK)
+        return Merged(mean + found.added.to(mean.dtype), found.metric.to(mean.dtype))
+    system = informed_system(((one.real(), one.weight) for one in changes), mean)
+    metric = system.metric()
+    total = mean + system.solve()
+    if len(parts) < MOST_INFORMED:
+        return Merged(total, metric)
+    other = _centred(parts, mean, settings, of)
+    assert other.metric is not None
+    return Merged((total + other.total) / 2, _of_trace_1(metric) + _of_trace_1(other.metric))
+
+
+def _of_trace_1(metric: Tensor) -> Tensor:
+    return metric / metric.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[..., None, None]
+
+
+def _centred(parts: Parts, mean: Tensor, settings: CartSettings, of: tuple[int, int]) -> Merged:
+    """As `least_interference`."""
+    total = System(width=of[1])
+    for part, weight in parts:
+        centred = part.dense() - mean
+        if (settings.rule.fixed_rank(*of) or 0) >= min(centred.shape[-2:]):
+            total.add_whole(centred, weight)
+        else:
+            total.add(_truncated(centred, settings, of), weight)
+    metric = total.metric(RIDGE)
+    return Merged(mean + total.solve(RIDGE, PULL), metric)
+
+
+def _norms(factors: LowRank) -> tuple[Tensor, Tensor]:
+    """Squared norms in fp64, and what of them is rounding: nothing."""
+    energy = factors.S.double().square().sum(dim=-1)
+    return energy, torch.zeros_like(energy)
 
 
 def _leading(factors: LowRank, rank: int | None) -> LowRank:

@@ -128,8 +128,29 @@ def test_a_weak_adapter_is_not_drowned(one_start: bool) -> None:
 
 
 def test_what_is_of_low_rank() -> None:
-    values = torch.tensor([3.0, 1.0, 0.2, 0.1])
-    assert is_low_rank(values, values.double().square().sum(), 2)  # 10 of 10.05
-    assert not is_low_rank(values, values.double().square().sum(), 1)
-    assert not is_low_rank(values[:2], torch.tensor(10.2, dtype=torch.float64), 2)
-    assert is_low_rank(torch.zeros(4), torch.zeros((), dtype=torch.float64), 2)
+    values = torch.tensor([3.0, 1.0, 0.08, 0.02])
+    energy, none = values.double().square().sum(), torch.zeros((), dtype=torch.float64)
+    assert is_low_rank(values, energy, none, 2)  # 10 of 10.0068
+    assert not is_low_rank(values, energy, none, 1)
+    assert not is_low_rank(values[:2], torch.tensor(10.1, dtype=torch.float64), none, 2)
+    assert is_low_rank(values[:2], torch.tensor(10.1, dtype=torch.float64), none + 0.1, 2)
+    assert is_low_rank(torch.zeros(4), none, none, 2)
+
+
+@pytest.mark.parametrize("loaded", [torch.bfloat16, torch.float32])
+def test_adapters_merged_into_bf16_weights_are_of_low_rank(loaded: torch.dtype) -> None:
+    """Rounding, here 1 % of their squares, is of full rank."""
+    base = (2 * random(40, 60, seed=9)).bfloat16().float()
+    taus = [0.03 * tau for tau in adapters(3, one_start=True, shared=0.5)]
+    models = [(base + tau).bfloat16() for tau in taus]
+    noise = [
+        torch.linalg.norm(one - base - tau) / torch.linalg.norm(tau)
+        for one, tau in zip(models, taus, strict=True)
+    ]
+    assert all(0.05 < float(one) < 0.2 for one in noise)
+    found = merge_tensors([one.to(loaded) for one in models], AUTO, base=base, name="w").float()
+    found -= base
+    expected = merged(taus)
+    assert torch.linalg.norm(found - expected) < 0.25 * torch.linalg.norm(expected)
+    whole = merged([tau + 1e-1 * random(40, 60, seed=7) for tau in taus])  # of full rank
+    assert torch.linalg.norm(whole - expected) > 0.4 * torch.linalg.norm(expected)

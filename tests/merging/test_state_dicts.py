@@ -83,9 +83,9 @@ def test_the_bases_shape_does_not_matter_where_it_is_not_used() -> None:
 def test_each_tensor_has_its_own_random_start(monkeypatch: pytest.MonkeyPatch) -> None:
     seeds: list[int] = []
 
-    def recorded(x: Tensor, rule: RankRule, *, svd: str, seed: int) -> Any:
+    def recorded(x: Tensor, rule: RankRule, *, svd: str, seed: int, rounding: Any) -> Any:
         seeds.append(seed)
-        return truncated_svd(x, rule, svd=svd, seed=seed)
+        return truncated_svd(x, rule, svd=svd, seed=seed, rounding=rounding)
 
     monkeypatch.setattr("cart_plugin.merging.cart.truncated_svd", recorded)
     tensors = versions(8, 8, count=3)
