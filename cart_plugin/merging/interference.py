@@ -7,8 +7,8 @@ uncentred ones), with ``D_t = U_t S_t V_t^T`` and ``SVD_k`` for the k leading di
     R(k) = sum_t ||D_t - SVD_k(D_t)||_F^2                            what truncation leaves out
     I(k) = sum_{i != j} ||(N_i V_i^T) (N_j V_j^T)^T||_F              what row spaces have in common
 
-with ``N_t = S_t / ||S_t||_F`` of the k leading singular values. What a merged weight M costs is the
-task interference ``L = sum_t ||(M - W_t) X_t||_F^2``, the columns of X_t being the inputs of task t.
+with ``N_t = S_t / ||S_t||_F`` of the k leading singular values. What a merged weight M costs is
+the task interference ``L = sum_t ||(M - W_t) X_t||_F^2``, for X_t with an input of task t a column.
 
 **The bound.** The paper's Theorem 1 bounds L through I. Here it is with its constants, for the sums
 ``M = C + lambda * sum_t SVD_k(D_t)``, of which CART and truncated task arithmetic are two.
