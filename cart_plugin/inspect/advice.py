@@ -51,7 +51,10 @@ def advise(
     *,
     of_adapters: bool,
 ) -> Advice:
-    """Choose a method by what it loses.
+    """Choose a method by what it loses: `cart_auto`, unless the average loses as little.
+
+    That is the method whose merges were the most accurate, or level with those, wherever this
+    project has measured them (``benchmarks``); with the base model where it takes it into account.
 
     Args:
         movements: one a model.
@@ -62,13 +65,13 @@ def advise(
         of_adapters: the models are adapters, from which one adapter can be made.
     """
     methods = {name: found for name, found in judged.items() if name != MERGED}
-    method = AVERAGE
-    if methods:
-        best = min(methods, key=lambda name: methods[name].mean_lost)
-        if methods[AVERAGE].mean_lost - methods[best].mean_lost > _GAIN:
-            method = best
+    method = next((name for name in (AUTO_WITH_BASE, AUTO) if name in methods), AVERAGE)
+    if methods and methods[AVERAGE].mean_lost - methods[method].mean_lost < _GAIN:
+        method = AVERAGE
+    is_low = all(movement.rank is not None for movement in movements)
     reasons = [
         *_choice(method, methods, len(movements), base, of_adapters=of_adapters),
+        *_others(method, methods, is_low=is_low),
         *_ranks(movements),
         *_pairs(pairs),
         *_sizes(movements),
@@ -113,6 +116,24 @@ def _choice(
             "no merge keeps most of all models: `mergekit-cart compress` keeps each of them, as "
             "one base and small adapters"
         )
+
+
+def _others(method: str, methods: Mapping[str, Judgement], *, is_low: bool) -> Iterator[str]:
+    """What the measure has ahead of the choice."""
+    ahead = [
+        name
+        for name in methods
+        if methods[name].mean_lost < methods[method].mean_lost - _GAIN and name != method
+    ]
+    if not ahead or method == AVERAGE:
+        return
+    best = min(ahead, key=lambda name: methods[name].mean_lost)
+    yield f"{title(best)} loses less by this measure ({methods[best].mean_lost:.0%})" + (
+        ", but the rows of LoRA are drawn at random and tell little of the inputs: judge both "
+        "(`mergekit-cart compare`)"
+        if is_low
+        else ": judge both (`mergekit-cart compare`)"
+    )
 
 
 def _ranks(movements: Sequence[Movement]) -> Iterator[str]:

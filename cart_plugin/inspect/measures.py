@@ -63,7 +63,17 @@ def record(
         Plain numbers, lists in the order of the models, and None for what is not known.
     """
     with torch.no_grad():
-        return _record(weight, models, inputs or {})
+        found: Record = _rounded(_record(weight, models, inputs or {}))
+    return found
+
+
+def _rounded(value: Any) -> Any:
+    """Six digits: no measure has more to say, and files of them are half as large."""
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_rounded(entry) for entry in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _record(weight: Weight | Plain, models: Sequence[str], inputs: Mapping[int, Tensor]) -> Record:

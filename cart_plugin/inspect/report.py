@@ -12,7 +12,9 @@ from cart_plugin.inspect import summary
 from cart_plugin.inspect.advice import Advice, advise
 from cart_plugin.inspect.journal import KIND, REPORT
 from cart_plugin.inspect.measures import RATIOS, Record
+from cart_plugin.inspect.page import html
 from cart_plugin.inspect.state_dicts import rows_of
+from cart_plugin.inspect.weights import MERGED
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -69,11 +71,11 @@ class Report:
         return summary.judgements(self.records, kind)
 
     def worst(self) -> tuple[str, list[summary.Worst]]:
-        """The method that is looked at, which a merged model is first, and its worst weights."""
-        found = self.judgements()
-        if not found:
-            return "", []
-        method = summary.best(found)
+        """The method that is looked at, and the weights that it keeps least of.
+
+        The merged model if there is one, else the recommended method.
+        """
+        method = MERGED if self.merged is not None else self.advice().method
         return method, summary.worst(self.records, self.names, method)
 
     def advice(self) -> Advice:
@@ -127,12 +129,9 @@ class Report:
 
     def write(self, out: Path) -> None:
         """Write the files into a folder."""
-        from cart_plugin.inspect.page import html
-
         found = self.document()
         write_text(out / "report.md", self.markdown())
-        if (page := html(found)) is not None:
-            write_text(out / "report.html", page)
+        write_text(out / "report.html", html(found, list(self._tables(_WORST)), self.words()))
         write_json(out / REPORT, found)  # last: it says that all is there
 
     def tables(self) -> list[RenderableType]:

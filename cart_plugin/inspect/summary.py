@@ -6,10 +6,9 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from cart_plugin.inspect.measures import RATIOS, Record
-from cart_plugin.inspect.weights import MERGED, TASK_ARITHMETIC
+from cart_plugin.inspect.weights import TASK_ARITHMETIC
 
 _LOW_RANK = 0.25  # share of the full rank: a change of more is none of LoRA
 _MOST = 0.9  # share of the weights that a statement about all of them has to hold for
@@ -216,13 +215,6 @@ def judgements(records: Sequence[Record], kind: str | None = None) -> dict[str, 
     }
 
 
-def best(found: Mapping[str, Judgement]) -> str:
-    """The method that loses least; a merged model that is given goes before all."""
-    if MERGED in found:
-        return MERGED
-    return min(found, key=lambda method: found[method].mean_lost)
-
-
 def worst(records: Sequence[Record], models: Sequence[str], method: str) -> list[Worst]:
     """The weights and models that lose most by a method, the worst first."""
     found = list(_losses(records, models, method))
@@ -279,8 +271,3 @@ def where(movement: Movement) -> str:
 def title(method: str) -> str:
     """A method's name as a reader wants it."""
     return "task_arithmetic, 0.3" if method == TASK_ARITHMETIC else method
-
-
-def as_dict(value: Any) -> dict[str, Any]:
-    """A dataclass as plain data."""
-    return {key: getattr(value, key) for key in value.__dataclass_fields__}
