@@ -14,12 +14,20 @@ from cart_plugin.errors import CartError
 @click.argument("models", nargs=-1, required=True, metavar="RECIPE|MODEL...", type=click.Path())
 @click.option("--base", metavar="MODEL", help="What the models were fine-tuned from.")
 @click.option("--merged", metavar="MODEL", help="A merged model or adapter, to be judged.")
+@click.option(
+    "--inputs",
+    multiple=True,
+    metavar="FILE|FOLDER",
+    help="Text file (an example a line) or folder of images, to measure on what the models get. "
+    "One for all, or one a model in their order.",
+)
 @click.option("--names", help="The models' names, with commas between [the folders' names].")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the report.")
 def inspect(
     models: tuple[str, ...],
     base: str | None,
     merged: str | None,
+    inputs: tuple[str, ...],
     names: str | None,
     out: Path | None,
 ) -> None:
@@ -41,6 +49,7 @@ def inspect(
                 models,
                 base=base,
                 merged=merged,
+                inputs=inputs,
                 names=None if names is None else [name.strip() for name in names.split(",")],
                 out=out,
                 progress=tell,

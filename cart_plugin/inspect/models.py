@@ -27,6 +27,7 @@ from cart_plugin.checkpoints.reading import (
     open_folder,
 )
 from cart_plugin.errors import CartError, CheckpointError
+from cart_plugin.inspect.activations import Subject
 from cart_plugin.inspect.measures import place
 from cart_plugin.inspect.weights import Plain, Weight, of_factors, of_tensors
 from cart_plugin.linalg.gram import total_energy
@@ -83,6 +84,13 @@ class Source(Protocol):
 
         Raises:
             CartError: it cannot be read, or is none that can be merged.
+        """
+
+    def runnable(self) -> list[Subject]:
+        """The models as they can be run.
+
+        Raises:
+            CartError: one cannot.
         """
 
     def identity(self) -> list[str]:
@@ -244,6 +252,18 @@ class Whole:
             None if self.merged is None else self.merged.read(name),
         )
 
+    def runnable(self) -> list[Subject]:
+        """See `Source`."""
+        found = []
+        for model in self.checkpoints:
+            if model.path.is_file():
+                raise CartError(
+                    f"{model.name} is a weight file, which cannot be run on inputs: name its folder"
+                )
+            side = [model.path, *([] if self.base is None else [self.base.path])]
+            found.append(Subject(model.name, model.path, None, side))
+        return found
+
     def identity(self) -> list[str]:
         """See `Source`."""
         every = (*self.checkpoints, self.base, self.merged)
@@ -330,6 +350,20 @@ class Adapters:
         if not math.isfinite(norm):
             raise CartError(f"the base model: tensor {found!r} holds NaN or infinite values")
         return torch.tensor(norm, dtype=torch.float64)
+
+    def runnable(self) -> list[Subject]:
+        """See `Source`."""
+        if self._base is None:
+            raise CartError(
+                "adapters are run on inputs with their base: name its folder (--base), or "
+                "BASE+ADAPTER"
+            )
+        base = self._base.path
+        folders = [adapter.checkpoint.path for adapter in self._adapters]
+        return [
+            Subject(name, base, folder, [folder, base])
+            for name, folder in zip(self.models, folders, strict=True)
+        ]
 
     def identity(self) -> list[str]:
         """See `Source`."""

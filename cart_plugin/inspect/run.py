@@ -7,10 +7,14 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from cart_plugin import linalg, merging
+from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.errors import CartError
+from cart_plugin.inspect import activations
 from cart_plugin.inspect.journal import Journal
 from cart_plugin.inspect.measures import REVISION, Record, record
 from cart_plugin.inspect.models import Named, Source, open_models
@@ -25,6 +29,7 @@ def inspect_models(
     *,
     base: str | Path | None = None,
     merged: str | Path | None = None,
+    inputs: Sequence[str | Path] = (),
     names: Sequence[str] | None = None,
     out: str | Path | None = None,
     progress: Progress | None = None,
@@ -39,6 +44,9 @@ def inspect_models(
             or ``BASE+ADAPTER``.
         base: the model they were fine-tuned from; differences are from their average without it.
         merged: a merged model, or adapter, which is judged beside the methods.
+        inputs: text files (an example a line) or folders of images: one for all models, or one a
+            model, in their order. The models are loaded and run on them, and what merges keep is
+            measured on what their layers get, too.
         names: what to call the models; by their folders if None.
         out: folder of the report: `report.json`, `report.md` and `report.html`. Made if need be. A
             run that was cut off goes on where it stopped. None for no files.
@@ -57,12 +65,29 @@ def inspect_models(
         named, None if base is None else str(base), None if merged is None else str(merged), names
     )
     tell = progress or (lambda *_: None)
-    key = _key(source)
-    with nullcontext() if out is None else Journal(Path(out), key) as journal:
+    examples = _examples(inputs, len(named))
+    key = _key(source, examples)
+    with (
+        nullcontext() if out is None else Journal(Path(out), key) as journal,
+        TemporaryDirectory(prefix="mergekit-cart-inspect-") as scratch,
+    ):
         records: dict[str, Record] = {} if journal is None else journal.records
+        heard: list[Checkpoint] = []
+        if examples and any(name not in records for name in source.weights):
+            subjects = source.runnable()
+            for index, (subject, own) in enumerate(zip(subjects, examples, strict=True)):
+                file = Path(scratch) / f"{index}.safetensors"
+                step = f"running {subject.name}"
+                activations.collect(subject, own, file, partial(tell, step))
+                heard.append(activations.opened(file, subject.name))
         for number, name in enumerate(source.weights):
             if name not in records:
-                found = record(source.read(name), source.models)
+                columns = {
+                    index: model.read(name).mT
+                    for index, model in enumerate(heard)
+                    if name in model.tensors
+                }
+                found = record(source.read(name), source.models, columns)
                 if journal is None:
                     records[name] = found
                 else:
@@ -91,9 +116,26 @@ def _base_of(named: Sequence[Named], base: str | Path | None) -> str | None:
     return next((model.path for model in named if model.adapter is not None and model.path), None)
 
 
-def _key(source: Source) -> str:
+def _examples(inputs: Sequence[str | Path], count: int) -> list[activations.Examples]:
+    """One a model, or none.
+
+    Raises:
+        CartError: of another number, or they cannot be read.
+    """
+    if not inputs:
+        return []
+    if len(inputs) not in (1, count):
+        raise CartError(
+            f"{count} models but {len(inputs)} inputs; give one for all, or one a model in order"
+        )
+    found = [activations.Examples.read(Path(path)) for path in inputs]
+    return found * count if len(found) == 1 else found
+
+
+def _key(source: Source, examples: Sequence[activations.Examples]) -> str:
     """Of all that decides the records."""
-    parts = [REVISION, linalg.REVISION, merging.REVISION, source.models, source.identity()]
+    parts: list[object] = [REVISION, linalg.REVISION, merging.REVISION]
+    parts += [source.models, source.identity(), [own.digest() for own in examples]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
