@@ -29,7 +29,9 @@ def subjects(recipe: Path, base: str | None) -> tuple[tuple[str, ...], str | Non
         raise CartError(f"{recipe}: {findings[0].fact}; {findings[0].advice}")
     if len(documents) > 1:
         raise CartError(f"{recipe} holds several recipes; inspect takes one")
-    document = {key: value for key, value in documents[0].items() if key != "name"}
+    # Whatever the method, and without one, too.
+    document = {"merge_method": "linear", **documents[0]}
+    document.pop("name", None)
     config, findings = schema.parse(document, schema.recipe_class(document))
     stop_at(findings)
     if config is None:
