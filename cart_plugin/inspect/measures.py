@@ -22,7 +22,7 @@ from cart_plugin.merging.interference import (
     pair_interferences,
     reconstruction_errors,
 )
-from cart_plugin.merging.span_measures import answers, overlaps
+from cart_plugin.merging.span_measures import Answers, answers, overlaps
 
 REVISION = 1
 """Raised when the records of the same models come to be others."""
@@ -123,7 +123,7 @@ def _record(weight: Weight | Plain, models: Sequence[str], inputs: Mapping[int, 
         got = answers(few, total)
         found["methods"][method] = {
             **_judged(got.own, got.along, got.beside),
-            "measured": _on_inputs(total, heard, len(models)) if heard else None,
+            "measured": _judged(*judged_on(total, heard, len(models))) if heard else None,
         }
     return found
 
@@ -138,8 +138,14 @@ def _judged(own: Tensor, along: Tensor, beside: Tensor) -> Record:
     return {"kept": shares(along), "lost": shares(beside), "own": own.tolist()}
 
 
-def _on_inputs(total: Tensor, heard: Mapping[int, tuple[Tensor, Tensor]], count: int) -> Record:
-    """The same as `answers`, on activations."""
+def judged_on(total: Tensor, heard: Mapping[int, tuple[Tensor, Tensor]], count: int) -> Answers:
+    """The same as `answers`, on activations.
+
+    Args:
+        total: the merged difference, ``(stack, p, q)``.
+        heard: by a model's number, its inputs and what its difference answers (`Weight.answer`).
+        count: T.
+    """
     found = torch.zeros(3, count, dtype=torch.float64)
     for index, (columns, own) in heard.items():
         with full_precision(total.device):
@@ -147,7 +153,7 @@ def _on_inputs(total: Tensor, heard: Mapping[int, tuple[Tensor, Tensor]], count:
         found[0, index] = own.double().square().sum()
         found[1, index] = (own.double() * got).sum()
         found[2, index] = (own.double() - got).square().sum()
-    return _judged(*found)
+    return Answers(*found)
 
 
 def _default_rank(m: int, n: int) -> int:

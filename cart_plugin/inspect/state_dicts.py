@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -35,30 +35,37 @@ def inspect_state_dicts(
         CartError: fewer than two models, tensors that one of them lacks, of different shapes, not
             finite or quantised.
     """
-    return [
-        row
-        for found, models in _records(state_dicts, base, merged)
-        for row in rows_of(found, models)
-    ]
-
-
-def _records(
-    state_dicts: Mapping[str, Mapping[str, Tensor]] | Sequence[Mapping[str, Tensor]],
-    base: Mapping[str, Tensor] | None,
-    merged: Mapping[str, Tensor] | None,
-) -> list[tuple[Record, list[str]]]:
     named = (
         dict(state_dicts)
         if isinstance(state_dicts, Mapping)
         else {str(index): held for index, held in enumerate(state_dicts)}
     )
+    records = records_of(named, base=base, merged=merged)
+    return [row for found in records for row in rows_of(found, list(named))]
+
+
+def records_of(
+    named: Mapping[str, Mapping[str, Tensor]],
+    *,
+    base: Mapping[str, Tensor] | None = None,
+    merged: Mapping[str, Tensor] | None = None,
+) -> Iterator[Record]:
+    """Records of all floating-point tensors, one after the other; see `inspect_state_dicts`.
+
+    Raises:
+        CartError: as there; at the first one for what the models lack.
+    """
     models = list(named)
     if len(models) < 2:
         raise CartError(f"inspect compares two models or more, got {len(models)}")
-    others = {"the base model": base, "the merged model": merged}
-    holders = named | {name: held for name, held in others.items() if held is not None}
-    check_same_tensors(holders)
-    found = []
+    check_same_tensors(named)
+    for who, held in (("the base model", base), ("the merged model", merged)):
+        missing = [] if held is None else sorted(set(named[models[0]]) - set(held))
+        if missing:
+            raise CartError(
+                f"{who} lacks {len(missing)} tensors that the models have, such as {missing[0]}; "
+                "give the one that they were made from"
+            )
     for name in named[models[0]]:
         tensors = [named[model][name] for model in models]
         if not all(tensor.is_floating_point() for tensor in tensors):
@@ -70,8 +77,7 @@ def _records(
             None if base is None else base[name],
             None if merged is None else merged[name],
         )
-        found.append((record(weight, models), models))
-    return found
+        yield record(weight, models)
 
 
 def rows_of(found: Record, models: Sequence[str]) -> list[dict[str, Any]]:

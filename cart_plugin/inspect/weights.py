@@ -185,7 +185,8 @@ def _products(tensors: Sequence[Tensor], centre: Tensor) -> tuple[Tensor, Tensor
     norms = torch.zeros(len(flat), dtype=torch.float64)
     inner = torch.zeros(len(flat), len(flat), dtype=torch.float64)
     for first in range(0, len(around), _CHUNK):
-        wide = torch.stack([one[first : first + _CHUNK].double() for one in flat]).cpu()
+        parts = [one[first : first + _CHUNK].to("cpu", torch.float64) for one in flat]
+        wide = torch.stack(parts)
         norms += wide.square().sum(dim=1)
         wide -= around[first : first + _CHUNK].cpu()
         inner += wide @ wide.mT

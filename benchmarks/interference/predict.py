@@ -1,0 +1,315 @@
+"""`python -m benchmarks.interference.predict`: do measures of weights foretell accuracy?
+
+The merges of `benchmarks.auto.number`, whose accuracies are recorded, are made again from the
+cached encoders and measured without judging them: what they keep and lose of each model, on
+stand-ins for its inputs (no data), and on real ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes from local folders
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from benchmarks import interference
+from benchmarks.auto.number import AUTO, FINE_TUNED, METHODS, members_of, merge
+from benchmarks.common.commands import out_option, report_option, workers_option
+from benchmarks.common.measure import RESULTS
+from benchmarks.common.provenance import made_by
+from benchmarks.common.record import Record, conditions
+from benchmarks.common.tables import markdown_table
+from benchmarks.common.training import in_processes
+from benchmarks.suites import Encoders, load_encoders, task_order
+from cart_plugin.inspect.activations import Examples, Subject, collect, opened
+from cart_plugin.inspect.measures import judged_on
+from cart_plugin.inspect.weights import Weight, leading, of_tensors
+from cart_plugin.linalg.rules import RankRule
+from cart_plugin.merging.informed import MOST_INFORMED
+from cart_plugin.merging.span_measures import Answers, answers
+
+NUMBER = RESULTS / "auto" / "number"
+IMAGES = 64  # a task, of the validation split, for the measures on real inputs
+PACKAGES = ("torch", "transformers")
+KINDS = {
+    "kept": "kept, no data",
+    "lost": "lost, no data",
+    "kept on inputs": "kept, on 64 inputs a task",
+    "lost on inputs": "lost (the interference L), on the same",
+}
+
+
+def measured(suite: str, seed: int, folder: Path) -> None:
+    """Measure the merges of one suite and seed; what is known is not done again."""
+    told = json.loads((NUMBER / f"{suite}-{seed}.json").read_text())
+    current = conditions(
+        ("linalg", "merging"), PACKAGES, timed=False, own=interference.REVISION, images=IMAGES
+    )
+    record = Record(folder / f"{suite}-{seed}.json", current)
+    seeds = (seed, (seed + 1) % 3)
+    held: list[Encoders] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        inputs: dict[tuple[int, str], Any] = {}
+        for count, groups in members_of(suite).items():
+            for number, members in enumerate(groups):
+                key = f"{count} {number}"
+                if key in record.cases:
+                    continue
+                if not held:
+                    tasks = task_order(suite)
+                    held = [load_encoders(suite, one, "validation", IMAGES, tasks) for one in seeds]
+                for offset, task in members:
+                    if (offset, task) not in inputs:
+                        inputs[offset, task] = _inputs(held[offset], task, Path(scratch), offset)
+                scale = told["conditions"]["scales"][count]
+                found = _group(held, members, scale, [inputs[member] for member in members])
+                record.put(key, {"members": [list(member) for member in members], "methods": found})
+                click.echo(f"{suite} {seed}: {key} of {len(groups)}")
+
+
+def _inputs(held: Encoders, task: str, scratch: Path, offset: int) -> Any:
+    """What the layers of a task's encoder get on images of its validation split."""
+    from PIL import Image
+
+    from benchmarks.vision.tasks import load_split
+
+    folder = scratch / task
+    if not folder.exists():
+        folder.mkdir()
+        for number, image in enumerate(load_split(task, "validation").head(IMAGES).images):
+            Image.fromarray(image).convert("RGB").save(folder / f"{number:03}.png")
+    file = scratch / f"{task}-{offset}.safetensors"
+    side = [held.folders[task], held.pretrained]
+    subject = Subject(task, held.folders[task], None, side)
+    collect(subject, Examples.read(folder), file, lambda *_: None)
+    return opened(file, task)
+
+
+def _group(
+    held: Sequence[Encoders],
+    members: Sequence[tuple[int, str]],
+    scale: float,
+    inputs: Sequence[Any],
+) -> dict[str, dict[str, list[float]]]:
+    """By method and kind: shares of each model's own answers, over all weights."""
+    tuned = [held[offset].tuned[task] for offset, task in members]
+    base = held[0].base()
+    methods = [method for method in METHODS if method != FINE_TUNED]
+    states = {method: merge(method, tuned, base, scale) for method in methods}
+    sums = {
+        method: {
+            kind: torch.zeros(3, len(members), dtype=torch.float64) for kind in ("", " on inputs")
+        }
+        for method in methods
+    }
+    names = [f"{task} {offset}" for offset, task in members]
+    for name, start in base.items():
+        weight = of_tensors(name, [one[name] for one in tuned], names, start)
+        if not isinstance(weight, Weight):
+            continue
+        _, m, n = weight.shape
+        few = [leading(part, RankRule().fixed_rank(m, n) or 1) for part in weight.around.parts]
+        heard = {
+            index: weight.answer(index, one.read(name).mT)
+            for index, one in enumerate(inputs)
+            if name in one.tensors
+        }
+        for method, state in states.items():
+            total = (state[name].float() - start.float()).reshape(weight.shape)
+            sums[method][""] += torch.stack(list(answers(few, total)))
+            if heard:
+                found = judged_on(total, heard, len(members))
+                sums[method][" on inputs"] += torch.stack(list(found))
+    return {
+        method: {
+            f"{what}{kind}": _shares(Answers(*values), what)
+            for kind, values in kinds.items()
+            for what in ("kept", "lost")
+        }
+        for method, kinds in sums.items()
+    }
+
+
+def _shares(found: Answers, what: str) -> list[float]:
+    values: Tensor = found.along if what == "kept" else found.beside
+    return (values / found.own).tolist()
+
+
+def points(suite: str, folder: Path) -> Iterator[dict[str, Any]]:
+    """What is known of each merge and model: measures, and the share of its accuracy."""
+    for path in sorted(folder.glob(f"{suite}-*.json")):
+        told = json.loads((NUMBER / path.name).read_text())["cases"]
+        for key, case in json.loads(path.read_text())["cases"].items():
+            count, number = key.split()
+            for method, kinds in case["methods"].items():
+                # Recorded before it became the mean of two forms.
+                if method == AUTO and count == str(MOST_INFORMED):
+                    continue
+                accuracy, own = (told[name][count][int(number)] for name in (method, FINE_TUNED))
+                yield {
+                    "group": (path.stem, key),
+                    "count": count,
+                    "method": method,
+                    "tasks": len(accuracy),
+                    "accuracy": statistics.fmean(accuracy.values()),
+                    "share": statistics.fmean(accuracy[task] / own[task] for task in accuracy),
+                    "of tasks": [accuracy[task] / own[task] for task in accuracy],
+                    **kinds,
+                }
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """By kind: rank correlations with accuracy, and how many pairs of methods are told apart."""
+    found: dict[str, Any] = {}
+    made: list[Any] = []
+    for suite in ("vision", "text"):
+        known = list(points(suite, folder))
+        if not known:
+            continue
+        made += [
+            one
+            for path in folder.glob(f"{suite}-*.json")
+            for one in json.loads(path.read_text())["measured"]
+        ]
+        groups: dict[Any, list[dict[str, Any]]] = {}
+        for point in known:
+            groups.setdefault(point["group"], []).append(point)
+        kinds = [kind for kind in KINDS if kind in known[0]]
+        found[suite] = {
+            "groups": len(groups),
+            "kinds": {kind: _judged(kind, known, list(groups.values())) for kind in kinds},
+            "regret": _regret(list(groups.values())),
+        }
+    return {"suites": found, "measured": made}
+
+
+def _judged(
+    kind: str, known: Sequence[Mapping[str, Any]], groups: Sequence[Sequence[Mapping[str, Any]]]
+) -> dict[str, Any]:
+    sign = 1 if kind.startswith("kept") else -1
+    value = lambda point: sign * statistics.fmean(point[kind])  # noqa: E731
+    every = spearmanr([value(point) for point in known], [point["share"] for point in known])
+    single = [
+        (sign * measure, share)
+        for point in known
+        for measure, share in zip(point[kind], point["of tasks"], strict=True)
+    ]
+    within = [
+        spearmanr([value(point) for point in group], [point["share"] for point in group]).statistic
+        for group in groups
+    ]
+    right = told = 0
+    for group in groups:
+        for one, other in itertools.combinations(group, 2):
+            if abs(one["accuracy"] - other["accuracy"]) > 2 * _error(one, other):
+                told += 1
+                right += (value(one) > value(other)) == (one["accuracy"] > other["accuracy"])
+    return {
+        "all merges": float(every.statistic),
+        "all models": float(spearmanr(*zip(*single, strict=True)).statistic),
+        "methods of one set of models": statistics.fmean(within),
+        "right": right,
+        "pairs": told,
+    }
+
+
+def _error(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+    """Standard error of the difference of two accuracies, as if of independent examples."""
+    from benchmarks.auto.number import EXAMPLES
+
+    return (
+        sum(
+            point["accuracy"] * (1 - point["accuracy"]) / (EXAMPLES * point["tasks"])
+            for point in (one, other)
+        )
+        ** 0.5
+    )
+
+
+def _regret(groups: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """What is lost by the method that `mergekit-cart inspect` recommends, in points of accuracy."""
+    losses = []
+    for group in groups:
+        by_method = {point["method"]: point["accuracy"] for point in group}
+        # Of more models than the base is taken into account of, both forms are one.
+        chosen = by_method.get(AUTO, by_method["cart_auto without the base"])
+        losses.append(100 * (max(by_method.values()) - chosen))
+    return {"mean": statistics.fmean(losses), "worst": max(losses), "groups": len(losses)}
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """A table a suite: a row a measure."""
+    heading = [
+        "measure",
+        *("all merges", "all models of all merges", "methods of one set of models"),
+        "pairs of methods told right",
+    ]
+    parts = [
+        "Spearman's rank correlation of measures of the weights with accuracy on the test split "
+        "(as a share of each model's own), over the merges of `make bench-auto`: sets of two to "
+        f"eight models by {len(METHODS) - 1} data-free methods. Pairs of methods: of one set of models, "
+        "whose accuracies differ by more than two standard errors. "
+        f"{made_by('bench-interference', result['measured'])}"
+    ]
+    for suite, held in result["suites"].items():
+        rows = [
+            [
+                KINDS[kind],
+                *(f"{found[key]:.2f}" for key in heading_keys()),
+                f"{found['right']} of {found['pairs']} ({found['right'] / found['pairs']:.0%})",
+            ]
+            for kind, found in held["kinds"].items()
+        ]
+        ruler = ["---", *["---:"] * (len(heading) - 1)]
+        parts.append(f"**{suite}, {held['groups']} sets of models**")
+        parts.append(markdown_table(heading, rows, ruler))
+        regret = held["regret"]
+        parts.append(
+            f"What `mergekit-cart inspect` recommends was {regret['mean']:.1f} points behind the "
+            f"best of these methods on average, {regret['worst']:.1f} at worst."
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def heading_keys() -> tuple[str, ...]:
+    """The correlations, in the table's order."""
+    return ("all merges", "all models", "methods of one set of models")
+
+
+@click.command()
+@workers_option
+@out_option("interference")
+@report_option
+@click.option("--suites", default="vision", show_default=True, help="Which.")
+@click.option("--seeds", default="0,1", show_default=True, help="Which.")
+def main(workers: int, out: Path, only_report: bool, suites: str, seeds: str) -> None:
+    """Measure merges whose accuracies are recorded, and see whether that foretells them."""
+    folder = out / "predict"
+    if not only_report:
+        todo = [
+            partial(measured, suite, int(seed), folder)
+            for suite in suites.split(",")
+            for seed in seeds.split(",")
+        ]
+        in_processes(todo, workers)
+    text = markdown(results(folder))
+    (out / "predict.md").write_text(text)
+    click.echo(text)
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m benchmarks.interference.predict")
