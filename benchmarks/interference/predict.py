@@ -27,8 +27,9 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from benchmarks import interference
-from benchmarks.auto.number import AUTO, FINE_TUNED, METHODS, members_of, merge
+from benchmarks.auto.number import ARITHMETIC, AUTO, FINE_TUNED, OVERLAPPING, members_of
 from benchmarks.common.commands import out_option, report_option, workers_option
+from benchmarks.common.data_free import OF_TAUS
 from benchmarks.common.measure import RESULTS
 from benchmarks.common.provenance import made_by
 from benchmarks.common.record import Record, conditions
@@ -37,7 +38,8 @@ from benchmarks.common.training import in_processes
 from benchmarks.suites import Encoders, load_encoders, task_order
 from cart_plugin.inspect.activations import Examples, Subject, collect, opened
 from cart_plugin.inspect.measures import judged_on
-from cart_plugin.inspect.weights import Weight, leading, of_tensors
+from cart_plugin.inspect.weights import AUTO as AUTO_WITHOUT
+from cart_plugin.inspect.weights import AUTO_WITH_BASE, AVERAGE, CART, Weight, leading, of_tensors
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.merging.informed import MOST_INFORMED
 from cart_plugin.merging.span_measures import Answers, answers
@@ -64,8 +66,10 @@ def measured(suite: str, seed: int, folder: Path) -> None:
     held: list[Encoders] = []
     with tempfile.TemporaryDirectory() as scratch:
         inputs: dict[tuple[int, str], Any] = {}
-        for count, groups in members_of(suite).items():
-            for number, members in enumerate(groups):
+        known = members_of(suite)
+        # Those that tell most first.
+        for count in sorted(known, key=lambda count: (count in ("2", OVERLAPPING), count)):
+            for number, members in enumerate(known[count]):
                 key = f"{count} {number}"
                 if key in record.cases:
                     continue
@@ -76,9 +80,11 @@ def measured(suite: str, seed: int, folder: Path) -> None:
                     if (offset, task) not in inputs:
                         inputs[offset, task] = _inputs(held[offset], task, Path(scratch), offset)
                 scale = told["conditions"]["scales"][count]
-                found = _group(held, members, scale, [inputs[member] for member in members])
+                others = [method for method in OF_TAUS if method in told["cases"]]
+                heard = [inputs[member] for member in members]
+                found = _group(held, members, scale, others, heard)
                 record.put(key, {"members": [list(member) for member in members], "methods": found})
-                click.echo(f"{suite} {seed}: {key} of {len(groups)}")
+                click.echo(f"{suite} {seed}: {key} of {len(known[count])}")
 
 
 def _inputs(held: Encoders, task: str, scratch: Path, offset: int) -> Any:
@@ -103,21 +109,14 @@ def _group(
     held: Sequence[Encoders],
     members: Sequence[tuple[int, str]],
     scale: float,
+    others: Sequence[str],
     inputs: Sequence[Any],
 ) -> dict[str, dict[str, list[float]]]:
     """By method and kind: shares of each model's own answers, over all weights."""
     tuned = [held[offset].tuned[task] for offset, task in members]
-    base = held[0].base()
-    methods = [method for method in METHODS if method != FINE_TUNED]
-    states = {method: merge(method, tuned, base, scale) for method in methods}
-    sums = {
-        method: {
-            kind: torch.zeros(3, len(members), dtype=torch.float64) for kind in ("", " on inputs")
-        }
-        for method in methods
-    }
-    names = [f"{task} {offset}" for offset, task in members]
-    for name, start in base.items():
+    count, names = len(members), [f"{task} {offset}" for offset, task in members]
+    sums: dict[str, dict[str, Tensor]] = {}
+    for name, start in held[0].base().items():
         weight = of_tensors(name, [one[name] for one in tuned], names, start)
         if not isinstance(weight, Weight):
             continue
@@ -128,12 +127,15 @@ def _group(
             for index, one in enumerate(inputs)
             if name in one.tensors
         }
-        for method, state in states.items():
-            total = (state[name].float() - start.float()).reshape(weight.shape)
-            sums[method][""] += torch.stack(list(answers(few, total)))
+        taus = [(one[name] - start).reshape(weight.shape) for one in tuned]
+        for method, total in _merges(weight, taus, scale, others):
+            found = sums.setdefault(method, {})
+            judged = {"": answers(few, total)}
             if heard:
-                found = judged_on(total, heard, len(members))
-                sums[method][" on inputs"] += torch.stack(list(found))
+                judged[" on inputs"] = judged_on(total, heard, count)
+            for kind, values in judged.items():
+                held_so_far = found.setdefault(kind, torch.zeros(3, count, dtype=torch.float64))
+                held_so_far += torch.stack(list(values))
     return {
         method: {
             f"{what}{kind}": _shares(Answers(*values), what)
@@ -142,6 +144,24 @@ def _group(
         }
         for method, kinds in sums.items()
     }
+
+
+def _merges(
+    weight: Weight, taus: Sequence[Tensor], scale: float, others: Sequence[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """What each method of `benchmarks.auto.number` adds to the base."""
+    found = dict(weight.merges())
+    average = found[AVERAGE]
+    yield "average", average
+    # Of two models both are the average; of many the base is left out.
+    yield "cart, its defaults", found.get(CART, average)
+    without = found.get(AUTO_WITHOUT, average)
+    yield "cart_auto without the base", without
+    yield AUTO, found.get(AUTO_WITH_BASE, without)
+    yield ARITHMETIC, scale * len(taus) * average
+    for method in others:
+        stacks = zip(*taus, strict=True)
+        yield method, torch.stack([OF_TAUS[method](matrices) for matrices in stacks])
 
 
 def _shares(found: Answers, what: str) -> list[float]:
@@ -156,6 +176,8 @@ def points(suite: str, folder: Path) -> Iterator[dict[str, Any]]:
         for key, case in json.loads(path.read_text())["cases"].items():
             count, number = key.split()
             for method, kinds in case["methods"].items():
+                if method not in told:
+                    continue
                 # Recorded before it became the mean of two forms.
                 if method == AUTO and count == str(MOST_INFORMED):
                     continue
@@ -261,8 +283,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     parts = [
         "Spearman's rank correlation of measures of the weights with accuracy on the test split "
         "(as a share of each model's own), over the merges of `make bench-auto`: sets of two to "
-        f"eight models by {len(METHODS) - 1} data-free methods. Pairs of methods: of one set of models, "
-        "whose accuracies differ by more than two standard errors. "
+        "eight models by data-free methods. Pairs of methods: of one set of models, whose "
+        "accuracies differ by more than two standard errors. "
         f"{made_by('bench-interference', result['measured'])}"
     ]
     for suite, held in result["suites"].items():
