@@ -96,9 +96,11 @@ def _choice(
     if method == AVERAGE:
         yield f"no method loses clearly less than the average, which keeps {average.mean_kept:.0%}"
     else:
+        what = "what sets the models apart" if base is None and not of_adapters else "the changes"
         yield (
-            f"{title(method)} loses {found.mean_lost:.0%} of the models' answers on the inputs "
-            f"that their own changes point at, the average {average.mean_lost:.0%}"
+            f"{title(method)} keeps {found.mean_kept:.0%} of {what} and loses "
+            f"{found.mean_lost:.0%}; the average keeps {average.mean_kept:.0%} and loses "
+            f"{average.mean_lost:.0%}"
         )
     if base is None and not of_adapters and count <= MOST_INFORMED:
         yield (

@@ -11,6 +11,9 @@ from cart_plugin.inspect.summary import decomposed, title
 Table = tuple[str, list[str], list[list[str]]]
 """Heading of the first column, of the others, and rows."""
 
+WORDS = "most in"
+"""The column that holds words and no number."""
+
 _TITLES = {
     "model": "How far, and where",
     "pair": "The nearest pairs",
@@ -44,6 +47,7 @@ def html(found: Mapping[str, Any], tables: Sequence[Table], words: Sequence[str]
         tables=tables,
         titles=_TITLES,
         words=words,
+        in_words=WORDS,
         chosen=title(found["advice"]["method"]),
         from_base=found["base"] is not None or found["of_adapters"],
         data=_drawn(found),

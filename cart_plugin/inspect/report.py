@@ -12,7 +12,7 @@ from cart_plugin.inspect import summary
 from cart_plugin.inspect.advice import Advice, advise
 from cart_plugin.inspect.journal import KIND, REPORT
 from cart_plugin.inspect.measures import RATIOS, Record
-from cart_plugin.inspect.page import html
+from cart_plugin.inspect.page import WORDS, html
 from cart_plugin.inspect.state_dicts import rows_of
 from cart_plugin.inspect.weights import MERGED
 
@@ -144,7 +144,8 @@ class Report:
             table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
             table.add_column(escape(heading), overflow="fold")
             for column in columns:
-                table.add_column(escape(column), justify="right", overflow="fold")
+                justify: Any = "left" if column == WORDS else "right"
+                table.add_column(escape(column), justify=justify, overflow="fold")
             for row in rows:
                 table.add_row(*map(escape, row))
             found.append(table)
@@ -155,7 +156,7 @@ class Report:
         moved = self.movements()
         yield (
             "model",
-            ["moved", "rank", "in 8 %", "most in"],
+            ["moved", "rank", "in 8 %", WORDS],
             [
                 [
                     entry.model,
@@ -213,7 +214,10 @@ class Report:
         return [
             f"moved: the difference from {self.centre}, relative to the weights; rank: of all "
             "changes where that is low, else (~) of as many equally strong directions; in 8 %: "
-            "share of the squared difference that the default rank keeps"
+            "share of the squared difference that the default rank keeps",
+            "kept: share of a model's own answer, on the inputs that its own difference points "
+            "at, that is in the merge's; lost: what the merge answers otherwise, squared, relative "
+            "to the model's own answer",
         ]
 
     def markdown(self) -> str:
