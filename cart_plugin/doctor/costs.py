@@ -16,6 +16,7 @@ from cart_plugin.doctor.findings import Finding, ok, problem, warning
 from cart_plugin.doctor.layout import Recipe, references
 from cart_plugin.doctor.machine import available_memory, size
 from cart_plugin.doctor.merges import Merge
+from cart_plugin.merging.informed import MOST_INFORMED
 from cart_plugin.merging.tensors import matrix_shape
 
 # Python, torch, transformers and mergekit, before anything is loaded.
@@ -107,7 +108,8 @@ def _peak(merge: Merge, config: Recipe) -> float:
             rank = min(m, n) if share is None else round(share * min(m, n))
             ranks = min(n, len(merge.inputs) * rank)
             inputs += 4 * stack * _COPIES_SYSTEM * (ranks * (m + n) + ranks**2)
-            copies += merge.takes_base  # the mean of what the models changed
+            if merge.takes_base:  # the mean of what the models changed; of four both forms' results
+                copies += 2 if len(merge.counting) == MOST_INFORMED else 1
     return inputs + copies * 4 * elements
 
 

@@ -14,8 +14,8 @@ DEFAULT_RANK_RATIO = 0.08
 RANK_RULES = ("rank_ratio", "rank", "energy")
 """The rules' names, of which one may be given."""
 
-# Directions that hold this share of a squared Frobenius norm are all that there is: adapters merged
-# into bf16 weights leave rounding of full rank beside them, so that no epsilon would do.
+# Directions that hold this share of a squared Frobenius norm are all that there is. No epsilon would
+# do: rounding in stored weights is known as an estimate only (`cart_plugin.linalg.rounding`).
 NEARLY_ALL = 0.99
 SHARE_OF_NUMERICAL_RANK = 1 / 8
 
@@ -32,7 +32,8 @@ class RankRule:
             keeps nothing.
         of_numerical_rank: the ``k`` of ``rank_ratio`` is for matrices of full rank. Where these
             directions hold nearly all of a matrix, it has a low numerical rank, the smallest ``r``
-            that holds 99 % of its squared Frobenius norm, and keeps ``max(1, floor(r / 8))``.
+            that holds 99 % of its squared Frobenius norm (of what is not known to be rounding), and
+            keeps ``max(1, floor(r / 8))``.
 
     Raises:
         CartError: a value that is no number or out of range, two rules at once, or a numerical
