@@ -14,8 +14,8 @@ DEFAULT_RANK_RATIO = 0.08
 RANK_RULES = ("rank_ratio", "rank", "energy")
 """The rules' names, of which one may be given."""
 
-# Directions that hold this share of a squared Frobenius norm are all that there is. No epsilon would
-# do: rounding in stored weights is known as an estimate only (`cart_plugin.linalg.rounding`).
+# Directions that hold this share of a squared Frobenius norm are all that there is. No epsilon
+# would do: rounding in stored weights is an estimate (`cart_plugin.linalg.rounding`).
 NEARLY_ALL = 0.99
 SHARE_OF_NUMERICAL_RANK = 1 / 8
 
