@@ -241,8 +241,10 @@ def test_state_dicts_take_a_base() -> None:
     found = merge_state_dicts(models, AUTO, base=base)
     tensors = [model["w"] for model in models]
     assert torch.equal(found["w"], merge_tensors(tensors, AUTO, base=base["w"], name="w"))
-    with pytest.raises(CartError, match=r"the base model lacks 1 tensors .* norm"):
-        merge_state_dicts(models, AUTO, base={"w": base["w"]})
+    again = merge_state_dicts(models, AUTO, base={"w": base["w"]})  # the rest is averaged
+    assert all(torch.equal(again[name], found[name]) for name in found)
+    with pytest.raises(CartError, match="the base model lacks w, which is decomposed"):
+        merge_state_dicts(models, AUTO, base={"norm": base["norm"]})
 
 
 def test_bad_bases_and_weights_are_refused() -> None:
