@@ -16,6 +16,7 @@ from cart_plugin.doctor.findings import Finding, ok, problem, warning
 from cart_plugin.doctor.layout import Recipe, references
 from cart_plugin.doctor.machine import available_memory, size
 from cart_plugin.doctor.merges import Merge
+from cart_plugin.merging.informed import MOST_INFORMED
 from cart_plugin.merging.tensors import matrix_shape
 
 # Python, torch, transformers and mergekit, before anything is loaded.
@@ -35,8 +36,9 @@ def check_memory(merges: Sequence[Merge], config: Recipe) -> Iterator[Finding]:
     The sum of: the program; all inputs of the tensor that needs most, in the dtype they are merged
     in; its copies in fp32, six if at most an eighth of its full rank is kept, thirteen if more is
     or may be (`energy`), two if it is averaged; with `cart_auto` all models' factors, the system
-    that combines them and, with a base model, one more copy; and the finished tensors that wait
-    until their shard of the result is full, 5 GB of them unless --out-shard-size is set.
+    that combines them and, with a base model, one more copy or, of four models, two; and the
+    finished tensors that wait until their shard of the result is full, 5 GB of them unless
+    --out-shard-size is set.
     Files that the system keeps in memory because they were read are not counted: it gives that
     memory back.
     """
@@ -107,7 +109,8 @@ def _peak(merge: Merge, config: Recipe) -> float:
             rank = min(m, n) if share is None else round(share * min(m, n))
             ranks = min(n, len(merge.inputs) * rank)
             inputs += 4 * stack * _COPIES_SYSTEM * (ranks * (m + n) + ranks**2)
-            copies += merge.takes_base  # the mean of what the models changed
+            if merge.takes_base:  # the mean of what the models changed; of four both forms' results
+                copies += 2 if len(merge.counting) == MOST_INFORMED else 1
     return inputs + copies * 4 * elements
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from cart_plugin.inspect.weights import Differences, Plain, Weight, leading
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.precision import full_precision
-from cart_plugin.linalg.rounding import rounding_edge, rounding_in
-from cart_plugin.linalg.rules import DEFAULT_RANK_RATIO, RankRule, numerical_rank
+from cart_plugin.linalg.rounding import rounding_edge
+from cart_plugin.linalg.rules import DEFAULT_RANK_RATIO, RankRule, numerical_ranks
 from cart_plugin.merging.interference import (
     cancellation,
     effective_rank,
@@ -103,7 +103,7 @@ def _record(weight: Weight | Plain, models: Sequence[str], inputs: Mapping[int, 
     found |= {
         "full_rank": full,
         "effective_rank": _effective_ranks(around, full),
-        "numerical_rank": _numerical_ranks(around),
+        "numerical_rank": _numerical_ranks(around, m, n),
         "rank": _ranks(around, m, n),
         "energy": _energies(around, m, n),
         "rho": cancellation(overlaps(kept).inner),
@@ -183,13 +183,11 @@ def _effective_ranks(found: Differences, full: int) -> list[float]:
     ]
 
 
-def _numerical_ranks(found: Differences) -> list[int | None]:
+def _numerical_ranks(found: Differences, m: int, n: int) -> list[int | None]:
     """The directions that hold 99 % but for rounding; None for more than were solved for."""
     ranks: list[int | None] = []
     for part, energy, rounding in zip(found.parts, found.energies, found.rounding, strict=True):
-        squares = part.S.double().cpu().square()
-        totals = (energy - rounding_in(energy, rounding)).tolist()
-        own = [numerical_rank(*pair) for pair in zip(squares, totals, strict=True)]
+        own = numerical_ranks(part.S.cpu(), energy, rounding, m, n)
         known = [rank for rank in own if rank is not None]
         ranks.append(max(known) if len(known) == len(own) else None)
     return ranks
@@ -203,7 +201,8 @@ def _ranks(found: Differences, m: int, n: int) -> list[int | None]:
     ranks: list[int | None] = []
     for part, energy, rounding in zip(found.parts, found.energies, found.rounding, strict=True):
         values = part.S.double().cpu()
-        edge = _EDGES * rounding_edge(rounding_in(energy, rounding), m, n)
+        # Where rounding is most of it, the estimate may be more than there is.
+        edge = _EDGES * rounding_edge(torch.minimum(rounding, energy / 2), m, n)
         least = torch.maximum(_EXACT * values[..., :1].sum(dim=-1), edge)
         count = int((values > least[:, None]).sum(dim=-1).max()) if values.numel() else 0
         ranks.append(

@@ -16,11 +16,11 @@ from torch import Tensor
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.gram import total_energy
 from cart_plugin.linalg.precision import full_precision
-from cart_plugin.linalg.rounding import rounding_energy
+from cart_plugin.linalg.rounding import rounding_energy, stored_eps
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.linalg.svd import share_of_rank, truncated_svd
 from cart_plugin.merging.cart import centre_of
-from cart_plugin.merging.informed import MOST_INFORMED, Change, informed_by_base
+from cart_plugin.merging.informed import MOST_INFORMED, Change, few_directions, informed_by_base
 from cart_plugin.merging.inputs import check_finite, check_inputs, check_kind
 from cart_plugin.merging.least_interference import least_interference
 from cart_plugin.merging.settings import CartSettings
@@ -164,7 +164,8 @@ def _decomposed(
     from_base = None
     if base is not None:
         informed = _INFORMED.informed
-        from_base = _differences(name, tensors, start, shape, informed, own, inner)
+        rounding = own + _own_rounding(base.reshape(shape), tensors)
+        from_base = _differences(name, tensors, start, shape, informed, rounding, inner)
     offset = (mean - start).reshape(shape)
 
     def merges() -> Iterator[tuple[str, Tensor]]:
@@ -179,6 +180,16 @@ def _decomposed(
             return there, delta @ there
 
     return Weight(name, shape, norms, from_base, centred, merges, answer)
+
+
+def _own_rounding(base: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """What a base in fewer bits than a model adds to its difference's rounding, ``(T, stack)``.
+
+    One in as many bits is what training started from.
+    """
+    eps, energy = stored_eps(base), rounding_energy(base).cpu()
+    coarser = [eps > stored_eps(tensor) for tensor in tensors]
+    return energy * torch.tensor(coarser, dtype=energy.dtype)[:, None]
 
 
 def _products(tensors: Sequence[Tensor], centre: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,21 +253,29 @@ def _merges(
         for part, energy, rounding in zip(
             centred.parts, centred.energies, centred.rounding, strict=True
         ):
-            few = leading(part, rule.fixed_rank(m, n) or 0)
-            share_of_rank(few, energy.to(few.S.device), rounding.to(few.S.device)).add_to_(total)
+            first = leading(part, rule.fixed_rank(m, n) or 0)
+            device = first.S.device
+            share_of_rank(first, energy.to(device), rounding.to(device)).add_to_(total)
         yield CART, total
         total = least_interference((part, 1.0) for part in centred.parts).to(offset.device)
         yield AUTO, offset + total
     if from_base is not None and count <= MOST_INFORMED:
+        few = few_directions(m, n)
         changes = (
-            Change(part, 1.0, energy.to(part.S.device), rounding.to(part.S.device))
+            Change(
+                part,
+                part.S[..., :few],
+                1.0,
+                energy.to(part.S.device),
+                rounding.to(part.S.device),
+            )
             for part, energy, rounding in zip(
                 from_base.parts, from_base.energies, from_base.rounding, strict=True
             )
         )
         found = informed_by_base(changes, offset)
         added = found.added.to(offset.device)
-        if count == MOST_INFORMED and not found.of_low_rank:
+        if found.is_halved:
             added = (added + total) / 2
         yield AUTO_WITH_BASE, offset + added
 

@@ -24,8 +24,7 @@ from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.gram import leading_left, total_energy
 from cart_plugin.linalg.krylov import leading_subspace
 from cart_plugin.linalg.precision import full_precision
-from cart_plugin.linalg.rounding import rounding_in
-from cart_plugin.linalg.rules import SHARE_OF_NUMERICAL_RANK, RankRule, numerical_rank
+from cart_plugin.linalg.rules import SHARE_OF_NUMERICAL_RANK, RankRule, numerical_ranks
 from cart_plugin.linalg.spectra import energy_rank_of
 from cart_plugin.linalg.subspace import GAIN, SKETCH_GAIN, near_subspace, oversampled
 
@@ -156,10 +155,8 @@ def share_of_rank(factors: LowRank, totals: Tensor, rounding: Tensor | None) -> 
         totals: squared norms of the matrices, ``(stack,)`` in fp64.
         rounding: as in `truncated_svd`.
     """
-    squares = factors.S.double().square()
-    if rounding is not None:
-        totals = totals - rounding_in(totals, rounding)
-    found = [numerical_rank(*pair) for pair in zip(squares, totals.tolist(), strict=True)]
+    m, n = factors.U.shape[-2], factors.Vh.shape[-1]
+    found = numerical_ranks(factors.S, totals, rounding, m, n)
     ranks = [
         factors.rank if rank is None else max(1, math.floor(SHARE_OF_NUMERICAL_RANK * rank))
         for rank in found
