@@ -45,7 +45,7 @@ COUNTS = (4, 8)
 SHARES = (0.01, 0.02, 0.04, 0.08, 0.12, 0.16, 0.24, 0.32, 0.48, 0.64, 0.8, 1.0)
 SHOWN = (0.01, 0.04, 0.08, 0.16, 0.32, 0.64)
 CENTRES = {"average": "around the average", "base": "from the base"}
-BASE_COLOR = "#2f6fb0"
+BASE_COLOR = "#d1632b"
 
 
 def measured(suite: str, folder: Path) -> None:
@@ -90,10 +90,13 @@ def _curves(differences: list[Tensor]) -> dict[str, list[float]]:
     roots = held.clamp(0, 1).sqrt()
     whole = pairs * (roots[:, None, :, None] * roots[:, None, None, :])
     most = len(parts) * (len(parts) - 1)
+    found = {
+        "R": reconstruction_errors(parts, energies, ranks) / energies.sum(),
+        "I": interference(pairs) / most,
+        "whole": interference(whole) / most,
+    }
     return {
-        "R": (reconstruction_errors(parts, energies, ranks) / energies.sum()).tolist(),
-        "I": (interference(pairs) / most).tolist(),
-        "whole": (interference(whole) / most).tolist(),
+        curve: [round(value, 5) for value in values.tolist()] for curve, values in found.items()
     }
 
 
