@@ -47,6 +47,7 @@ from cart_plugin.merging.span_measures import Answers, answers
 NUMBER = RESULTS / "auto" / "number"
 IMAGES = 64  # a task, of the validation split, for the measures on real inputs
 PACKAGES = ("torch", "transformers")
+_MEAN_OF_TWO = 5  # revision of `merging` from which on four models are merged by two forms
 KINDS = {
     "kept": "kept, no data",
     "lost": "lost, no data",
@@ -172,16 +173,16 @@ def _shares(found: Answers, what: str) -> list[float]:
 def points(suite: str, folder: Path) -> Iterator[dict[str, Any]]:
     """What is known of each merge and model: measures, and the share of its accuracy."""
     for path in sorted(folder.glob(f"{suite}-*.json")):
-        told = json.loads((NUMBER / path.name).read_text())["cases"]
+        number = json.loads((NUMBER / path.name).read_text())
+        told, revision = number["cases"], number["conditions"]["revisions"]["merging"]
         for key, case in json.loads(path.read_text())["cases"].items():
-            count, number = key.split()
+            count, place = key.split()
             for method, kinds in case["methods"].items():
                 if method not in told:
                     continue
-                # Recorded before it became the mean of two forms.
-                if method == AUTO and count == str(MOST_INFORMED):
+                if method == AUTO and count == str(MOST_INFORMED) and revision < _MEAN_OF_TWO:
                     continue
-                accuracy, own = (told[name][count][int(number)] for name in (method, FINE_TUNED))
+                accuracy, own = (told[name][count][int(place)] for name in (method, FINE_TUNED))
                 yield {
                     "group": (path.stem, key),
                     "count": count,
@@ -233,6 +234,7 @@ def _judged(
     within = [
         spearmanr([value(point) for point in group], [point["share"] for point in group]).statistic
         for group in groups
+        if len({point["share"] for point in group}) > 1
     ]
     right = told = 0
     for group in groups:
@@ -243,7 +245,7 @@ def _judged(
     return {
         "all merges": float(every.statistic),
         "all models": float(spearmanr(*zip(*single, strict=True)).statistic),
-        "methods of one set of models": statistics.fmean(within),
+        "methods of one set of models": statistics.fmean(within) if within else float("nan"),
         "right": right,
         "pairs": told,
     }
@@ -267,9 +269,8 @@ def _regret(groups: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     losses = []
     for group in groups:
         by_method = {point["method"]: point["accuracy"] for point in group}
-        # Of more models than the base is taken into account of, both forms are one.
-        chosen = by_method.get(AUTO, by_method["cart_auto without the base"])
-        losses.append(100 * (max(by_method.values()) - chosen))
+        if AUTO in by_method:
+            losses.append(100 * (max(by_method.values()) - by_method[AUTO]))
     return {"mean": statistics.fmean(losses), "worst": max(losses), "groups": len(losses)}
 
 
@@ -302,7 +303,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         regret = held["regret"]
         parts.append(
             f"What `mergekit-cart inspect` recommends was {regret['mean']:.1f} points behind the "
-            f"best of these methods on average, {regret['worst']:.1f} at worst."
+            f"best of these methods on average over {regret['groups']} sets, {regret['worst']:.1f} "
+            "at worst."
         )
     return "\n\n".join(parts) + "\n"
 

@@ -46,7 +46,7 @@ def place(name: str) -> tuple[int | None, str]:
     own = name.removesuffix(".weight")
     if found is None:
         return None, own
-    return int(found[1]), _NUMBER.sub("", own[found.end() :])
+    return int(found[1]), _NUMBER.sub("", own[found.end() :]) or "weight"
 
 
 def record(

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cart_plugin.adapters.agreement import Plan, agree
+from cart_plugin.adapters.agreement import Plan, agree, lacking_notes
 from cart_plugin.adapters.inputs import find, sorted_adapter
 from cart_plugin.checkpoints import adapters as tensors
 from cart_plugin.checkpoints.agreement import check_stored, strangers
@@ -286,7 +286,7 @@ class Adapters:
             sorted_adapter(open_adapter(folder, name))
             for folder, name in zip(folders, names, strict=True)
         ]
-        agree(opened, None)  # before anything is said of the merged one
+        own = agree(opened, base)
         if merged is not None:
             if (Path(merged) / CONFIG).is_file():
                 raise CartError(
@@ -294,11 +294,16 @@ class Adapters:
                     "adapter, or the whole models"
                 )
             opened.append(sorted_adapter(open_adapter(find([merged])[0], "the merged adapter")))
-        self.plan: Plan = agree(opened, base or None)
+        self.plan: Plan = agree(opened, base)
         by_name = {adapter.name: adapter for adapter in self.plan.adapters}
         self._adapters = [by_name[name] for name in names]
         self._merged = None if merged is None else by_name["the merged adapter"]
-        self.notes = [note for note in self.plan.notes if "base" not in note]
+        self.notes = list(lacking_notes(own))
+        if own.whole:
+            self.notes.append(
+                f"{len(own.whole):,} tensors that the adapters hold whole, such as {own.whole[0]}: "
+                "left out, since the base's are not compared"
+            )
         self._base = None
         if base is not None and Path(base).is_dir():
             self._base = _open(base, "the base model")

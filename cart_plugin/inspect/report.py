@@ -12,7 +12,7 @@ from cart_plugin.inspect import summary
 from cart_plugin.inspect.advice import Advice, advise
 from cart_plugin.inspect.journal import KIND, REPORT
 from cart_plugin.inspect.measures import RATIOS, Record
-from cart_plugin.inspect.page import WORDS, html
+from cart_plugin.inspect.page import WORDS, Table, html
 from cart_plugin.inspect.state_dicts import rows_of
 from cart_plugin.inspect.weights import MERGED
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _WORST = 20  # of the table in files
 _ON_PAGE = 3
 _NEAR = 5  # pairs in files
+_SIDE_BY_SIDE = 6  # models whose figures a page has beside one another
 
 
 @dataclass
@@ -131,17 +132,19 @@ class Report:
         """Write the files into a folder."""
         found = self.document()
         write_text(out / "report.md", self.markdown())
-        write_text(out / "report.html", html(found, list(self._tables(_WORST)), self.words()))
+        write_text(
+            out / "report.html", html(found, list(self._tables(on_page=False)), self.words())
+        )
         write_json(out / REPORT, found)  # last: it says that all is there
 
     def tables(self) -> list[RenderableType]:
         """The page for a terminal."""
         from rich.markup import escape
-        from rich.table import Table
+        from rich.table import Table as RichTable
 
         found: list[RenderableType] = []
-        for heading, columns, rows in self._tables(_ON_PAGE):
-            table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
+        for heading, columns, rows in self._tables(on_page=True):
+            table = RichTable(box=None, pad_edge=False, header_style="bold", title_justify="left")
             table.add_column(escape(heading), overflow="fold")
             for column in columns:
                 justify: Any = "left" if column == WORDS else "right"
@@ -151,10 +154,27 @@ class Report:
             found.append(table)
         return found
 
-    def _tables(self, worst: int) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-        """Heading of the first column, of the others, and rows."""
-        moved = self.movements()
-        yield (
+    def _tables(self, *, on_page: bool) -> Iterator[Table]:
+        """All tables; those of a page are short, and no wider for many models."""
+        yield self._movements()
+        yield self._nearest(1 if on_page else _NEAR)
+        narrow = on_page and len(self.names) > _SIDE_BY_SIDE
+        for kind, words in ((None, "kept by"), ("measured", "kept on the inputs by")):
+            if judged := self.judgements(kind):
+                yield self._kept(words, judged, narrow=narrow)
+        method, losses = self.worst()
+        if losses:
+            yield (
+                f"least kept by {summary.title(method)}",
+                ["of", "kept", "lost"],
+                [
+                    [entry.tensor, entry.model, f"{entry.kept:.0%}", f"{entry.lost:.0%}"]
+                    for entry in losses[: _ON_PAGE if on_page else _WORST]
+                ],
+            )
+
+    def _movements(self) -> Table:
+        return (
             "model",
             ["moved", "rank", "in 8 %", WORDS],
             [
@@ -165,11 +185,12 @@ class Report:
                     f"{entry.energy:.0%}",
                     summary.where(entry),
                 ]
-                for entry in moved
+                for entry in self.movements()
             ],
         )
-        near = self.pairs()
-        yield (
+
+    def _nearest(self, count: int) -> Table:
+        return (
             "pair",
             ["apart", "cosine", "common inputs", "common outputs"],
             [
@@ -180,34 +201,27 @@ class Report:
                     f"{pair.row_overlap:.0%}",
                     f"{pair.column_overlap:.0%}",
                 ]
-                for pair in near[: 1 if worst == _ON_PAGE else _NEAR]
+                for pair in self.pairs()[:count]
             ],
         )
-        for kind, words in ((None, "kept by"), ("measured", "kept on the inputs by")):
-            judged = self.judgements(kind)
-            if judged:
-                yield (
-                    words,
-                    [*self.names, "lost"],
-                    [
-                        [
-                            summary.title(method),
-                            *(f"{share:.0%}" for share in found.kept),
-                            f"{found.mean_lost:.0%}",
-                        ]
-                        for method, found in judged.items()
-                    ],
-                )
-        method, losses = self.worst()
-        if losses:
-            yield (
-                f"least kept by {summary.title(method)}",
-                ["of", "kept", "lost"],
-                [
-                    [entry.tensor, entry.model, f"{entry.kept:.0%}", f"{entry.lost:.0%}"]
-                    for entry in losses[:worst]
-                ],
-            )
+
+    def _kept(self, words: str, judged: Mapping[str, summary.Judgement], *, narrow: bool) -> Table:
+        """A row a method: of each model or, narrow, the mean and the one that keeps least."""
+
+        def cells(found: summary.Judgement) -> list[str]:
+            if not narrow:
+                return [f"{share:.0%}" for share in found.kept]
+            least, name = min(zip(found.kept, self.names, strict=True))
+            return [f"{found.mean_kept:.0%}", f"{least:.0%}", name]
+
+        return (
+            words,
+            [*(["mean", "least", "of"] if narrow else self.names), "lost"],
+            [
+                [summary.title(method), *cells(found), f"{found.mean_lost:.0%}"]
+                for method, found in judged.items()
+            ],
+        )
 
     def words(self) -> list[str]:
         """What the tables show, in sentences."""
@@ -223,7 +237,7 @@ class Report:
     def markdown(self) -> str:
         """The same as Markdown."""
         lines = [f"# {', '.join(self.names)}: inspected", ""]
-        for heading, columns, rows in self._tables(_WORST):
+        for heading, columns, rows in self._tables(on_page=False):
             lines.append(_line([heading, *columns]))
             lines.append(_line(["---", *["---:"] * len(columns)]))
             lines += [_line(row) for row in rows]

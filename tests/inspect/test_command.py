@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner, Result
+from safetensors.torch import save_file
 
 from cart_plugin.cli import main
 from tests.inspect.conftest import NAMES, report, tune
+from tests.support import random
 
 Run = Callable[..., Result]
 
@@ -179,3 +181,29 @@ def test_a_model_that_outweighs_the_others_is_told(
     assert "large moved" in run(*models[:2], large, "--base", base).output
     still = shutil.copytree(base, tmp_path / "still")
     assert "still did not move" in run(*models[:2], still, "--base", base).output
+
+
+def test_many_models_have_a_page_no_wider_and_files_with_all(
+    run: Run, base: Path, tmp_path: Path
+) -> None:
+    models = [tune(base, tmp_path / f"model{seed}", seed) for seed in range(7)]
+    text = run(*models, "--base", base, "--out", tmp_path / "out").output
+    assert re.search(r"^kept by +mean +least +of +lost$", text, re.MULTILINE)
+    assert re.search(r"^cart_auto +\d+% +\d+% +model\d +\d+%$", text, re.MULTILINE)
+    markdown = (tmp_path / "out" / "report.md").read_text()
+    assert "| kept by | model0 | model1 |" in markdown
+    assert "cart_auto leaves the base model out" in text
+
+
+def test_experts_stored_one_by_one_are_of_one_cell(run: Run, tmp_path: Path) -> None:
+    folders = []
+    for seed in range(3):
+        experts = {
+            f"layers.0.experts.{number}.up.weight": random(12, 16, seed=10 * seed + number)
+            for number in range(2)
+        }
+        folders.append(tmp_path / f"{seed}.safetensors")
+        save_file(experts, folders[-1])
+    run(*folders, "--out", tmp_path / "out")
+    places = {(entry["layer"], entry["module"]) for entry in report(tmp_path / "out")["records"]}
+    assert places == {(0, "experts.up")}

@@ -315,3 +315,14 @@ def test_a_model_without_tokenizer_is_named(models: list[Path], tmp_path: Path) 
     (tmp_path / "a.txt").write_text("1 2")
     with pytest.raises(CartError, match="math has no tokenizer"):
         inspect_models(bare, inputs=[tmp_path / "a.txt"])
+
+
+def test_what_adapters_lack_or_hold_whole_is_said(base: Path, tmp_path: Path) -> None:
+    from tests.adapters.lora import save_loras
+
+    configs = [{"modules_to_save": ["lm_head"]}] * 3
+    configs[1] = {**configs[1], "target_modules": ["q_proj"]}
+    folders = save_loras(tmp_path / "adapters", base, configs)
+    found = inspect_models(folders, base=base)
+    assert any(note.startswith("code lacks 2 of 4 modules") for note in found.notes), found.notes
+    assert any("lm_head" in note and "left out" in note for note in found.notes), found.notes
