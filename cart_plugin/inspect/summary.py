@@ -12,7 +12,7 @@ from cart_plugin.inspect.weights import TASK_ARITHMETIC
 
 _LOW_RANK = 0.25  # share of the full rank: a change of more is none of LoRA
 _MOST = 0.9  # share of the weights that a statement about all of them has to hold for
-_FAR = 0.3  # a kind of module, or a third of the layers, that a model moved most in
+_OUTSTANDING = 1.3 / 3  # share of a third of the layers that is told
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ def where(movement: Movement) -> str:
     if movement.depths:
         thirds = ("first", "middle", "last")
         share, third = max(zip(movement.depths, thirds, strict=True))
-        if share > 1.3 / 3:
+        if share > _OUTSTANDING:
             parts.append(f"{third} third of the layers {share:.0%}")
     return ", ".join(parts)
 

@@ -210,3 +210,31 @@ def test_overlaps_are_those_of_the_factors() -> None:
     assert math.isclose(found.outputs[1, 2], 1, abs_tol=1e-6)
     assert found.inputs[0, 2] < 0.3
     assert found.outputs[0, 1] < 0.3
+
+
+@pytest.mark.parametrize("ranks", [(3, 2), (12, 20)])
+def test_what_differences_answer_to_inputs_is_told_in_coordinates(ranks: tuple[int, int]) -> None:
+    pairs = [
+        Difference(random(1, 10, rank, seed=rank), random(1, rank, 14, seed=rank + 50))
+        for rank in ranks
+    ]
+    inputs = random(14, 6, seed=3)
+    span = Span(pairs)
+    for part, pair in zip(span.parts, pairs, strict=True):
+        found = (part.dense() @ span.inputs(inputs)).norm()
+        assert float(found) == pytest.approx(
+            float((pair.left @ pair.right @ inputs).norm()), rel=1e-5
+        )
+
+
+def test_the_first_models_of_a_span_merge_as_if_they_were_alone() -> None:
+    pairs = [
+        Difference(random(1, 10, 2, seed=seed), random(1, 2, 14, seed=seed + 50))
+        for seed in range(4)
+    ]
+    shares, settings = [1 / 3] * 3, CartSettings(lambda_="auto")
+    alone, every = Span(pairs[:3]), Span(pairs)
+    found = merge_in_span(every.first(3), shares, settings).total
+    expected = merge_in_span(alone, shares, settings).total
+    assert len(every.parts) == 4
+    assert float(found.norm()) == pytest.approx(float(expected.norm()), rel=1e-5)
