@@ -65,6 +65,8 @@ def measured(suite: str, folder: Path) -> None:
             if is_decomposed(name, start.shape):
                 shape = matrix_shape(name, start.shape)
                 weights = [one[name].reshape(shape) for one in tuned]
+                if all(torch.equal(one, weights[0]) for one in weights):
+                    continue  # no training reaches it, such as BERT's pooler
                 mean = torch.stack(weights).mean(dim=0)
                 found[name] = {
                     "average": _curves([one - mean for one in weights]),
