@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 SERVERS := .venv-servers
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-all test-servers lint format demo bench-startup bench-memory bench-solvers bench-merge bench-accuracy bench-profile bench-vision bench-text bench-llm bench-auto bench-compress bench-adapters bench-architectures readme dist clean
+.PHONY: help venv test test-all test-servers lint format demo bench-startup bench-memory bench-solvers bench-merge bench-accuracy bench-profile bench-vision bench-text bench-llm bench-auto bench-compress bench-adapters bench-interference bench-architectures readme dist clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -99,6 +99,10 @@ bench-compress: $(STAMP) ## eight encoders as base and adapters beside other way
 bench-adapters: $(STAMP) ## LoRA adapters merged into one: what is left of them, and what it costs, beside PEFT and others (hours)
 	$(BIN)/python -m benchmarks.adapters.speed
 	$(BIN)/python -m benchmarks.adapters.accuracy
+
+bench-interference: $(STAMP) ## the theory's curves on the suites' encoders, and whether measures of the weights foretell accuracy (hours)
+	$(BIN)/python -m benchmarks.interference.curves
+	$(BIN)/python -m benchmarks.interference.predict
 
 bench-architectures: $(STAMP) ## which architectures merge whole, by mergekit-yaml and by mergekit-cart merge (ten minutes)
 	$(BIN)/python -m benchmarks.architectures

@@ -247,7 +247,8 @@ def _plain(value: Any) -> Any:
     return None if value == "" else value
 
 
-def _notes(plan: Plan) -> Iterator[str]:
+def lacking_notes(plan: Plan) -> Iterator[str]:
+    """Says which adapters do not change all that others do."""
     for adapter in plan.adapters:
         lacking = [module for module in plan.shapes if module not in adapter.layers]
         if lacking:
@@ -255,6 +256,10 @@ def _notes(plan: Plan) -> Iterator[str]:
                 f"{adapter.name} lacks {len(lacking):,} of {len(plan.shapes):,} modules, such as "
                 f"{lacking[0]}: a difference of zero there"
             )
+
+
+def _notes(plan: Plan) -> Iterator[str]:
+    yield from lacking_notes(plan)
     if plan.whole:
         yield (
             f"{len(plan.whole):,} tensors that the adapters hold whole, such as {plan.whole[0]}, "

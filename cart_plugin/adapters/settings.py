@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from cart_plugin.checkpoints.dtypes import STORED
+from cart_plugin.checkpoints.labels import told_apart
 from cart_plugin.errors import CartError
 from cart_plugin.merging.inputs import normalised
 from cart_plugin.merging.settings import CartSettings
@@ -101,7 +101,7 @@ def names_of(paths: Sequence[str | Path], names: Sequence[str] | None) -> list[s
     """
     if not paths:
         raise CartError("name at least one adapter")
-    chosen = list(names) if names is not None else _told_apart(paths)
+    chosen = list(names) if names is not None else told_apart(paths)
     if len(chosen) != len(paths):
         raise CartError(f"{len(paths)} adapters but {len(chosen)} names")
     for name in chosen:
@@ -110,15 +110,3 @@ def names_of(paths: Sequence[str | Path], names: Sequence[str] | None) -> list[s
         if chosen.count(name) > 1:
             raise CartError(f"two adapters are called {name!r}; give names of their own (names)")
     return chosen
-
-
-def _told_apart(paths: Sequence[str | Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart: trainers call every folder `adapter`."""
-    parts = [Path(os.path.abspath(path)).parts for path in paths]
-    length = 1
-    while length < max(map(len, parts)):
-        ends = ["/".join(part[-length:]) for part in parts]
-        if len(set(ends)) == len(ends):
-            break
-        length += 1
-    return ["/".join(part[-length:]) for part in parts]

@@ -151,9 +151,9 @@ class Merge:
             shape,
             not decomposed and self.request.settings is not None,
             {name: self._stored(name, tensor, self.dtype) for name, tensor in held.items()},
-            answers(span, merged.total),
-            answers(span, found.dense()),
-            overlaps(span),
+            answers(span.parts, merged.total),
+            answers(span.parts, found.dense()),
+            overlaps(span.parts),
         )
 
     def _bias(self, module: str, shape: Shape) -> Tensor:

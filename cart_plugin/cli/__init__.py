@@ -16,6 +16,7 @@ _COMMANDS = {
     "compress": "compress",
     "doctor": "doctor",
     "expand": "expand",
+    "inspect": "inspect",
     "merge": "merge",
     "merge-adapters": "merge_adapters",
 }

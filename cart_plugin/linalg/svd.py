@@ -133,7 +133,9 @@ def _scaled(
         return LowRank(scaled.U, scaled.S * powers[:, None], scaled.Vh, scaled.error)
     if k is not None:
         factors = solver(x, k, seed)
-        return _share_of_rank(x, factors, rounding) if rule.of_numerical_rank else factors
+        return (
+            share_of_rank(factors, total_energy(x), rounding) if rule.of_numerical_rank else factors
+        )
     assert rule.energy is not None
     ranks = [energy_rank_of(matrix, rule.energy) for matrix in x]
     return _cut(solver(x, max(ranks), seed), ranks)
@@ -144,16 +146,24 @@ def _zeros(x: Tensor, k: int) -> LowRank:
     return LowRank(x.new_zeros(stack, m, k), x.new_zeros(stack, k), x.new_zeros(stack, k, n))
 
 
-def _share_of_rank(x: Tensor, factors: LowRank, rounding: Tensor | None) -> LowRank:
-    """Of matrices of low numerical rank a share of it, of others all that was solved for."""
-    found = numerical_ranks(factors.S, total_energy(x), rounding, *x.shape[1:])
+def share_of_rank(factors: LowRank, totals: Tensor, rounding: Tensor | None) -> LowRank:
+    """Of matrices of low numerical rank a share of it, of others all that was solved for.
+
+    Args:
+        factors: what a rule with `RankRule.of_numerical_rank` keeps of matrices of full rank, of a
+            stack. Not modified.
+        totals: squared norms of the matrices, ``(stack,)`` in fp64.
+        rounding: as in `truncated_svd`.
+    """
+    m, n = factors.U.shape[-2], factors.Vh.shape[-1]
+    found = numerical_ranks(factors.S, totals, rounding, m, n)
     ranks = [
         factors.rank if rank is None else max(1, math.floor(SHARE_OF_NUMERICAL_RANK * rank))
         for rank in found
     ]
     most = max(ranks)
     u, s, vh = factors.U[..., :most], factors.S[:, :most], factors.Vh[:, :most]
-    return _cut(LowRank(u, s, vh, factors.error), ranks)
+    return _cut(LowRank(u, s.clone(), vh.clone(), factors.error), ranks)
 
 
 def _cut(factors: LowRank, ranks: list[int]) -> LowRank:

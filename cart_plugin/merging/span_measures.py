@@ -1,7 +1,8 @@
-"""What a merge within a span keeps of each model, and how much the models have in common."""
+"""What a merge keeps of each model, and how much the models have in common, from factors."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,6 @@ from torch import Tensor
 
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.precision import full_precision
-from cart_plugin.merging.spans import Span
 
 # Singular values below this share of the largest are none: rows of an adapter that are equal.
 _ROUNDING = 1e-6
@@ -47,16 +47,17 @@ class Overlaps(NamedTuple):
     inputs: Tensor
 
 
-def answers(span: Span, total: Tensor) -> Answers:
+def answers(parts: Sequence[LowRank], total: Tensor) -> Answers:
     """Compare a merged difference with the models', summed over a stack.
 
     Args:
-        span: of the models.
-        total: the merged difference in its coordinates, ``(stack, p, q)``.
+        parts: the models' differences, ``(stack, m, k)`` and so on, or those of a
+            `cart_plugin.merging.spans.Span` in its coordinates.
+        total: the merged difference, ``(stack, m, n)``, in the same coordinates.
     """
-    found = torch.zeros(3, len(span.parts), dtype=torch.float64)
+    found = torch.zeros(3, len(parts), dtype=torch.float64)
     with full_precision(total.device):
-        for index, part in enumerate(span.parts):
+        for index, part in enumerate(parts):
             size = torch.linalg.vector_norm(part.S, dim=-1)[..., None]
             shares = torch.where(size > 0, part.S / torch.where(size > 0, size, 1), 0)
             own = part.U * (part.S * shares)[..., None, :]
@@ -67,16 +68,14 @@ def answers(span: Span, total: Tensor) -> Answers:
     return Answers(*found)
 
 
-def overlaps(span: Span) -> Overlaps:
-    """Compare the models of a span with each other; spaces as the mean over a stack."""
-    left = torch.cat([part.U for part in span.parts], dim=-1)
-    right = torch.cat([part.Vh for part in span.parts], dim=-2)
-    sizes = torch.cat([part.S for part in span.parts], dim=-1)
-    real = torch.cat([_real(part) for part in span.parts], dim=-1)
-    owners = torch.arange(len(span.parts)).repeat_interleave(
-        torch.tensor([part.rank for part in span.parts])
-    )
-    is_of = torch.nn.functional.one_hot(owners, len(span.parts)).to(sizes)  # (K, T)
+def overlaps(parts: Sequence[LowRank]) -> Overlaps:
+    """Compare the models of `answers` with each other; spaces as the mean over a stack."""
+    left = torch.cat([part.U for part in parts], dim=-1)
+    right = torch.cat([part.Vh for part in parts], dim=-2)
+    sizes = torch.cat([part.S for part in parts], dim=-1)
+    real = torch.cat([_real(part) for part in parts], dim=-1)
+    owners = torch.arange(len(parts)).repeat_interleave(torch.tensor([part.rank for part in parts]))
+    is_of = torch.nn.functional.one_hot(owners, len(parts)).to(sizes)  # (K, T)
 
     def summed(products: Tensor, scales: Tensor) -> Tensor:
         scaled = scales[..., :, None] * products * scales[..., None, :]

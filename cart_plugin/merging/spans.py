@@ -17,6 +17,7 @@ nothing is to be found there.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -114,6 +115,21 @@ class Span:
             if share and part.rank:
                 part.add_to_(found, share)
         return found
+
+    def first(self, count: int) -> Span:
+        """The first models alone, in the same coordinates."""
+        found = copy.copy(self)
+        found.parts = self.parts[:count]
+        return found
+
+    def inputs(self, columns: Tensor) -> Tensor:
+        """What the differences see of inputs ``(n, N)``, in coordinates: ``(stack, q, N)``."""
+        if self._columns.size == self.shape[2]:
+            return columns.to(self.parts[0].S).expand(self.shape[0], *columns.shape)
+        unit = torch.eye(self._columns.size, dtype=torch.float64, device=columns.device)
+        basis = self._columns.lifted(unit.expand(self.shape[0], *unit.shape))
+        with full_precision(columns.device):
+            return (basis.mT.double() @ columns.double()).to(self.parts[0].S)
 
     def lifted(self, factors: LowRank) -> Difference:
         """Factors in coordinates as those of the weights, in the dtype of the differences.

@@ -46,8 +46,8 @@ def test_of_the_largest_tensor(method: str, count: int) -> None:
         found = merge_in_span(span, [1 / count] * count, settings)
         cut = of_rank(found, rank)
         span.lifted(cut)
-        answers(span, found.total)
-        overlaps(span)
+        answers(span.parts, found.total)
+        overlaps(span.parts)
     assert largest.elements == max(m, n) * count * rank  # all factors of one side
 
 

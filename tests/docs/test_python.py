@@ -34,6 +34,19 @@ def test_how_it_works() -> None:
     assert found["factors"].S.shape == (8,)
 
 
+def test_inspecting() -> None:
+    states = dict(
+        zip(("math_state", "code_state", "german_state", "base_state"), _four(), strict=True)
+    )
+    found = run("docs/inspecting.md", **states)
+    assert {row["model"] for row in found["rows"]} == {"math", "code", "german"}
+    assert found["worst"]["tensor"] == "layer.weight"
+
+
+def _four() -> list[dict[str, torch.Tensor]]:
+    return [*matrices(), {"layer.weight": torch.zeros(16, 24)}]
+
+
 def test_fusion_bench() -> None:
     pytest.importorskip("fusion_bench")
     models = {}
@@ -106,6 +119,7 @@ def test_every_block_is_run_by_a_test() -> None:
         "docs/fusion-bench.md",
         "docs/how-it-works.md",
         "docs/how-it-works.md",
+        "docs/inspecting.md",
         "docs/merging-adapters.md",
         "docs/merging-adapters.md",
     ]

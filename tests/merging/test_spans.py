@@ -191,7 +191,7 @@ def test_answers_are_measured_on_each_models_own_inputs() -> None:
     first = span.parts[0].dense()
     own = dense(parts)[0].double()[0]
     inputs = own.mT @ own / own.square().sum()
-    found = answers(span, first / 2)
+    found = answers(span.parts, first / 2)
     assert math.isclose(found.own[0], float(torch.trace(own @ inputs @ own.mT)), rel_tol=1e-6)
     assert math.isclose(found.along[0], found.own[0] / 2, rel_tol=1e-9)
     assert math.isclose(found.beside[0], found.own[0] / 4, rel_tol=1e-9)
@@ -200,7 +200,7 @@ def test_answers_are_measured_on_each_models_own_inputs() -> None:
 def test_overlaps_are_those_of_the_factors() -> None:
     one, other = differences(2, 40, 60)
     same_inputs = Difference(other.left, one.right)
-    found = overlaps(Span([one, same_inputs, other]))
+    found = overlaps(Span([one, same_inputs, other]).parts)
     taus = dense([one, same_inputs, other])
     for i in range(3):
         for j in range(3):

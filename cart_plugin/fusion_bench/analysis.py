@@ -1,0 +1,113 @@
+r"""What fine-tuning did to the models of a pool, and what merges of them will lose.
+
+The report of `mergekit-cart inspect`, saved beside the program's log; nothing is merged::
+
+    fusion_bench method=cart/analysis \
+        modelpool=CLIPVisionModelPool/clip-vit-base-patch32_TA8
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from fusion_bench import BaseAlgorithm, LightningFabricMixin
+from fusion_bench.modelpool import BaseModelPool
+from fusion_bench.models.utils import get_target_state_dict
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from cart_plugin.errors import CartError
+from cart_plugin.inspect.report import Report
+from cart_plugin.inspect.state_dicts import records_of
+
+log = logging.getLogger(__name__)
+
+
+class CartAnalysisAlgorithm(LightningFabricMixin, BaseAlgorithm):
+    """How far the models of a pool moved, where, how alike they are, and what merges keep of them.
+
+    Takes differences from the pool's pretrained model, or from the average without one.
+
+    Args:
+        output_path: folder of report.json, report.md and report.html; the program's log folder if
+            None.
+        **kwargs: those of `BaseAlgorithm`.
+    """
+
+    _config_mapping = BaseAlgorithm._config_mapping | {"_output_path": "output_path"}
+
+    def __init__(self, output_path: str | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._output_path = output_path
+
+    @property
+    def output_path(self) -> Path:
+        """The report's folder.
+
+        Raises:
+            CartError: none is given, and there is no log.
+        """
+        found = self._output_path
+        if found is None and self.fabric.loggers:
+            found = self.fabric.logger.log_dir
+        if found is None:
+            raise CartError("give output_path, the folder of the report: there is no log folder")
+        return Path(found)
+
+    @torch.no_grad()
+    def run(self, modelpool: BaseModelPool | dict[str, nn.Module]) -> Any:
+        """Measure the models of a pool, and write the report.
+
+        Returns:
+            The pretrained model or, without one, the first: methods have to return a model.
+
+        Raises:
+            CartError: fewer than two models, or such as cannot be merged.
+        """
+        started = time.perf_counter()
+        out = self.output_path
+        pool = modelpool if isinstance(modelpool, BaseModelPool) else BaseModelPool(modelpool)
+        models = {name: pool.load_model(name) for name in pool.model_names}
+        base = pool.load_pretrained_model() if pool.has_pretrained else None
+        device = self.fabric.device
+        named = {name: _OnDevice(model, device) for name, model in models.items()}
+        # An empty pool is refused below.
+        total = len(next(iter(named.values()), ()))
+        records = records_of(named, base=None if base is None else _OnDevice(base, device))
+        report = Report(
+            models=dict(zip(named, named, strict=True)),
+            base=None if base is None else "_pretrained_",
+            merged=None,
+            key="",
+            of_adapters=False,
+            records=list(tqdm(records, desc="measuring", total=total, dynamic_ncols=True)),
+            seconds=time.perf_counter() - started,
+        )
+        out.mkdir(parents=True, exist_ok=True)
+        report.write(out)
+        log.info("report: %s", out / "report.html")
+        return next(iter(models.values())) if base is None else base
+
+
+class _OnDevice(Mapping[str, Tensor]):
+    """A model's tensors, each moved when it is asked for."""
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        # A lazy state dict reads each tensor when it is asked for it.
+        self._state = model if isinstance(model, Mapping) else get_target_state_dict(model)
+        self._device = device
+
+    def __getitem__(self, name: str) -> Tensor:
+        found: Tensor = self._state[name]
+        return found.to(self._device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)

@@ -1,0 +1,12 @@
+"""What fine-tuning did to the weights of several models, and what a merge of them will lose.
+
+Modules, from the bottom: `weights` (what T models make of one weight, in factors), `measures` (the
+record of it), `state_dicts` (models in memory), `activations` (what models see), `models` (on the
+disk), `journal` (records of a run that may be cut off), `summary` (what all records come to),
+`advice`, `page`, `report`, and `run`, which does all of it.
+"""
+
+from cart_plugin.inspect.run import inspect_models
+from cart_plugin.inspect.state_dicts import inspect_state_dicts
+
+__all__ = ["inspect_models", "inspect_state_dicts"]

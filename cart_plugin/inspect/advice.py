@@ -1,0 +1,192 @@
+"""Which method and rank fit the models, why, and the recipe's lines to copy."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import yaml
+
+from cart_plugin.inspect.summary import Judgement, Movement, Pair, title
+from cart_plugin.inspect.weights import (
+    AUTO,
+    AUTO_WITH_BASE,
+    AVERAGE,
+    CART,
+    MERGED,
+    SCALE,
+    TASK_ARITHMETIC,
+)
+from cart_plugin.merging.informed import MOST_INFORMED
+
+_NAMES = {AVERAGE: "linear", AUTO_WITH_BASE: AUTO}  # mergekit's
+_ALIKE = 0.3  # difference of two models, relative to what they moved: one is nearly the other
+_GAIN = 0.02  # of what is lost: less than that is no reason for another method than the average
+_LITTLE = 0.5  # kept of a model: below, a merge is hardly that model
+_LARGE = 3.0  # how much farther one model moved than the median
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A recommendation.
+
+    Attributes:
+        method: by the names of `cart_plugin.inspect.weights`.
+        recipe: lines to copy: a recipe of mergekit, or a command.
+        reasons: of the choice, and what else there is to know.
+    """
+
+    method: str
+    recipe: str
+    reasons: Sequence[str]
+
+
+def advise(
+    movements: Sequence[Movement],
+    pairs: Sequence[Pair],
+    judged: Mapping[str, Judgement],
+    paths: Sequence[str],
+    base: str | None,
+    *,
+    of_adapters: bool,
+) -> Advice:
+    """Choose a method by what it loses: `cart_auto`, unless the average loses as little.
+
+    That is the method whose merges were the most accurate, or level with those, wherever this
+    project has measured them (``benchmarks``); with the base model where it takes it into account.
+
+    Args:
+        movements: one a model.
+        pairs: the nearest first.
+        judged: what each method keeps.
+        paths: the models', as they are written.
+        base: the base's, if there is one.
+        of_adapters: the models are adapters, from which one adapter can be made.
+    """
+    methods = {name: found for name, found in judged.items() if name != MERGED}
+    method = next((name for name in (AUTO_WITH_BASE, AUTO) if name in methods), AVERAGE)
+    if methods and methods[AVERAGE].mean_lost - methods[method].mean_lost < _GAIN:
+        method = AVERAGE
+    is_low = all(movement.rank is not None for movement in movements)
+    reasons = [
+        *_choice(method, methods, len(movements), base, of_adapters=of_adapters),
+        *_others(method, methods, is_low=is_low),
+        *_ranks(movements),
+        *_pairs(pairs),
+        *_sizes(movements),
+    ]
+    alone = of_adapters and not any("+" in path for path in paths)
+    recipe = _command(method, paths) if alone else _recipe(method, paths, base)
+    return Advice(method, recipe, reasons)
+
+
+def _choice(
+    method: str,
+    methods: Mapping[str, Judgement],
+    count: int,
+    base: str | None,
+    *,
+    of_adapters: bool,
+) -> Iterator[str]:
+    if not methods:
+        yield "none of the weights is one that methods decompose: all of them average"
+        return
+    found, average = methods[method], methods[AVERAGE]
+    if method == AVERAGE:
+        yield f"no method loses clearly less than the average, which keeps {average.mean_kept:.0%}"
+    else:
+        what = "what sets the models apart" if base is None and not of_adapters else "the changes"
+        yield (
+            f"{title(method)} keeps {found.mean_kept:.0%} of {what} and loses "
+            f"{found.mean_lost:.0%}; the average keeps {average.mean_kept:.0%} and loses "
+            f"{average.mean_lost:.0%}"
+        )
+    if base is None and not of_adapters and count <= MOST_INFORMED:
+        yield (
+            f"with the base model (--base) up to {MOST_INFORMED} models can be merged by "
+            "cart_auto with it, which loses less"
+        )
+        if count == 2:
+            yield "two models around their average are the average, whatever the method"
+    elif count > MOST_INFORMED and method == AUTO:
+        yield f"of more than {MOST_INFORMED} models cart_auto leaves the base model out"
+    if method == TASK_ARITHMETIC:
+        yield "its scale wants validation data: 0.3 is what tools recommend to start with"
+    if found.mean_kept < _LITTLE or min(found.kept) < _LITTLE / 2:
+        yield (
+            "no merge keeps most of all models: `mergekit-cart compress` keeps each of them, as "
+            "one base and small adapters"
+        )
+
+
+def _others(method: str, methods: Mapping[str, Judgement], *, is_low: bool) -> Iterator[str]:
+    """What the measure has ahead of the choice."""
+    ahead = [
+        name
+        for name in methods
+        if methods[name].mean_lost < methods[method].mean_lost - _GAIN and name != method
+    ]
+    if not ahead or method == AVERAGE:
+        return
+    best = min(ahead, key=lambda name: methods[name].mean_lost)
+    yield f"{title(best)} loses less by this measure ({methods[best].mean_lost:.0%})" + (
+        ", but the rows of LoRA are drawn at random and tell little of the inputs: judge both "
+        "(`mergekit-cart compare`)"
+        if is_low
+        else ": judge both (`mergekit-cart compare`)"
+    )
+
+
+def _ranks(movements: Sequence[Movement]) -> Iterator[str]:
+    ranks = [movement.rank for movement in movements]
+    low = sorted({rank for rank in ranks if rank is not None})
+    if low and None not in ranks:
+        text = str(low[0]) if len(low) == 1 else f"{low[0]} to {low[-1]}"
+        yield (
+            f"the changes are of rank {text}, as of LoRA adapters: leave a rank_ratio out, at "
+            "which cart keeps all of them, that is, the average"
+        )
+
+
+def _pairs(pairs: Sequence[Pair]) -> Iterator[str]:
+    for pair in pairs:
+        if pair.apart < _ALIKE:
+            one, other = pair.models
+            yield (
+                f"{one} and {other} differ by {pair.apart:.0%} of what they moved: they count "
+                "twice; leave one out, or give each half the weight"
+            )
+
+
+def _sizes(movements: Sequence[Movement]) -> Iterator[str]:
+    moved = sorted(movement.moved for movement in movements)
+    median = moved[(len(moved) - 1) // 2]
+    for movement in movements:
+        if median > 0 and movement.moved > _LARGE * median:
+            yield (
+                f"{movement.model} moved {movement.moved / median:.1f} times as far as the others: "
+                "it outweighs them in sums, unless its weight is smaller"
+            )
+        elif movement.moved == 0:
+            yield f"{movement.model} did not move: leave it out"
+
+
+def _recipe(method: str, paths: Sequence[str], base: str | None) -> str:
+    models: list[dict[str, object]] = [{"model": path} for path in paths]
+    recipe: dict[str, object] = {"models": models, "merge_method": _NAMES.get(method, method)}
+    if method == AVERAGE:
+        recipe["parameters"] = {"weight": 1.0}
+    if method == TASK_ARITHMETIC:
+        recipe["parameters"] = {"weight": SCALE}
+    if base is not None and method in (AUTO_WITH_BASE, TASK_ARITHMETIC):
+        recipe["base_model"] = base
+    text: str = yaml.safe_dump(recipe, sort_keys=False)
+    return text.rstrip()
+
+
+def _command(method: str, paths: Sequence[str]) -> str:
+    words = {AVERAGE: "linear", TASK_ARITHMETIC: "linear", CART: "cart"}
+    chosen = words.get(method, "auto")
+    options = [*paths, "--method", chosen, "--out", "merged"]
+    return shlex.join(["mergekit-cart", "merge-adapters", *options])

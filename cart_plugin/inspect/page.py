@@ -1,0 +1,73 @@
+"""`report.html`: one self-contained page, drawn by a script of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cart_plugin.inspect.measures import Record
+from cart_plugin.inspect.summary import decomposed, title
+
+Table = tuple[str, list[str], list[list[str]]]
+"""Heading of the first column, of the others, and rows."""
+
+WORDS = "most in"
+"""The column that holds words and no number."""
+
+_TITLES = {
+    "model": "How far, and where",
+    "pair": "The nearest pairs",
+    "kept by": "What merges keep of each model",
+    "kept on the inputs by": "The same, measured on the inputs",
+}
+_DRAWN = (
+    *("tensor", "layer", "module", "shape", "full_rank", "moved", "effective_rank", "rank"),
+    *("rho", "row_overlap", "ranks", "centred", "from_base", "spectrum"),
+)
+
+
+def html(found: Mapping[str, Any], tables: Sequence[Table], words: Sequence[str]) -> str:
+    """The page.
+
+    Args:
+        found: from `Report.document`.
+        tables: those of the other forms of the report.
+        words: what they show.
+    """
+    from jinja2 import Environment, PackageLoader, select_autoescape
+
+    environment = Environment(
+        loader=PackageLoader("cart_plugin.inspect", "."),
+        autoescape=select_autoescape(default=True, default_for_string=True),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(
+        found=found,
+        tables=tables,
+        titles=_TITLES,
+        words=words,
+        in_words=WORDS,
+        chosen=title(found["advice"]["method"]),
+        from_base=found["base"] is not None or found["of_adapters"],
+        data=_drawn(found),
+    )
+
+
+def _drawn(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What the script draws."""
+    return {
+        "models": list(found["models"]),
+        "methods": [[name, title(name)] for name in found["methods"]],
+        "chosen": found["worst"]["method"],
+        "pairs": found["pairs"],
+        "records": [_slim(record) for record in decomposed(found["records"])],
+    }
+
+
+def _slim(record: Record) -> dict[str, Any]:
+    methods = {
+        name: {"kept": entry["kept"], "lost": entry["lost"]}
+        for name, entry in record["methods"].items()
+    }
+    return {key: record[key] for key in _DRAWN} | {"methods": methods}

@@ -1,0 +1,152 @@
+"""Whole models, measured a weight at a time, and reported."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from cart_plugin import linalg, merging
+from cart_plugin.checkpoints.reading import Checkpoint
+from cart_plugin.errors import CartError
+from cart_plugin.inspect import activations
+from cart_plugin.inspect.journal import Journal
+from cart_plugin.inspect.measures import REVISION, Record, record
+from cart_plugin.inspect.models import Named, Source, open_models
+from cart_plugin.inspect.report import Report
+
+Progress = Callable[[str, int, int], None]
+"""Is told a step, how many of its tensors are done, and their number."""
+
+
+def inspect_models(
+    models: Sequence[str | Path],
+    *,
+    base: str | Path | None = None,
+    merged: str | Path | None = None,
+    inputs: Sequence[str | Path] = (),
+    names: Sequence[str] | None = None,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Measure what fine-tuning did to the weights of models, and what a merge will lose of it.
+
+    A tensor at a time is in memory, of all models. Of adapters the factors are, and no matrix of a
+    weight's size is formed.
+
+    Args:
+        models: two or more: folders of whole models (or safetensors files), or of PEFT adapters,
+            or ``BASE+ADAPTER``.
+        base: the model they were fine-tuned from; differences are from their average without it.
+        merged: a merged model, or adapter, which is judged beside the methods.
+        inputs: text files (an example a line) or folders of images: one for all models, or one a
+            model, in their order. The models are loaded and run on them, and what merges keep is
+            measured on what their layers get, too.
+        names: what to call the models; by their folders if None.
+        out: folder of the report: `report.json`, `report.md` and `report.html`. Made if need be. A
+            run that was cut off goes on where it stopped. None for no files.
+        progress: is told how far the work is.
+
+    Returns:
+        What was found.
+
+    Raises:
+        CartError: models that cannot be read or compared; or ``out`` cannot be written, or holds
+            another program's report.
+    """
+    started = time.perf_counter()
+    named = [Named.parse(str(model)) for model in models]
+    source = open_models(
+        named, None if base is None else str(base), None if merged is None else str(merged), names
+    )
+    tell = progress or (lambda *_: None)
+    examples = _examples(inputs, len(named))
+    key = _key(source, examples)
+    with (
+        nullcontext() if out is None else Journal(Path(out), key) as journal,
+        TemporaryDirectory(prefix="mergekit-cart-inspect-") as scratch,
+    ):
+        records: dict[str, Record] = {} if journal is None else journal.records
+        heard: list[Checkpoint] = []
+        if examples and any(name not in records for name in source.weights):
+            subjects = source.runnable()
+            for index, (subject, own) in enumerate(zip(subjects, examples, strict=True)):
+                file = Path(scratch) / f"{index}.safetensors"
+                step = f"running {subject.name}"
+                activations.collect(subject, own, file, partial(tell, step))
+                heard.append(activations.opened(file, subject.name))
+        for number, name in enumerate(source.weights):
+            if name not in records:
+                columns = {
+                    index: model.read(name).mT
+                    for index, model in enumerate(heard)
+                    if name in model.tensors
+                }
+                found = record(source.read(name), source.models, columns)
+                if journal is None:
+                    records[name] = found
+                else:
+                    journal.add(found)
+            tell("measuring", number + 1, len(source.weights))
+        _check_moved(source, records)
+        report = Report(
+            models=dict(zip(source.models, map(str, named), strict=True)),
+            base=_base_of(named, base),
+            merged=None if merged is None else str(merged),
+            key=key,
+            of_adapters=named[0].adapter is not None,
+            records=[records[name] for name in source.weights],
+            notes=list(source.notes),
+            seconds=time.perf_counter() - started,
+        )
+        if journal is not None:
+            report.write(Path(str(out)))
+            journal.finish()
+    return report
+
+
+def _base_of(named: Sequence[Named], base: str | Path | None) -> str | None:
+    if base is not None:
+        return str(base)
+    return next((model.path for model in named if model.adapter is not None and model.path), None)
+
+
+def _examples(inputs: Sequence[str | Path], count: int) -> list[activations.Examples]:
+    """One a model, or none.
+
+    Raises:
+        CartError: of another number, or they cannot be read.
+    """
+    if not inputs:
+        return []
+    if len(inputs) not in (1, count):
+        raise CartError(
+            f"{count} models but {len(inputs)} inputs; give one for all, or one a model in order"
+        )
+    found = [activations.Examples.read(Path(path)) for path in inputs]
+    return found * count if len(found) == 1 else found
+
+
+def _key(source: Source, examples: Sequence[activations.Examples]) -> str:
+    """Of all that decides the records."""
+    parts: list[object] = [REVISION, linalg.REVISION, merging.REVISION]
+    parts += [source.models, source.identity(), [own.digest() for own in examples]]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _check_moved(source: Source, records: Mapping[str, Record]) -> None:
+    """Refuse models that are all the same, of which there is nothing to say.
+
+    Raises:
+        CartError: they are.
+    """
+    if not any(any(found["moved"]) for found in records.values()):
+        where = "from their base" if source.has_base else "from each other"
+        raise CartError(
+            f"{', '.join(source.models)} do not differ {where} in any weight: nothing to merge"
+        )

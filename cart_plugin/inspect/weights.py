@@ -1,0 +1,349 @@
+"""What T models make of one weight, in the form that is measured: factors, norms, merges.
+
+Two kinds come to the same: whole weights, decomposed here, and low-rank changes that are factors
+from the start (adapters), in the coordinates of `cart_plugin.merging.spans`. Everything is told
+relative to a centre: the base model where it is known, else the average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cart_plugin.linalg.factors import LowRank
+from cart_plugin.linalg.gram import total_energy
+from cart_plugin.linalg.precision import full_precision
+from cart_plugin.linalg.rounding import rounding_energy, stored_eps
+from cart_plugin.linalg.rules import RankRule
+from cart_plugin.linalg.svd import share_of_rank, truncated_svd
+from cart_plugin.merging.cart import centre_of
+from cart_plugin.merging.informed import MOST_INFORMED, Change, few_directions, informed_by_base
+from cart_plugin.merging.inputs import check_finite, check_inputs, check_kind
+from cart_plugin.merging.least_interference import least_interference
+from cart_plugin.merging.settings import CartSettings
+from cart_plugin.merging.spans import Difference, Span, merge_in_span
+from cart_plugin.merging.tensors import is_decomposed, matrix_shape, tensor_seed
+
+AVERAGE = "average"
+TASK_ARITHMETIC = "task_arithmetic"
+CART = "cart"
+AUTO = "cart_auto"
+AUTO_WITH_BASE = "cart_auto with base"
+MERGED = "merged"
+
+SCALE = 0.3
+"""Of task arithmetic, whose tools have it as the default or recommend it."""
+
+_CHUNK = 2**16  # numbers: their copies in fp64 stay in the cache
+_AUTO = CartSettings(lambda_="auto", center="average")
+# From this side on differences from the average are sketched, as those from a base are: that moves
+# R by a thousandth at most (Llama-shaped models), and halves the time. Smaller ones are solved.
+_SKETCHED = 512
+_INFORMED = CartSettings(lambda_="auto")
+
+
+@dataclass
+class Differences:
+    """One difference a model, from one centre.
+
+    Attributes:
+        parts: their leading directions, ``(stack, m, K)`` and so on; coordinates may stand for
+            rows and columns.
+        energies: squared norms of all of each, ``(T, stack)``, in fp64.
+        rounding: what of them is rounding (`cart_plugin.linalg.rounding`), the same.
+        inner: inner products of all of them, ``(T, T)``, in fp64.
+    """
+
+    parts: list[LowRank]
+    energies: Tensor
+    rounding: Tensor
+    inner: Tensor
+
+
+@dataclass
+class Weight:
+    """One weight of T models.
+
+    Attributes:
+        name: of the tensor.
+        shape: as matrices, ``(stack, m, n)``.
+        norms: of the models' weights, squared, ``(T,)``; None if they are not known.
+        from_base: differences from the base; None without one.
+        centred: those from the average.
+        merges: method and what it adds to the centre (the base, or the average without one), one
+            after the other; in coordinates where the parts are.
+        answer: takes a model's number and inputs ``(n, N)``; gives the inputs in the parts'
+            coordinates, ``(stack, q, N)``, and what all of its difference answers, ``(stack, p,
+            N)``.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    norms: Tensor | None
+    from_base: Differences | None
+    centred: Differences
+    merges: Callable[[], Iterator[tuple[str, Tensor]]]
+    answer: Callable[[int, Tensor], tuple[Tensor, Tensor]]
+
+    @property
+    def around(self) -> Differences:
+        """The differences from the centre."""
+        return self.from_base or self.centred
+
+
+@dataclass
+class Plain:
+    """A tensor that no method decomposes, and of which norms are all there is to say.
+
+    Attributes:
+        name: of the tensor.
+        shape: of it.
+        norms: of the models' tensors, squared, ``(T,)``; None if they are not known.
+        inner: inner products of the differences from the base or, without one, the average,
+            ``(T, T)``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    norms: Tensor | None
+    inner: Tensor
+
+
+def of_tensors(
+    name: str,
+    tensors: Sequence[Tensor],
+    models: Sequence[str],
+    base: Tensor | None = None,
+    merged: Tensor | None = None,
+) -> Weight | Plain:
+    """What whole models make of a tensor.
+
+    Args:
+        name: the tensor's.
+        tensors: one a model, of one shape; two at least.
+        models: their names, for errors.
+        base: the base model's.
+        merged: that of a merged model, which is judged.
+
+    Raises:
+        CartError: tensors that no method can merge: of different shapes, not finite, quantised.
+    """
+    _, where = check_inputs(tensors, base, None, name, models)
+    shares = [1 / len(tensors)] * len(tensors)
+    with torch.no_grad():
+        mean = centre_of(tensors, shares, None, models, where)
+        start = mean if base is None else centre_of(tensors, shares, base, models, where)
+        if merged is not None:
+            check_kind([("the merged model", merged)], tensors[0].shape, models[0], where)
+            check_finite(merged, ["the merged model"], [merged], where)
+        norms, inner = _products(tensors, start)
+        if not is_decomposed(name, mean.shape):
+            return Plain(name, tuple(mean.shape), norms, inner)
+        return _decomposed(name, tensors, mean, base, start, merged, norms, inner)
+
+
+def _decomposed(
+    name: str,
+    tensors: Sequence[Tensor],
+    mean: Tensor,
+    base: Tensor | None,
+    start: Tensor,
+    merged: Tensor | None,
+    norms: Tensor,
+    inner: Tensor,
+) -> Weight:
+    shape = matrix_shape(name, mean.shape)
+    own = torch.stack([rounding_energy(tensor.reshape(shape)).cpu() for tensor in tensors])
+    count = len(tensors)
+    # Of a difference from the mean: of the tensor itself, and of all in the mean.
+    rounding = own * (1 - 2 / count) + own.sum(dim=0) / count**2
+    centred = _differences(name, tensors, mean, shape, _AUTO, rounding, _centred(inner))
+    from_base = None
+    if base is not None:
+        informed = _INFORMED.informed
+        rounding = own + _own_rounding(base.reshape(shape), tensors)
+        from_base = _differences(name, tensors, start, shape, informed, rounding, inner)
+    offset = (mean - start).reshape(shape)
+
+    def merges() -> Iterator[tuple[str, Tensor]]:
+        yield from _merges(offset, centred, from_base)
+        if merged is not None:
+            yield MERGED, (merged - start).reshape(shape)
+
+    def answer(index: int, columns: Tensor) -> tuple[Tensor, Tensor]:
+        delta = (tensors[index] - start).reshape(shape)
+        there = columns.to(delta).expand(shape[0], *columns.shape)
+        with full_precision(delta.device):
+            return there, delta @ there
+
+    return Weight(name, shape, norms, from_base, centred, merges, answer)
+
+
+def _own_rounding(base: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """What a base in fewer bits than a model adds to its difference's rounding, ``(T, stack)``.
+
+    One in as many bits is what training started from.
+    """
+    eps, energy = stored_eps(base), rounding_energy(base).cpu()
+    coarser = [eps > stored_eps(tensor) for tensor in tensors]
+    return energy * torch.tensor(coarser, dtype=energy.dtype)[:, None]
+
+
+def _products(tensors: Sequence[Tensor], centre: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared norms ``(T,)``, and inner products of the differences ``(T, T)``, in fp64."""
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    around = centre.reshape(-1)
+    norms = torch.zeros(len(flat), dtype=torch.float64)
+    inner = torch.zeros(len(flat), len(flat), dtype=torch.float64)
+    for first in range(0, len(around), _CHUNK):
+        parts = [one[first : first + _CHUNK].to("cpu", torch.float64) for one in flat]
+        wide = torch.stack(parts)
+        norms += wide.square().sum(dim=1)
+        wide -= around[first : first + _CHUNK].cpu()
+        inner += wide @ wide.mT
+    return norms, inner
+
+
+def _centred(inner: Tensor) -> Tensor:
+    """Inner products of the same vectors less their mean."""
+    rows = inner - inner.mean(dim=0, keepdim=True)
+    return rows - rows.mean(dim=1, keepdim=True)
+
+
+def _differences(
+    name: str,
+    tensors: Sequence[Tensor],
+    centre: Tensor,
+    shape: tuple[int, int, int],
+    settings: CartSettings,
+    rounding: Tensor,
+    inner: Tensor,
+) -> Differences:
+    parts, energies = [], []
+    svd = "sketch" if min(shape[1:]) >= _SKETCHED else settings.solver
+    for tensor in tensors:
+        delta = (tensor - centre).reshape(shape)
+        seed = tensor_seed(settings.seed, name)
+        parts.append(truncated_svd(delta, settings.rule, svd=svd, seed=seed))
+        energies.append(total_energy(delta).cpu())
+    return Differences(parts, torch.stack(energies), rounding, inner)
+
+
+def _merges(
+    offset: Tensor, centred: Differences, from_base: Differences | None
+) -> Iterator[tuple[str, Tensor]]:
+    """What the methods add to the base or, without one, to the average.
+
+    Args:
+        offset: the average less the base, ``(stack, m, n)``; zero without one.
+        centred: of the rank that `cart_auto` keeps; `cart` keeps fewer.
+        from_base: of the rank that it keeps with a base model.
+    """
+    count = len(centred.parts)
+    yield AVERAGE, offset
+    if from_base is not None:
+        yield TASK_ARITHMETIC, SCALE * count * offset
+    m, n = offset.shape[1:]
+    if count > 2:  # of two the differences from the average are opposite
+        total = offset.clone()
+        rule = CartSettings().rule
+        for part, energy, rounding in zip(
+            centred.parts, centred.energies, centred.rounding, strict=True
+        ):
+            first = leading(part, rule.fixed_rank(m, n) or 0)
+            device = first.S.device
+            share_of_rank(first, energy.to(device), rounding.to(device)).add_to_(total)
+        yield CART, total
+        total = least_interference((part, 1.0) for part in centred.parts).to(offset.device)
+        yield AUTO, offset + total
+    if from_base is not None and count <= MOST_INFORMED:
+        few = few_directions(m, n)
+        changes = (
+            Change(
+                part,
+                part.S[..., :few],
+                1.0,
+                energy.to(part.S.device),
+                rounding.to(part.S.device),
+            )
+            for part, energy, rounding in zip(
+                from_base.parts, from_base.energies, from_base.rounding, strict=True
+            )
+        )
+        found = informed_by_base(changes, offset)
+        added = found.added.to(offset.device)
+        if found.is_halved:
+            added = (added + total) / 2
+        yield AUTO_WITH_BASE, offset + added
+
+
+def leading(part: LowRank, rank: int) -> LowRank:
+    """The first directions of factors."""
+    return LowRank(part.U[..., :rank], part.S[..., :rank], part.Vh[..., :rank, :], part.error)
+
+
+def of_factors(
+    name: str,
+    shape: tuple[int, int, int],
+    differences: Sequence[Difference],
+    merged: Difference | None = None,
+    norms: Tensor | None = None,
+    *,
+    is_table: bool = False,
+) -> Weight | Plain:
+    """What adapters make of a weight, from their factors: no matrix of its size is formed.
+
+    Args:
+        name: the weight's.
+        shape: of it, ``(stack, m, n)``.
+        differences: one an adapter, in fp32 or better.
+        merged: that of a merged adapter, which is judged.
+        norms: of the base's weight, squared, if it is known: ``()``.
+        is_table: its rows are tokens.
+    """
+    every = Span([*differences, *([] if merged is None else [merged])])
+    count = len(differences)
+    span = every.first(count)
+    parts = span.parts
+    with torch.no_grad():
+        # In coordinates: small.
+        dense = [part.dense().double() for part in parts]
+        flat = torch.stack([one.reshape(-1) for one in dense])
+        inner = (flat @ flat.mT).cpu()
+        size = None if norms is None else norms.expand(count)
+        of_weight = shape[1:] if shape[0] == 1 else shape
+        if is_table or not is_decomposed(name, of_weight):
+            return Plain(name, of_weight, size, inner)
+        mean = torch.stack(dense).mean(dim=0)
+        lacking = [(one - mean).to(parts[0].S.dtype) for one in dense]
+        whole = RankRule(rank=min(mean.shape[-2:]))
+        centred = [truncated_svd(one, whole, svd="exact") for one in lacking]
+
+    def merges() -> Iterator[tuple[str, Tensor]]:
+        shares = [1 / count] * count
+        yield AVERAGE, span.mean(shares)
+        yield TASK_ARITHMETIC, SCALE * count * span.mean(shares)
+        if count > 2:
+            yield CART, merge_in_span(span, shares, CartSettings()).total
+            yield AUTO, merge_in_span(span, shares, _AUTO).total
+        if count <= MOST_INFORMED:
+            yield AUTO_WITH_BASE, merge_in_span(span, shares, _INFORMED).total
+        if merged is not None:
+            yield MERGED, every.parts[-1].dense()
+
+    def answer(index: int, columns: Tensor) -> tuple[Tensor, Tensor]:
+        there = span.inputs(columns)
+        with full_precision(there.device):
+            return there, parts[index].dense() @ there
+
+    around = _exact(parts, inner)
+    return Weight(name, shape, size, around, _exact(centred, _centred(inner)), merges, answer)
+
+
+def _exact(parts: list[LowRank], inner: Tensor) -> Differences:
+    """Differences of which the factors are all."""
+    energies = torch.stack([part.S.double().square().sum(dim=-1).cpu() for part in parts])
+    return Differences(parts, energies, torch.zeros_like(energies), inner)

@@ -1,0 +1,113 @@
+"""Which method is recommended, and what is said of it."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+import yaml
+
+from cart_plugin.inspect.advice import Advice, advise
+from cart_plugin.inspect.summary import Judgement, Movement, Pair
+
+LOSSES = {
+    "average": 0.6,
+    "task_arithmetic": 0.5,
+    "cart": 0.4,
+    "cart_auto": 0.3,
+    "cart_auto with base": 0.2,
+}
+
+
+def advice(
+    losses: dict[str, float] = LOSSES,
+    *,
+    count: int = 3,
+    base: str | None = "base",
+    rank: int | None = None,
+    of_adapters: bool = False,
+    apart: float = 1.2,
+    kept: float = 0.8,
+    paths: list[str] | None = None,
+) -> Advice:
+    names = [f"model{index}" for index in range(count)]
+    moved = [Movement(name, 1.0, 0.01, {}, [], rank, 20.0, 0.8) for name in names]
+    pairs = [Pair((names[0], names[1]), apart, 0.1, 0.3, 0.3)]
+    judged = {name: Judgement([kept] * count, [loss] * count) for name, loss in losses.items()}
+    return advise(moved, pairs, judged, paths or names, base, of_adapters=of_adapters)
+
+
+def without(*methods: str) -> dict[str, float]:
+    return {name: loss for name, loss in LOSSES.items() if name not in methods}
+
+
+def said(found: Advice) -> str:
+    return "\n".join(found.reasons)
+
+
+def test_with_a_base_it_is_cart_auto_with_it() -> None:
+    found = advice()
+    assert found.method == "cart_auto with base"
+    recipe = yaml.safe_load(found.recipe)
+    assert recipe["merge_method"] == "cart_auto"
+    assert recipe["base_model"] == "base"
+
+
+def test_of_many_models_cart_auto_leaves_the_base_out() -> None:
+    found = advice(without("cart_auto with base"), count=6)
+    assert found.method == "cart_auto"
+    assert "base_model" not in yaml.safe_load(found.recipe)
+    assert "leaves the base model out" in said(found)
+
+
+def test_without_a_base_the_base_is_asked_for() -> None:
+    found = advice(without("cart_auto with base", "task_arithmetic"), base=None)
+    assert found.method == "cart_auto"
+    assert "--base" in said(found)
+
+
+def test_two_models_without_their_base_are_averaged() -> None:
+    found = advice({"average": 1.0}, count=2, base=None)
+    assert found.method == "average"
+    recipe = yaml.safe_load(found.recipe)
+    assert (recipe["merge_method"], recipe["parameters"]) == ("linear", {"weight": 1.0})
+    assert "two models around their average are the average" in said(found)
+
+
+def test_where_nothing_is_to_be_gained_the_average_will_do() -> None:
+    found = advice({**LOSSES, "average": 0.205})
+    assert found.method == "average"
+    assert "no method loses clearly less" in said(found)
+
+
+def test_a_method_that_is_ahead_by_the_measure_is_told() -> None:
+    found = advice({**LOSSES, "cart_auto": 0.1})
+    assert found.method == "cart_auto with base"
+    assert "cart_auto loses less by this measure (10%): judge both" in said(found)
+    assert "drawn at random" in said(advice({**LOSSES, "cart": 0.1}, rank=16))
+    assert "judge both" not in said(advice())
+
+
+@pytest.mark.parametrize(("kept", "told"), [(0.8, False), (0.4, True)])
+def test_where_merges_keep_little_compression_is_told(kept: float, told: bool) -> None:
+    assert ("mergekit-cart compress" in said(advice(kept=kept))) is told
+
+
+def test_low_ranks_and_twins_are_told() -> None:
+    assert "of rank 16, as of LoRA" in said(advice(rank=16))
+    assert "rank" not in said(advice())
+    assert "differ by 3% of what they moved" in said(advice(apart=0.03))
+    assert "count twice" not in said(advice())
+
+
+def test_adapters_alone_get_the_command_for_adapters() -> None:
+    found = advice(of_adapters=True, base=None, rank=4, paths=["a b", "c", "d"])
+    words = shlex.split(found.recipe)
+    assert words[:5] == ["mergekit-cart", "merge-adapters", "a b", "c", "d"]
+    assert words[5:] == ["--method", "auto", "--out", "merged"]
+
+
+def test_models_without_matrices_are_averaged() -> None:
+    found = advice({})
+    assert found.method == "average"
+    assert "none of the weights" in said(found)
