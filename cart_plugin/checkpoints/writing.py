@@ -11,7 +11,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from cart_plugin.checkpoints.dtypes import NAMES
+from cart_plugin.checkpoints.dtypes import DTYPES, NAMES
 from cart_plugin.checkpoints.files import write_json
 from cart_plugin.checkpoints.reading import INDEX, as_bytes
 
@@ -46,6 +46,20 @@ def data_bytes(layout: Layout) -> int:
 def file_bytes(layout: Layout) -> int:
     """Bytes of a file."""
     return len(header(layout)) + data_bytes(layout)
+
+
+def as_safetensors_has_it(layout: Layout) -> Layout:
+    """A layout in the order of safetensors' own files: a file of it has the same bytes."""
+    return dict(sorted(layout.items(), key=lambda entry: (_RANKS[entry[1][0]], entry[0])))
+
+
+# safetensors sorts by its own list of dtypes, from its end, and then by name.
+_RANKS = {
+    DTYPES[name]: rank
+    for rank, name in enumerate(
+        ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")
+    )
+}
 
 
 def _ordered(layout: Layout) -> list[tuple[str, tuple[torch.dtype, tuple[int, ...]]]]:
