@@ -139,6 +139,18 @@ def resumable(out: Path) -> Iterator[Workplace]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def left_bytes(out: Path) -> int:
+    """Bytes of what interrupted runs have left beside ``out`` for the next one."""
+    folder = _beside(out.resolve())
+    if not (folder / _KEPT).exists():
+        return 0
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _beside(out: Path) -> Path:
+    return out.parent / f".{out.name}.unfinished"
+
+
 def explain(error: OSError) -> str:
     """Why a file cannot be written, in the words of users."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -155,7 +167,7 @@ def _claim(out: Path) -> tuple[Path, BaseFileLock]:
 
     _check_way(out)
     place = out.parent
-    folder = place / f".{out.name}.unfinished"
+    folder = _beside(out)
     try:
         place.mkdir(parents=True, exist_ok=True)
         if folder.exists() and any(folder.iterdir()) and not (folder / _MARK).exists():

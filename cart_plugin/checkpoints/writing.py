@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -90,14 +91,26 @@ class TensorFile:
         self._file.write(as_bytes(tensor.contiguous()))
         self._missing.discard(name)
 
+    def close(self) -> None:
+        """Close the file, in which all tensors are."""
+        self._file.close()
+        assert not self._missing, self._missing
+
+    def abandon(self) -> None:
+        """Close the file, whatever is in it; again without effect."""
+        with suppress(OSError):  # what could not be written, as on a full disk, is tried once more
+            self._file.close()
+
     def __enter__(self) -> TensorFile:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
     ) -> None:
-        self._file.close()
-        assert kind is not None or not self._missing, self._missing
+        if kind is None:
+            self.close()
+        else:
+            self.abandon()
 
 
 def shards(layout: Layout) -> dict[str, Layout]:

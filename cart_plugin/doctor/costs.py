@@ -11,6 +11,7 @@ import torch
 from mergekit.common import dtype_from_name
 from mergekit.options import MergeOptions
 
+from cart_plugin.checkpoints.files import left_bytes
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor.findings import Finding, ok, problem, warning
 from cart_plugin.doctor.layout import Recipe, references
@@ -90,7 +91,10 @@ def check_disk(
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     needed = _result_bytes([merge for merge in merges if merge.inputs], config)
-    fact = f"disk needed: {size(needed)}, free at {folder}: {size(free)}"
+    there = 0 if out is None else left_bytes(out)
+    needed = max(0, needed - there)
+    more = f" beside the {size(there)} of an interrupted merge" if there else ""
+    fact = f"disk needed: {size(needed)}{more}, free at {folder}: {size(free)}"
     if needed <= free:
         yield ok(fact)
     else:

@@ -1,0 +1,29 @@
+"""One worker: this process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cart_plugin.checkpoints.files import explain
+from cart_plugin.distributed.journal import Places
+from cart_plugin.distributed.plan import Shard
+from cart_plugin.distributed.shard import Workshop
+from cart_plugin.errors import CartError, first_line
+
+
+def make(places: Places, shards: Sequence[Shard]) -> None:
+    """Make all shards, one after the other.
+
+    Raises:
+        CartError: one cannot be made; those before it are finished.
+    """
+    workshop = Workshop(places.folder)
+    for number, shard in enumerate(shards):
+        try:
+            workshop.make(number)
+        except CartError:
+            raise
+        except OSError as error:
+            raise CartError(f"cannot write {shard.file}: {explain(error)}") from error
+        except Exception as error:
+            raise CartError(f"mergekit failed: {first_line(error)}") from error
