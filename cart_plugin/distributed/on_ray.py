@@ -157,13 +157,14 @@ class _Crew:
         self._waiting = [_Attempt(number, shard.memory) for number, shard in enumerate(shards)]
         self._running: dict[Any, _Attempt] = {}
         variables = {name: str(workers.threads) for name in _VARIABLES}
+        self._make = ray.remote(_task)
         # A dead worker's shard is asked for anew here, with what its death has taught.
-        self._make = ray.remote(_task).options(
-            num_cpus=workers.threads,
-            num_gpus=workers.gpus,
-            max_retries=0,
-            runtime_env={"env_vars": {**variables, "PYTHONHASHSEED": "0"}},
-        )
+        self._asked = {
+            "num_cpus": workers.threads,
+            "num_gpus": workers.gpus,
+            "max_retries": 0,
+            "runtime_env": {"env_vars": {**variables, "PYTHONHASHSEED": "0"}},
+        }
 
     def work(self) -> None:
         """Hand out the shards until all are made."""
@@ -187,7 +188,7 @@ class _Crew:
 
     def _hand_out(self, attempt: _Attempt) -> None:
         memory = min(attempt.memory, self._room)
-        task = self._make.options(memory=memory)
+        task = self._make.options(memory=memory, **self._asked)
         reference = task.remote(str(self._places.folder), attempt.number)
         self._running[reference] = replace(attempt, memory=memory)
 

@@ -32,7 +32,7 @@ from cart_plugin.doctor.merges import Merge
 from cart_plugin.errors import CartError
 from cart_plugin.execution import outlook, tensorwise
 from cart_plugin.execution.inputs import Inputs
-from cart_plugin.execution.routes import Job
+from cart_plugin.execution.routes import PLAN, Job
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,9 @@ class Shard:
 
     @property
     def memory(self) -> int:
-        """Bytes that a worker takes, at most: the next inputs are read, and the last tensor
-        written, while one is merged.
+        """Bytes that a worker takes, at most.
+
+        While one tensor is merged, the next one's inputs are read and the last one is written.
         """
         ahead = [it.bytes_read for it in self.outputs[1:]] + [0]
         behind = [0] + [it.bytes for it in self.outputs[:-1]]
@@ -108,8 +109,8 @@ def foresee(job: Job, inputs: Inputs, options: MergeOptions) -> list[Shard]:
     Raises:
         CartError: it cannot be planned.
     """
-    ordered = tasks.written_order(tasks.saves(job, inputs, options))
-    outputs = _by_plan(ordered, inputs) if job.route == "plan" else _by_tensor(ordered, inputs)
+    ordered = tasks.written_order(tasks.planned(job, inputs, options))
+    outputs = _by_plan(ordered, inputs) if job.route == PLAN else _by_tensor(ordered, inputs)
     parts = list(_filled(outputs, options.out_shard_size))
     if not parts:
         raise CartError("the models have no tensor name in common: nothing to merge")

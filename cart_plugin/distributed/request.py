@@ -1,4 +1,4 @@
-"""What `mergekit-cart merge --workers N` is asked for: a merge that goes on where one was killed."""
+"""What `mergekit-cart merge --workers N` asks for: a merge that goes on where one was killed."""
 
 from __future__ import annotations
 

@@ -43,8 +43,8 @@ class Workshop:
         torch.set_num_threads(int(read_json(self._places.settings)["threads"]))
         self._shards = plan.read(self._places.plan)
         inputs = read_inputs(self._job.recipe)
-        found = tasks.saves(self._job, inputs, self._options, self._read)
-        self._tasks = {tasks.key(task): task for task in found}
+        found = tasks.planned(self._job, inputs, self._options, self._read)
+        self._tasks = {tasks.key(task): task for task in tasks.saves(found)}
         self._step: Step | None = None
         self._tokenizers: dict[Task, Any] = {}
 

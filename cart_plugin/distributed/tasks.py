@@ -50,8 +50,8 @@ def everywhere(inputs: Inputs) -> dict[str, Any]:
     return plain(inputs.config, known)
 
 
-def saves(job: Job, inputs: Inputs, options: MergeOptions, count: Any = None) -> list[Save]:
-    """What a job writes, in mergekit's order of planning; nothing is loaded or written.
+def planned(job: Job, inputs: Inputs, options: MergeOptions, count: Any = None) -> list[Task]:
+    """The tasks that a job gives to mergekit's executor; nothing is loaded or written.
 
     Args:
         job: the merge.
@@ -73,7 +73,7 @@ def saves(job: Job, inputs: Inputs, options: MergeOptions, count: Any = None) ->
     try:
         ROUTES[job.route](job, options, capture)
     except _Planned as found:
-        tasks = [task for task in found.targets if isinstance(task, Save)]
+        tasks = found.targets
     except CartError:
         raise
     except Exception as error:
@@ -81,10 +81,15 @@ def saves(job: Job, inputs: Inputs, options: MergeOptions, count: Any = None) ->
     else:
         raise AssertionError("mergekit has merged without its executor")
     by_folder = {reader.folder: reader for reader in readers.values()}
-    for task in tasks:
+    for task in saves(tasks):
         for load in _loads(task):
             load.source.loader = by_folder[load.source.loader.index.base_path]
     return tasks
+
+
+def saves(tasks: list[Task]) -> list[Save]:
+    """Those of a plan's tasks that write tensors, in the order of planning."""
+    return [task for task in tasks if isinstance(task, Save)]
 
 
 def _readers(inputs: Inputs, options: MergeOptions, count: Any) -> Mapping[ModelReference, Reader]:
@@ -109,10 +114,9 @@ def key(task: Save) -> str:
     return task.tensor_name if isinstance(task, SaveTensor) else str(task.unit.targets[0])
 
 
-def written_order(tasks: list[Save]) -> list[Save]:
-    """The tasks as mergekit's executor gets to them: so it fills the shards."""
-    schedule = Executor(list(tasks)).schedule.tasks
-    return [task for handle in schedule if isinstance(task := handle.task(), Save)]
+def written_order(tasks: list[Task]) -> list[Save]:
+    """The writing ones of a whole plan as mergekit's executor gets to them: so it fills shards."""
+    return saves([handle.task() for handle in Executor(tasks).schedule.tasks])
 
 
 def finish(job: Job, options: MergeOptions) -> None:
