@@ -17,7 +17,7 @@ venv: $(STAMP) ## set up .venv with the package (editable) and all it is tested 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --no-compile -c constraints.txt torch
-	$(BIN)/python -m pip install --no-compile -c constraints.txt -e '.[fusion-bench,lm-eval,benchmarks,dev]'
+	$(BIN)/python -m pip install --no-compile -c constraints.txt -e '.[fusion-bench,lm-eval,ray,benchmarks,dev]'
 	touch $@
 
 # Two processes: a test uses one thread.

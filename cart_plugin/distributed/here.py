@@ -8,7 +8,8 @@ from cart_plugin.checkpoints.files import explain
 from cart_plugin.distributed.journal import Places
 from cart_plugin.distributed.plan import Shard
 from cart_plugin.distributed.shard import Workshop
-from cart_plugin.errors import CartError, first_line
+from cart_plugin.distributed.tasks import failures_of_mergekit
+from cart_plugin.errors import CartError
 
 
 def make(places: Places, shards: Sequence[Shard]) -> None:
@@ -20,10 +21,7 @@ def make(places: Places, shards: Sequence[Shard]) -> None:
     workshop = Workshop(places.folder)
     for number, shard in enumerate(shards):
         try:
-            workshop.make(number)
-        except CartError:
-            raise
+            with failures_of_mergekit():
+                workshop.make(number)
         except OSError as error:
             raise CartError(f"cannot write {shard.file}: {explain(error)}") from error
-        except Exception as error:
-            raise CartError(f"mergekit failed: {first_line(error)}") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit.options import MergeOptions
+from mergekit.tokenizer import TokenizerInfo
 
 from cart_plugin import linalg, merging
 from cart_plugin import mergekit as adapter
@@ -77,6 +79,11 @@ class Places:
     def settings(self) -> Path:
         """What workers have to know beside the job."""
         return self.folder / "settings.json"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer that the recipe asks for, if it does."""
+        return self.folder / "tokenizer.pickle"
 
     def record(self, shard: Shard) -> Path:
         """The record of a shard."""
@@ -167,6 +174,21 @@ def _changed_files(before: Any, now: Any) -> str:
     old = {entry[0]: entry for entry in before}
     found = next((entry[0] for entry in now if old.get(entry[0]) != entry), None)
     return "" if found is None else f" ({found})"
+
+
+def write_tokenizer(places: Places, tokenizer: TokenizerInfo) -> None:
+    """Store the tokenizer that all workers have to go by."""
+    scratch = places.tokenizer.with_suffix(".new")
+    scratch.write_bytes(pickle.dumps(tokenizer))
+    scratch.replace(places.tokenizer)
+
+
+def read_tokenizer(places: Places) -> TokenizerInfo | None:
+    """The tokenizer that all workers go by; None if the recipe makes none."""
+    if not places.tokenizer.is_file():
+        return None
+    found: TokenizerInfo = pickle.loads(places.tokenizer.read_bytes())  # this program's own
+    return found
 
 
 def record(places: Places, shard: Shard, facts: Mapping[str, Any]) -> None:

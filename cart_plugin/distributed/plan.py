@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from mergekit import merge_methods
 from mergekit.common import dtype_from_name
+from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors, SaveTensor
 from mergekit.merge_methods import OptionalTensorPolicy
 from mergekit.options import MergeOptions
-from mergekit.tokenizer import PermutedVocabulary
+from mergekit.tokenizer import PermutedVocabulary, TokenizerInfo
 from mergekit.tokenizer.truncate import TruncatedVocabulary
 
 from cart_plugin.checkpoints.dtypes import DTYPES, NAMES
@@ -32,7 +33,7 @@ from cart_plugin.doctor.merges import Merge
 from cart_plugin.errors import CartError
 from cart_plugin.execution import outlook, tensorwise
 from cart_plugin.execution.inputs import Inputs
-from cart_plugin.execution.routes import PLAN, Job
+from cart_plugin.execution.tensorwise import SaveUnit
 
 
 @dataclass(frozen=True)
@@ -103,14 +104,25 @@ class Shard:
         return max(self.outputs, key=lambda output: output.peak)
 
 
-def foresee(job: Job, inputs: Inputs, options: MergeOptions) -> list[Shard]:
-    """The shards of a job's result, named and filled as mergekit does.
+def foresee(
+    targets: list[Task], inputs: Inputs, options: MergeOptions, tokenizer: TokenizerInfo | None
+) -> list[Shard]:
+    """The shards of a merge's result, named and filled as mergekit does.
+
+    Args:
+        targets: its tasks, by `tasks.planned`.
+        inputs: its models.
+        options: mergekit's.
+        tokenizer: by `tasks.make_tokenizer`.
 
     Raises:
-        CartError: it cannot be planned.
+        CartError: there would be nothing in them.
     """
-    ordered = tasks.written_order(tasks.planned(job, inputs, options))
-    outputs = _by_plan(ordered, inputs) if job.route == PLAN else _by_tensor(ordered, inputs)
+    ordered = tasks.written_order(targets)
+    if all(isinstance(task, SaveTensor) for task in ordered):
+        outputs = _by_plan(ordered, inputs, tokenizer)
+    else:
+        outputs = _by_tensor(ordered, inputs)
     parts = list(_filled(outputs, options.out_shard_size))
     if not parts:
         raise CartError("the models have no tensor name in common: nothing to merge")
@@ -135,8 +147,9 @@ def _filled(outputs: Iterable[Output], most: int) -> Iterator[list[Output]]:
         yield list(shard.values())
 
 
-def _by_plan(ordered: list[tasks.Save], inputs: Inputs) -> Iterator[Output]:
-    rows: dict[Any, int] = {}
+def _by_plan(
+    ordered: list[tasks.Save], inputs: Inputs, tokenizer: TokenizerInfo | None
+) -> Iterator[Output]:
     for task in ordered:
         assert isinstance(task, SaveTensor)
         planned = planning.planned_tensor(task)
@@ -158,7 +171,7 @@ def _by_plan(ordered: list[tasks.Save], inputs: Inputs) -> Iterator[Output]:
         merge = Merge(planned, cast, [])
         shape = merge.shape
         if isinstance(gather, PermutedVocabulary):
-            shape = _with_rows(shape, gather.vocabulary_axis, _vocabulary(gather, rows))
+            shape = _with_rows(shape, gather.vocabulary_axis, _rows(gather, tokenizer))
         elif isinstance(gather, TruncatedVocabulary):
             axis = gather.weight_info.vocabulary_axis
             shape = _with_rows(shape, axis, min(info.shape[axis] for info in found.values()))
@@ -193,13 +206,11 @@ def _with_rows(shape: tuple[int, ...], axis: int, rows: int) -> tuple[int, ...]:
     return (*shape[:axis], rows, *shape[axis + 1 :])
 
 
-def _vocabulary(gather: PermutedVocabulary, known: dict[Any, int]) -> int:
-    """Rows of a table for the tokenizer that the recipe asks for, which is made once."""
-    task = gather.tokenizer_task
-    if task not in known:
-        known[task] = len(task.execute().tokenizer.get_vocab())
+def _rows(gather: PermutedVocabulary, tokenizer: TokenizerInfo | None) -> int:
+    """Rows of a table for the tokenizer that the recipe asks for."""
+    assert tokenizer is not None
     multiple = gather.pad_to_multiple_of or 1
-    return -(-known[task] // multiple) * multiple
+    return -(-len(tokenizer.tokenizer.get_vocab()) // multiple) * multiple
 
 
 def _by_tensor(ordered: list[tasks.Save], inputs: Inputs) -> Iterator[Output]:
@@ -208,7 +219,7 @@ def _by_tensor(ordered: list[tasks.Save], inputs: Inputs) -> Iterator[Output]:
     donor = placed[inputs.donor.name]
     out_dtype = dtype_from_name(inputs.config.out_dtype) or dtype_from_name(inputs.config.dtype)
     for task in ordered:
-        assert isinstance(task, tasks.SaveUnit)
+        assert isinstance(task, SaveUnit)
         parts: dict[str, torch.Tensor] = {}
         read = peak = 0
         for name in task.unit.targets:

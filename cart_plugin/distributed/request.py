@@ -208,8 +208,13 @@ class _Run:
         if not places.plan.is_file():
             job = self._job(prepared, places)
             job = replace(job, recipe=tasks.everywhere(prepared.inputs))
-            with self._logged():
-                shards = plan.foresee(job, read_inputs(job.recipe), self._options)
+            with self._logged(), tasks.failures_of_mergekit():
+                inputs = read_inputs(job.recipe)
+                targets = tasks.planned(job, inputs, self._options)
+                tokenizer = tasks.make_tokenizer(targets)
+                shards = plan.foresee(targets, inputs, self._options, tokenizer)
+            if tokenizer is not None:
+                journal.write_tokenizer(places, tokenizer)
             job.write(places.job)
             write_json(places.settings, {"threads": self._threads})
             plan.write(places.plan, shards)
@@ -260,7 +265,8 @@ class _Run:
         _leave_only(places.model, {shard.file for shard in shards})
         job = self._job(prepared, places)
         with self._logged():
-            tasks.finish(job, MergeOptions(**job.options))
+            options = MergeOptions(**job.options)
+            tasks.finish(job, options, journal.read_tokenizer(places))
         _write_index(places.model, shards)
         records = journal.records(places, shards)
         suspects = {name for record in records for name in record["suspects"]}

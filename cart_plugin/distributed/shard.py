@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from mergekit import merge_methods
-from mergekit.graph import Executor, Task, TaskHandle, TaskUniverse
+from mergekit.graph import Executor, TaskHandle, TaskUniverse
 from mergekit.io.tasks import LoaderCache, LoadTensor, SaveTensor
 from mergekit.options import MergeOptions
 from mergekit.tokenizer import BuildTokenizer
@@ -46,7 +46,7 @@ class Workshop:
         found = tasks.planned(self._job, inputs, self._options, self._read)
         self._tasks = {tasks.key(task): task for task in tasks.saves(found)}
         self._step: Step | None = None
-        self._tokenizers: dict[Task, Any] = {}
+        self._tokenizer = journal.read_tokenizer(self._places)
 
     def _read(self, count: int) -> None:
         if self._step is not None:
@@ -87,14 +87,14 @@ class Workshop:
         setup = partial(_set_up, self._options)
         with ThreadPoolExecutor(1, initializer=setup) as ahead:
             piece = next(pieces)
-            values = ahead.submit(piece.load, self._tokenizers)
+            values = ahead.submit(piece.load, self._tokenizer)
             for key, made in outputs.items():
                 assert self._step is not None
                 self._step.start(made[0].name, sum(it.peak for it in made))
                 following = next(pieces, None)
                 loaded = values.result()
                 if following is not None:
-                    values = ahead.submit(following.load, self._tokenizers)
+                    values = ahead.submit(following.load, self._tokenizer)
                 self._seed(key)
                 piece.run(self._options, loaded)
                 del loaded
@@ -139,23 +139,16 @@ class _Piece:
         assert target is not None
         self._target: TaskHandle = target
 
-    def _leaves(self) -> Iterable[Task]:
-        kinds = (LoadTensor, LoadModelTensor, BuildTokenizer)
-        return (task for task in self._universe.tasks if isinstance(task, kinds))
-
-    def load(self, tokenizers: dict[Task, Any]) -> dict[TaskHandle, Any]:
-        """Read the inputs; tokenizers, which all tables share, are made once."""
-        values = {}
-        for task in self._leaves():
-            if isinstance(task, BuildTokenizer):
-                if task not in tokenizers:
-                    tokenizers[task] = task.execute()
-                value = tokenizers[task]
-            else:
-                value = task.execute()
+    def load(self, tokenizer: Any) -> dict[TaskHandle, Any]:
+        """Read the inputs; the tokenizer, which all workers share, stands for its task."""
+        values: dict[TaskHandle, Any] = {}
+        for task in self._universe.tasks:
             handle = self._universe.get_handle(task)
             assert handle is not None
-            values[handle] = value
+            if isinstance(task, BuildTokenizer):
+                values[handle] = tokenizer
+            elif isinstance(task, LoadTensor | LoadModelTensor):
+                values[handle] = task.execute()
         return values
 
     def run(self, options: MergeOptions, values: dict[TaskHandle, Any]) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, TypeAlias
 
 from mergekit.common import ModelReference
 from mergekit.graph import Executor, Task
 from mergekit.io.tasks import FinalizeModel, LoaderCache, SaveTensor
 from mergekit.options import MergeOptions
+from mergekit.tokenizer import BuildTokenizer, TokenizerInfo
 
 from cart_plugin.distributed.reading import Reader
 from cart_plugin.doctor.layout import references
@@ -22,7 +24,7 @@ from cart_plugin.execution.inputs import Inputs, plain
 from cart_plugin.execution.routes import ROUTES, Job
 from cart_plugin.execution.tensorwise import LoadModelTensor, SaveUnit
 
-Save = SaveTensor | SaveUnit
+Save: TypeAlias = SaveTensor | SaveUnit
 """What writes a tensor of the result, or a few that belong together."""
 
 
@@ -70,16 +72,13 @@ def planned(job: Job, inputs: Inputs, options: MergeOptions, count: Any = None) 
     LoaderCache().setup(options=options)
     readers = _readers(inputs, options, count)
     LoaderCache().loaders.update(readers)
-    try:
-        ROUTES[job.route](job, options, capture)
-    except _Planned as found:
-        tasks = found.targets
-    except CartError:
-        raise
-    except Exception as error:
-        raise CartError(f"mergekit failed: {first_line(error)}") from error
-    else:
-        raise AssertionError("mergekit has merged without its executor")
+    with failures_of_mergekit():
+        try:
+            ROUTES[job.route](job, options, capture)
+        except _Planned as found:
+            tasks = found.targets
+        else:
+            raise AssertionError("mergekit has merged without its executor")
     by_folder = {reader.folder: reader for reader in readers.values()}
     for task in saves(tasks):
         for load in _loads(task):
@@ -119,12 +118,22 @@ def written_order(tasks: list[Task]) -> list[Save]:
     return saves([handle.task() for handle in Executor(tasks).schedule.tasks])
 
 
-def finish(job: Job, options: MergeOptions) -> None:
+def make_tokenizer(tasks: list[Task]) -> TokenizerInfo | None:
+    """The tokenizer that a recipe asks for, and which rows of the models' tables it takes.
+
+    It has to be made once for all workers: of several vocabularies mergekit makes one in an order
+    that differs each time, and rows by two orders would be a broken model.
+    """
+    return next((task.execute() for task in tasks if isinstance(task, BuildTokenizer)), None)
+
+
+def finish(job: Job, options: MergeOptions, tokenizer: TokenizerInfo | None) -> None:
     """Write what mergekit writes beside the tensors: config, tokenizer.
 
     Args:
         job: the merge; its tensors are in its folder.
         options: mergekit's.
+        tokenizer: by `make_tokenizer`, as the tensors have been made with.
 
     Raises:
         CartError: it cannot.
@@ -132,18 +141,30 @@ def finish(job: Job, options: MergeOptions) -> None:
 
     class Rest:
         def __init__(self, targets: list[Task], **_: Any) -> None:
-            done = (*Save.__args__, FinalizeModel)
+            done = (SaveTensor, SaveUnit, FinalizeModel)
             self._targets = [task for task in targets if not isinstance(task, done)]
 
-        def run(self, quiet: bool = False) -> Iterator[tuple[Task, Any]]:
-            return Executor(self._targets).run(quiet=quiet) if self._targets else iter(())
+        def run(self, quiet: bool = False) -> Iterator[tuple[Task, Any]]:  # noqa: ARG002
+            for task in self._targets:
+                assert isinstance(task, BuildTokenizer), task
+                yield task, tokenizer
 
     LoaderCache().loaders.clear()  # of another merge in this process
-    try:
+    with failures_of_mergekit():
         ROUTES[job.route](job, options, Rest)
-    except CartError:
+
+
+@contextmanager
+def failures_of_mergekit() -> Iterator[None]:
+    """Turn whatever mergekit stops at into a line.
+
+    Raises:
+        CartError: it has stopped.
+        OSError: a file cannot be written.
+    """
+    try:
+        yield
+    except (CartError, OSError):
         raise
     except Exception as error:
         raise CartError(f"mergekit failed: {first_line(error)}") from error
-    finally:
-        LoaderCache().loaders.clear()
