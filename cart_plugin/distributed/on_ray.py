@@ -7,9 +7,11 @@ in hand, which another makes; one that dies of memory is followed by one that as
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from cart_plugin.checkpoints.files import explain
@@ -119,10 +121,13 @@ def _start(ray: Any, workers: Workers) -> None:
 
 def _task(place: str, number: int) -> str | None:
     """What a worker does; why it could not, in a line, if that is nobody else's to try."""
-    from pathlib import Path
-
     from cart_plugin.distributed.shard import Workshop
 
+    if not Path(place).is_dir():
+        return (
+            f"{socket.gethostname()} does not see {place}: all nodes have to share the folder of "
+            "the result and those of the models"
+        )
     try:
         if place not in _WORKSHOPS:
             _WORKSHOPS.clear()
@@ -235,7 +240,9 @@ class _Crew:
                     f"the GPU's memory is too small for {self._tensor(attempt)} ({shard.file}); "
                     "give each worker a whole GPU (--gpus 1), or merge on CPUs"
                 ) from None
-            raise CartError(f"mergekit failed: {first_line(cause)}") from None
+            raise CartError(f"{shard.file}: a worker failed: {first_line(cause)}") from None
+        except errors.RuntimeEnvSetupError as error:
+            raise CartError(f"Ray cannot start a worker: {first_line(error)}") from None
         except errors.RayError as error:  # its node is gone
             if attempt.losses + 1 > _LOSSES:
                 raise CartError(f"{shard.file}: {_LOSSES} nodes were lost: {error}") from None
