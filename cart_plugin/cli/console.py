@@ -92,7 +92,7 @@ class Transfers:
         rates = [
             f"{word} {readable(count / seconds)}/s"
             for word, count in (("reads", state.read), ("writes", state.written))
-            if seconds > 1
+            if seconds > 1 and count
         ]
         todo = size - state.found - state.written
         if state.written and seconds > 1:

@@ -99,7 +99,7 @@ def test_a_killed_worker_takes_only_its_shard_with_it(
     workers(running.pid)[0].kill()
     said = running.communicate()[0]
     assert running.returncode == 0, said
-    assert "note: a worker was killed (if not by you, for its memory) at model." in said
+    assert "note: a worker was killed (if not by you, for its memory) at " in said
     assert contents(tmp_path / "out") == contents(tmp_path / "quiet" / "out")
 
 
