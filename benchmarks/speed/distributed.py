@@ -32,7 +32,7 @@ from benchmarks.common.commands import publish, quick_option, runs_option
 from benchmarks.common.measure import RESULTS, LlamaShape, machine, write_llama_models
 from benchmarks.common.provenance import made_by, provenance
 from benchmarks.common.tables import markdown_table
-from cart_plugin import merge_tensors
+from cart_plugin import CartSettings, merge_tensors
 from cart_plugin.checkpoints.reading import Checkpoint, open_folder
 from cart_plugin.checkpoints.writing import TensorFile
 
@@ -202,11 +202,17 @@ def _products(models: Sequence[Checkpoint]) -> float:
             name = example[shape]
             tensors = [model.read(name) for model in models]
             begun = time.perf_counter()
-            merge_tensors(tensors, rank_ratio=RATIO, name=name)
+            decompose = False if is_table(name) else None
+            merge_tensors(tensors, CartSettings(rank_ratio=RATIO), name=name, decompose=decompose)
             total += count * (time.perf_counter() - begun)
     finally:
         torch.set_num_threads(threads)
     return total
+
+
+def is_table(name: str) -> bool:
+    """Whether a Llama's tensor has a row for each token, and is averaged."""
+    return "embed_tokens" in name or "lm_head" in name
 
 
 def _models(shape: LlamaShape, name: str, console: Console) -> list[Path]:

@@ -144,7 +144,13 @@ def left_bytes(out: Path) -> int:
     folder = _beside(out.resolve())
     if not (folder / _KEPT).exists():
         return 0
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return sum(_room(path.stat()) for path in folder.rglob("*") if path.is_file())
+
+
+def _room(file: os.stat_result) -> int:
+    """Bytes that a file takes on the disk: of a file that is partly written, that part."""
+    blocks = getattr(file, "st_blocks", None)
+    return file.st_size if blocks is None else min(file.st_size, 512 * blocks)
 
 
 def _beside(out: Path) -> Path:

@@ -71,8 +71,15 @@ def _ordered(layout: Layout) -> list[tuple[str, tuple[torch.dtype, tuple[int, ..
 class TensorFile:
     """A safetensors file, written a tensor at a time in any order; a context manager."""
 
-    def __init__(self, path: Path, layout: Layout) -> None:
-        """Start a file of which dtypes and shapes are known."""
+    def __init__(self, path: Path, layout: Layout, *, anew: bool = True) -> None:
+        """Start a file of which dtypes and shapes are known.
+
+        Args:
+            path: the file.
+            layout: what it holds.
+            anew: whether it is a new file; else one of this layout is there (`reserve`), in which
+                some of the tensors are written.
+        """
         self._layout = dict(layout)
         self._starts: dict[str, int] = {}
         head = header(layout)
@@ -80,9 +87,10 @@ class TensorFile:
         for name, (dtype, shape) in _ordered(layout):
             self._starts[name] = position
             position += math.prod(shape) * dtype.itemsize
-        self._missing = set(layout)
-        self._file = path.open("wb")
-        self._file.write(head)
+        self._missing = set(layout) if anew else set()
+        self._file = path.open("wb" if anew else "r+b")
+        if anew:
+            self._file.write(head)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one tensor; its dtype and shape are those of the layout."""
@@ -111,6 +119,13 @@ class TensorFile:
             self.close()
         else:
             self.abandon()
+
+
+def reserve(path: Path, layout: Layout) -> None:
+    """Make a file of a layout, in which nothing is written yet: zeros that take no room."""
+    with path.open("wb") as file:
+        file.write(header(layout))
+        file.truncate(file_bytes(layout))
 
 
 def shards(layout: Layout) -> dict[str, Layout]:

@@ -31,7 +31,7 @@ class MergeCommand(click.Command):
     "--workers",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Merge N shards at once (by Ray, if N is above 1), and go on where a run was killed.",
+    help="Merge N parts at once (by Ray, if N is above 1), and go on where a run was killed.",
 )
 @click.option(
     "--ray",
@@ -69,8 +69,8 @@ def merge(
     the right shape and finite, and the model's class takes what is there. OUT appears whole or not
     at all. Exit code 1, and one line that says why, if that fails.
 
-    With --workers or --ray the result is made shard by shard, and the same command goes on where a
-    run was killed; see docs/distributed.md.
+    With --workers or --ray the result is made in parts, and the same command goes on where a run
+    was killed; see docs/distributed.md.
     """
     from mergekit.options import MergeOptions
 

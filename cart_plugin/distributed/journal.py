@@ -1,8 +1,8 @@
 """What is finished, and of which merge: files in a folder beside the result.
 
-`journal.json` says which merge it is. Each finished shard has a record of its own, written by its
-maker after the shard has its name, so that nobody has to be asked, and nothing is lost with whoever
-waits for the workers.
+`journal.json` says which merge it is. Each finished part has a record of its own, written by its
+maker when all of it is in its shard's file, so that nobody has to be asked, and nothing is lost
+with whoever waits for the workers.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from mergekit.tokenizer import TokenizerInfo
 
 from cart_plugin import linalg, merging
 from cart_plugin import mergekit as adapter
+from cart_plugin.checkpoints import writing
 from cart_plugin.checkpoints.digests import tensor_digest
 from cart_plugin.checkpoints.files import read_json, write_json
 from cart_plugin.checkpoints.headers import read_header
 from cart_plugin.checkpoints.reading import Checkpoint
-from cart_plugin.distributed.plan import Shard
+from cart_plugin.distributed.plan import Part, Shard
 from cart_plugin.errors import CartError
 from cart_plugin.execution.inputs import Inputs, plain
 
@@ -57,12 +58,12 @@ class Places:
 
     @property
     def records(self) -> Path:
-        """A file for each finished shard."""
+        """A file for each finished part."""
         return self.folder / "records"
 
     @property
     def progress(self) -> Path:
-        """A file for each shard that was begun, by `progress`."""
+        """A file for each part that was begun, by `progress`."""
         return self.folder / "progress"
 
     @property
@@ -85,9 +86,9 @@ class Places:
         """The tokenizer that the recipe asks for, if it does."""
         return self.folder / "tokenizer.pickle"
 
-    def record(self, shard: Shard) -> Path:
-        """The record of a shard."""
-        return self.records / f"{shard.file}.json"
+    def record(self, part: Part) -> Path:
+        """The record of a part."""
+        return self.records / f"{part.shard.file}.{part.number}.json"
 
     def make(self) -> None:
         """Make the folders."""
@@ -95,7 +96,7 @@ class Places:
             folder.mkdir(parents=True, exist_ok=True)
 
 
-def identity(inputs: Inputs, options: MergeOptions, threads: int) -> dict[str, Any]:
+def identity(inputs: Inputs, options: MergeOptions, threads: int, *, whole: bool) -> dict[str, Any]:
     """All that the bytes of a merge depend on, in parts that a message can name.
 
     Of the inputs: names, sizes and times of all files in their folders. Reading terabytes to see
@@ -105,6 +106,7 @@ def identity(inputs: Inputs, options: MergeOptions, threads: int) -> dict[str, A
         inputs: the recipe with whole models.
         options: mergekit's.
         threads: of a worker: the same product by more threads rounds differently.
+        whole: whether a shard is made by one worker, as `plan.foresee` has it.
     """
     files = {
         f"model {label}": [
@@ -123,6 +125,7 @@ def identity(inputs: Inputs, options: MergeOptions, threads: int) -> dict[str, A
     found: dict[str, Any] = {"the recipe": plain(inputs.config), **files}
     found |= {package: version(package) for package in _PACKAGES}
     found |= {"the revision of this program": numbers, **settings, "threads a worker": threads}
+    found |= {"work on a cluster": whole}
     plainly: dict[str, Any] = json.loads(json.dumps(found))
     return plainly
 
@@ -149,8 +152,6 @@ def open_journal(folder: Path, identity: Mapping[str, Any], tell: Callable[[str]
             shutil.rmtree(other)
     write_json(file, {"identity": identity})
     places.make()
-    for left in places.model.glob(".*.new"):
-        left.unlink()
     for old in places.progress.glob("*.json"):
         old.unlink()
     return places
@@ -191,27 +192,36 @@ def read_tokenizer(places: Places) -> TokenizerInfo | None:
     return found
 
 
-def record(places: Places, shard: Shard, facts: Mapping[str, Any]) -> None:
-    """Note that a shard is finished."""
-    write_json(places.record(shard), facts)
+def record(places: Places, part: Part, facts: Mapping[str, Any]) -> None:
+    """Note that a part is finished."""
+    write_json(places.record(part), facts)
 
 
-def records(places: Places, shards: Iterable[Shard]) -> list[dict[str, Any]]:
-    """The records of those shards that have one."""
-    return [read_json(places.record(shard)) for shard in shards if places.record(shard).is_file()]
+def reserve(places: Places, shards: Iterable[Shard]) -> None:
+    """Make the shards' files, in which workers write, as far as they are not there."""
+    for shard in shards:
+        file = places.model / shard.file
+        if not file.is_file() or file.stat().st_size != shard.bytes:
+            writing.reserve(file, shard.layout)
 
 
-def is_whole(places: Places, shard: Shard) -> bool:
-    """Whether a shard is finished, and each of its tensors what it was when it was made."""
-    file = places.model / shard.file
+def records(places: Places, parts: Iterable[Part]) -> list[dict[str, Any]]:
+    """The records of those parts that have one."""
+    return [read_json(places.record(part)) for part in parts if places.record(part).is_file()]
+
+
+def is_whole(places: Places, part: Part) -> bool:
+    """Whether a part is finished, and each of its tensors what it was when it was made."""
+    name = part.shard.file
+    file = places.model / name
     try:
-        digests = read_json(places.record(shard))["digests"]
-        if file.stat().st_size != shard.bytes:
-            return False
-        held = Checkpoint(shard.file, file, {}, read_header(file, shard.file), [file])
+        digests = read_json(places.record(part))["digests"]
+        held = Checkpoint(name, file, {}, read_header(file, name), [file])
     except (OSError, ValueError, KeyError):
         return False
-    if held.layout != shard.layout or digests.keys() != shard.layout.keys():
+    if digests.keys() != {output.name for output in part.outputs}:
+        return False
+    if held.layout != part.shard.layout:
         return False
     try:
         return all(tensor_digest(held.read(name)) == digest for name, digest in digests.items())

@@ -1,6 +1,6 @@
 """Several workers: Ray's, on this machine or on a cluster whose nodes share the folders.
 
-A worker makes one shard at a time. One that dies, of whatever, takes nothing with it but the shard
+A worker makes one part at a time. One that dies, of whatever, takes nothing with it but the part
 in hand, which another makes; one that dies of memory is followed by one that asks for more.
 """
 
@@ -17,12 +17,12 @@ from typing import Any
 from cart_plugin.checkpoints.files import explain
 from cart_plugin.distributed import progress
 from cart_plugin.distributed.journal import Places
-from cart_plugin.distributed.plan import Shard
+from cart_plugin.distributed.plan import Part
 from cart_plugin.doctor.machine import size
 from cart_plugin.errors import CartError, first_line
 
-_DEATHS = 5  # of workers over one shard, until it is the shard's fault
-_LOSSES = 20  # of nodes over one shard: a cluster that loses them as fast does not finish
+_DEATHS = 5  # of workers over one part, until it is the part's fault
+_LOSSES = 20  # of nodes over one part: a cluster that loses them as fast does not finish
 _CHECK = 3.0  # seconds between two looks at the nodes
 _OBJECT_STORE = 80_000_000  # bytes, nearly Ray's least: no tensor goes through it
 _VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -33,7 +33,7 @@ class Workers:
     """What is asked of Ray.
 
     Attributes:
-        count: shards made at once; as many as the cluster has room for if None.
+        count: parts made at once; as many as the cluster has room for if None.
         address: of a cluster, or `auto`; None starts Ray on this machine.
         threads: of each worker.
         gpus: each worker's share of one.
@@ -49,7 +49,7 @@ class Workers:
 
 @dataclass(frozen=True)
 class _Attempt:
-    """A shard that a worker is to make, with the bytes of memory that it asks for."""
+    """A part that a worker is to make, with the bytes of memory that it asks for."""
 
     number: int
     memory: int
@@ -74,13 +74,13 @@ def import_ray() -> Any:
 
 
 def make(
-    places: Places, shards: Sequence[Shard], workers: Workers, note: Callable[[str], None]
+    places: Places, parts: Sequence[Part], workers: Workers, note: Callable[[str], None]
 ) -> None:
-    """Make all shards.
+    """Make all parts.
 
     Args:
         places: the merge's.
-        shards: of its result.
+        parts: of its result.
         workers: what is asked of Ray.
         note: receives a line about each worker that died.
 
@@ -92,7 +92,7 @@ def make(
     if started:
         _start(ray, workers)
     try:
-        _Crew(ray, places, shards, workers, note).work()
+        _Crew(ray, places, parts, workers, note).work()
     finally:
         if started:
             ray.shutdown()
@@ -121,7 +121,7 @@ def _start(ray: Any, workers: Workers) -> None:
 
 def _task(place: str, number: int) -> str | None:
     """What a worker does; why it could not, in a line, if that is nobody else's to try."""
-    from cart_plugin.distributed.shard import Workshop
+    from cart_plugin.distributed.part import Workshop
 
     if not Path(place).is_dir():
         return (
@@ -140,7 +140,7 @@ def _task(place: str, number: int) -> str | None:
     return None
 
 
-_WORKSHOPS: dict[str, Any] = {}  # of a worker's process, which Ray keeps for the next shard
+_WORKSHOPS: dict[str, Any] = {}  # of a worker's process, which Ray keeps for the next part
 
 
 class _Crew:
@@ -150,20 +150,20 @@ class _Crew:
         self,
         ray: Any,
         places: Places,
-        shards: Sequence[Shard],
+        parts: Sequence[Part],
         workers: Workers,
         note: Callable[[str], None],
     ) -> None:
         self._ray = ray
         self._places = places
-        self._shards = shards
+        self._parts = parts
         self._workers = workers
         self._note = note
-        self._waiting = [_Attempt(number, shard.memory) for number, shard in enumerate(shards)]
+        self._waiting = [_Attempt(number, part.memory) for number, part in enumerate(parts)]
         self._running: dict[Any, _Attempt] = {}
         variables = {name: str(workers.threads) for name in _VARIABLES}
         self._make = ray.remote(_task)
-        # A dead worker's shard is asked for anew here, with what its death has taught.
+        # A dead worker's part is asked for anew here, with what its death has taught.
         self._asked = {
             "num_cpus": workers.threads,
             "num_gpus": workers.gpus,
@@ -172,7 +172,7 @@ class _Crew:
         }
 
     def work(self) -> None:
-        """Hand out the shards until all are made."""
+        """Hand out the parts until all are made."""
         looked = -_CHECK
         try:
             while self._waiting or self._running:
@@ -189,7 +189,7 @@ class _Crew:
                 self._ray.cancel(reference, force=True)
 
     def _most(self) -> int:
-        return self._workers.count or max(1, len(self._shards))
+        return self._workers.count or max(1, len(self._parts))
 
     def _hand_out(self, attempt: _Attempt) -> None:
         memory = min(attempt.memory, self._room)
@@ -225,7 +225,7 @@ class _Crew:
 
     def _take(self, reference: Any, attempt: _Attempt) -> None:
         errors = self._ray.exceptions
-        shard = self._shards[attempt.number]
+        part = self._parts[attempt.number]
         try:
             failed = self._ray.get(reference)
         except (errors.OutOfMemoryError, errors.WorkerCrashedError) as error:
@@ -237,44 +237,44 @@ class _Crew:
                 return
             if type(cause).__name__ == "OutOfMemoryError":  # torch's, of a GPU
                 raise CartError(
-                    f"the GPU's memory is too small for {self._tensor(attempt)} ({shard.file}); "
+                    f"the GPU's memory is too small for {self._tensor(attempt)} ({part.name}); "
                     "give each worker a whole GPU (--gpus 1), or merge on CPUs"
                 ) from None
-            raise CartError(f"{shard.file}: a worker failed: {first_line(cause)}") from None
+            raise CartError(f"{part.name}: a worker failed: {first_line(cause)}") from None
         except errors.RuntimeEnvSetupError as error:
             raise CartError(f"Ray cannot start a worker: {first_line(error)}") from None
         except errors.RayError as error:  # its node is gone
             if attempt.losses + 1 > _LOSSES:
-                raise CartError(f"{shard.file}: {_LOSSES} nodes were lost: {error}") from None
-            self._note(f"a node is lost; {shard.file} is made again elsewhere")
+                raise CartError(f"{part.name}: {_LOSSES} nodes were lost: {error}") from None
+            self._note(f"a node is lost; {part.name} is made again elsewhere")
             self._waiting.insert(0, replace(attempt, losses=attempt.losses + 1))
         else:
             if failed is not None:
-                raise CartError(f"cannot make {shard.file}: {failed}")
+                raise CartError(f"cannot make {part.name}: {failed}")
 
     def _after_death(self, attempt: _Attempt, error: Exception) -> None:
-        """Ask for the shard again, and for more memory: systems kill for it without a word.
+        """Ask for the part again, and for more memory: systems kill for it without a word.
 
         Raises:
             CartError: it has been tried often enough.
         """
-        shard, tensor = self._shards[attempt.number], self._tensor(attempt)
+        part, tensor = self._parts[attempt.number], self._tensor(attempt)
         of_memory = not isinstance(error, self._ray.exceptions.WorkerCrashedError)
         how = "ran out of memory" if of_memory else "was killed (if not by you, for its memory)"
         deaths = attempt.deaths + 1
         if deaths >= _DEATHS:
             raise CartError(
-                f"{shard.file}: {deaths} workers in turn died; the last one {how} at {tensor}, "
+                f"{part.name}: {deaths} workers in turn died; the last one {how} at {tensor}, "
                 f"with {size(attempt.memory)} asked for; use fewer workers, machines with more "
                 "memory, or smaller shards (--out-shard-size)"
             )
         more = min(attempt.memory * 2, max(self._room, attempt.memory))
         self._note(
-            f"a worker {how} at {tensor}; {shard.file} is made again, with {size(more)} of memory "
+            f"a worker {how} at {tensor}; {part.name} is made again, with {size(more)} of memory "
             f"asked for instead of {size(attempt.memory)}"
         )
         self._waiting.insert(0, replace(attempt, memory=more, deaths=deaths))
 
     def _tensor(self, attempt: _Attempt) -> str:
         held = progress.in_hand(self._places.progress, attempt.number)
-        return held or self._shards[attempt.number].largest.name
+        return held or self._parts[attempt.number].largest.name

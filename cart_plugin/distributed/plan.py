@@ -1,7 +1,7 @@
 """The shards of a merge's result, foreseen: which tensors, where, and what making them takes.
 
 mergekit finds out while it writes; here each worker has to know its part before the first tensor
-is merged.
+is merged. A part is a shard, or a piece of one: small models have one shard only.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from cart_plugin.errors import CartError
 from cart_plugin.execution import outlook, tensorwise
 from cart_plugin.execution.inputs import Inputs
 from cart_plugin.execution.tensorwise import SaveUnit
+
+_PIECE = 128_000_000  # bytes of a piece: seconds of work, and a small loss when it is lost
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,16 @@ class Shard:
 
     Attributes:
         file: its name.
-        outputs: what it holds, in the order in which mergekit writes.
+        pieces: what it holds, in the order in which mergekit writes, as workers make it.
     """
 
     file: str
-    outputs: tuple[Output, ...]
+    pieces: tuple[tuple[Output, ...], ...]
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        """All that it holds."""
+        return tuple(output for piece in self.pieces for output in piece)
 
     @property
     def layout(self) -> Layout:
@@ -83,6 +90,35 @@ class Shard:
     def bytes(self) -> int:
         """Size of the file."""
         return file_bytes(self.layout)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one worker makes at a time: tensors of one shard.
+
+    Attributes:
+        shard: their shard.
+        number: of the piece, from 0.
+    """
+
+    shard: Shard
+    number: int
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        """The tensors."""
+        return self.shard.pieces[self.number]
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        count = len(self.shard.pieces)
+        return self.shard.file + (f" (part {self.number + 1} of {count})" if count > 1 else "")
+
+    @property
+    def bytes(self) -> int:
+        """Size of the data."""
+        return sum(output.bytes for output in self.outputs)
 
     @property
     def memory(self) -> int:
@@ -104,8 +140,18 @@ class Shard:
         return max(self.outputs, key=lambda output: output.peak)
 
 
+def parts(shards: Iterable[Shard]) -> list[Part]:
+    """All that is to be made."""
+    return [Part(shard, number) for shard in shards for number in range(len(shard.pieces))]
+
+
 def foresee(
-    targets: list[Task], inputs: Inputs, options: MergeOptions, tokenizer: TokenizerInfo | None
+    targets: list[Task],
+    inputs: Inputs,
+    options: MergeOptions,
+    tokenizer: TokenizerInfo | None,
+    *,
+    whole: bool,
 ) -> list[Shard]:
     """The shards of a merge's result, named and filled as mergekit does.
 
@@ -114,6 +160,8 @@ def foresee(
         inputs: its models.
         options: mergekit's.
         tokenizer: by `tasks.make_tokenizer`.
+        whole: whether a shard is made by one worker. Several that write into one file have to be
+            on one machine: network file systems do not keep apart what two machines write.
 
     Raises:
         CartError: there would be nothing in them.
@@ -123,14 +171,29 @@ def foresee(
         outputs = _by_plan(ordered, inputs, tokenizer)
     else:
         outputs = _by_tensor(ordered, inputs)
-    parts = list(_filled(outputs, options.out_shard_size))
-    if not parts:
+    filled = list(_filled(outputs, options.out_shard_size))
+    if not filled:
         raise CartError("the models have no tensor name in common: nothing to merge")
-    count = len(parts)
+    count = len(filled)
     names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     if count == 1:
         names = ["model.safetensors"]
-    return [Shard(name, tuple(part)) for name, part in zip(names, parts, strict=True)]
+    return [
+        Shard(name, (tuple(held),) if whole else tuple(_pieces(held)))
+        for name, held in zip(names, filled, strict=True)
+    ]
+
+
+def _pieces(outputs: list[Output]) -> Iterator[tuple[Output, ...]]:
+    """Divide a shard; what one task makes stays together."""
+    piece: list[Output] = []
+    for output in outputs:
+        full = sum(it.bytes for it in piece) + output.bytes > _PIECE
+        if piece and full and output.task != piece[-1].task:
+            yield tuple(piece)
+            piece = []
+        piece.append(output)
+    yield tuple(piece)
 
 
 def _filled(outputs: Iterable[Output], most: int) -> Iterator[list[Output]]:
@@ -250,8 +313,8 @@ def write(file: Path, shards: list[Shard]) -> None:
 
 
 def _plain(shard: Shard) -> dict[str, Any]:
-    outputs = [{**vars(it), "dtype": NAMES[it.dtype]} for it in shard.outputs]
-    return {"file": shard.file, "outputs": outputs}
+    pieces = [[{**vars(it), "dtype": NAMES[it.dtype]} for it in piece] for piece in shard.pieces]
+    return {"file": shard.file, "pieces": pieces}
 
 
 def read(file: Path) -> list[Shard]:
@@ -264,8 +327,11 @@ def read(file: Path) -> list[Shard]:
         Shard(
             shard["file"],
             tuple(
-                Output(**{**it, "dtype": DTYPES[it["dtype"]], "shape": tuple(it["shape"])})
-                for it in shard["outputs"]
+                tuple(
+                    Output(**{**it, "dtype": DTYPES[it["dtype"]], "shape": tuple(it["shape"])})
+                    for it in piece
+                )
+                for piece in shard["pieces"]
             ),
         )
         for shard in read_json(file)["shards"]

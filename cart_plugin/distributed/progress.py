@@ -1,4 +1,4 @@
-"""How far a merge is, over all workers: each leaves its state in a small file, one a shard.
+"""How far a merge is, over all workers: each leaves its state in a small file, one a part.
 
 Files, because workers and whoever waits for them share a file system and maybe nothing else; and a
 worker that was killed cannot be asked which tensor it had in hand.
@@ -38,7 +38,7 @@ class State:
 
 
 class Step:
-    """A shard in the making, as its worker counts it; from several threads."""
+    """A part in the making, as its worker counts it; from several threads."""
 
     def __init__(self, folder: Path, number: int) -> None:
         """Start at nothing; `folder` takes the file."""
@@ -65,14 +65,14 @@ class Step:
         self._state["tensors"] += count  # type: ignore[operator]
 
     def skip(self, tensors: int, count: int) -> None:
-        """Count a whole shard that was there already."""
+        """Count a whole part that was there already."""
         self._state |= {"tensors": tensors, "found": count}
         self.flush()
 
     def flush(self) -> None:
         """Leave the state for those who wait."""
         self._told = time.monotonic()
-        with suppress(OSError):  # of a full disk the shard itself will tell
+        with suppress(OSError):  # of a full disk the part itself will tell
             write_json(self._file, dict(self._state))
 
 
@@ -81,7 +81,7 @@ def _file(folder: Path, number: int) -> Path:
 
 
 def total(folder: Path, numbers: Iterable[int]) -> State:
-    """The state of some shards together."""
+    """The state of some parts together."""
     sums = dict.fromkeys(("tensors", "read", "written", "found"), 0)
     for number in numbers:
         with suppress(OSError, ValueError):  # not begun
@@ -92,7 +92,7 @@ def total(folder: Path, numbers: Iterable[int]) -> State:
 
 
 def in_hand(folder: Path, number: int) -> str:
-    """The tensor that a shard's worker had in hand last; empty if that is not known."""
+    """The tensor that a part's worker had in hand last; empty if that is not known."""
     try:
         return str(read_json(_file(folder, number))["tensor"])
     except (OSError, ValueError, KeyError):

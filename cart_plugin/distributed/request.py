@@ -28,7 +28,7 @@ from cart_plugin.checkpoints.reading import INDEX
 from cart_plugin.checkpoints.writing import data_bytes
 from cart_plugin.distributed import here, journal, on_ray, plan, progress, tasks
 from cart_plugin.distributed.journal import Places
-from cart_plugin.distributed.plan import Shard
+from cart_plugin.distributed.plan import Part, Shard
 from cart_plugin.errors import CartError
 from cart_plugin.execution import merge, request, routes
 from cart_plugin.execution.inputs import read_inputs
@@ -39,7 +39,7 @@ _INTERVAL = 0.5  # seconds between two looks at the progress
 
 @dataclass(frozen=True)
 class Hands:
-    """Who makes the shards.
+    """Who makes the parts of the result.
 
     Attributes:
         workers: how many at once; None for one here, or as many as a cluster has room for.
@@ -87,13 +87,13 @@ def run(
         recipe: the YAML file.
         out: the folder, which must not exist.
         options: mergekit's.
-        hands: who makes the shards.
+        hands: who makes the parts of the result.
         listener: hears of it.
         force: go on where the doctor finds a problem.
 
     Raises:
-        CartError: as `execution.request.run`; or the options do not fit, or a shard cannot be made.
-            Finished shards stay in a hidden folder beside OUT, and the same command goes on.
+        CartError: as `execution.request.run`; or the options do not fit, or a part cannot be made.
+            Finished parts stay in a hidden folder beside OUT, and the same command goes on.
     """
     options = _fitting(options, hands)
     request.read(recipe, out)
@@ -118,9 +118,9 @@ def _left(work: Workplace) -> str:
     if not records:
         return ""
     (file,) = work.folder.glob("merge-*/plan.json")
-    count = len(plan.read(file))
+    count = len(plan.parts(plan.read(file)))
     return (
-        f"; {records} of {count} shards are finished and kept in {work.folder}: the same command "
+        f"; {records} of {count} parts are finished and kept in {work.folder}: the same command "
         "goes on from there"
     )
 
@@ -180,15 +180,15 @@ class _Run:
             self._recipe, self._options, work.folder, force=self._force, tell=listener.tell
         )
         places, shards = self._plan(prepared)
-        todo = [shard for shard in shards if not places.record(shard).is_file()]
-        check_space(work.folder, sum(shard.bytes for shard in todo))
-        if len(todo) < len(shards):
-            listener.note(
-                f"going on: {len(shards) - len(todo)} of {len(shards)} shards are finished"
-            )
-        with self._shown(places, shards):
+        parts = plan.parts(shards)
+        todo = [part for part in parts if not places.record(part).is_file()]
+        check_space(work.folder, sum(part.bytes for part in todo))
+        if len(todo) < len(parts):
+            listener.note(f"going on: {len(parts) - len(todo)} of {len(parts)} parts are finished")
+        journal.reserve(places, shards)
+        with self._shown(places, parts):
             if self._hands.is_here:
-                here.make(places, shards)
+                here.make(places, parts)
             else:
                 workers = on_ray.Workers(
                     self._hands.workers,
@@ -197,13 +197,14 @@ class _Run:
                     self._hands.gpus,
                     logs=self._options.verbosity > 0,
                 )
-                on_ray.make(places, shards, workers, listener.note)
+                on_ray.make(places, parts, workers, listener.note)
         listener.tell("checking")
         return self._finish(prepared, places, shards)
 
     def _plan(self, prepared: merge.Prepared) -> tuple[Places, list[Shard]]:
         """The places of this merge, and its shards."""
-        identity = journal.identity(prepared.inputs, self._options, self._threads)
+        whole = self._hands.address is not None
+        identity = journal.identity(prepared.inputs, self._options, self._threads, whole=whole)
         places = journal.open_journal(self._work.folder, identity, self._listener.note)
         if not places.plan.is_file():
             job = self._job(prepared, places)
@@ -212,7 +213,7 @@ class _Run:
                 inputs = read_inputs(job.recipe)
                 targets = tasks.planned(job, inputs, self._options)
                 tokenizer = tasks.make_tokenizer(targets)
-                shards = plan.foresee(targets, inputs, self._options, tokenizer)
+                shards = plan.foresee(targets, inputs, self._options, tokenizer, whole=whole)
             if tokenizer is not None:
                 journal.write_tokenizer(places, tokenizer)
             job.write(places.job)
@@ -235,14 +236,14 @@ class _Run:
         self._warnings += told
 
     @contextmanager
-    def _shown(self, places: Places, shards: Sequence[Shard]) -> Iterator[None]:
+    def _shown(self, places: Places, parts: Sequence[Part]) -> Iterator[None]:
         """Show how far all workers are, from a thread of its own, until the work ends."""
-        tensors = sum(len(shard.outputs) for shard in shards)
-        size = sum(shard.bytes for shard in shards)
+        tensors = sum(len(part.outputs) for part in parts)
+        size = sum(part.bytes for part in parts)
         over = threading.Event()
 
         def show() -> None:
-            state = progress.total(places.progress, range(len(shards)))
+            state = progress.total(places.progress, range(len(parts)))
             self._listener.show(state, tensors, size)
 
         def watch() -> None:
@@ -268,7 +269,7 @@ class _Run:
             options = MergeOptions(**job.options)
             tasks.finish(job, options, journal.read_tokenizer(places))
         _write_index(places.model, shards)
-        records = journal.records(places, shards)
+        records = journal.records(places, plan.parts(shards))
         suspects = {name for record in records for name in record["suspects"]}
         name = self._out.resolve().name
         written = merge.complete(prepared, places.model, name, self._options, suspects)

@@ -1,9 +1,7 @@
-"""A shard's file, written beside the work: hashed, looked through and on its way to the disk."""
+"""A part's tensors, hashed, looked through and written by a thread while others are merged."""
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,11 +13,11 @@ from mergekit.graph import Task
 
 from cart_plugin.checkpoints.digests import tensor_digest
 from cart_plugin.checkpoints.writing import TensorFile
-from cart_plugin.distributed.plan import Shard
+from cart_plugin.distributed.plan import Part
 from cart_plugin.errors import CartError
 
 
-class ToShard(Task[Any]):
+class ToPart(Task[Any]):
     """Stands where mergekit's tasks expect its `TensorWriterTask`: a writer that is there."""
 
     file: Any
@@ -33,8 +31,8 @@ class ToShard(Task[Any]):
         return self.file
 
 
-class ShardFile:
-    """Takes a shard's tensors in any order; the file has its name when all are written.
+class PartFile:
+    """Takes a part's tensors in any order, and writes them where they lie in their shard's file.
 
     Each is written by a thread while the next is merged. One is under way at most, so that memory
     is bounded; an error of the thread comes up with the next call.
@@ -44,20 +42,18 @@ class ShardFile:
         suspects: names of those that hold a NaN or an infinity.
     """
 
-    def __init__(self, folder: Path, shard: Shard, count: Callable[[int], None]) -> None:
-        """Start the file; `count` receives the bytes of each tensor that is written."""
+    def __init__(self, folder: Path, part: Part, count: Callable[[int], None]) -> None:
+        """Open the file, which is there; `count` receives the bytes of each tensor written."""
         self.digests: dict[str, str] = {}
         self.suspects: list[str] = []
-        self._layout = shard.layout
-        self._final = folder / shard.file
-        self._scratch = folder / f".{shard.file}.{socket.gethostname()}.{os.getpid()}.new"
+        self._layout = {it.name: (it.dtype, it.shape) for it in part.outputs}
         self._count = count
-        self._file = TensorFile(self._scratch, self._layout)
+        self._file = TensorFile(folder / part.shard.file, part.shard.layout, anew=False)
         self._thread = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
 
     def save_tensor(self, name: str, tensor: torch.Tensor, clone: bool = False) -> None:  # noqa: ARG002
-        """Take a tensor; what belongs to another shard is left to its maker.
+        """Take a tensor; what belongs to another part is left to its maker.
 
         Raises:
             CartError: it is not what was foreseen.
@@ -86,7 +82,7 @@ class ShardFile:
         self._file.write(name, tensor)
         self._count(tensor.numel() * tensor.element_size())
 
-    def __enter__(self) -> ShardFile:
+    def __enter__(self) -> PartFile:
         return self
 
     def __exit__(
@@ -99,7 +95,6 @@ class ShardFile:
         finally:
             self._thread.shutdown()
             self._file.abandon()
-            self._scratch.unlink(missing_ok=True)
 
     def _finish(self) -> None:
         missing = [name for name in self._layout if name not in self.digests]
@@ -109,4 +104,3 @@ class ShardFile:
                 "report this with the recipe"
             )
         self._file.close()
-        self._scratch.replace(self._final)

@@ -52,13 +52,14 @@ def records(folder: Path) -> list[Path]:
 
 
 def shards(folder: Path) -> dict[str, int]:
-    """When each finished shard was written, by its name."""
+    """When each finished shard, of one part, was written, by its name."""
     model = records(folder)[0].parent.parent / "model"
-    return {path.stem: (model / path.stem).stat().st_mtime_ns for path in records(folder)}
+    names = [path.name.removesuffix(".0.json") for path in records(folder)]
+    return {name: (model / name).stat().st_mtime_ns for name in names}
 
 
 @pytest.fixture
-def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], dict[str, int]]:
     """Let the disk be full after so many tensors; 0 makes room again."""
     write, known = TensorFile.write, {"room": 0, "written": 0}
 
@@ -70,15 +71,16 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
     monkeypatch.setattr(TensorFile, "write", limited)
 
-    def fill(room: int) -> None:
+    def fill(room: int) -> dict[str, int]:
         known.update(room=room, written=0)
+        return known
 
     return fill
 
 
 @pytest.fixture
 def interrupted(
-    merge: Callable[..., Result], full_disk: Callable[[int], None]
+    merge: Callable[..., Result], full_disk: Callable[[int], dict[str, int]]
 ) -> Callable[..., Result]:
     """Merge until the disk is full, a third on the way, and make room."""
 

@@ -14,6 +14,7 @@ import transformers
 from click.testing import CliRunner, Result
 from mergekit.scripts import run_yaml
 
+from cart_plugin.distributed import plan
 from tests.distributed.conftest import METHODS, SHARDS, contents, left, recipe_of
 from tests.doctor.tiny import (
     change_config,
@@ -84,6 +85,15 @@ def test_units_of_several_tensors_lie_on_both_sides_of_a_shards_end(
     for model in models:
         assert (Path(model) / "model.safetensors").exists()
     same(merge, recipe, tmp_path, "--out-shard-size", "9K")
+
+
+@pytest.mark.parametrize("options", [[], SHARDS], ids=["one shard", "several"])
+def test_shards_in_pieces(
+    options: list[str], merge: Merge, saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "_PIECE", 9000)
+    recipe = write_recipe(tmp_path / "r.yaml", saved("vit"))
+    same(merge, recipe, tmp_path, *options)
 
 
 def test_slices_that_repeat_layers(merge: Merge, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from cart_plugin.checkpoints.files import write_json
 from cart_plugin.distributed import on_ray
 from cart_plugin.distributed.journal import Places
 from cart_plugin.distributed.on_ray import Workers
-from cart_plugin.distributed.plan import Output, Shard
+from cart_plugin.distributed.plan import Output, Part, Shard
 from cart_plugin.errors import CartError
 
 GB = 10**9
@@ -61,9 +61,9 @@ class Scripted:
         self.cancelled += 1
 
 
-def shard(number: int, peak: int = 2 * GB) -> Shard:
+def part(number: int, peak: int = 2 * GB) -> Part:
     outputs = [Output(f"layer{number}.weight", torch.float32, (8, 8), f"t{number}", 100, peak)]
-    return Shard(f"model-{number}.safetensors", tuple(outputs))
+    return Part(Shard(f"model-{number}.safetensors", (tuple(outputs),)), 0)
 
 
 def work(ray: Scripted, folder: Path, *, count: int = 1, **asked: Any) -> list[str]:
@@ -72,7 +72,7 @@ def work(ray: Scripted, folder: Path, *, count: int = 1, **asked: Any) -> list[s
     places = Places(folder)
     places.make()
     workers = Workers(count=1, address=None, threads=1, **asked)
-    on_ray._Crew(ray, places, [shard(n) for n in range(count)], workers, notes.append).work()
+    on_ray._Crew(ray, places, [part(n) for n in range(count)], workers, notes.append).work()
     assert ray.outcomes == []
     return notes
 
@@ -101,14 +101,14 @@ def test_more_memory_is_asked_for_and_the_tensor_named(
     assert "layer0.in_hand" in note
     assert "model-0.safetensors is made again" in note
     first, second = (asked["memory"] for asked in ray.asked)
-    assert first == shard(0).memory
+    assert first == part(0).memory
     assert second == 2 * first
 
 
 def test_no_more_is_asked_for_than_there_is(tmp_path: Path) -> None:
     ray = Scripted(exceptions.OutOfMemoryError("killed"), None, nodes=[[SMALL]])
     work(ray, tmp_path)
-    assert [asked["memory"] for asked in ray.asked] == [shard(0).memory, 4 * GB]
+    assert [asked["memory"] for asked in ray.asked] == [part(0).memory, 4 * GB]
 
 
 def test_the_fifth_death_over_one_shard_ends_the_merge(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_a_lost_node_is_nobodys_fault(tmp_path: Path) -> None:
     notes = work(ray, tmp_path)
     assert len(notes) == 6
     assert "a node is lost; model-0.safetensors is made again elsewhere" in notes[0]
-    assert {asked["memory"] for asked in ray.asked} == {shard(0).memory}
+    assert {asked["memory"] for asked in ray.asked} == {part(0).memory}
 
 
 def test_less_is_asked_for_where_the_large_node_is_gone(
@@ -138,7 +138,7 @@ def test_less_is_asked_for_where_the_large_node_is_gone(
     tiny = {"CPU": 4.0, "memory": 1.0 * GB}
     ray = Scripted("still running", None, nodes=[[BIG], [tiny], [tiny]])
     work(ray, tmp_path)
-    assert [asked["memory"] for asked in ray.asked] == [shard(0).memory, 1 * GB]
+    assert [asked["memory"] for asked in ray.asked] == [part(0).memory, 1 * GB]
     assert ray.cancelled == 1
 
 
@@ -177,7 +177,7 @@ def test_a_worker_says_why_it_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyP
             raise OSError(errno.ENOSPC, "No space left on device")
 
     assert "does not see" in str(on_ray._task(str(tmp_path / "elsewhere"), 0))
-    monkeypatch.setattr("cart_plugin.distributed.shard.Workshop", Full)
+    monkeypatch.setattr("cart_plugin.distributed.part.Workshop", Full)
     assert on_ray._task(str(tmp_path), 0) == "the disk is full"
 
 

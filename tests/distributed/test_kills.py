@@ -83,7 +83,7 @@ def test_ten_kills_at_random_moments(saved: Saved, merge: Merge, tmp_path: Path)
     running = start(recipe, tmp_path / "out")
     said = running.communicate()[0]
     assert running.returncode == 0, said
-    assert f"going on: {len(finished)} of 48 shards are finished" in said
+    assert f"going on: {len(finished)} of 48 parts are finished" in said
     assert contents(tmp_path / "out") == contents(tmp_path / "quiet" / "out")
     times = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in finished}
     assert times == finished

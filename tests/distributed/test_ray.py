@@ -11,6 +11,7 @@ import torch
 from click.testing import CliRunner, Result
 from mergekit.scripts import run_yaml
 
+from cart_plugin.distributed import plan
 from tests.distributed.conftest import METHODS, SHARDS, contents, left, recipe_of
 from tests.distributed.test_bytes import byte_pairs, rows_by_token
 from tests.doctor.tiny import edit_weights, save_models, write_recipe
@@ -45,10 +46,14 @@ def test_two_workers_give_mergekit_yamls_bytes(
     assert left(tmp_path) == ["out"]
 
 
-def test_two_workers_merge_tensor_by_tensor(merge: Merge, saved: Saved, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path / "r.yaml", saved("vit"))
-    assert merge(recipe, tmp_path / "plain" / "out", *SHARDS).exit_code == 0
-    assert merge(recipe, tmp_path / "out", "--workers", 2, *SHARDS).exit_code == 0
+@pytest.mark.parametrize("architecture", ["llama", "vit"])
+def test_two_workers_share_one_shard(
+    architecture: str, merge: Merge, saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "_PIECE", 9000)
+    recipe = write_recipe(tmp_path / "r.yaml", saved(architecture))
+    assert merge(recipe, tmp_path / "plain" / "out").exit_code == 0
+    assert merge(recipe, tmp_path / "out", "--workers", 2).exit_code == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "plain" / "out")
 
 

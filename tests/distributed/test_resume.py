@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from cart_plugin.checkpoints.files import resumable, unfinished
-from cart_plugin.distributed import journal
+from cart_plugin.checkpoints.files import left_bytes, resumable, unfinished
+from cart_plugin.distributed import journal, plan
 from tests.distributed.conftest import SHARDS, contents, left, recipe_of, records, shards
 from tests.doctor.tiny import edit_weights, save_models, write_recipe
 from tests.execution.test_command import refuses
@@ -42,13 +42,13 @@ def test_a_full_disk_is_one_line_and_loses_no_finished_shard(
     done = interrupted(recipe, tmp_path / "out")
     finished = shards(tmp_path)
     assert 2 <= len(finished) < 12
-    refuses(done, "the disk is full", f"{len(finished)} of 12 shards are finished and kept in")
+    refuses(done, "the disk is full", f"{len(finished)} of 12 parts are finished and kept in")
     assert left(tmp_path) == [".out.unfinished"]
     kept = next(tmp_path.glob(".out.unfinished/merge-*/model"))
     before = {name: (kept / name).stat().st_ino for name in finished}
     done = merge(recipe, tmp_path / "out", "--workers", 1, *SHARDS)
     assert done.exit_code == 0, done.output
-    assert f"note: going on: {len(finished)} of 12 shards are finished" in done.output
+    assert f"note: going on: {len(finished)} of 12 parts are finished" in done.output
     assert contents(tmp_path / "out") == expected
     assert {name: (tmp_path / "out" / name).stat().st_ino for name in finished} == before
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in finished} == finished
@@ -75,6 +75,26 @@ def test_a_finished_shard_that_has_changed_is_made_again(
     second.write_bytes(second.read_bytes()[:-4])
     assert merge(recipe, tmp_path / "out", "--workers", 1, *SHARDS).exit_code == 0
     assert contents(tmp_path / "out") == expected
+
+
+def test_of_one_shard_pieces_are_kept(
+    merge: Merge,
+    full_disk: Callable[[int], dict[str, int]],
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plan, "_PIECE", 20_000)
+    full_disk(16)
+    refuses(merge(recipe, tmp_path / "out", "--workers", 1), "of 12 parts are finished and kept")
+    count = len(records(tmp_path))
+    assert count >= 2
+    written = full_disk(0)
+    done = merge(recipe, tmp_path / "out", "--workers", 1)
+    assert f"going on: {count} of 12 parts are finished" in done.output
+    assert written["written"] < 48 - 2 * count
+    assert merge(recipe, tmp_path / "whole" / "out").exit_code == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
 
 
 def test_another_recipe_starts_anew(
@@ -147,7 +167,8 @@ def test_room_for_what_is_finished_is_not_asked_for_again(
     merge: Merge, interrupted: Merge, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupted(recipe, tmp_path / "out")
-    whole, there = 250_000, sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors"))
+    whole, there = 250_000, left_bytes(tmp_path / "out")
+    assert 60_000 < there < 150_000
     usage = shutil._ntuple_diskusage(whole, there, whole - there)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
     done = merge(recipe, tmp_path / "out", "--workers", 1, *SHARDS)

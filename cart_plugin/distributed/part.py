@@ -1,4 +1,4 @@
-"""The making of a shard: mergekit's executor, tensor by tensor, with reading ahead of it."""
+"""The making of a part: mergekit's executor, tensor by tensor, with reading ahead of it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from mergekit.tokenizer import BuildTokenizer
 
 from cart_plugin.checkpoints.files import read_json
 from cart_plugin.distributed import journal, plan, tasks
-from cart_plugin.distributed.plan import Shard
+from cart_plugin.distributed.plan import Part
 from cart_plugin.distributed.progress import Step
-from cart_plugin.distributed.writing import ShardFile, ToShard
+from cart_plugin.distributed.writing import PartFile, ToPart
 from cart_plugin.execution.inputs import read_inputs
 from cart_plugin.execution.routes import Job, recorded
 from cart_plugin.execution.tensorwise import LoadModelTensor
@@ -28,7 +28,7 @@ from cart_plugin.mergekit import CartMerge, register
 
 
 class Workshop:
-    """A merge as one process has it: planned once, then a shard at a time."""
+    """A merge as one process has it: planned once, then a part at a time."""
 
     def __init__(self, place: Path) -> None:
         """Plan the merge of a journal's folder.
@@ -41,7 +41,7 @@ class Workshop:
         self._job = Job(**read_json(self._places.job))
         self._options = MergeOptions(**self._job.options)
         torch.set_num_threads(int(read_json(self._places.settings)["threads"]))
-        self._shards = plan.read(self._places.plan)
+        self._parts = plan.parts(plan.read(self._places.plan))
         inputs = read_inputs(self._job.recipe)
         found = tasks.planned(self._job, inputs, self._options, self._read)
         self._tasks = {tasks.key(task): task for task in tasks.saves(found)}
@@ -53,35 +53,35 @@ class Workshop:
             self._step.read(count)
 
     def make(self, number: int) -> None:
-        """Make a shard, unless it is there and whole.
+        """Make a part, unless it is there and whole.
 
         Raises:
             CartError: it cannot be made.
             OSError: it cannot be written.
         """
-        shard = self._shards[number]
+        part = self._parts[number]
         self._step = Step(self._places.progress, number)
-        if journal.is_whole(self._places, shard):
-            self._step.skip(len(shard.outputs), shard.bytes)
+        if journal.is_whole(self._places, part):
+            self._step.skip(len(part.outputs), part.bytes)
             return
-        with recorded() as told, ShardFile(self._places.model, shard, self._step.wrote) as file:
-            self._merge(shard, file)
+        with recorded() as told, PartFile(self._places.model, part, self._step.wrote) as file:
+            self._merge(part, file)
         journal.record(
             self._places,
-            shard,
+            part,
             {
                 "digests": file.digests,
                 "suspects": file.suspects,
-                "kept": self._kept(shard),
+                "kept": self._kept(part),
                 "warnings": list(dict.fromkeys(told)),
             },
         )
         self._step.flush()
 
-    def _merge(self, shard: Shard, file: ShardFile) -> None:
+    def _merge(self, part: Part, file: PartFile) -> None:
         """Merge the tensors one by one; the next one's inputs are read meanwhile."""
         outputs: dict[str, list[plan.Output]] = {}
-        for output in shard.outputs:
+        for output in part.outputs:
             outputs.setdefault(output.task, []).append(output)
         pieces = (_Piece(self._handing(key, file)) for key in outputs)
         setup = partial(_set_up, self._options)
@@ -102,11 +102,11 @@ class Workshop:
                     piece = following
                 self._step.done(len(made))
 
-    def _handing(self, key: str, file: ShardFile) -> tasks.Save:
-        """The task of a key, with the shard's file as its writer."""
+    def _handing(self, key: str, file: PartFile) -> tasks.Save:
+        """The task of a key, with the part's file as its writer."""
         task = self._tasks[key]
         name = "writer_task" if isinstance(task, SaveTensor) else "writer"
-        changed: tasks.Save = task.model_copy(update={name: ToShard(file=file)})
+        changed: tasks.Save = task.model_copy(update={name: ToPart(file=file)})
         return changed
 
     def _seed(self, key: str) -> None:
@@ -116,13 +116,13 @@ class Workshop:
         text = f"{self._options.random_seed or 0}:{key}"
         set_seed(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big"))
 
-    def _kept(self, shard: Shard) -> Mapping[str, Any]:
+    def _kept(self, part: Part) -> Mapping[str, Any]:
         """What `cart` has kept of the models' differences."""
         methods = [it for it in merge_methods.registered_methods() if isinstance(it, CartMerge)]
         found: dict[str, Any] = {}
         for method in methods:
             if method.kept is not None:
-                found |= method.kept.data(output.name for output in shard.outputs)
+                found |= method.kept.data(output.name for output in part.outputs)
         return found
 
 
