@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 _MARK = ".mergekit-cart-unfinished"
+MAKING = "merge-"  # how names of results in the making begin, there
 _KEPT = ".mergekit-cart-resumable"  # beside the mark, in what `resumable` has made
 
 
@@ -144,7 +145,7 @@ def left_bytes(out: Path) -> int:
     folder = _beside(out.resolve())
     if not (folder / _KEPT).exists():
         return 0
-    return sum(_room(path.stat()) for path in folder.rglob("*") if path.is_file())
+    return sum(_room(path.stat()) for path in folder.glob(f"{MAKING}*/**/*") if path.is_file())
 
 
 def _room(file: os.stat_result) -> int:

@@ -24,7 +24,7 @@ from cart_plugin import linalg, merging
 from cart_plugin import mergekit as adapter
 from cart_plugin.checkpoints import writing
 from cart_plugin.checkpoints.digests import tensor_digest
-from cart_plugin.checkpoints.files import read_json, write_json
+from cart_plugin.checkpoints.files import MAKING, read_json, write_json
 from cart_plugin.checkpoints.headers import read_header
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.distributed.plan import Part, Shard
@@ -140,14 +140,14 @@ def open_journal(folder: Path, identity: Mapping[str, Any], tell: Callable[[str]
     """
     file = folder / "journal.json"
     text = json.dumps(identity, sort_keys=True)
-    places = Places(folder / f"merge-{hashlib.sha256(text.encode()).hexdigest()[:16]}")
+    places = Places(folder / f"{MAKING}{hashlib.sha256(text.encode()).hexdigest()[:16]}")
     try:
         before = read_json(file)["identity"]
     except (OSError, ValueError, KeyError):
         before = None
     if before is not None and before != identity:
         tell(f"starting anew: {_difference(before, identity)}")
-    for other in folder.glob("merge-*"):
+    for other in folder.glob(f"{MAKING}*"):
         if other != places.folder:
             shutil.rmtree(other)
     write_json(file, {"identity": identity})

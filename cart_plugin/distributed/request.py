@@ -17,6 +17,7 @@ import torch
 from mergekit.options import MergeOptions
 
 from cart_plugin.checkpoints.files import (
+    MAKING,
     Workplace,
     check_space,
     explain,
@@ -112,12 +113,12 @@ def run(
 
 def _left(work: Workplace) -> str:
     """What an interrupted run leaves, as the end of a line; nothing is kept if that is nothing."""
-    records = len(list(work.folder.glob("merge-*/records/*.json")))
+    records = len(list(work.folder.glob(f"{MAKING}*/records/*.json")))
     fused = any(work.folder.glob("fused/*"))
     work.keep = bool(records) or fused
     if not records:
         return ""
-    (file,) = work.folder.glob("merge-*/plan.json")
+    (file,) = work.folder.glob(f"{MAKING}*/plan.json")
     count = len(plan.parts(plan.read(file)))
     return (
         f"; {records} of {count} parts are finished and kept in {work.folder}: the same command "
