@@ -106,7 +106,7 @@ class Transfers:
             total=size,
             rates=", ".join(rates),
         )
-        if not self._terminal.is_terminal and now - self._printed > _LINE_EVERY:
+        if not self._terminal.is_terminal and now - self._printed >= _LINE_EVERY:
             self._printed = now
             self._terminal.print(", ".join([what, *rates]), soft_wrap=True, markup=False)
 

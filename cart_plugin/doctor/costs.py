@@ -104,9 +104,7 @@ def check_disk(
 
 
 def peak(merge: Merge, config: Recipe) -> float:
-    """Bytes of one tensor's inputs and working copies; 0 if no input holds it."""
-    if not merge.inputs:
-        return 0
+    """Bytes of one tensor's inputs and working copies."""
     elements = next(iter(merge.inputs.values())).elements
     inputs = len(merge.inputs) * elements * merge_dtype(merge, config).itemsize
     if config.merge_method not in _OURS:
