@@ -97,6 +97,8 @@ def run(
             Finished parts stay in a hidden folder beside OUT, and the same command goes on.
     """
     options = _fitting(options, hands)
+    if not hands.is_here:
+        on_ray.import_ray()
     request.read(recipe, out)
     with resumable(out) as work:
         try:

@@ -179,9 +179,3 @@ def test_a_worker_says_why_it_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "does not see" in str(on_ray._task(str(tmp_path / "elsewhere"), 0))
     monkeypatch.setattr("cart_plugin.distributed.part.Workshop", Full)
     assert on_ray._task(str(tmp_path), 0) == "the disk is full"
-
-
-def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "ray", None)
-    with pytest.raises(CartError, match=r"pip install 'cart-plugin\[ray\]'"):
-        on_ray.import_ray()

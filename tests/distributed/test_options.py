@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -44,6 +45,16 @@ def test_a_gpu_is_not_asked_for_where_there_is_none(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     recipe = recipe_of("linear", saved("llama"), tmp_path)
     refuses(merge(recipe, tmp_path / "out", "--workers", 1, "--gpus", 1), "finds no GPU")
+
+
+def test_without_ray_several_workers_are_refused_before_the_work(
+    merge: Merge, saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setattr("cart_plugin.execution.merge.prepare", None)
+    recipe = recipe_of("linear", saved("llama"), tmp_path)
+    done = merge(recipe, tmp_path / "out", "--workers", 2)
+    refuses(done, "pip install 'cart-plugin[ray]'")
 
 
 def test_no_workers_are_refused(merge: Merge, tmp_path: Path) -> None:
