@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -60,12 +60,34 @@ def sparse(taus: Sequence[Tensor], *, random: bool, density: float) -> Tensor:
     return (kept * mask).sum(dim=0) / mask.sum(dim=0).clamp_min(1)
 
 
+def _by_fusion_bench(
+    merge: Callable[..., Mapping[str, Tensor]], taus: Sequence[Tensor], **options: float
+) -> Tensor:
+    """One of its functions of task vectors, without the lines that it prints for each matrix."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        return merge([{"w": tau} for tau in taus], accelerator="cpu", **options)["w"].detach()
+
+
 def iso_c(taus: Sequence[Tensor]) -> Tensor:
     """FusionBench's Iso-C (arXiv 2502.04959) of matrices, scale 1."""
     from fusion_bench.method.isotropic_merging.iso_utils import iso_c as merge
 
-    with redirect_stdout(io.StringIO()):  # a line a matrix
-        return merge([{"w": tau} for tau in taus], "cpu")["w"]
+    return _by_fusion_bench(merge, taus)
+
+
+def iso_cts(taus: Sequence[Tensor]) -> Tensor:
+    """FusionBench's Iso-CTS (arXiv 2502.04959) of matrices, scale 1, with the paper's fraction."""
+    from fusion_bench.method.isotropic_merging.iso_utils import iso_cts as merge
+
+    return _by_fusion_bench(merge, taus, common_space_fraction=0.8)
+
+
+def wudi(taus: Sequence[Tensor]) -> Tensor:
+    """FusionBench's WUDI (arXiv 2503.08099) of matrices, with its 300 steps."""
+    from fusion_bench.method.wudi.wudi import wudi_merging
+
+    with torch.enable_grad():
+        return _by_fusion_bench(wudi_merging, taus, iter_num=300)
 
 
 def scaled_sum(taus: Sequence[Tensor], scale: float) -> Tensor:
@@ -81,7 +103,9 @@ OF_TAUS: dict[str, OfTaus] = {
     "TIES": partial(sparse, random=False, density=0.2),
     "DARE-TIES": partial(sparse, random=True, density=0.5),
     "Iso-C": iso_c,
+    "Iso-CTS": iso_cts,
     "DC-Merge": peers.dc_merge,
+    "WUDI": wudi,
 }
 # Those that mergekit has not: `compare` judges them as they are.
 BESIDE_MERGEKIT = ("TSV-M", "Iso-C", "ASWUDI", "SWUDI", "ACE", "DC-Merge")

@@ -45,11 +45,11 @@ GRIDS: dict[str, dict[str, Sequence[float]]] = {
 
 
 def evaluator(tasks: list[str], split: str, examples: int, batch: int = 32) -> list[str]:
-    """The options of `compare` that judge a split by lm-eval, in bf16 as LLMs are run."""
+    """The options of `compare` that judge a split by lm-eval, in fp32, as they were trained."""
     return [
         *("--tasks", ",".join(task_name(name, split) for name in tasks)),
         *("--include-path", str(write_tasks(tasks, split, examples))),
-        *("--batch-size", str(batch), "--dtype", "bfloat16"),
+        *("--batch-size", str(batch), "--dtype", "float32"),
     ]
 
 

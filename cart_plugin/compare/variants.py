@@ -23,7 +23,6 @@ from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 from cart_plugin.doctor.parameters import did_you_mean
 from cart_plugin.errors import CartError
 from cart_plugin.linalg.rules import RANK_RULES
-from cart_plugin.merging.settings import CartSettings
 
 Settings = dict[str, Any]
 
@@ -249,14 +248,13 @@ def _reduce(node: Any, specs: Mapping[str, ParameterSpec], overrides: Settings) 
 
 
 def _defaults(specs: Mapping[str, ParameterSpec], given: set[str], models: int) -> dict[str, Any]:
-    """What the recipe leaves open. mergekit has no default for `weight`: equal ones of sum 1."""
+    """What the recipe leaves open, as far as a number says it.
+
+    mergekit has no default for `weight`: equal ones of sum 1.
+    """
     values: dict[str, Any] = {}
-    if "rank_ratio" in specs and not given & set(RANK_RULES):
-        rule = CartSettings(lambda_=1.0 if "lambda" in specs else "auto").rule
-        if not rule.of_numerical_rank:  # no parameter says that but none
-            values["rank_ratio"] = rule.rank_ratio
     for name, spec in specs.items():
-        if name in given or name in RANK_RULES:
+        if name in given or name in RANK_RULES:  # ours look at the tensors where none is given
             continue
         if not spec.required and spec.default is not None:
             values[name] = spec.default

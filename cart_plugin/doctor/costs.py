@@ -42,8 +42,9 @@ def check_memory(merges: Sequence[Merge], config: Recipe) -> Iterator[Finding]:
     The sum of: the program; all inputs of the tensor that needs most, in the dtype they are merged
     in; its copies in fp32, six if at most an eighth of its full rank is kept, thirteen if more is
     or may be (`energy`), two if it is averaged; with `cart_auto` all models' factors, the system
-    that combines them and, with a base model, one more copy; and the finished tensors that wait
-    until their shard of the result is full, 5 GB of them unless --out-shard-size is set.
+    that combines them and, with a base model, one more copy or, of four models, two; and the
+    finished tensors that wait until their shard of the result is full, 5 GB of them unless
+    --out-shard-size is set.
     Files that the system keeps in memory because they were read are not counted: it gives that
     memory back.
     """

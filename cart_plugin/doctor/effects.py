@@ -129,6 +129,7 @@ def _summary(merges: Sequence[Merge]) -> Iterator[Finding]:
         )
         return
     settings: dict[str, list[float]] = defaultdict(list)
+    yield from _base_in_use(decomposed)
     for merge in decomposed:
         shown = merge.rank_rules or {"rank_ratio": merge.rule.rank_ratio}
         if "lambda" in merge.planned.parameters:
@@ -136,6 +137,22 @@ def _summary(merges: Sequence[Merge]) -> Iterator[Finding]:
         for name, value in shown.items():
             settings[name].append(value)
     yield ok(f"{fact} ({', '.join(_range(*item) for item in settings.items())})")
+
+
+def _base_in_use(decomposed: Sequence[Merge]) -> Iterator[Finding]:
+    """What becomes of the base model with `cart_auto`, where there is one."""
+    informed = [merge for merge in decomposed if merge.has_base and merge.is_auto]
+    taking = sum(merge.takes_base for merge in informed)
+    if taking:
+        yield ok(
+            f"the base model shows where the tasks' inputs lie in {count(taking, 'tensor')}"
+            + ("" if taking == len(decomposed) else f" of {len(decomposed):,} decomposed")
+        )
+    elif informed:
+        yield ok(
+            "the base model is not used: center says so, or there are five models or more, which "
+            "merge better without it"
+        )
 
 
 def _range(name: str, values: Sequence[float]) -> str:

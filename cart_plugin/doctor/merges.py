@@ -75,8 +75,18 @@ class Merge:
         return settings_of(self.planned.parameters)
 
     @property
+    def has_base(self) -> bool:
+        """Whether the base model holds the tensor."""
+        return self.planned.base in self.inputs
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether there is no lambda to set."""
+        return self._settings.lambda_ == "auto"
+
+    @property
     def _is_informed(self) -> bool:
-        return self.planned.base in self.inputs and self._settings.is_informed(len(self.counting))
+        return self.has_base and self._settings.is_informed(len(self.counting))
 
     @property
     def rule(self) -> RankRule:

@@ -28,9 +28,14 @@ def rounding_energy(weights: Tensor) -> Tensor:
     Returns:
         ``(stack,)``, in fp64.
     """
-    eps = torch.finfo(stored_dtype(weights)).eps
+    eps = stored_eps(weights)
     wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
     return total_energy(wide) * (eps**2 / _SPREAD)
+
+
+def stored_eps(weights: Tensor) -> float:
+    """The epsilon of `stored_dtype`."""
+    return torch.finfo(stored_dtype(weights)).eps
 
 
 def stored_dtype(weights: Tensor) -> torch.dtype:
@@ -45,17 +50,32 @@ def stored_dtype(weights: Tensor) -> torch.dtype:
     return weights.dtype
 
 
-def rounding_in(total: Tensor, rounding: Tensor) -> Tensor:
-    """What of the squared norms of differences is rounding, a quarter at most.
+def is_drowned(total: Tensor, rounding: Tensor) -> Tensor:
+    """Whether rounding is the larger part of differences, ``(stack,)``.
 
-    Of changes that are smaller than the spacing most is rounded away, and the estimate says more
-    than there is.
+    Then they say nothing of what they are of. Of changes that are smaller than the spacing most is
+    rounded away: the estimate may be more than there is.
 
     Args:
-        total: of differences of weights, ``(stack,)``.
+        total: squared norms of differences of weights.
         rounding: of the weights, as `rounding_energy` has it.
     """
-    return torch.minimum(rounding, total / 4)
+    return rounding > total / 2
+
+
+def rounding_beyond(rounding: Tensor, k: int, m: int, n: int) -> Tensor:
+    """What of the rounding lies outside of the leading directions of ``(m, n)`` matrices, at most.
+
+    That is the share of a matrix of independent entries outside of any k columns and k rows; the
+    leading directions hold more of it than others.
+
+    Args:
+        rounding: squared norms, ``(stack,)``.
+        k: the number of leading directions.
+        m: rows.
+        n: columns.
+    """
+    return rounding * ((1 - k / m) * (1 - k / n))
 
 
 def rounding_edge(energy: Tensor, m: int, n: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cart_plugin.errors import CartError
+from cart_plugin.linalg.rounding import is_drowned, rounding_beyond
 
 DEFAULT_RANK_RATIO = 0.08
 RANK_RULES = ("rank_ratio", "rank", "energy")
@@ -107,16 +108,42 @@ def energy_rank(values: Tensor, energy: float, total: float, *, slack: float) ->
     return int(reached.to(torch.int8).argmax()) + 1 if bool(reached.any()) else len(values)
 
 
-def numerical_rank(values: Tensor, total: float) -> int | None:
-    """The smallest rank that holds nearly all of a matrix.
+def numerical_rank(
+    values: Tensor, total: float, rounding: float = 0.0, beyond: float = 0.0
+) -> int | None:
+    """The smallest rank that holds nearly all of a matrix, but for rounding.
 
     Args:
         values: its leading squared singular values, ``(k,)``, descending, in fp64.
         total: its squared Frobenius norm.
+        rounding: what of that is rounding (`cart_plugin.linalg.rounding`).
+        beyond: the part of the rounding outside of the leading directions.
 
     Returns:
         The rank, 0 for a matrix of zeros; None if it is above ``k``.
     """
-    if float(values.sum()) < NEARLY_ALL * total:
+    if float(values.sum()) + beyond < NEARLY_ALL * total:
         return None
-    return energy_rank(values, NEARLY_ALL, total, slack=0.0)
+    return energy_rank(values, NEARLY_ALL, total - rounding, slack=0.0)
+
+
+def numerical_ranks(
+    values: Tensor, totals: Tensor, rounding: Tensor | None, m: int, n: int
+) -> list[int | None]:
+    """`numerical_rank` of each matrix of a stack.
+
+    Args:
+        values: leading singular values, ``(stack, k)``.
+        totals: squared norms, ``(stack,)``.
+        rounding: what of them is rounding, ``(stack,)`` in fp64; None for nothing.
+        m: rows of the matrices.
+        n: their columns.
+    """
+    squares = values.double().square()
+    if rounding is None:
+        rounding = torch.zeros_like(totals)
+    # A matrix that is mostly rounding has no rank to speak of.
+    rounding = torch.where(is_drowned(totals, rounding), 0, rounding)
+    beyond = rounding_beyond(rounding, values.shape[-1], m, n)
+    numbers = zip(totals.tolist(), rounding.tolist(), beyond.tolist(), strict=True)
+    return [numerical_rank(one, *rest) for one, rest in zip(squares, numbers, strict=True)]

@@ -24,8 +24,7 @@ from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.gram import leading_left, total_energy
 from cart_plugin.linalg.krylov import leading_subspace
 from cart_plugin.linalg.precision import full_precision
-from cart_plugin.linalg.rounding import rounding_in
-from cart_plugin.linalg.rules import SHARE_OF_NUMERICAL_RANK, RankRule, numerical_rank
+from cart_plugin.linalg.rules import SHARE_OF_NUMERICAL_RANK, RankRule, numerical_ranks
 from cart_plugin.linalg.spectra import energy_rank_of
 from cart_plugin.linalg.subspace import GAIN, SKETCH_GAIN, near_subspace, oversampled
 
@@ -147,10 +146,7 @@ def _zeros(x: Tensor, k: int) -> LowRank:
 
 def _share_of_rank(x: Tensor, factors: LowRank, rounding: Tensor | None) -> LowRank:
     """Of matrices of low numerical rank a share of it, of others all that was solved for."""
-    squares, totals = factors.S.double().square(), total_energy(x)
-    if rounding is not None:
-        totals = totals - rounding_in(totals, rounding)
-    found = [numerical_rank(*pair) for pair in zip(squares, totals.tolist(), strict=True)]
+    found = numerical_ranks(factors.S, total_energy(x), rounding, *x.shape[1:])
     ranks = [
         factors.rank if rank is None else max(1, math.floor(SHARE_OF_NUMERICAL_RANK * rank))
         for rank in found

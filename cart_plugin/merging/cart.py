@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -23,10 +24,10 @@ from torch import Tensor
 from cart_plugin.errors import CartError, CartWarning
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.gram import total_energy
-from cart_plugin.linalg.rounding import rounding_energy
+from cart_plugin.linalg.rounding import rounding_energy, stored_eps
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.linalg.svd import truncated_svd
-from cart_plugin.merging.informed import MOST_INFORMED, Change, informed_by_base
+from cart_plugin.merging.informed import Change, few_directions, informed_by_base
 from cart_plugin.merging.inputs import (
     check_finite,
     check_inputs,
@@ -80,12 +81,13 @@ def merge_tensors(
             inputs' dtype cannot hold.
     """
     settings = settings or CartSettings()
-    models, where = check_inputs(tensors, base, settings.center, name, models)
+    if decompose is None and tensors:
+        decompose = is_decomposed(name, tensors[0].shape)
+    center = settings.center if decompose else None  # an average has no use for the base
+    models, where = check_inputs(tensors, base, center, name, models)
     dtype = common_dtype(tensors)
     if tensors[0].numel() == 0:
         return tensors[0].to(dtype, copy=True)
-    if decompose is None:
-        decompose = is_decomposed(name, tensors[0].shape)
     if settings.rule.keeps_nothing:
         decompose = False
 
@@ -149,16 +151,20 @@ class _Inputs(NamedTuple):
             del delta  # before the next one is made
             yield found, len(self.tensors) * share
 
-    def rounding(self, shape: tuple[int, int, int]) -> list[Tensor]:
+    def rounding(self, shape: tuple[int, int, int], base: Tensor | None = None) -> list[Tensor]:
         """Squared norms of the rounding errors in each tensor that has a weight, ``(stack,)``.
 
-        Of its difference from the base, too, which the weights were rounded near.
+        With a base in its difference from that. The base has errors of its own only if it is in
+        fewer bits than the model: else it is what training started from.
         """
-        return [
-            rounding_energy(tensor.reshape(shape))
-            for tensor, share in zip(self.tensors, self.shares, strict=True)
-            if share
-        ]
+        found = []
+        for tensor, share in zip(self.tensors, self.shares, strict=True):
+            if share:
+                energy = rounding_energy(tensor.reshape(shape))
+                if base is not None and stored_eps(base) > stored_eps(tensor):
+                    energy = energy + rounding_energy(base.reshape(shape))
+                found.append(energy)
+        return found
 
     def centred_rounding(self, shape: tuple[int, int, int]) -> list[Tensor]:
         """The same of the differences from the weighted mean."""
@@ -251,17 +257,26 @@ def _informed(inputs: _Inputs, base: Tensor, settings: CartSettings) -> Tensor:
     start = centre_of(inputs.tensors, inputs.shares, base, inputs.models, inputs.where)
     shape = matrix_shape(inputs.name, average.shape)
 
-    def reduced(delta: Tensor) -> tuple[LowRank, Tensor]:
-        delta = delta.cpu() if delta.device.type == "mps" else delta  # it has no fp64
-        factors = truncated(delta, settings.informed, inputs.name)
-        return factors, total_energy(delta.reshape(shape))
+    own = settings.informed
+    few = few_directions(*shape[1:])
+    at_few = replace(own, rank_ratio=None, rank=few, energy=None)
 
-    parts = zip(inputs.each(start, reduced, check=False), inputs.rounding(shape), strict=True)
+    def reduced(delta: Tensor) -> tuple[LowRank, Tensor, Tensor]:
+        delta = delta.cpu() if delta.device.type == "mps" else delta  # it has no fp64
+        factors = truncated(delta, own, inputs.name)
+        # What made a change does not depend on how much a recipe keeps of it.
+        enough = (own.rule.fixed_rank(*shape[1:]) or 0) >= few
+        leading = factors if enough else truncated(delta, at_few, inputs.name)
+        return factors, leading.S[..., :few], total_energy(delta.reshape(shape))
+
+    parts = zip(inputs.each(start, reduced, check=False), inputs.rounding(shape, base), strict=True)
     changes = (
-        Change(factors, weight, energy, rounding) for ((factors, energy), weight), rounding in parts
+        Change(factors, leading, weight, energy, rounding.to(energy.device))
+        for ((factors, leading, energy), weight), rounding in parts
     )
-    added, of_low_rank = informed_by_base(changes, (average - start).reshape(shape))
-    if inputs.counting == MOST_INFORMED and not of_low_rank:
+    found = informed_by_base(changes, (average - start).reshape(shape))
+    added = found.added
+    if found.is_halved:
 
         def centred(delta: Tensor) -> LowRank:
             return truncated(delta, settings, inputs.name)

@@ -28,7 +28,7 @@ the sum of the ``tau_t`` in the place of P. What was tried besides, and what it 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ from torch import Tensor
 
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.precision import full_precision
-from cart_plugin.linalg.rounding import rounding_edge, rounding_in
+from cart_plugin.linalg.rounding import rounding_edge
 from cart_plugin.merging import low_rank_changes
 from cart_plugin.merging.normal_equations import System
 
@@ -67,30 +67,40 @@ class Change(NamedTuple):
 
     Attributes:
         factors: of ``W_t - W_base``, truncated, ``(stack, m, n)``.
+        leading: its leading singular values, `few_directions` of them, ``(stack, k)``.
         weight: of the model; positive.
         energy: squared Frobenius norms of all of it, ``(stack,)``, in fp64.
         rounding: what of that rounding adds (`cart_plugin.linalg.rounding.rounding_energy`).
     """
 
     factors: LowRank
+    leading: Tensor
     weight: float
     energy: Tensor
     rounding: Tensor
 
-    def is_low_rank(self, few: int) -> bool:
-        """Whether so few directions hold all of it, so that LoRA may have made it."""
-        return low_rank_changes.is_low_rank(self.factors.S, self.energy, self.rounding, few)
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)."""
+        return self.factors.U.shape[-2], self.factors.Vh.shape[-1]
+
+    @property
+    def is_low_rank(self) -> bool | None:
+        """Whether LoRA may have made it: see `low_rank_changes.is_low_rank`."""
+        args = self.leading, self.energy, self.rounding, self.shape
+        return low_rank_changes.is_low_rank(*args)
 
     def real(self) -> LowRank:
         """The factors without directions that are rounding; with those of any of a stack."""
-        factors, values = self.factors, self.factors.S
-        m, n = factors.U.shape[-2], factors.Vh.shape[-1]
-        edge = rounding_edge(rounding_in(self.energy, self.rounding), m, n).to(values)
+        values = self.factors.S
+        # Where rounding is most of it, the estimate may be more than there is.
+        rounding = torch.minimum(self.rounding, self.energy / 2)
+        edge = rounding_edge(rounding, *self.shape).to(values)
         least = torch.maximum(LEAST_SHARE * values[..., :1], edge[..., None])
         known = values > least
         count = max(1, int(known.flatten(end_dim=-2).sum(dim=-1).max()))
         values = torch.where(known, values, 0)[..., :count]
-        return LowRank(factors.U[..., :count], values, factors.Vh[..., :count, :])
+        return LowRank(self.factors.U[..., :count], values, self.factors.Vh[..., :count, :])
 
 
 def few_directions(m: int, n: int) -> int:
@@ -107,11 +117,18 @@ class Found(NamedTuple):
 
     Attributes:
         added: M, of the factors' dtype, ``(stack, m, n)``. Zero if no model was changed.
-        of_low_rank: whether all changes are.
+        of_low_rank: whether the changes are.
+        changed: the number of models that changed the weight.
     """
 
     added: Tensor
     of_low_rank: bool
+    changed: int
+
+    @property
+    def is_halved(self) -> bool:
+        """Whether the mean with the form without the base is taken."""
+        return self.changed == MOST_INFORMED and not self.of_low_rank
 
 
 def informed_by_base(changes: Iterable[Change], mean: Tensor) -> Found:
@@ -126,17 +143,32 @@ def informed_by_base(changes: Iterable[Change], mean: Tensor) -> Found:
         changes: one a model, one after the other.
         mean: ``average - W_base``, ``(stack, m, n)``.
     """
-    changes, few = iter(changes), few_directions(*mean.shape[-2:])
+    changed = 0
+
+    def counted() -> Iterator[Change]:
+        nonlocal changed
+        for change in changes:
+            changed += bool((change.energy > 0).any())
+            yield change
+
+    rest = counted()
     held: list[Change] = []
-    for change in changes:
+    for change in rest:
         held.append(change)
-        if not change.is_low_rank(few):
-            parts = ((one.real(), one.weight) for one in chain(held, changes))
-            return Found(informed_system(parts, mean).solve(), of_low_rank=False)
-    left, right = low_rank_changes.combine_factors(
-        [(one.real(), one.weight) for one in held], mean.shape[-1], **LOW_RANK
-    )
-    return Found(left @ right, of_low_rank=True)
+        if change.is_low_rank is False:
+            break
+    if are_of_low_rank(held):
+        parts = [(one.real(), one.weight) for one in held]
+        left, right = low_rank_changes.combine_factors(parts, mean.shape[-1], **LOW_RANK)
+        return Found(left @ right, of_low_rank=True, changed=changed)
+    system = informed_system(((one.real(), one.weight) for one in chain(held, rest)), mean)
+    return Found(system.solve(), of_low_rank=False, changed=changed)
+
+
+def are_of_low_rank(changes: Iterable[Change]) -> bool:
+    """Whether LoRA may have made all changes of which that can be told."""
+    told = [change.is_low_rank for change in changes]
+    return True in told and False not in told
 
 
 class Informed(NamedTuple):

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.gram import total_energy
-from cart_plugin.linalg.rounding import rounding_in
-from cart_plugin.linalg.rules import NEARLY_ALL, numerical_rank
+from cart_plugin.linalg.rounding import is_drowned, rounding_beyond
+from cart_plugin.linalg.rules import NEARLY_ALL, numerical_ranks
 
 # Of tensors that no model changed, the average leaves rounding, which has no low rank. Relative to
 # the largest squared norm of a tensor's differences.
@@ -54,17 +54,20 @@ class Kept:
                 None for nothing.
         """
         energy = total_energy(difference)
-        if rounding is not None:
-            energy -= rounding_in(energy, rounding)
         totals = energy.tolist()
         tensor = self._tensors.setdefault(name, _Tensor())
         tensor.total += sum(totals)
         if factors is None:
             tensor.kept += sum(totals)
             return
-        squares = factors.S.to("cpu", torch.float64).square()
-        tensor.kept += float(squares.sum())
-        found = [numerical_rank(*pair) for pair in zip(squares, totals, strict=True)]
+        m, n = difference.shape[-2:]
+        values = factors.S.to(energy.device)
+        held = values.double().square().sum(dim=-1)
+        if rounding is not None:  # what is left out of it is no loss
+            noise = torch.where(is_drowned(energy, rounding), 0, rounding)
+            held = torch.minimum(held + rounding_beyond(noise, factors.rank, m, n), energy)
+        tensor.kept += float(held.sum())
+        found = numerical_ranks(values, energy, rounding, m, n)
         tensor.ranks |= {rank for rank in found if rank}
 
     def data(self, names: Iterable[str]) -> dict[str, list[Any]]:

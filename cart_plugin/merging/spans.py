@@ -33,6 +33,7 @@ from cart_plugin.merging.informed import (
     LOW_RANK,
     MOST_INFORMED,
     Change,
+    are_of_low_rank,
     few_directions,
     informed_system,
 )
@@ -244,16 +245,19 @@ Parts = Sequence[tuple[LowRank, float]]
 
 def _informed(parts: Parts, mean: Tensor, settings: CartSettings, of: tuple[int, int]) -> Merged:
     """As `informed_by_base`, and for four models the mean with the other form."""
-    rank = settings.informed.rule.fixed_rank(*of)
-    changes = [Change(_leading(part, rank), weight, *_norms(part)) for part, weight in parts]
-    if all(change.is_low_rank(few_directions(*of)) for change in changes):
+    rank, few = settings.informed.rule.fixed_rank(*of), few_directions(*of)
+    changes = [
+        Change(_leading(part, rank), part.S[..., :few], weight, *_norms(part))
+        for part, weight in parts
+    ]
+    if are_of_low_rank(changes):
         taus = [change.factors.dense().double() for change in changes]
         found = combine(taus, [weight for _, weight in parts], of[1], **LOW_RANK)
         return Merged(mean + found.added.to(mean.dtype), found.metric.to(mean.dtype))
     system = informed_system(((one.real(), one.weight) for one in changes), mean)
     metric = system.metric()
     total = mean + system.solve()
-    if len(parts) < MOST_INFORMED:
+    if sum(bool((change.energy > 0).any()) for change in changes) < MOST_INFORMED:
         return Merged(total, metric)
     other = _centred(parts, mean, settings, of)
     assert other.metric is not None

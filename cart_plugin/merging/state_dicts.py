@@ -32,7 +32,8 @@ def merge_state_dicts(
             tensors. Lazily loading mappings work: each tensor is asked for once, when it is due.
         settings: parameters of the method; the defaults if None.
         weights: one a model, as in `merge_tensors`.
-        base: the base model's state dict, as in `merge_tensors`.
+        base: the base model's state dict, as in `merge_tensors`; of use where tensors are
+            decomposed, and needed for all of these.
         decompose: which tensors to decompose, by name and shape.
         kept: of a merge in several calls: counts what is kept, for the caller to warn of at the
             end. If None, a `CartWarning` says so where the result is nearly the plain average,
@@ -43,7 +44,7 @@ def merge_state_dicts(
         if all models agree on them.
 
     Raises:
-        CartError: as `merge_tensors`, and for tensors that a model lacks.
+        CartError: as `merge_tensors`, and for tensors that a model or the base lacks.
     """
     named = (
         dict(state_dicts)
@@ -54,12 +55,9 @@ def merge_state_dicts(
     if not models:
         raise CartError("CART needs at least two fine-tuned models, got none")
     settings = settings or CartSettings()
-    holders = dict(named)
+    check_same_tensors(named)
     counting = len(models) if weights is None else sum(weight != 0 for weight in weights)
     base = base if settings.takes_base(counting) else None
-    if base is not None:
-        holders["the base model"] = base
-    check_same_tensors(holders)
     counted = Kept() if kept is None else kept
     merged = {}
     for name in named[models[0]]:
@@ -67,14 +65,20 @@ def merge_state_dicts(
         if not any(tensor.is_floating_point() for tensor in tensors):
             merged[name] = agreed_buffer(tensors, models, name)
             continue
+        is_matrix = decompose(name, tensors[0].shape)
+        if base is not None and is_matrix and name not in base:
+            raise CartError(
+                f"the base model lacks {name}, which is decomposed; give the one that the models "
+                "were fine-tuned from, or none"
+            )
         merged[name] = merge_tensors(
             tensors,
             settings,
             weights=weights,
-            base=None if base is None else base[name],
+            base=base[name] if base is not None and is_matrix else None,
             name=name,
             models=models,
-            decompose=decompose(name, tensors[0].shape),
+            decompose=is_matrix,
             kept=counted,
         )
     if kept is None and (text := counted.warning()):

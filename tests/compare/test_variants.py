@@ -98,10 +98,10 @@ def test_set_replaces_the_recipes_settings_of_single_models_too() -> None:
     assert made["models"][0]["parameters"] == {"weight": 0.6}
 
 
-def test_cart_auto_starts_from_its_own_rank() -> None:
+def test_cart_auto_has_its_own_rank() -> None:
     recipe = {**RECIPE, "merge_method": "cart", "parameters": {"rank_ratio": 0.2, "lambda": 2.0}}
     made = one(recipe, "cart_auto").recipe
-    assert made["parameters"]["rank_ratio"] == 0.16
+    assert "rank_ratio" not in made["parameters"]  # it depends on the base and the models
     assert "lambda" not in made["parameters"]
     assert one(recipe, "cart_auto", rank=4).settings["rank"] == 4
 

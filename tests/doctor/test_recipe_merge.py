@@ -201,6 +201,26 @@ def test_weights_of_zero_where_two_models_are_enough(
     check(llamas, **weighted(llamas, 1, 1, 0), **auto).is_clean()
 
 
+def test_what_becomes_of_the_base_is_said(
+    check: Callable[..., Report], llamas: list[str], tmp_path: Path
+) -> None:
+    more = [str(save_model(tmp_path / str(seed), "llama", seed)) for seed in range(20, 23)]
+    auto = {"base_model": more[0], "merge_method": "cart_auto"}
+    shows = "the base model shows where the tasks' inputs lie in "
+    for models in (llamas[:2], llamas):
+        text = check(models, **auto).text
+        assert shows in text
+        assert "the base model is not used" not in text
+    text = check([*llamas, *more[1:]], **auto).text
+    assert "the base model is not used" in text
+    assert shows not in text
+    text = check(llamas, **auto, parameters={"center": "average"}).text
+    assert "the base model is not used" in text
+    for other in ({"merge_method": "cart_auto"}, {**auto, "merge_method": "cart"}):
+        text = check(llamas, **other).text
+        assert "the base model" not in text
+
+
 # mergekit-pytorch
 
 

@@ -7,9 +7,10 @@ import torch
 
 from cart_plugin.linalg.gram import total_energy
 from cart_plugin.linalg.rounding import (
+    is_drowned,
+    rounding_beyond,
     rounding_edge,
     rounding_energy,
-    rounding_in,
     stored_dtype,
 )
 from tests.support import random
@@ -52,7 +53,18 @@ def test_what_was_stored_in_fewer_bits_is_told_by_its_values() -> None:
     assert rounding_energy(exact[None]) < 1e-12 * total_energy(exact[None])
 
 
-def test_an_estimate_that_cannot_hold_is_limited() -> None:
+def test_what_rounding_leaves_beside_leading_directions() -> None:
+    """At most what is expected, and not much less."""
+    _, error = rounded(torch.bfloat16)
+    total = total_energy(error)
+    for k in (5, 15, 20):
+        values = torch.linalg.svdvals(error)[:, k:].double()
+        share = values.square().sum(dim=1) / rounding_beyond(total, k, 80, 60)
+        assert ((share > 0.6) & (share < 1)).all()
+    assert (rounding_beyond(total, 60, 80, 60) == 0).all()
+
+
+def test_changes_that_are_mostly_rounding_are_told() -> None:
     total = torch.tensor([10.0, 10.0, 0.0], dtype=torch.float64)
     rounding = torch.tensor([2.0, 6.0, 1.0], dtype=torch.float64)
-    assert rounding_in(total, rounding).tolist() == [2, 2.5, 0]
+    assert is_drowned(total, rounding).tolist() == [False, True, True]

@@ -15,7 +15,7 @@ from cart_plugin import CartError, CartSettings, merge_state_dicts, merge_tensor
 from cart_plugin.linalg.gram import total_energy
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.linalg.svd import truncated_svd
-from cart_plugin.merging.informed import Change, informed_by_base
+from cart_plugin.merging.informed import Change, few_directions, informed_by_base
 from tests.support import random
 
 AUTO = CartSettings(lambda_="auto")
@@ -36,6 +36,15 @@ def on_own_inputs(count: int, m: int, n: int, seed: int = 0) -> list[Tensor]:
         (left * falling) @ inputs[rank * task : rank * (task + 1)]
         for task, left in enumerate(matrices(count, m, rank, seed))
     ]
+
+
+def change(tau: Tensor, rank: int, weight: float) -> Change:
+    """Of full rank."""
+    factors, leading = (
+        truncated_svd(tau, RankRule(rank=kept)) for kept in (rank, few_directions(*tau.shape[1:]))
+    )
+    energy = total_energy(tau)
+    return Change(factors, leading.S, weight, energy, torch.zeros_like(energy))
 
 
 def leading_inputs(tau: Tensor) -> Tensor:
@@ -81,11 +90,7 @@ def test_it_solves_the_normal_equations(m: int, n: int, rank: int, count: int) -
     taus = [tau + shared for tau in taus]
     weights = [1.0, 0.5, 2.0, 0.5, 1.5][:count]
     mean = sum(w * tau for w, tau in zip(weights, taus, strict=True)) / sum(weights)
-    none = torch.zeros(1, dtype=torch.float64)
-    changes = [
-        Change(truncated_svd(tau[None], RankRule(rank=rank)), w, total_energy(tau[None]), none)
-        for w, tau in zip(weights, taus, strict=True)
-    ]
+    changes = [change(tau[None], rank, w) for w, tau in zip(weights, taus, strict=True)]
     found = informed_by_base(iter(changes), mean[None]).added[0]
     expected = by_definition(taus, weights, rank)
     assert torch.linalg.norm(found - expected) < 1e-4 * torch.linalg.norm(expected)
@@ -144,10 +149,13 @@ def test_equal_models_give_themselves(count: int) -> None:
     assert torch.allclose(merged([tau] * count, base), tau, atol=1e-5)
 
 
-def test_a_model_equal_to_the_base_changes_nothing_on_the_others_inputs() -> None:
+@pytest.mark.parametrize(("count", "unchanged"), [(2, 1), (3, 1), (2, 2)])
+def test_a_model_equal_to_the_base_changes_nothing_on_the_others_inputs(
+    count: int, unchanged: int
+) -> None:
     base = random(60, 80, seed=1)
-    taus = on_own_inputs(2, 60, 80)
-    found = merged([*taus, torch.zeros(60, 80)], base)
+    taus = on_own_inputs(count, 60, 80)
+    found = merged([*taus, *[torch.zeros(60, 80)] * unchanged], base)
     for tau in taus:
         inputs = leading_inputs(tau)
         assert torch.linalg.norm((found - tau) @ inputs) < 0.05 * torch.linalg.norm(tau @ inputs)
@@ -233,8 +241,10 @@ def test_state_dicts_take_a_base() -> None:
     found = merge_state_dicts(models, AUTO, base=base)
     tensors = [model["w"] for model in models]
     assert torch.equal(found["w"], merge_tensors(tensors, AUTO, base=base["w"], name="w"))
-    with pytest.raises(CartError, match=r"the base model lacks 1 tensors .* norm"):
-        merge_state_dicts(models, AUTO, base={"w": base["w"]})
+    again = merge_state_dicts(models, AUTO, base={"w": base["w"]})  # the rest is averaged
+    assert all(torch.equal(again[name], found[name]) for name in found)
+    with pytest.raises(CartError, match="the base model lacks w, which is decomposed"):
+        merge_state_dicts(models, AUTO, base={"norm": base["norm"]})
 
 
 def test_bad_bases_and_weights_are_refused() -> None:

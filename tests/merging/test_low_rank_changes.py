@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from cart_plugin import CartSettings, merge_tensors
+from cart_plugin.linalg.rules import RankRule
+from cart_plugin.linalg.svd import truncated_svd
 from cart_plugin.merging.low_rank_changes import is_low_rank
 from tests.support import random
 
@@ -128,29 +130,97 @@ def test_a_weak_adapter_is_not_drowned(one_start: bool) -> None:
 
 
 def test_what_is_of_low_rank() -> None:
-    values = torch.tensor([3.0, 1.0, 0.08, 0.02])
-    energy, none = values.double().square().sum(), torch.zeros((), dtype=torch.float64)
-    assert is_low_rank(values, energy, none, 2)  # 10 of 10.0068
-    assert not is_low_rank(values, energy, none, 1)
-    assert not is_low_rank(values[:2], torch.tensor(10.1, dtype=torch.float64), none, 2)
-    assert is_low_rank(values[:2], torch.tensor(10.1, dtype=torch.float64), none + 0.1, 2)
-    assert is_low_rank(torch.zeros(4), none, none, 2)
+    values = torch.tensor([[3.0, 1.0, 0.08, 0.02]])
+    energy, none = values.double().square().sum(dim=1), torch.zeros(1, dtype=torch.float64)
+    shape = (40, 60)
+    assert is_low_rank(values[:, :2], energy, none, shape)  # 10 of 10.0068
+    assert is_low_rank(values[:, :1], energy, none, shape) is False
+    assert is_low_rank(values[:, :2], none + 10.1, none, shape) is False
+    assert is_low_rank(values[:, :2], none + 10.1, none + 0.12, shape)  # 0.11 of it elsewhere
+    assert is_low_rank(values[:, :2], none + 10.1, none + 0.05, shape) is False
+
+
+def test_what_cannot_be_told() -> None:
+    values, none = torch.tensor([[3.0, 1.0]]), torch.zeros(1, dtype=torch.float64)
+    assert is_low_rank(torch.zeros(1, 2), none, none, (40, 60)) is None
+    assert is_low_rank(values, none + 20, none + 11, (40, 60)) is None
+    # In a stack the others decide.
+    values, energy = values.expand(2, 2), torch.tensor([20.0, 10.0], dtype=torch.float64)
+    assert is_low_rank(values, energy, torch.tensor([11.0, 0.0]).double(), (40, 60))
+    assert is_low_rank(values, energy + 1, torch.tensor([11.0, 0.0]).double(), (40, 60)) is False
+
+
+def error_of(found: Tensor, expected: Tensor) -> float:
+    return float(torch.linalg.norm(found - expected) / torch.linalg.norm(expected))
+
+
+def base_and_models(
+    dtype: torch.dtype, taus: Sequence[Tensor], scale: float = 2.0
+) -> tuple[Tensor, list[Tensor]]:
+    """A base that bf16 holds, and models that were rounded to a dtype."""
+    base = (scale * random(40, 60, seed=9)).bfloat16().float()
+    return base, [(base + tau).to(dtype) for tau in taus]
 
 
 @pytest.mark.parametrize("loaded", [torch.bfloat16, torch.float32])
 def test_adapters_merged_into_bf16_weights_are_of_low_rank(loaded: torch.dtype) -> None:
     """Rounding, here 1 % of their squares, is of full rank."""
-    base = (2 * random(40, 60, seed=9)).bfloat16().float()
     taus = [0.03 * tau for tau in adapters(3, one_start=True, shared=0.5)]
-    models = [(base + tau).bfloat16() for tau in taus]
-    noise = [
-        torch.linalg.norm(one - base - tau) / torch.linalg.norm(tau)
-        for one, tau in zip(models, taus, strict=True)
-    ]
-    assert all(0.05 < float(one) < 0.2 for one in noise)
+    base, models = base_and_models(torch.bfloat16, taus)
+    for one, tau in zip(models, taus, strict=True):
+        assert 0.05 < error_of(one - base, tau) < 0.2
     found = merge_tensors([one.to(loaded) for one in models], AUTO, base=base, name="w").float()
-    found -= base
-    expected = merged(taus)
-    assert torch.linalg.norm(found - expected) < 0.25 * torch.linalg.norm(expected)
-    whole = merged([tau + 1e-1 * random(40, 60, seed=7) for tau in taus])  # of full rank
-    assert torch.linalg.norm(whole - expected) > 0.4 * torch.linalg.norm(expected)
+    assert error_of(found - base, merged(taus)) < 0.25
+    noise = [0.003 * random(40, 60, seed=60 + task) for task in range(3)]
+    other = merged([tau + one for tau, one in zip(taus, noise, strict=True)])
+    assert error_of(other, merged(taus)) > 0.4  # the form of full rank
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_copy_of_the_base_in_fewer_bits_is_told_too(dtype: torch.dtype) -> None:
+    taus = [0.3 * tau for tau in adapters(3, one_start=True, shared=0.5)]
+    exact = 20 * random(40, 60, seed=9)
+    models, copy = [exact + tau for tau in taus], exact.to(dtype)
+    for base in (copy, copy.float()):
+        found = merge_tensors(models, AUTO, base=base, name="w") - exact
+        assert error_of(found, merged(taus)) < 0.25
+
+
+def test_full_fine_tuning_in_bf16_is_not_of_low_rank() -> None:
+    """Its spectrum falls, and a quarter of the directions lacks 2 %, as much as rounding adds."""
+    falling = 0.8 ** torch.arange(40)
+    lefts = [torch.linalg.qr(random(40, 40, seed=task))[0] for task in range(3)]
+    rights = [torch.linalg.qr(random(60, 40, seed=10 + task))[0] for task in range(3)]
+    taus = [left * falling @ right.mT for left, right in zip(lefts, rights, strict=True)]
+    base, models = base_and_models(torch.bfloat16, taus, scale=3.3)
+    for one, tau in zip(models, taus, strict=True):
+        assert 0.01 < error_of(one - base, tau) ** 2 < 0.05
+    found = merge_tensors(models, AUTO, base=base, name="w").float() - base
+    cut = [truncated_svd(tau, RankRule(rank=9)).dense() for tau in taus]
+    as_adapters = merged(cut) + sum(taus) / 3 - sum(cut) / 3
+    assert error_of(found, merged(taus)) < 0.25 < error_of(as_adapters, merged(taus))
+
+
+@pytest.mark.parametrize("options", [{"rank": 2}, {"rank_ratio": 0.05}, {"energy": 0.6}], ids=str)
+def test_a_rank_rule_does_not_decide_what_made_a_change(options: dict[str, float]) -> None:
+    taus = adapters(3, one_start=True, shared=0.5)
+    settings = CartSettings(lambda_="auto", **options)
+    found = merge_tensors(taus, settings, base=torch.zeros(40, 60), name="w")
+    cut = [truncated_svd(tau, settings.informed.rule, svd="exact").dense() for tau in taus]
+    # Not quite the same: what is cut off is lacking in the average, too.
+    average = sum(taus) / 3 - sum(cut) / 3
+    assert error_of(found, merged(cut) + average) < error_of(found, merged(taus)) < 1
+
+
+def test_models_without_a_weight_do_not_count() -> None:
+    taus = adapters(2, one_start=True, shared=0.5)
+    found = merged([*taus, *adapters(2, one_start=False)], [1.0, 1.0, 0.0, 0.0])
+    assert error_of(found, merged(taus)) < 1e-4
+
+
+def test_a_barely_changed_model_does_not_decide_for_the_others() -> None:
+    taus = [0.03 * tau for tau in adapters(3, one_start=True, shared=0.5)]
+    taus[2] = 0.01 * taus[2]  # mostly rounded away
+    base, models = base_and_models(torch.bfloat16, taus)
+    found = merge_tensors(models, AUTO, base=base, name="w").float() - base
+    assert error_of(found, merged(taus)) < 0.3
