@@ -293,6 +293,11 @@ class CartMerge(GroupMergeMethod):
         # Of all threads: one plans, others may merge. None where no recipe does.
         self._countdown: Countdown | None = None
 
+    @property
+    def kept(self) -> Kept | None:
+        """What the latest recipe's merge has kept so far; None before the first."""
+        return None if self._countdown is None else self._countdown.kept
+
     def validate_inputs(
         self,
         input_ids: Sequence[Hashable],
