@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 SERVERS := .venv-servers
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-all test-servers lint format demo bench-startup bench-memory bench-solvers bench-merge bench-accuracy bench-profile bench-vision bench-text bench-llm bench-auto bench-compress bench-adapters bench-interference bench-architectures readme dist clean
+.PHONY: help venv test test-all test-servers lint format demo bench-startup bench-memory bench-distributed bench-solvers bench-merge bench-accuracy bench-profile bench-vision bench-text bench-llm bench-auto bench-compress bench-adapters bench-interference bench-architectures readme dist clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -17,7 +17,7 @@ venv: $(STAMP) ## set up .venv with the package (editable) and all it is tested 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --no-compile -c constraints.txt torch
-	$(BIN)/python -m pip install --no-compile -c constraints.txt -e '.[fusion-bench,lm-eval,benchmarks,dev]'
+	$(BIN)/python -m pip install --no-compile -c constraints.txt -e '.[fusion-bench,lm-eval,ray,benchmarks,dev]'
 	touch $@
 
 # Two processes: a test uses one thread.
@@ -61,6 +61,10 @@ bench-startup: $(STAMP) ## what the import hook adds to the start of every Pytho
 
 bench-memory: $(STAMP) ## time and peak memory of mergekit-yaml with cart, beside other methods
 	$(BIN)/python -m benchmarks.speed.memory
+
+bench-distributed: $(STAMP) ## merges by several workers beside mergekit-yaml, four models of 1.2 B parameters (17 GB of disk)
+	$(BIN)/python -m benchmarks.speed.distributed
+	$(BIN)/python -m benchmarks.speed.estimate
 
 bench-solvers: $(STAMP) ## truncated SVDs: time and error of cart's solvers and of others (40 min)
 	$(BIN)/python -m benchmarks.solvers

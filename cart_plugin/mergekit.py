@@ -9,13 +9,11 @@
       rank_ratio: 0.08
       lambda: 1.0
 
-``cart_auto`` has no ``lambda``: it combines the truncated differences so that they interfere least
-(`cart_plugin.merging.least_interference`), and needs no setting at all. Name the ``base_model``
-where there is one: it shows where each task's inputs lie (`cart_plugin.merging.informed`).
+``cart_auto`` has no ``lambda`` and nothing to set (`cart_plugin.merging.least_interference`). Name
+the ``base_model``: it shows where each task's inputs lie (`cart_plugin.merging.informed`).
 
-Every parameter takes mergekit's filters and layer gradients; ``weight`` is per model, the others
-hold for all models. A base model is optional, and not itself merged: with ``center: base`` it is
-the centre, and ``cart`` has no other use for it.
+Parameters take mergekit's filters and layer gradients; ``weight`` is per model. A base model is
+optional, and not itself merged; ``cart`` has use for it with ``center: base`` only.
 """
 
 from __future__ import annotations
@@ -292,6 +290,11 @@ class CartMerge(GroupMergeMethod):
         self._planning = _Planning()
         # Of all threads: one plans, others may merge. None where no recipe does.
         self._countdown: Countdown | None = None
+
+    @property
+    def kept(self) -> Kept | None:
+        """What the latest recipe's merge has kept so far; None before the first."""
+        return None if self._countdown is None else self._countdown.kept
 
     def validate_inputs(
         self,

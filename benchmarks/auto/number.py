@@ -192,9 +192,14 @@ def markdown(result: Mapping[str, Any]) -> str:
             [title, *(percent_cell(means[count], bold=best[count] == title) for count in counts)]
             for title, means in methods.items()
         ]
-        heading = [f"{suite}, {held['seeds']} seeds", *(_heading(count) for count in counts)]
+        heading = [_title(suite, held), *(_heading(count) for count in counts)]
         parts.append(markdown_table(heading, rows, ["---", *["---:"] * len(counts)]))
     return "\n\n".join(parts) + "\n"
+
+
+def _title(suite: str, held: Mapping[str, Any]) -> str:
+    seeds = held["seeds"]
+    return f"{suite}, {seeds} seed" + ("s" if seeds > 1 else "")
 
 
 def _heading(count: str) -> str:
@@ -225,7 +230,7 @@ def plot(result: Mapping[str, Any]) -> Any:
                 if count != OVERLAPPING
             }
             axes.plot(points.keys(), points.values(), label=title, **styles[title])
-        axes.set_title(f"{suite} suite, {held['seeds']} seeds", fontsize=10)
+        axes.set_title(_title(suite, held), fontsize=10)
         axes.set_xlabel("merged models")
         axes.set_ylabel("mean test accuracy in per cent")
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -8,12 +8,18 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cart_plugin.errors import CartError
 
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
 _MARK = ".mergekit-cart-unfinished"
+MAKING = "merge-"  # how names of results in the making begin, there
+_KEPT = ".mergekit-cart-resumable"  # beside the mark, in what `resumable` has made
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -61,15 +67,114 @@ def unfinished(out: Path) -> Iterator[Path]:
     run that is killed just then leaves a finished folder with an empty file that nobody reads.
 
     Raises:
-        CartError: ``out`` exists, or cannot be replaced; another run is writing it, or the disk is
-            full.
+        CartError: ``out`` exists, or cannot be replaced; another run is writing it, or has left
+            there what can be resumed; or the disk is full.
+    """
+    out = out.resolve()  # "." has no name, and a link is no folder to be replaced
+    folder, lock = _claim(out)
+    if (folder / _KEPT).exists():
+        lock.release()
+        raise CartError(
+            f"{folder} holds what an interrupted merge with --workers has finished; go on with "
+            "the same command, or remove the folder"
+        )
+    done = False
+    try:
+        _clear(folder)
+        yield folder
+        if out.exists():
+            out.rmdir()  # empty, as seen above: else this fails
+        os.rename(folder, out)
+        done = True
+        with suppress(OSError):
+            (out / _MARK).unlink()
+    except OSError as error:
+        reason = explain(error)
+        raise CartError(f"cannot write {out}: {reason}; nothing is left of it") from error
+    finally:
+        lock.release()
+        if not done:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass
+class Workplace:
+    """A folder beside a result in the making, for work that goes on after an interruption.
+
+    Attributes:
+        folder: the place.
+        out: the result's folder, which is not there yet.
+        keep: whether the folder outlives a run that fails; without it nothing is left.
+    """
+
+    folder: Path
+    out: Path
+    keep: bool = False
+
+    def publish(self, made: Path) -> None:
+        """Give a finished folder inside this one the result's name; the rest is removed."""
+        if self.out.exists():
+            self.out.rmdir()  # empty, as `resumable` has seen: else this fails
+        os.rename(made, self.out)
+        self.keep = False
+
+
+@contextmanager
+def resumable(out: Path) -> Iterator[Workplace]:
+    """A folder beside ``out`` that holds what runs that were killed have finished.
+
+    Raises:
+        CartError: as `unfinished`; what is left there of a run of that kind is removed.
+    """
+    out = out.resolve()
+    folder, lock = _claim(out)
+    work = Workplace(folder, out, keep=True)
+    try:
+        if not (folder / _KEPT).exists():
+            _clear(folder)
+            (folder / _KEPT).touch()
+        yield work
+    finally:
+        lock.release()
+        if not work.keep:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def left_bytes(out: Path) -> int:
+    """Bytes of what interrupted runs have left beside ``out`` for the next one."""
+    folder = _beside(out.resolve())
+    if not (folder / _KEPT).exists():
+        return 0
+    return sum(_room(path.stat()) for path in folder.glob(f"{MAKING}*/**/*") if path.is_file())
+
+
+def _room(file: os.stat_result) -> int:
+    """Bytes that a file takes on the disk: of a file that is partly written, that part."""
+    blocks = getattr(file, "st_blocks", None)
+    return file.st_size if blocks is None else min(file.st_size, 512 * blocks)
+
+
+def _beside(out: Path) -> Path:
+    return out.parent / f".{out.name}.unfinished"
+
+
+def explain(error: OSError) -> str:
+    """Why a file cannot be written, in the words of users."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "the disk is full" if full else error.strerror or str(error)
+
+
+def _claim(out: Path) -> tuple[Path, BaseFileLock]:
+    """The folder beside ``out`` that its maker works in, and the lock that makes it the only one.
+
+    Raises:
+        CartError: ``out`` exists, or cannot be replaced; or another run is writing it.
     """
     from filelock import FileLock, Timeout
 
-    out = out.resolve()  # "." has no name, and a link is no folder to be replaced
     _check_way(out)
     place = out.parent
-    folder = place / f".{out.name}.unfinished"
+    folder = _beside(out)
     try:
         place.mkdir(parents=True, exist_ok=True)
         if folder.exists() and any(folder.iterdir()) and not (folder / _MARK).exists():
@@ -81,26 +186,13 @@ def unfinished(out: Path) -> Iterator[Path]:
         raise CartError(f"another run is writing {out}; wait for it, or name another") from None
     except OSError as error:
         raise CartError(f"{place}: {error.strerror}") from None
-    done = False
-    try:
-        for left in folder.iterdir():
-            if left.name != _MARK:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-        yield folder
-        if out.exists():
-            out.rmdir()  # empty, as seen above: else this fails
-        os.rename(folder, out)
-        done = True
-        with suppress(OSError):
-            (out / _MARK).unlink()
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        reason = "the disk is full" if full else error.strerror or str(error)
-        raise CartError(f"cannot write {out}: {reason}; nothing is left of it") from error
-    finally:
-        lock.release()
-        if not done:
-            shutil.rmtree(folder, ignore_errors=True)
+    return folder, lock
+
+
+def _clear(folder: Path) -> None:
+    for left in folder.iterdir():
+        if left.name != _MARK:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _check_way(out: Path) -> None:

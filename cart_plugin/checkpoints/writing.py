@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from cart_plugin.checkpoints.dtypes import NAMES
+from cart_plugin.checkpoints.dtypes import DTYPES, NAMES
 from cart_plugin.checkpoints.files import write_json
 from cart_plugin.checkpoints.reading import INDEX, as_bytes
 
@@ -48,6 +49,20 @@ def file_bytes(layout: Layout) -> int:
     return len(header(layout)) + data_bytes(layout)
 
 
+def as_safetensors_has_it(layout: Layout) -> Layout:
+    """A layout in the order of safetensors' own files: a file of it has the same bytes."""
+    return dict(sorted(layout.items(), key=lambda entry: (_RANKS[entry[1][0]], entry[0])))
+
+
+# safetensors sorts by its own list of dtypes, from its end, and then by name.
+_RANKS = {
+    DTYPES[name]: rank
+    for rank, name in enumerate(
+        ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL")
+    )
+}
+
+
 def _ordered(layout: Layout) -> list[tuple[str, tuple[torch.dtype, tuple[int, ...]]]]:
     # Wide dtypes first, so that every tensor is aligned.
     return sorted(layout.items(), key=lambda entry: -entry[1][0].itemsize)
@@ -56,8 +71,15 @@ def _ordered(layout: Layout) -> list[tuple[str, tuple[torch.dtype, tuple[int, ..
 class TensorFile:
     """A safetensors file, written a tensor at a time in any order; a context manager."""
 
-    def __init__(self, path: Path, layout: Layout) -> None:
-        """Start a file of which dtypes and shapes are known."""
+    def __init__(self, path: Path, layout: Layout, *, anew: bool = True) -> None:
+        """Start a file of which dtypes and shapes are known.
+
+        Args:
+            path: the file.
+            layout: what it holds.
+            anew: whether it is a new file; else one of this layout is there (`reserve`), in which
+                some of the tensors are written.
+        """
         self._layout = dict(layout)
         self._starts: dict[str, int] = {}
         head = header(layout)
@@ -65,9 +87,10 @@ class TensorFile:
         for name, (dtype, shape) in _ordered(layout):
             self._starts[name] = position
             position += math.prod(shape) * dtype.itemsize
-        self._missing = set(layout)
-        self._file = path.open("wb")
-        self._file.write(head)
+        self._missing = set(layout) if anew else set()
+        self._file = path.open("wb" if anew else "r+b")
+        if anew:
+            self._file.write(head)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one tensor; its dtype and shape are those of the layout."""
@@ -76,14 +99,33 @@ class TensorFile:
         self._file.write(as_bytes(tensor.contiguous()))
         self._missing.discard(name)
 
+    def close(self) -> None:
+        """Close the file, in which all tensors are."""
+        self._file.close()
+        assert not self._missing, self._missing
+
+    def abandon(self) -> None:
+        """Close the file, whatever is in it; again without effect."""
+        with suppress(OSError):  # what could not be written, as on a full disk, is tried once more
+            self._file.close()
+
     def __enter__(self) -> TensorFile:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
     ) -> None:
-        self._file.close()
-        assert kind is not None or not self._missing, self._missing
+        if kind is None:
+            self.close()
+        else:
+            self.abandon()
+
+
+def reserve(path: Path, layout: Layout) -> None:
+    """Make a file of a layout, in which nothing is written yet: zeros that take no room."""
+    with path.open("wb") as file:
+        file.write(header(layout))
+        file.truncate(file_bytes(layout))
 
 
 def shards(layout: Layout) -> dict[str, Layout]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -60,6 +62,67 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
             bar.update(bars[step], completed=done)
 
         yield tell
+
+
+class Transfers:
+    """How a merge by several workers goes: a bar on the terminal, a line a minute elsewhere."""
+
+    def __init__(self, terminal: Console, bar: Any) -> None:
+        self._terminal = terminal
+        self._bar = bar
+        self._task = bar.add_task("starting", total=None, rates="")
+        self._begun: float | None = None
+        self._printed = time.monotonic()
+
+    def tell(self, step: str) -> None:
+        """Say what is being done."""
+        self._bar.update(self._task, description=step[: max(self._terminal.width - 70, 30)])
+
+    def note(self, text: str) -> None:
+        """Print a line that stays."""
+        self._terminal.print(f"note: {text}", soft_wrap=True, markup=False)
+
+    def show(self, state: Any, tensors: int, size: int) -> None:
+        """Take in the workers' progress (`distributed.progress.State`), and what there will be."""
+        from cart_plugin.doctor.machine import size as readable
+
+        now = time.monotonic()
+        begun = self._begun = self._begun or now
+        seconds = max(now - begun, 1e-9)
+        rates = [
+            f"{word} {readable(count / seconds)}/s"
+            for word, count in (("reads", state.read), ("writes", state.written))
+            if seconds > 1 and count
+        ]
+        todo = size - state.found - state.written
+        if state.written and seconds > 1:
+            left = timedelta(seconds=round(todo * seconds / state.written))
+            rates.append(f"{max(left, timedelta(0))} left")
+        what = f"{state.tensors:,} of {tensors:,} tensors"
+        self._bar.update(
+            self._task,
+            description=what,
+            completed=state.found + state.written,
+            total=size,
+            rates=", ".join(rates),
+        )
+        if not self._terminal.is_terminal and now - self._printed >= _LINE_EVERY:
+            self._printed = now
+            self._terminal.print(", ".join([what, *rates]), soft_wrap=True, markup=False)
+
+
+_LINE_EVERY = 60.0  # seconds
+
+
+@contextmanager
+def transfers(terminal: Console) -> Iterator[Transfers]:
+    """Show a merge by several workers while it runs."""
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rates]}"))
+    shown = terminal.is_terminal
+    with Progress(*columns, console=terminal, transient=True, disable=not shown) as bar:
+        yield Transfers(terminal, bar)
 
 
 def print_report(terminal: Console, report: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from cart_plugin.cli.console import console, print_section
+from cart_plugin.cli.console import console, print_section, transfers
 from cart_plugin.errors import CartError
 
 
@@ -27,7 +27,34 @@ class MergeCommand(click.Command):
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Go on where the doctor finds a problem.")
-def merge(recipe: Path, out: Path, force: bool, **options: Any) -> None:
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Merge N parts at once (by Ray, if N is above 1), and go on where a run was killed.",
+)
+@click.option(
+    "--ray",
+    "address",
+    metavar="ADDRESS",
+    help="Let a Ray cluster do it: `auto` or HOST:PORT. Its nodes have to share all folders.",
+)
+@click.option(
+    "--gpus",
+    type=float,
+    default=0.0,
+    metavar="SHARE",
+    help="Each worker's share of a GPU: 1, or 0.5 for two workers on one.",
+)
+def merge(
+    recipe: Path,
+    out: Path,
+    force: bool,
+    workers: int | None,
+    address: str | None,
+    gpus: float,
+    **options: Any,
+) -> None:
     """Merge RECIPE (mergekit's YAML, any of its methods) into the new folder OUT.
 
     The doctor looks at the recipe first, and a problem ends the merge before it starts.
@@ -41,6 +68,9 @@ def merge(recipe: Path, out: Path, force: bool, **options: Any) -> None:
     else the first one. Then everything is checked: each tensor that the inputs share is there, of
     the right shape and finite, and the model's class takes what is there. OUT appears whole or not
     at all. Exit code 1, and one line that says why, if that fails.
+
+    With --workers or --ray the result is made in parts, and the same command goes on where a run
+    was killed; see docs/distributed.md.
     """
     from mergekit.options import MergeOptions
 
@@ -59,15 +89,25 @@ def merge(recipe: Path, out: Path, force: bool, **options: Any) -> None:
                 + (f" (and {len(problems) - 1} more above)" if len(problems) > 1 else "")
                 + "; solve it, or pass --force"
             )
-        with terminal.status("merging") as status:
-            done = request.run(
-                recipe,
-                out,
-                settings,
-                force=force,
-                tell=lambda line: status.update(f"merging: {line[: terminal.width - 20]}"),
-                log=lambda text: click.echo(text, err=True),
-            )
+        if workers is None and address is None:
+            if gpus:
+                raise CartError("--gpus is for --workers or --ray; mergekit's own option is --cuda")
+            with terminal.status("merging") as status:
+                done = request.run(
+                    recipe,
+                    out,
+                    settings,
+                    force=force,
+                    tell=lambda line: status.update(f"merging: {line[: terminal.width - 20]}"),
+                    log=lambda text: click.echo(text, err=True),
+                )
+        else:
+            from cart_plugin.distributed import request as distributed
+
+            hands = distributed.Hands(workers, address, gpus)
+            with transfers(terminal) as shown:
+                listener = distributed.Listener(shown.tell, shown.note, shown.show)
+                done = distributed.run(recipe, out, settings, hands, listener, force=force)
     except (ValueError, OSError) as error:  # pydantic's are of the first kind too
         # Names of a broken file may hold anything, line breaks too.
         raise click.ClickException(" ".join(str(error).split())) from None

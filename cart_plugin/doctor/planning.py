@@ -84,8 +84,8 @@ def plan(
                 options = (options or MergeOptions()).model_copy(update={"quiet": True})
                 tasks = _plan_folders(config.model_copy(deep=True), checkpoints, options)
             # Some of mergekit's definitions list a tensor twice; the file holds it once.
-            found = [_planned(task) for task in tasks if isinstance(task, SaveTensor)]
-            return list({planned.name: planned for planned in found}.values()), []
+            found = [planned_tensor(task) for task in tasks if isinstance(task, SaveTensor)]
+            return list({tensor.name: tensor for tensor in found}.values()), []
     except StrangersError as error:
         advice = in_one_format(config, checkpoints)
         return None, [problem(error.fact, advice or error.advice, of_architecture=bool(advice))]
@@ -144,8 +144,9 @@ def _quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _planned(task: Any) -> PlannedTensor:
-    merge = task.tensor_task
+def planned_tensor(task: SaveTensor) -> PlannedTensor:
+    """What one of mergekit's tasks will save."""
+    merge: Any = task.tensor_task
     gather = merge.gather_tensors
     if isinstance(gather, TensorDictWrapper):
         sources = {str(model): (load.tensor_name,) for model, load in gather.tensors.items()}

@@ -8,7 +8,7 @@ then the same recipe is merged tensor by tensor.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +44,23 @@ class Outcome:
         return self.reason if self.route == routes.TENSORWISE else ""
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe that can be merged.
+
+    Attributes:
+        source: its text.
+        original: its models, as it names them.
+        inputs: the same, with whole models in the place of adapters.
+        choice: the way to merge them.
+    """
+
+    source: str
+    original: Inputs
+    inputs: Inputs
+    choice: routes.Choice
+
+
 def merge(
     recipe: Path,
     out: Path,
@@ -72,34 +89,66 @@ def merge(
         CartError: no route makes a whole model, mergekit failed, or the result is not whole; or
             weights that follow the transformer (`side_files.check_modules`) would not be merged.
     """
-    source = recipe.read_text(encoding="utf-8")
-    original = read_inputs(yaml.safe_load(source))
-    inputs = original
-    if original.adapters:
-        inputs = read_inputs(adapters.fuse(original.config, options, scratch, tell))
-    side_files.check_modules(inputs.donor.path, [held.path for held in inputs.checkpoints.values()])
-    choice = routes.choose(inputs, options, force=force)
+    prepared = prepare(recipe, options, scratch, force=force, tell=tell)
+    choice = prepared.choice
     job = scratch / "job.json"
-    routes.Job.of(choice, inputs, out, options).write(job)
+    routes.Job.of(choice, prepared.inputs, out, options).write(job)
     error = child.run("cart_plugin.execution.routes:main", [str(job)], log, tell)
     job.unlink()
     if error:
         raise CartError(f"mergekit failed: {error}")
     warnings = read_json(routes.warnings_file(job))["warnings"]
     routes.warnings_file(job).unlink()
-    written = _complete(inputs, original, out, name or out.name, source, options)
+    written = complete(prepared, out, name or out.name, options)
     shutil.rmtree(scratch / "fused", ignore_errors=True)
     return Outcome(choice.route, choice.reason, written, warnings)
 
 
-def _complete(
-    inputs: Inputs, original: Inputs, out: Path, name: str, source: str, options: MergeOptions
+def prepare(
+    recipe: Path,
+    options: MergeOptions,
+    scratch: Path,
+    *,
+    force: bool = False,
+    tell: Callable[[str], None] | None = None,
+) -> Prepared:
+    """Read a recipe, make its models whole, and choose a way; arguments and errors of `merge`."""
+    source = recipe.read_text(encoding="utf-8")
+    original = read_inputs(yaml.safe_load(source))
+    inputs = original
+    if original.adapters:
+        inputs = read_inputs(adapters.fuse(original.config, options, scratch, tell))
+    side_files.check_modules(inputs.donor.path, [held.path for held in inputs.checkpoints.values()])
+    return Prepared(source, original, inputs, routes.choose(inputs, options, force=force))
+
+
+def complete(
+    prepared: Prepared,
+    out: Path,
+    name: str,
+    options: MergeOptions,
+    suspects: Collection[str] | None = None,
 ) -> int:
-    """Add what belongs to the model, and check all of it; the number of its tensors."""
+    """Add what belongs to the model, and check all of it.
+
+    Args:
+        prepared: the recipe.
+        out: the folder of merged weights and mergekit's config.
+        name: the model's, for its card.
+        options: mergekit's.
+        suspects: as `verification.verify` has them.
+
+    Returns:
+        The number of its tensors.
+
+    Raises:
+        CartError: it is no whole model.
+    """
+    inputs = prepared.inputs
     completion.add_side_files(out, inputs.donor.path, inputs.config, options)
     written = verification.read_result(out)
     completion.correct_config(written)
-    verification.verify(written, inputs)
+    verification.verify(written, inputs, suspects)
     if options.write_model_card:
-        completion.add_card(out, name, original.config, source)
+        completion.add_card(out, name, prepared.original.config, prepared.source)
     return len(written.tensors)

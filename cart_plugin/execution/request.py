@@ -16,7 +16,7 @@ from cart_plugin.doctor.findings import Finding, Level, Section, problem
 from cart_plugin.doctor.recipe import check_recipe, load
 from cart_plugin.errors import CartError, first_line
 from cart_plugin.execution import merge, outlook, tensorwise
-from cart_plugin.execution.inputs import read_inputs
+from cart_plugin.execution.inputs import Inputs, read_inputs
 
 _WORK = ".merging"  # in the unfinished folder: log, and models for the time of the merge
 
@@ -106,16 +106,7 @@ def run(
     Raises:
         CartError: as `merge.merge`; or the file is no recipe, or OUT cannot be written.
     """
-    documents, findings = load(recipe)
-    if findings:
-        raise CartError(f"{recipe}: {findings[0].fact}; {findings[0].advice}")
-    if len(documents) > 1:
-        raise CartError(
-            f"{recipe} holds several recipes; merge takes one (mergekit-multi: several)"
-        )
-    inputs = read_inputs(documents[0])
-    models = [held.path for held in inputs.checkpoints.values()]
-    _check_place(out, [*models, *map(Path, inputs.adapters.values())])
+    inputs = read(recipe, out)
     with unfinished(out) as folder:
         check_space(folder, inputs.bytes)
         work = folder / _WORK
@@ -137,6 +128,25 @@ def run(
                 log(written.read_text(errors="replace"))
         shutil.rmtree(work)
     return done
+
+
+def read(recipe: Path, out: Path) -> Inputs:
+    """The models of a file's one recipe.
+
+    Raises:
+        CartError: the file is no recipe, or OUT is no place for its result.
+    """
+    documents, findings = load(recipe)
+    if findings:
+        raise CartError(f"{recipe}: {findings[0].fact}; {findings[0].advice}")
+    if len(documents) > 1:
+        raise CartError(
+            f"{recipe} holds several recipes; merge takes one (mergekit-multi: several)"
+        )
+    inputs = read_inputs(documents[0])
+    models = [held.path for held in inputs.checkpoints.values()]
+    _check_place(out, [*models, *map(Path, inputs.adapters.values())])
+    return inputs
 
 
 def _check_place(out: Path, given: list[Path]) -> None:

@@ -72,10 +72,31 @@ class Choice:
     reason: str
 
 
-def by_plan(job: Job, options: MergeOptions) -> None:
-    """Merge as `mergekit-yaml` does, from its knowledge of the architecture."""
-    with _layers_of_slices():
+Make = Callable[..., Any]
+"""Makes an executor, with the arguments of mergekit's."""
+
+
+def by_plan(job: Job, options: MergeOptions, make: Make = Executor) -> None:
+    """Merge as `mergekit-yaml` does, from its knowledge of the architecture.
+
+    Args:
+        job: what to do.
+        options: mergekit's.
+        make: what runs the tasks, instead of mergekit's executor.
+    """
+    with _layers_of_slices(), _executor(make):
         mergekit_merge.run_merge(OrderedConfiguration.model_validate(job.recipe), job.out, options)
+
+
+@contextmanager
+def _executor(make: Make) -> Iterator[None]:
+    """Let another executor run mergekit's tasks: `run_merge` takes its own and no other."""
+    theirs = mergekit_merge.Executor
+    mergekit_merge.Executor = make
+    try:
+        yield
+    finally:
+        mergekit_merge.Executor = theirs
 
 
 @contextmanager
@@ -103,8 +124,8 @@ def _layers_of_slices() -> Iterator[None]:
         mergekit_merge._model_out_config = theirs
 
 
-def by_tensor(job: Job, options: MergeOptions) -> None:
-    """Merge the tensors that all models share one by one, whatever the architecture."""
+def by_tensor(job: Job, options: MergeOptions, make: Make = Executor) -> None:
+    """Merge the tensors that all models share one by one; arguments as of `by_plan`."""
     if options.random_seed is not None:
         from transformers import set_seed
 
@@ -116,13 +137,13 @@ def by_tensor(job: Job, options: MergeOptions) -> None:
         executor = MultiGPUExecutor(targets=tasks, storage_device=storage)
     else:
         storage = options.device if options.low_cpu_memory else "cpu"
-        executor = Executor(targets=tasks, math_device=options.device, storage_device=storage)
+        executor = make(targets=tasks, math_device=options.device, storage_device=storage)
     for _ in executor.run(quiet=options.quiet):
         pass
 
 
 PLAN, TENSORWISE = "plan", "tensorwise"
-ROUTES: Mapping[str, Callable[[Job, MergeOptions], None]] = {PLAN: by_plan, TENSORWISE: by_tensor}
+ROUTES: Mapping[str, Callable[..., None]] = {PLAN: by_plan, TENSORWISE: by_tensor}
 """The routes by name."""
 
 
@@ -141,7 +162,7 @@ def main() -> None:
     options = MergeOptions(**job.options)
     options.apply_global_options()
     try:
-        with _recorded() as told:
+        with recorded() as told:
             ROUTES[job.route](job, options)
     except Exception as error:
         logging.getLogger(__name__).info("the merge failed", exc_info=True)  # with -v
@@ -152,7 +173,7 @@ def main() -> None:
 
 
 @contextmanager
-def _recorded() -> Iterator[list[str]]:
+def recorded() -> Iterator[list[str]]:
     """A list that this package's warnings go to, of all threads, beside being printed."""
     told: list[str] = []
     printed = warnings.showwarning

@@ -7,8 +7,9 @@ of each out. Differences of low rank, such as adapters', are soon kept whole.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +69,16 @@ class Kept:
         tensor.kept += float(held.sum())
         found = numerical_ranks(values, energy, rounding, m, n)
         tensor.ranks |= {rank for rank in found if rank}
+
+    def data(self, names: Iterable[str]) -> dict[str, list[Any]]:
+        """What is known of some tensors, as plain data for `add_data` in another process."""
+        found = {name: self._tensors[name] for name in names if name in self._tensors}
+        return {name: [it.kept, it.total, sorted(it.ranks)] for name, it in found.items()}
+
+    def add_data(self, data: Mapping[str, Sequence[Any]]) -> None:
+        """Take in whole tensors that another process has merged."""
+        for name, (kept, total, ranks) in data.items():
+            self._tensors[name] = _Tensor(kept, total, frozenset(ranks))
 
     def warning(self) -> str | None:
         """What to say at the end of the merge; None unless most tensors have kept nearly all."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cart_plugin import CartError
-from cart_plugin.checkpoints.files import read_json, unfinished, write_json, write_text
+from cart_plugin.checkpoints.files import read_json, resumable, unfinished, write_json, write_text
 
 
 @pytest.mark.parametrize("renamed", [False, True])
@@ -76,3 +76,38 @@ def test_what_is_no_json_object_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ValueError):
         read_json(tmp_path / "x.json")
+
+
+def test_work_that_is_kept_is_there_for_the_next_run(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with resumable(out) as work:
+        (work.folder / "part").touch()
+    assert not out.exists()
+    with resumable(out) as work:
+        assert (work.folder / "part").exists()
+        made = work.folder / "made"
+        made.mkdir()
+        (made / "result").touch()
+        work.publish(made)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in out.iterdir()] == ["result"]
+
+
+def test_work_that_is_not_kept_is_removed(tmp_path: Path) -> None:
+    with resumable(tmp_path / "out") as work:
+        work.keep = False
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_kept_work_is_of_this_kind_only(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyError), unfinished(out) as folder:
+        raise KeyError
+    folder.mkdir()  # as a run leaves it that was killed
+    (folder / ".mergekit-cart-unfinished").touch()
+    (folder / "half").touch()
+    with resumable(out) as work:
+        assert not (work.folder / "half").exists()
+    with pytest.raises(CartError, match="go on with the same command"), unfinished(out):
+        pass
+    assert work.folder.exists()

@@ -92,7 +92,7 @@ def test_extras_that_are_installed_exist() -> None:
 
 def test_programs_are_those_that_come_along() -> None:
     programs = {command.split()[0] for _, command in COMMANDS}
-    ours = {"mergekit-cart", "mergekit-yaml", "fusion_bench", "make", "pip", "python"}
+    ours = {"mergekit-cart", "mergekit-yaml", "fusion_bench", "make", "pip", "python", "ray"}
     assert programs <= ours
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import warnings
 from collections.abc import Iterator
@@ -228,3 +229,18 @@ def test_a_countdown_ends_with_the_last_tensor_of_all_threads() -> None:
     assert text.startswith("16 of 16")
     countdown.plan("later")  # of another merge
     assert countdown.done("later") is None
+
+
+def test_what_several_processes_have_kept_adds_up() -> None:
+    alone, parts = Kept(), [Kept(), Kept()]
+    for number in range(4):
+        tensors = [random(1, 16, 16, seed=10 * number + task) for task in range(3)]
+        for kept in (alone, parts[number % 2]):
+            for tensor in tensors:
+                kept.add(f"t{number}", tensor, None, None)
+    together = Kept()
+    for part in parts:
+        data = part.data(f"t{number}" for number in range(4))
+        together.add_data(json.loads(json.dumps(data)))
+    assert alone.warning() is not None
+    assert together.warning() == alone.warning()

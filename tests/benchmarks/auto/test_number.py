@@ -71,7 +71,7 @@ def test_it_resumes_and_the_table_has_every_method(
     number.write_report(tmp_path)
     assert (tmp_path / "number.png").stat().st_size > 10_000
     _, _, heading, _, *rows = (tmp_path / "number.md").read_text().splitlines()
-    assert heading.startswith("| vision, 1 seeds | 2 models | 3 models |")
+    assert heading.startswith("| vision, 1 seed | 2 models | 3 models |")
     assert [row.split(" | ")[0] for row in rows] == [f"| {title}" for title in number.METHODS]
     assert rows[0].endswith("| 37.5 | 37.5 | 37.5 | 37.5 | 37.5 | 37.5 |")
     assert all("**" not in row for row in rows if not row.startswith("| average"))

@@ -1,0 +1,229 @@
+"""What is finished, and of which merge: files in a folder beside the result.
+
+`journal.json` says which merge it is. Each finished part has a record of its own, written by its
+maker when all of it is in its shard's file, so that nobody has to be asked, and nothing is lost
+with whoever waits for the workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mergekit.options import MergeOptions
+from mergekit.tokenizer import TokenizerInfo
+
+from cart_plugin import linalg, merging
+from cart_plugin import mergekit as adapter
+from cart_plugin.checkpoints import writing
+from cart_plugin.checkpoints.digests import tensor_digest
+from cart_plugin.checkpoints.files import MAKING, read_json, write_json
+from cart_plugin.checkpoints.headers import read_header
+from cart_plugin.checkpoints.reading import Checkpoint
+from cart_plugin.distributed.plan import Part, Shard
+from cart_plugin.errors import CartError
+from cart_plugin.execution.inputs import Inputs, plain
+
+_REVISION = 1  # raised when the files here come to mean something else
+_PACKAGES = ("cart-plugin", "mergekit", "torch", "transformers", "scipy", "safetensors")
+# Of mergekit's options those that change neither a tensor nor where it lies.
+_WITHOUT_EFFECT = {
+    *("verbosity", "quiet", "async_write", "write_threads", "write_model_card", "copy_tokenizer"),
+    *("num_threads", "lazy_unpickle", "clone_tensors", "transformers_cache", "lora_merge_cache"),
+    *("read_to_gpu", "cuda", "gpu_rich", "multi_gpu", "trust_remote_code"),
+}
+
+
+@dataclass(frozen=True)
+class Places:
+    """The files of one merge in the making.
+
+    Attributes:
+        folder: of all of them; no other merge uses it.
+    """
+
+    folder: Path
+
+    @property
+    def model(self) -> Path:
+        """The folder that becomes the result."""
+        return self.folder / "model"
+
+    @property
+    def records(self) -> Path:
+        """A file for each finished part."""
+        return self.folder / "records"
+
+    @property
+    def progress(self) -> Path:
+        """A file for each part that was begun, by `progress`."""
+        return self.folder / "progress"
+
+    @property
+    def job(self) -> Path:
+        """What mergekit merges."""
+        return self.folder / "job.json"
+
+    @property
+    def plan(self) -> Path:
+        """The shards, by `plan`."""
+        return self.folder / "plan.json"
+
+    @property
+    def settings(self) -> Path:
+        """What workers have to know beside the job."""
+        return self.folder / "settings.json"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer that the recipe asks for, if it does."""
+        return self.folder / "tokenizer.pickle"
+
+    def record(self, part: Part) -> Path:
+        """The record of a part."""
+        return self.records / f"{part.shard.file}.{part.number}.json"
+
+    def make(self) -> None:
+        """Make the folders."""
+        for folder in (self.model, self.records, self.progress):
+            folder.mkdir(parents=True, exist_ok=True)
+
+
+def identity(inputs: Inputs, options: MergeOptions, threads: int, *, whole: bool) -> dict[str, Any]:
+    """All that the bytes of a merge depend on, in parts that a message can name.
+
+    Of the inputs: names, sizes and times of all files in their folders. Reading terabytes to see
+    whether they have changed would take as long as the merge.
+
+    Args:
+        inputs: the recipe with whole models.
+        options: mergekit's.
+        threads: of a worker: the same product by more threads rounds differently.
+        whole: whether a shard is made by one worker, as `plan.foresee` has it.
+    """
+    files = {
+        f"model {label}": [
+            [file.name, file.stat().st_size, file.stat().st_mtime_ns]
+            for file in sorted(checkpoint.path.iterdir())
+            if file.is_file()
+        ]
+        for label, checkpoint in inputs.checkpoints.items()
+    }
+    numbers = [_REVISION, linalg.REVISION, merging.REVISION, adapter.REVISION]
+    settings = {
+        f"--{name.replace('_', '-')}": value
+        for name, value in options.model_dump(mode="json").items()
+        if name not in _WITHOUT_EFFECT
+    }
+    found: dict[str, Any] = {"the recipe": plain(inputs.config), **files}
+    found |= {package: version(package) for package in _PACKAGES}
+    found |= {"the revision of this program": numbers, **settings, "threads a worker": threads}
+    found |= {"work on a cluster": whole}
+    plainly: dict[str, Any] = json.loads(json.dumps(found))
+    return plainly
+
+
+def open_journal(folder: Path, identity: Mapping[str, Any], tell: Callable[[str], None]) -> Places:
+    """The places of a merge; what is there of another merge is removed.
+
+    Args:
+        folder: beside the result.
+        identity: by `identity`.
+        tell: receives a line that says why nothing of an earlier run is used, if there was one.
+    """
+    file = folder / "journal.json"
+    text = json.dumps(identity, sort_keys=True)
+    places = Places(folder / f"{MAKING}{hashlib.sha256(text.encode()).hexdigest()[:16]}")
+    try:
+        before = read_json(file)["identity"]
+    except (OSError, ValueError, KeyError):
+        before = None
+    if before is not None and before != identity:
+        tell(f"starting anew: {_difference(before, identity)}")
+    for other in folder.glob(f"{MAKING}*"):
+        if other != places.folder:
+            shutil.rmtree(other)
+    write_json(file, {"identity": identity})
+    places.make()
+    for old in places.progress.glob("*.json"):
+        old.unlink()
+    return places
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    for name, value in now.items():
+        if name not in before:
+            return f"{name} is new"
+        if before[name] == value:
+            continue
+        if isinstance(value, list | dict):
+            changed = _changed_files(before[name], value) if name.startswith("model ") else ""
+            return f"{name} has changed{changed}"
+        return f"{name} is {value}, was {before[name]}"
+    gone = next((name for name in before if name not in now), "the recipe")
+    return f"{gone} is gone"
+
+
+def _changed_files(before: Any, now: Any) -> str:
+    old = {entry[0]: entry for entry in before}
+    found = next((entry[0] for entry in now if old.get(entry[0]) != entry), None)
+    return "" if found is None else f" ({found})"
+
+
+def write_tokenizer(places: Places, tokenizer: TokenizerInfo) -> None:
+    """Store the tokenizer that all workers have to go by."""
+    scratch = places.tokenizer.with_suffix(".new")
+    scratch.write_bytes(pickle.dumps(tokenizer))
+    scratch.replace(places.tokenizer)
+
+
+def read_tokenizer(places: Places) -> TokenizerInfo | None:
+    """The tokenizer that all workers go by; None if the recipe makes none."""
+    if not places.tokenizer.is_file():
+        return None
+    found: TokenizerInfo = pickle.loads(places.tokenizer.read_bytes())  # this program's own
+    return found
+
+
+def record(places: Places, part: Part, facts: Mapping[str, Any]) -> None:
+    """Note that a part is finished."""
+    write_json(places.record(part), facts)
+
+
+def reserve(places: Places, shards: Iterable[Shard]) -> None:
+    """Make the shards' files, in which workers write, as far as they are not there."""
+    for shard in shards:
+        file = places.model / shard.file
+        if not file.is_file() or file.stat().st_size != shard.bytes:
+            writing.reserve(file, shard.layout)
+
+
+def records(places: Places, parts: Iterable[Part]) -> list[dict[str, Any]]:
+    """The records of those parts that have one."""
+    return [read_json(places.record(part)) for part in parts if places.record(part).is_file()]
+
+
+def is_whole(places: Places, part: Part) -> bool:
+    """Whether a part is finished, and each of its tensors what it was when it was made."""
+    name = part.shard.file
+    file = places.model / name
+    try:
+        digests = read_json(places.record(part))["digests"]
+        held = Checkpoint(name, file, {}, read_header(file, name), [file])
+    except (OSError, ValueError, KeyError):
+        return False
+    if digests.keys() != {output.name for output in part.outputs}:
+        return False
+    if held.layout != part.shard.layout:
+        return False
+    try:
+        return all(tensor_digest(held.read(name)) == digest for name, digest in digests.items())
+    except CartError:
+        return False
