@@ -81,13 +81,12 @@ def merge_tensors(
             inputs' dtype cannot hold.
     """
     settings = settings or CartSettings()
-    if decompose is None and tensors:
-        decompose = is_decomposed(name, tensors[0].shape)
-    center = settings.center if decompose else None  # an average has no use for the base
-    models, where = check_inputs(tensors, base, center, name, models)
+    models, where = check_inputs(tensors, base, settings.center, name, models)
     dtype = common_dtype(tensors)
     if tensors[0].numel() == 0:
         return tensors[0].to(dtype, copy=True)
+    if decompose is None:
+        decompose = is_decomposed(name, tensors[0].shape)
     if settings.rule.keeps_nothing:
         decompose = False
 

@@ -32,8 +32,8 @@ def merge_state_dicts(
             tensors. Lazily loading mappings work: each tensor is asked for once, when it is due.
         settings: parameters of the method; the defaults if None.
         weights: one a model, as in `merge_tensors`.
-        base: the base model's state dict, as in `merge_tensors`; of use where tensors are
-            decomposed, and needed for all of these.
+        base: the base model's state dict, as in `merge_tensors`. As the centre it has all tensors;
+            else those that are decomposed.
         decompose: which tensors to decompose, by name and shape.
         kept: of a merge in several calls: counts what is kept, for the caller to warn of at the
             end. If None, a `CartWarning` says so where the result is nearly the plain average,
@@ -55,7 +55,11 @@ def merge_state_dicts(
     if not models:
         raise CartError("CART needs at least two fine-tuned models, got none")
     settings = settings or CartSettings()
-    check_same_tensors(named)
+    holders = dict(named)
+    is_centre = settings.center == "base"
+    if is_centre and base is not None:
+        holders["the base model"] = base
+    check_same_tensors(holders)
     counting = len(models) if weights is None else sum(weight != 0 for weight in weights)
     base = base if settings.takes_base(counting) else None
     counted = Kept() if kept is None else kept
@@ -66,16 +70,19 @@ def merge_state_dicts(
             merged[name] = agreed_buffer(tensors, models, name)
             continue
         is_matrix = decompose(name, tensors[0].shape)
-        if base is not None and is_matrix and name not in base:
-            raise CartError(
-                f"the base model lacks {name}, which is decomposed; give the one that the models "
-                "were fine-tuned from, or none"
-            )
+        start = None
+        if base is not None and (is_matrix or is_centre):
+            if name not in base:
+                raise CartError(
+                    f"the base model lacks {name}, which is decomposed; give the one that the "
+                    "models were fine-tuned from, or none"
+                )
+            start = base[name]
         merged[name] = merge_tensors(
             tensors,
             settings,
             weights=weights,
-            base=base[name] if base is not None and is_matrix else None,
+            base=start,
             name=name,
             models=models,
             decompose=is_matrix,

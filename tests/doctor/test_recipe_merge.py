@@ -279,7 +279,7 @@ def test_memory_depends_on_the_share_of_the_full_rank(
     llamas: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(costs, "_PROGRAM_BYTES", 0)
+    monkeypatch.setattr(costs, "PROGRAM_BYTES", 0)
     (line,) = [
         line
         for line in check(llamas, parameters=parameters).text.splitlines()
@@ -292,7 +292,7 @@ def test_memory_depends_on_the_share_of_the_full_rank(
 def test_cart_auto_holds_all_models_factors(
     check: Callable[..., Report], llamas: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(costs, "_PROGRAM_BYTES", 0)
+    monkeypatch.setattr(costs, "PROGRAM_BYTES", 0)
     report = check(llamas, merge_method="cart_auto", parameters={})
     # As with rank_ratio 0.16, and 3 models' 5 directions of an MLP's 64 + 32, twice, with 15 by 15.
     assert "up to about 347 KB" in report.text
