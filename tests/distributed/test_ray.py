@@ -46,6 +46,7 @@ def test_two_workers_give_mergekit_yamls_bytes(
     assert left(tmp_path) == ["out"]
 
 
+@pytest.mark.slow  # Ray starts for ten seconds
 @pytest.mark.parametrize("architecture", ["llama", "vit"])
 def test_two_workers_share_one_shard(
     architecture: str, merge: Merge, saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -71,6 +72,7 @@ def test_all_workers_go_by_one_tokenizer(merge: Merge, tmp_path: Path) -> None:
     assert all(torch.equal(ours[token], theirs[token]) for token in ours)
 
 
+@pytest.mark.slow  # Ray starts for ten seconds
 def test_random_methods_draw_alike_whoever_merges(
     merge: Merge, saved: Saved, tmp_path: Path
 ) -> None:
@@ -96,6 +98,7 @@ def test_what_a_worker_refuses_is_one_line_and_names_the_tensor(
     assert "out" not in left(tmp_path)
 
 
+@pytest.mark.slow  # Ray starts for ten seconds
 def test_what_workers_warn_of_is_told_once(merge: Merge, saved: Saved, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "r.yaml", saved("llama"), parameters={"rank": 32})
     plain = merge(recipe, tmp_path / "plain")
