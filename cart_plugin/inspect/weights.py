@@ -16,7 +16,7 @@ from torch import Tensor
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.gram import total_energy
 from cart_plugin.linalg.precision import full_precision
-from cart_plugin.linalg.rounding import rounding_energy, stored_eps
+from cart_plugin.linalg.rounding import difference_rounding
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.linalg.svd import share_of_rank, truncated_svd
 from cart_plugin.merging.cart import centre_of
@@ -156,7 +156,7 @@ def _decomposed(
     inner: Tensor,
 ) -> Weight:
     shape = matrix_shape(name, mean.shape)
-    own = torch.stack([rounding_energy(tensor.reshape(shape)).cpu() for tensor in tensors])
+    own = _rounding(tensors, shape)
     count = len(tensors)
     # Of a difference from the mean: of the tensor itself, and of all in the mean.
     rounding = own * (1 - 2 / count) + own.sum(dim=0) / count**2
@@ -164,7 +164,7 @@ def _decomposed(
     from_base = None
     if base is not None:
         informed = _INFORMED.informed
-        rounding = own + _own_rounding(base.reshape(shape), tensors)
+        rounding = _rounding(tensors, shape, base)
         from_base = _differences(name, tensors, start, shape, informed, rounding, inner)
     offset = (mean - start).reshape(shape)
 
@@ -182,14 +182,13 @@ def _decomposed(
     return Weight(name, shape, norms, from_base, centred, merges, answer)
 
 
-def _own_rounding(base: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """What a base in fewer bits than a model adds to its difference's rounding, ``(T, stack)``.
-
-    One in as many bits is what training started from.
-    """
-    eps, energy = stored_eps(base), rounding_energy(base).cpu()
-    coarser = [eps > stored_eps(tensor) for tensor in tensors]
-    return energy * torch.tensor(coarser, dtype=energy.dtype)[:, None]
+def _rounding(
+    tensors: Sequence[Tensor], shape: tuple[int, int, int], base: Tensor | None = None
+) -> Tensor:
+    """Of each model, ``(T, stack)``, on the CPU."""
+    weights = [tensor.reshape(shape) for tensor in tensors]
+    start = None if base is None else base.reshape(shape)
+    return torch.stack([one.cpu() for one in difference_rounding(weights, start)])
 
 
 def _products(tensors: Sequence[Tensor], centre: Tensor) -> tuple[Tensor, Tensor]:

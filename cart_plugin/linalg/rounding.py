@@ -9,6 +9,8 @@ that the errors in a matrix W have a squared norm of ``eps^2 ||W||_F^2 / 22``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,32 @@ def stored_dtype(weights: Tensor) -> torch.dtype:
         if all(torch.equal(part, part.to(dtype).to(part.dtype)) for part in (lines[:1], lines)):
             return dtype
     return weights.dtype
+
+
+def difference_rounding(weights: Sequence[Tensor], base: Tensor | None = None) -> list[Tensor]:
+    """`rounding_energy` of each weight's difference from a base, or from what has no errors.
+
+    The base has errors of its own only if it is in fewer bits than the weight: else it is what
+    training started from.
+
+    Args:
+        weights: ``(stack, m, n)`` each.
+        base: the same.
+    """
+    eps = 0.0 if base is None else stored_eps(base)
+    found, own = [], None
+    for weight in weights:
+        energy = rounding_energy(weight)
+        if base is not None and eps > stored_eps(weight):
+            own = rounding_energy(base) if own is None else own
+            energy = energy + own
+        found.append(energy)
+    return found
+
+
+def rounding_that_tells(total: Tensor, rounding: Tensor) -> Tensor:
+    """The rounding in differences, or nothing where it is most of them: see `is_drowned`."""
+    return torch.where(is_drowned(total, rounding), 0, rounding)
 
 
 def is_drowned(total: Tensor, rounding: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cart_plugin.errors import CartError
-from cart_plugin.linalg.rounding import is_drowned, rounding_beyond
+from cart_plugin.linalg.rounding import rounding_beyond, rounding_that_tells
 
 DEFAULT_RANK_RATIO = 0.08
 RANK_RULES = ("rank_ratio", "rank", "energy")
@@ -143,7 +143,7 @@ def numerical_ranks(
     if rounding is None:
         rounding = torch.zeros_like(totals)
     # A matrix that is mostly rounding has no rank to speak of.
-    rounding = torch.where(is_drowned(totals, rounding), 0, rounding)
+    rounding = rounding_that_tells(totals, rounding)
     beyond = rounding_beyond(rounding, values.shape[-1], m, n)
     numbers = zip(totals.tolist(), rounding.tolist(), beyond.tolist(), strict=True)
     return [numerical_rank(one, *rest) for one, rest in zip(squares, numbers, strict=True)]

@@ -24,7 +24,7 @@ from torch import Tensor
 from cart_plugin.errors import CartError, CartWarning
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.gram import total_energy
-from cart_plugin.linalg.rounding import rounding_energy, stored_eps
+from cart_plugin.linalg.rounding import difference_rounding
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.linalg.svd import truncated_svd
 from cart_plugin.merging.informed import Change, few_directions, informed_by_base
@@ -153,17 +153,11 @@ class _Inputs(NamedTuple):
     def rounding(self, shape: tuple[int, int, int], base: Tensor | None = None) -> list[Tensor]:
         """Squared norms of the rounding errors in each tensor that has a weight, ``(stack,)``.
 
-        With a base in its difference from that. The base has errors of its own only if it is in
-        fewer bits than the model: else it is what training started from.
+        With a base in its difference from that: see `difference_rounding`.
         """
-        found = []
-        for tensor, share in zip(self.tensors, self.shares, strict=True):
-            if share:
-                energy = rounding_energy(tensor.reshape(shape))
-                if base is not None and stored_eps(base) > stored_eps(tensor):
-                    energy = energy + rounding_energy(base.reshape(shape))
-                found.append(energy)
-        return found
+        pairs = zip(self.tensors, self.shares, strict=True)
+        counting = [tensor.reshape(shape) for tensor, share in pairs if share]
+        return difference_rounding(counting, None if base is None else base.reshape(shape))
 
     def centred_rounding(self, shape: tuple[int, int, int]) -> list[Tensor]:
         """The same of the differences from the weighted mean."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.gram import total_energy
-from cart_plugin.linalg.rounding import is_drowned, rounding_beyond
+from cart_plugin.linalg.rounding import rounding_beyond, rounding_that_tells
 from cart_plugin.linalg.rules import NEARLY_ALL, numerical_ranks
 
 # Of tensors that no model changed, the average leaves rounding, which has no low rank. Relative to
@@ -64,7 +64,7 @@ class Kept:
         values = factors.S.to(energy.device)
         held = values.double().square().sum(dim=-1)
         if rounding is not None:  # what is left out of it is no loss
-            noise = torch.where(is_drowned(energy, rounding), 0, rounding)
+            noise = rounding_that_tells(energy, rounding)
             held = torch.minimum(held + rounding_beyond(noise, factors.rank, m, n), energy)
         tensor.kept += float(held.sum())
         found = numerical_ranks(values, energy, rounding, m, n)
