@@ -3,8 +3,8 @@
 Fine-tunes (or finds) one model a task by LoRA, all of a seed from one start or each from its own,
 since that decides how much their row spaces have in common. The rest is
 `benchmarks.common.comparison`, which runs `mergekit-cart compare` with lm-eval. The methods merge
-the whole models; at the end, those named by `--adapters` merge base and adapters (`model+lora`),
-which has to give the same.
+the whole models; those named by `--adapters` merge base and adapters (`model+lora`), too, which has
+to give the same.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from benchmarks.common.cache import cache_root, settings_hash
 from benchmarks.common.commands import out_option
-from benchmarks.common.comparison import Suite, in_threads, share_cores, write_recipe, write_results
+from benchmarks.common.comparison import Suite, share_cores, write_recipe, write_results
 from benchmarks.common.data_free import BESIDE_MERGEKIT, merged_models
 from benchmarks.llm.backbone import prepare_backbone
 from benchmarks.llm.finetune import FineTuning, finetune_all
@@ -128,12 +127,10 @@ def compare(
     most = 1 if tiny else None
     whole, as_adapters = suites(tasks, methods, settings, examples, seeds, workers, most)
     chosen, validation = whole.tune(workers)
+    test = whole.test(chosen, workers)
     again = {name: chosen[name] for name in adapters}
-    test, merged_adapters = in_threads(
-        [partial(whole.test, chosen, 1), partial(as_adapters.test, again, 1)], workers
-    )
     results = whole.results(chosen, validation, test) | {
-        "adapters": merged_adapters,
+        "adapters": as_adapters.test(again, workers) if again else {},
         "fine_tuning": asdict(settings),
         "examples": examples,
     }
@@ -158,7 +155,7 @@ def compare(
 @click.command()
 @click.option("--tasks", default=",".join(QUESTIONS), help="Tasks, by name.")
 @click.option("--methods", default=",".join(GRIDS), help="Merge methods; all by default.")
-@click.option("--adapters", default="cart,linear", show_default=True, help="See above.")
+@click.option("--adapters", default="", help="Methods that merge base and adapters, too.")
 @click.option("--seeds", default="0,1,2", show_default=True, help="Of the fine-tuning.")
 @click.option("--starts", default=",".join(STARTS), show_default=True, help="Of the adapters.")
 @click.option("--workers", default=2, show_default=True, help="Processes at work at a time.")
@@ -175,7 +172,8 @@ def main(
     out: Path,
 ) -> None:
     """Compare mergekit's methods, and others, on the LLM suite."""
-    if not set(adapters.split(",")) <= set(methods.split(",")):
+    of_adapters = [name for name in adapters.split(",") if name]
+    if not set(of_adapters) <= set(methods.split(",")):
         raise click.UsageError("--adapters names methods that --methods does not")
     if not set(starts.split(",")) <= set(STARTS):
         raise click.UsageError(f"--starts are of {', '.join(STARTS)}")
@@ -184,7 +182,7 @@ def main(
     for start in starts.split(","):
         compare(
             methods.split(","),
-            adapters.split(","),
+            of_adapters,
             replace(settings, one_start=start == "one"),
             tasks.split(","),
             [int(seed) for seed in seeds.split(",")],
