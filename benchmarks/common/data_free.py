@@ -45,12 +45,11 @@ def tsvm(tasks: Sequence[LowRank]) -> Tensor:
 def sparse(taus: Sequence[Tensor], *, random: bool, density: float) -> Tensor:
     """TIES of matrices, or DARE-TIES (`random`), by mergekit's functions; scale 1.
 
-    What is elected is averaged, as mergekit does for TIES.
+    What is elected is averaged, as mergekit does for TIES. DARE's masks go on from torch's seed.
     """
     from mergekit.merge_methods.generalized_task_arithmetic import get_mask
     from mergekit.sparsify import RescaleNorm, SparsificationMethod, sparsify
 
-    torch.manual_seed(0)
     which = SparsificationMethod.random if random else SparsificationMethod.magnitude
     rescale = RescaleNorm.l1 if random else None
     kept = torch.stack(
@@ -83,11 +82,17 @@ def iso_cts(taus: Sequence[Tensor]) -> Tensor:
 
 
 def wudi(taus: Sequence[Tensor]) -> Tensor:
-    """FusionBench's WUDI (arXiv 2503.08099) of matrices, with its 300 steps."""
+    """FusionBench's WUDI (arXiv 2503.08099) of matrices, with its 300 steps.
+
+    It divides by the norms, so that a model that left a matrix at its base is kept from it.
+    """
     from fusion_bench.method.wudi.wudi import wudi_merging
 
+    moved = [tau for tau in taus if tau.any()]
+    if not moved:
+        return torch.zeros_like(taus[0])
     with torch.enable_grad():
-        return _by_fusion_bench(wudi_merging, taus, iter_num=300)
+        return _by_fusion_bench(wudi_merging, moved, iter_num=300)
 
 
 def scaled_sum(taus: Sequence[Tensor], scale: float) -> Tensor:
@@ -120,6 +125,7 @@ def merged_state(of_taus: OfTaus, tuned: Sequence[Tensors], base: Tensors) -> di
         base: theirs.
     """
     merged = {}
+    torch.manual_seed(0)  # once, so that the masks of two weights of a shape differ
     with torch.no_grad():
         for name, stored in base.items():
             start = stored.float()

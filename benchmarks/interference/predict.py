@@ -117,6 +117,7 @@ def _group(
     tuned = [held[offset].tuned[task] for offset, task in members]
     count, names = len(members), [f"{task} {offset}" for offset, task in members]
     sums: dict[str, dict[str, Tensor]] = {}
+    torch.manual_seed(0)  # for the masks of DARE
     for name, start in held[0].base().items():
         weight = of_tensors(name, [one[name] for one in tuned], names, start)
         if not isinstance(weight, Weight):

@@ -26,6 +26,7 @@ def test_each_merges_matrices_one_by_one_and_averages_the_rest(method: str) -> N
     of_taus = data_free.OF_TAUS[method]
     merged = data_free.merged_state(of_taus, tuned, base)
     taus = [one["up_proj.weight"] - base["up_proj.weight"] for one in tuned]
+    torch.manual_seed(0)  # for DARE, which goes on from weight to weight
     assert torch.equal(merged["up_proj.weight"], base["up_proj.weight"] + of_taus(taus))
     for index in range(2):
         expert = [
@@ -35,6 +36,21 @@ def test_each_merges_matrices_one_by_one_and_averages_the_rest(method: str) -> N
         assert torch.allclose(found, of_taus(expert), atol=1e-6)
     mean = sum(one["norm.weight"] for one in tuned) / 3
     assert torch.allclose(merged["norm.weight"], mean, atol=1e-6)
+
+
+def test_dare_draws_another_mask_for_the_next_weight_of_a_shape() -> None:
+    base = {f"{place}.up_proj.weight": torch.zeros(6, 9) for place in "ab"}
+    tuned = [dict.fromkeys(base, random(6, 9, seed=seed)) for seed in range(3)]
+    merged = data_free.merged_state(data_free.OF_TAUS["DARE-TIES"], tuned, base)
+    assert not torch.equal(merged["a.up_proj.weight"], merged["b.up_proj.weight"])
+
+
+def test_wudi_passes_over_a_model_that_left_a_matrix_at_its_base() -> None:
+    taus = [random(6, 9, seed=0), torch.zeros(6, 9), random(6, 9, seed=1)]
+    found = data_free.wudi(taus)
+    assert found.isfinite().all()
+    assert torch.equal(found, data_free.wudi([taus[0], taus[2]]))
+    assert not data_free.wudi([taus[1], taus[1]]).any()
 
 
 def test_merged_models_are_made_once_and_load(
