@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,16 +13,14 @@ from cart_plugin.adapters.inputs import Shape
 from cart_plugin.adapters.settings import Request
 from cart_plugin.checkpoints import adapters as tensors
 from cart_plugin.errors import CartError
+from cart_plugin.linalg.threads import side_by_side
 from cart_plugin.merging.kept import Kept
 from cart_plugin.merging.span_measures import Answers, Overlaps, answers, overlaps
 from cart_plugin.merging.spans import Span, merge_in_span, of_rank
 from cart_plugin.merging.tensors import is_decomposed
 
-_T = TypeVar("_T")
-_R = TypeVar("_R")
-
 # Weights in the works at once: each takes a few times the size of all adapters' factors of it.
-_MOST_THREADS = 8
+_MOST_AT_ONCE = 8
 
 
 @dataclass
@@ -118,12 +113,10 @@ class Merge:
         """
         changes = [0.0] * len(self.plan.adapters)
 
-        def counted(done: Done) -> None:
+        for done in side_by_side(self._merged, list(self.plan.shapes), _MOST_AT_ONCE, threads=1):
             for index, own in enumerate(done.cut.own.tolist()):
                 changes[index] += own
             take(done)
-
-        _side_by_side(self._merged, list(self.plan.shapes), counted)
         for adapter, change in zip(self.plan.adapters, changes, strict=True):
             if change == 0:
                 raise CartError(
@@ -194,24 +187,3 @@ class Merge:
                 "dtype (float32 or bfloat16)"
             )
         return found
-
-
-def _side_by_side(
-    work: Callable[[_T], _R], items: Sequence[_T], take: Callable[[_R], None]
-) -> None:
-    """Work in as many threads as torch has, each with one of its own; take results in order."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    threads = min(count, _MOST_THREADS)
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-    waiting: deque[Future[_R]] = deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) > threads:
-                take(waiting.popleft().result())
-        while waiting:
-            take(waiting.popleft().result())
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(count)

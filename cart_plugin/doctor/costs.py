@@ -17,6 +17,7 @@ from cart_plugin.doctor.findings import Finding, ok, problem, warning
 from cart_plugin.doctor.layout import Recipe, references
 from cart_plugin.doctor.machine import available_memory, size
 from cart_plugin.doctor.merges import Merge
+from cart_plugin.merging.cart import SIDE_BY_SIDE
 from cart_plugin.merging.informed import MOST_INFORMED
 from cart_plugin.merging.tensors import matrix_shape
 
@@ -122,6 +123,8 @@ def peak(merge: Merge, config: Recipe) -> float:
             inputs += 4 * stack * _COPIES_SYSTEM * (ranks * (m + n) + ranks**2)
             if merge.takes_base:  # the mean of what the models changed; of four both forms' results
                 copies += 2 if len(merge.counting) == MOST_INFORMED else 1
+        # Small differences are decomposed side by side.
+        elements = max(elements, min(len(merge.inputs) * elements, SIDE_BY_SIDE))
     return inputs + copies * 4 * elements
 
 

@@ -2,7 +2,8 @@
 
 Modules, from the bottom: `precision`, `rules` (how many directions), `factors` (what comes out),
 `gram`, `krylov` and `subspace` (the solvers), `spectra` (values without vectors), `svd` (one
-function for all solvers). Nothing here knows of models, names or files.
+function for all solvers); `threads` (several matrices at a time). Nothing here knows of models,
+names or files.
 """
 
 REVISION = 1

@@ -27,6 +27,7 @@ from cart_plugin.linalg.gram import total_energy
 from cart_plugin.linalg.rounding import difference_rounding
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.linalg.svd import truncated_svd
+from cart_plugin.linalg.threads import side_by_side
 from cart_plugin.merging.informed import Change, few_directions, informed_by_base
 from cart_plugin.merging.inputs import (
     check_finite,
@@ -56,8 +57,9 @@ def merge_tensors(
 
     Peak memory beyond the inputs is a few copies of one tensor in fp32, for any number of models:
     about five where an eighth of the directions or less is kept, up to thirteen where nearly all
-    are, or with ``energy``. With ``lambda_="auto"`` it depends on their number, too, up to a limit
-    (`cart_plugin.merging.least_interference.least_interference`).
+    are, or with ``energy``. On CPUs it may be as many times as large as torch has threads for
+    tensors of which `SIDE_BY_SIDE` holds several. With ``lambda_="auto"`` it depends on the models'
+    number, too, up to a limit (`cart_plugin.merging.least_interference.least_interference`).
 
     Args:
         tensors: one a model, all of one shape, on one device. At least two.
@@ -113,6 +115,10 @@ def merge_tensors(
 
 _T = TypeVar("_T")
 
+SIDE_BY_SIDE = 2**24
+"""Entries of all differences that are decomposed at a time on CPUs, unless a single one has more: a
+large one keeps several threads busy by itself, and copies of large ones would add up."""
+
 
 class _Inputs(NamedTuple):
     """One tensor of all models, which have passed the checks."""
@@ -129,26 +135,32 @@ class _Inputs(NamedTuple):
         return sum(share != 0 for share in self.shares)
 
     def each(
-        self, centre: Tensor, reduced: Callable[[Tensor], _T], *, check: bool
+        self, centre: Tensor, reduced: Callable[[Tensor, int], _T], *, check: bool
     ) -> Iterator[tuple[_T, float]]:
         """What a function makes of each difference, and the weight, of models that have one.
 
-        A difference exists only while it is reduced.
+        A difference exists only while it is reduced; small ones are side by side.
 
         Args:
             centre: of the tensors' shape.
-            reduced: takes a difference from the centre.
+            reduced: takes a difference from the centre, and its place among those.
             check: for values that are not finite, which a mean of all would have shown.
         """
-        for tensor, share, model in zip(self.tensors, self.shares, self.models, strict=True):
-            if share == 0:
-                continue
+        models = zip(self.tensors, self.shares, self.models, strict=True)
+        counting = [(tensor, share, model) for tensor, share, model in models if share]
+
+        def found(place: int) -> _T:
+            tensor, _, model = counting[place]
             delta = tensor - centre
             if check:
                 check_finite(delta, [model], [tensor], self.where)
-            found = reduced(delta)
-            del delta  # before the next one is made
-            yield found, len(self.tensors) * share
+            return reduced(delta, place)
+
+        most = SIDE_BY_SIDE // centre.numel() if centre.device.type == "cpu" else 1
+        for made, (_, share, _) in zip(
+            side_by_side(found, range(len(counting)), most), counting, strict=True
+        ):
+            yield made, len(self.tensors) * share
 
     def rounding(self, shape: tuple[int, int, int], base: Tensor | None = None) -> list[Tensor]:
         """Squared norms of the rounding errors in each tensor that has a weight, ``(stack,)``.
@@ -197,24 +209,30 @@ def _add_low_rank(
             warnings.warn(_two_models(settings, has_base=has_base), CartWarning, stacklevel=3)
 
     of_rank = settings.rule.of_numerical_rank or kept is not None
-    rounding = iter(inputs.centred_rounding(shape) if of_rank else ())
+    rounding = inputs.centred_rounding(shape) if of_rank else [None] * inputs.counting
+    check = settings.center == "base"
 
-    def reduced(delta: Tensor) -> LowRank:
-        noise = next(rounding, None)
-        factors = truncated(delta, settings, inputs.name, noise)
-        if kept is not None:
-            kept.add(inputs.name or "", delta.reshape(shape), factors, noise)
-        return factors
+    def low_rank(delta: Tensor, place: int) -> LowRank:
+        return truncated(delta, settings, inputs.name, rounding[place])
 
-    parts = inputs.each(centre, reduced, check=settings.center == "base")
     if settings.lambda_ == "auto":
         inputs.check_weights()
-        found = least_interference(parts).to(centre.device).view(centre.shape)
-        return centre.clone(memory_format=torch.contiguous_format).add_(found)
+        found = least_interference(inputs.each(centre, low_rank, check=check))
+        return centre.clone(memory_format=torch.contiguous_format).add_(
+            found.to(centre.device).view(centre.shape)
+        )
+
+    def counted(delta: Tensor, place: int) -> tuple[LowRank, Tensor | None]:
+        energy = None if kept is None else total_energy(delta.reshape(shape))
+        return low_rank(delta, place), energy
+
     merged = centre.clone(memory_format=torch.contiguous_format)
     sums = merged.view(shape)
-    for factors, weight in parts:
+    parts = inputs.each(centre, counted, check=check)
+    for ((factors, energy), weight), noise in zip(parts, rounding, strict=True):
         factors.add_to_(sums, settings.lambda_ * weight)
+        if kept is not None and energy is not None:
+            kept.add(inputs.name or "", energy, factors, noise)
     return merged
 
 
@@ -222,11 +240,11 @@ def _count_whole(inputs: _Inputs, centre: Tensor, kept: Kept) -> None:
     """Count differences that are kept as they are."""
     shape = matrix_shape(inputs.name, centre.shape)
 
-    def count(delta: Tensor) -> None:
-        kept.add(inputs.name or "", delta.reshape(shape), None, None)
+    def energy_of(delta: Tensor, _: int) -> Tensor:
+        return total_energy(delta.reshape(shape))
 
-    for _ in inputs.each(centre, count, check=False):
-        pass
+    for energy, _ in inputs.each(centre, energy_of, check=False):
+        kept.add(inputs.name or "", energy, None, None)
 
 
 def _two_models(settings: CartSettings, *, has_base: bool) -> str:
@@ -254,7 +272,7 @@ def _informed(inputs: _Inputs, base: Tensor, settings: CartSettings) -> Tensor:
     few = few_directions(*shape[1:])
     at_few = replace(own, rank_ratio=None, rank=few, energy=None)
 
-    def reduced(delta: Tensor) -> tuple[LowRank, Tensor, Tensor]:
+    def reduced(delta: Tensor, _: int) -> tuple[LowRank, Tensor, Tensor]:
         delta = delta.cpu() if delta.device.type == "mps" else delta  # it has no fp64
         factors = truncated(delta, own, inputs.name)
         # What made a change does not depend on how much a recipe keeps of it.
@@ -271,7 +289,7 @@ def _informed(inputs: _Inputs, base: Tensor, settings: CartSettings) -> Tensor:
     added = found.added
     if found.is_halved:
 
-        def centred(delta: Tensor) -> LowRank:
+        def centred(delta: Tensor, _: int) -> LowRank:
             return truncated(delta, settings, inputs.name)
 
         added += least_interference(inputs.each(average, centred, check=False)).to(added.device)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from cart_plugin.linalg.factors import LowRank
-from cart_plugin.linalg.gram import total_energy
 from cart_plugin.linalg.rounding import rounding_beyond, rounding_that_tells
 from cart_plugin.linalg.rules import NEARLY_ALL, numerical_ranks
 
@@ -42,25 +41,24 @@ class Kept:
         self._tensors: dict[str, _Tensor] = {}
 
     def add(
-        self, name: str, difference: Tensor, factors: LowRank | None, rounding: Tensor | None
+        self, name: str, energy: Tensor, factors: LowRank | None, rounding: Tensor | None
     ) -> None:
         """Count one model's difference.
 
         Args:
             name: the tensor's.
-            difference: as matrices ``(stack, m, n)``; such that squares leave fp32 do not count.
+            energy: squared norms of its matrices, ``(stack,)``, in fp64 (`total_energy`).
             factors: what is kept of it; None for all.
             rounding: what of its squared norms is rounding, ``(stack,)``, which does not count;
                 None for nothing.
         """
-        energy = total_energy(difference)
         totals = energy.tolist()
         tensor = self._tensors.setdefault(name, _Tensor())
         tensor.total += sum(totals)
         if factors is None:
             tensor.kept += sum(totals)
             return
-        m, n = difference.shape[-2:]
+        m, n = factors.U.shape[-2], factors.Vh.shape[-1]
         values = factors.S.to(energy.device)
         held = values.double().square().sum(dim=-1)
         if rounding is not None:  # what is left out of it is no loss

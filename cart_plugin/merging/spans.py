@@ -26,7 +26,7 @@ from torch import Tensor
 
 from cart_plugin.errors import CartError
 from cart_plugin.linalg.factors import LowRank
-from cart_plugin.linalg.gram import eigh
+from cart_plugin.linalg.gram import eigh, total_energy
 from cart_plugin.linalg.precision import full_precision
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.linalg.svd import truncated_svd
@@ -251,7 +251,7 @@ def merge_in_span(
             centred = part.dense() - mean
             factors = _truncated(centred, settings, (m, n))
             if kept is not None and len(counting) > 2:
-                kept.add(name or "", centred, factors, None)
+                kept.add(name or "", total_energy(centred), factors, None)
             factors.add_to_(sums, settings.lambda_ * weight)
         return Merged(sums, None)
 

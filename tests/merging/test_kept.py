@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cart_plugin import CartSettings, merge_state_dicts, merge_tensors
 from cart_plugin.errors import CartWarning
+from cart_plugin.linalg.gram import total_energy
 from cart_plugin.merging.indexing import index_tensors
 from cart_plugin.merging.kept import Countdown, Kept
 from tests.support import cart_formula, random, relative_error
@@ -237,7 +238,7 @@ def test_what_several_processes_have_kept_adds_up() -> None:
         tensors = [random(1, 16, 16, seed=10 * number + task) for task in range(3)]
         for kept in (alone, parts[number % 2]):
             for tensor in tensors:
-                kept.add(f"t{number}", tensor, None, None)
+                kept.add(f"t{number}", total_energy(tensor), None, None)
     together = Kept()
     for part in parts:
         data = part.data(f"t{number}" for number in range(4))
