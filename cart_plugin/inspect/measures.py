@@ -13,7 +13,7 @@ from torch import Tensor
 from cart_plugin.inspect.weights import Differences, Plain, Weight, leading
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.precision import full_precision
-from cart_plugin.linalg.rounding import rounding_edge
+from cart_plugin.linalg.rounding import edge_within
 from cart_plugin.linalg.rules import DEFAULT_RANK_RATIO, RankRule, numerical_ranks
 from cart_plugin.merging.interference import (
     cancellation,
@@ -24,7 +24,7 @@ from cart_plugin.merging.interference import (
 )
 from cart_plugin.merging.span_measures import Answers, answers, overlaps
 
-REVISION = 1
+REVISION = 2
 """Raised when the records of the same models come to be others."""
 
 RATIOS = (0.01, 0.02, 0.04, 0.08, 0.12, 0.16)
@@ -95,18 +95,20 @@ def _record(weight: Weight | Plain, models: Sequence[str], inputs: Mapping[int, 
         return found
     _, m, n = weight.shape
     full = min(m, n)
+    weights = [len(models) * share for share in weight.shares]
     ranks = sorted({max(1, math.floor(ratio * full)) for ratio in RATIOS})
     around = weight.around
     few = [leading(part, _default_rank(m, n)) for part in around.parts]
     kept = [leading(part, _default_rank(m, n)) for part in weight.centred.parts]
     shared = overlaps(few)
     found |= {
+        "weights": weights,
         "full_rank": full,
         "effective_rank": _effective_ranks(around, full),
         "numerical_rank": _numerical_ranks(around, m, n),
         "rank": _ranks(around, m, n),
         "energy": _energies(around, m, n),
-        "rho": cancellation(overlaps(kept).inner),
+        "rho": cancellation(overlaps(kept).inner, weights),
         "row_overlap": shared.inputs.tolist(),
         "column_overlap": shared.outputs.tolist(),
         "ranks": ranks,
@@ -201,8 +203,7 @@ def _ranks(found: Differences, m: int, n: int) -> list[int | None]:
     ranks: list[int | None] = []
     for part, energy, rounding in zip(found.parts, found.energies, found.rounding, strict=True):
         values = part.S.double().cpu()
-        # Where rounding is most of it, the estimate may be more than there is.
-        edge = _EDGES * rounding_edge(torch.minimum(rounding, energy / 2), m, n)
+        edge = _EDGES * edge_within(energy, rounding, m, n)
         least = torch.maximum(_EXACT * values[..., :1].sum(dim=-1), edge)
         count = int((values > least[:, None]).sum(dim=-1).max()) if values.numel() else 0
         ranks.append(

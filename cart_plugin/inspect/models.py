@@ -66,10 +66,12 @@ class Source(Protocol):
     Attributes:
         notes: what a user has to know.
         weights: names of the weights, in order.
+        every: names of these and of what else a model holds, as far as that is known.
     """
 
     notes: list[str]
     weights: list[str]
+    every: list[str]
 
     @property
     def models(self) -> list[str]:
@@ -79,8 +81,12 @@ class Source(Protocol):
     def has_base(self) -> bool:
         """Whether differences are from a base model."""
 
-    def read(self, name: str) -> Weight | Plain:
+    def read(self, name: str, shares: Sequence[float] | None = None) -> Weight | Plain:
         """What the models make of a weight.
+
+        Args:
+            name: of the weight.
+            shares: how much each model counts in merges; None for alike.
 
         Raises:
             CartError: it cannot be read, or is none that can be merged.
@@ -188,6 +194,7 @@ class Whole:
     base: Checkpoint | None
     merged: Checkpoint | None
     weights: list[str] = field(init=False)
+    every: list[str] = field(init=False)
     notes: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -199,6 +206,7 @@ class Whole:
                 f"({next(iter(first.tensors))}, say): they are of different architectures, or "
                 "saved with different classes"
             )
+        self.every = list(first.tensors)
         floating = [name for name, info in first.tensors.items() if info.is_floating]
         self.weights, lacking, unlike = [], [], []
         for name in floating:
@@ -242,7 +250,7 @@ class Whole:
         """Whether one is given."""
         return self.base is not None
 
-    def read(self, name: str) -> Weight | Plain:
+    def read(self, name: str, shares: Sequence[float] | None = None) -> Weight | Plain:
         """See `Source`."""
         return of_tensors(
             name,
@@ -250,6 +258,7 @@ class Whole:
             self.models,
             None if self.base is None else self.base.read(name),
             None if self.merged is None else self.merged.read(name),
+            shares,
         )
 
     def runnable(self) -> list[Subject]:
@@ -311,8 +320,10 @@ class Adapters:
             f"{tensors.plain_name(module)}.weight": module for module in self.plan.shapes
         }
         self.weights = list(self._modules)
+        held = [] if self._base is None else [*self._base.tensors]
+        self.every = list(dict.fromkeys([*self.weights, *held]))
 
-    def read(self, name: str) -> Weight | Plain:
+    def read(self, name: str, shares: Sequence[float] | None = None) -> Weight | Plain:
         """See `Source`."""
         module = self._modules[name]
         shape = self.plan.shapes[module]
@@ -326,6 +337,7 @@ class Adapters:
             found[:count],
             found[count] if self._merged is not None else None,
             self._norm(name),
+            shares,
             is_table=shape.kind == "embedding",
         )
 

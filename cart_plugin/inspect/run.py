@@ -19,6 +19,7 @@ from cart_plugin.inspect.journal import Journal
 from cart_plugin.inspect.measures import REVISION, Record, record
 from cart_plugin.inspect.models import Named, Source, open_models
 from cart_plugin.inspect.report import Report
+from cart_plugin.inspect.weighting import Weighting
 
 Progress = Callable[[str, int, int], None]
 """Is told a step, how many of its tensors are done, and their number."""
@@ -31,6 +32,7 @@ def inspect_models(
     merged: str | Path | None = None,
     inputs: Sequence[str | Path] = (),
     names: Sequence[str] | None = None,
+    weights: Weighting | Sequence[float] | None = None,
     out: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -48,6 +50,7 @@ def inspect_models(
             model, in their order. The models are loaded and run on them, and what merges keep is
             measured on what their layers get, too.
         names: what to call the models; by their folders if None.
+        weights: how much each model counts in merges, in their order; None for alike.
         out: folder of the report: `report.json`, `report.md` and `report.html`. Made if need be. A
             run that was cut off goes on where it stopped. None for no files.
         progress: is told how far the work is.
@@ -66,7 +69,13 @@ def inspect_models(
     )
     tell = progress or (lambda *_: None)
     examples = _examples(inputs, len(named))
-    key = _key(source, examples)
+    weighting = None
+    if weights is not None:
+        weighting = weights if isinstance(weights, Weighting) else Weighting.constant(weights)
+    shares = None
+    if weighting is not None:
+        shares = weighting.checked(source.weights, len(named), source.every)
+    key = _key(source, examples, shares)
     with (
         nullcontext() if out is None else Journal(Path(out), key) as journal,
         TemporaryDirectory(prefix="mergekit-cart-inspect-") as scratch,
@@ -87,7 +96,8 @@ def inspect_models(
                     for index, model in enumerate(heard)
                     if name in model.tensors
                 }
-                found = record(source.read(name), source.models, columns)
+                own_shares = None if shares is None else shares[name]
+                found = record(source.read(name, own_shares), source.models, columns)
                 if journal is None:
                     records[name] = found
                 else:
@@ -102,6 +112,7 @@ def inspect_models(
             of_adapters=named[0].adapter is not None,
             records=[records[name] for name in source.weights],
             notes=list(source.notes),
+            weighting=weighting,
             seconds=time.perf_counter() - started,
         )
         if journal is not None:
@@ -132,10 +143,15 @@ def _examples(inputs: Sequence[str | Path], count: int) -> list[activations.Exam
     return found * count if len(found) == 1 else found
 
 
-def _key(source: Source, examples: Sequence[activations.Examples]) -> str:
+def _key(
+    source: Source,
+    examples: Sequence[activations.Examples],
+    shares: Mapping[str, Sequence[float]] | None,
+) -> str:
     """Of all that decides the records."""
     parts: list[object] = [REVISION, linalg.REVISION, merging.REVISION]
     parts += [source.models, source.identity(), [own.digest() for own in examples]]
+    parts.append(shares)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
