@@ -17,8 +17,9 @@ from cart_plugin.errors import CartError
 from cart_plugin.inspect import activations
 from cart_plugin.inspect.journal import Journal
 from cart_plugin.inspect.measures import REVISION, Record, record
-from cart_plugin.inspect.models import Named, Source, open_models
+from cart_plugin.inspect.models import open_models
 from cart_plugin.inspect.report import Report
+from cart_plugin.inspect.sources import Named, Source
 from cart_plugin.inspect.weighting import Weighting
 
 Progress = Callable[[str, int, int], None]
@@ -43,8 +44,10 @@ def inspect_models(
 
     Args:
         models: two or more: folders of whole models (or safetensors files), or of PEFT adapters,
-            or ``BASE+ADAPTER``.
+            or ``BASE+ADAPTER``. Beside whole models adapters are taken as the whole models that
+            they make.
         base: the model they were fine-tuned from; differences are from their average without it.
+            That of ``BASE+ADAPTER`` if None.
         merged: a merged model, or adapter, which is judged beside the methods.
         inputs: text files (an example a line) or folders of images: one for all models, or one a
             model, in their order. The models are loaded and run on them, and what merges keep is
@@ -105,11 +108,11 @@ def inspect_models(
             tell("measuring", number + 1, len(source.weights))
         _check_moved(source, records)
         report = Report(
-            models=dict(zip(source.models, map(str, named), strict=True)),
-            base=_base_of(named, base),
+            models=dict(zip(source.models, source.paths, strict=True)),
+            base=source.start,
             merged=None if merged is None else str(merged),
             key=key,
-            of_adapters=named[0].adapter is not None,
+            of_adapters=source.of_adapters,
             records=[records[name] for name in source.weights],
             notes=list(source.notes),
             weighting=weighting,
@@ -119,12 +122,6 @@ def inspect_models(
             report.write(Path(str(out)))
             journal.finish()
     return report
-
-
-def _base_of(named: Sequence[Named], base: str | Path | None) -> str | None:
-    if base is not None:
-        return str(base)
-    return next((model.path for model in named if model.adapter is not None and model.path), None)
 
 
 def _examples(inputs: Sequence[str | Path], count: int) -> list[activations.Examples]:

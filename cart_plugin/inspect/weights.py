@@ -8,7 +8,7 @@ relative to a centre: the base model where it is known, else the average.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ from cart_plugin.merging.informed import MOST_INFORMED, Change, informed_sum
 from cart_plugin.merging.inputs import check_finite, check_inputs, check_kind, normalised
 from cart_plugin.merging.least_interference import least_interference
 from cart_plugin.merging.settings import CartSettings
-from cart_plugin.merging.spans import Difference, Span, merge_in_span
+from cart_plugin.merging.spans import Difference, Span, decomposed, merge_in_span
 from cart_plugin.merging.tensors import is_decomposed, matrix_shape, tensor_seed
 
 AVERAGE = "average"
@@ -122,6 +122,7 @@ def of_tensors(
     base: Tensor | None = None,
     merged: Tensor | None = None,
     weights: Sequence[float] | None = None,
+    exact: Mapping[int, Difference] | None = None,
 ) -> Weight | Plain:
     """What whole models make of a tensor.
 
@@ -132,6 +133,8 @@ def of_tensors(
         base: the base model's.
         merged: that of a merged model, which is judged.
         weights: how much each model counts in merges; None for alike.
+        exact: by the models' numbers, those differences from the base that are known as factors,
+            such as adapters': these are not decomposed, and hold no rounding.
 
     Raises:
         CartError: tensors that no method can merge: of different shapes, not finite, quantised; or
@@ -148,7 +151,8 @@ def of_tensors(
         norms, inner = _products(tensors, start)
         if not is_decomposed(name, mean.shape):
             return Plain(name, tuple(mean.shape), norms, inner)
-        return _decomposed(name, tensors, shares, mean, base, start, merged, norms, inner)
+        known = exact or {}
+        return _decomposed(name, tensors, shares, mean, base, start, merged, norms, inner, known)
 
 
 def _decomposed(
@@ -161,16 +165,17 @@ def _decomposed(
     merged: Tensor | None,
     norms: Tensor,
     inner: Tensor,
+    exact: Mapping[int, Difference],
 ) -> Weight:
     shape = matrix_shape(name, mean.shape)
-    own = centred_rounding(_rounding(tensors, shape), shares)
+    own = centred_rounding(_rounding(tensors, shape, exact), shares)
     products = _centred(inner, shares)
-    centred = _differences(name, tensors, mean, shape, _AUTO, own, products)
+    centred = _differences(name, tensors, mean, shape, _AUTO, own, products, {})
     from_base = None
     if base is not None:
         informed = _INFORMED.informed
-        own = _rounding(tensors, shape, base)
-        from_base = _differences(name, tensors, start, shape, informed, own, inner)
+        own = _rounding(tensors, shape, exact, base)
+        from_base = _differences(name, tensors, start, shape, informed, own, inner, exact)
     offset = (mean - start).reshape(shape)
 
     def merges() -> Iterator[tuple[str, Tensor]]:
@@ -188,12 +193,16 @@ def _decomposed(
 
 
 def _rounding(
-    tensors: Sequence[Tensor], shape: tuple[int, int, int], base: Tensor | None = None
+    tensors: Sequence[Tensor],
+    shape: tuple[int, int, int],
+    exact: Mapping[int, Difference],
+    base: Tensor | None = None,
 ) -> list[Tensor]:
-    """Of each model, ``(stack,)``, on the CPU."""
+    """Of each model, ``(stack,)``, on the CPU; nothing where a difference is exact."""
     weights = [tensor.reshape(shape) for tensor in tensors]
     start = None if base is None else base.reshape(shape)
-    return [one.cpu() for one in difference_rounding(weights, start)]
+    found = [one.cpu() for one in difference_rounding(weights, start)]
+    return [torch.zeros_like(one) if i in exact else one for i, one in enumerate(found)]
 
 
 def _products(tensors: Sequence[Tensor], centre: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,10 +235,17 @@ def _differences(
     settings: CartSettings,
     rounding: Sequence[Tensor],
     inner: Tensor,
+    exact: Mapping[int, Difference],
 ) -> Differences:
     parts, energies = [], []
     svd = "sketch" if min(shape[1:]) >= _SKETCHED else settings.solver
-    for tensor in tensors:
+    for index, tensor in enumerate(tensors):
+        if index in exact:
+            left, right = (one.to(centre) for one in exact[index])
+            whole = decomposed(left, right.mT)
+            parts.append(whole)
+            energies.append(whole.S.double().square().sum(dim=-1).cpu())
+            continue
         delta = (tensor - centre).reshape(shape)
         seed = tensor_seed(settings.seed, name)
         parts.append(truncated_svd(delta, settings.rule, svd=svd, seed=seed))
@@ -246,7 +262,7 @@ def _merges(
         offset: the average less the base, ``(stack, m, n)``; zero without one.
         shares: of the models.
         centred: of the rank that `cart_auto` keeps; `cart` keeps fewer.
-        from_base: of the rank that it keeps with a base model.
+        from_base: of the rank that it keeps with a base model, or more.
     """
     count = len(shares)
     counting = [(index, count * share) for index, share in enumerate(shares) if share]
@@ -266,17 +282,20 @@ def _merges(
     if count > 2:
         yield AUTO, offset + others()
     if from_base is not None and len(counting) <= MOST_INFORMED:
-        changes = (
-            Change.of(
-                from_base.parts[index],
-                weight,
-                from_base.energies[index].to(from_base.parts[index].S.device),
-                from_base.rounding[index],
-            )
-            for index, weight in counting
-        )
-        added = informed_sum(changes, offset, others)
+        added = informed_sum(_changes(offset, counting, from_base), offset, others)
         yield AUTO_WITH_BASE, offset + added.to(offset.device)
+
+
+def _changes(
+    offset: Tensor, counting: Iterable[tuple[int, float]], from_base: Differences
+) -> Iterator[Change]:
+    """What `cart_auto` takes of the changes: of those that are factors perhaps not all."""
+    rank = _INFORMED.informed.rule.fixed_rank(*offset.shape[1:]) or 0
+    for index, weight in counting:
+        part = from_base.parts[index]
+        energy = from_base.energies[index].to(part.S.device)
+        rounding = from_base.rounding[index]
+        yield Change.of(leading(part, rank), weight, energy, rounding, part.S)
 
 
 def _cart(offset: Tensor, counting: Iterable[tuple[int, float]], centred: Differences) -> Tensor:
