@@ -129,7 +129,7 @@ class Adapters:
         base = self._base.path
         folders = [adapter.checkpoint.path for adapter in self._adapters]
         return [
-            Subject(name, base, folder, [folder, base])
+            Subject(name, base, folder, True, [folder, base])
             for name, folder in zip(self.models, folders, strict=True)
         ]
 

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cart_plugin.inspect.weights import Differences, Plain, Weight, leading
+from cart_plugin.inspect.weights import Differences, Heard, Inputs, Plain, Weight, leading
 from cart_plugin.linalg.factors import LowRank
-from cart_plugin.linalg.precision import full_precision
 from cart_plugin.linalg.rounding import edge_within
 from cart_plugin.linalg.rules import DEFAULT_RANK_RATIO, RankRule, numerical_ranks
 from cart_plugin.merging.interference import (
@@ -50,20 +49,20 @@ def place(name: str) -> tuple[int | None, str]:
 
 
 def record(
-    weight: Weight | Plain, models: Sequence[str], inputs: Mapping[int, Tensor] | None = None
+    weight: Weight | Plain, models: Sequence[str], inputs: Mapping[int, Inputs] | None = None
 ) -> Record:
     """All that is measured of a weight.
 
     Args:
         weight: of T models.
         models: their names.
-        inputs: activations of some of them, by number: ``(n, N)``, one input a column.
+        inputs: activations of some of them, by number; None where none are measured.
 
     Returns:
         Plain numbers, lists in the order of the models, and None for what is not known.
     """
     with torch.no_grad():
-        found: Record = _rounded(_record(weight, models, inputs or {}))
+        found: Record = _rounded(_record(weight, models, inputs))
     return found
 
 
@@ -76,7 +75,9 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def _record(weight: Weight | Plain, models: Sequence[str], inputs: Mapping[int, Tensor]) -> Record:
+def _record(
+    weight: Weight | Plain, models: Sequence[str], inputs: Mapping[int, Inputs] | None
+) -> Record:
     layer, module = place(weight.name)
     inner = weight.inner if isinstance(weight, Plain) else weight.around.inner
     moved = inner.diagonal().clamp_min(0).sqrt()
@@ -120,7 +121,12 @@ def _record(weight: Weight | Plain, models: Sequence[str], inputs: Mapping[int, 
         ],
         "methods": {},
     }
-    heard = {index: weight.answer(index, columns) for index, columns in inputs.items()}
+    given = inputs or {}
+    if inputs is not None:
+        found["reach"] = [
+            given[index].reach if index in given else 0.0 for index in range(len(models))
+        ]
+    heard = {index: weight.answer(index, one) for index, one in given.items()}
     for method, total in weight.merges():
         got = answers(few, total)
         found["methods"][method] = {
@@ -140,18 +146,17 @@ def _judged(own: Tensor, along: Tensor, beside: Tensor) -> Record:
     return {"kept": shares(along), "lost": shares(beside), "own": own.tolist()}
 
 
-def judged_on(total: Tensor, heard: Mapping[int, tuple[Tensor, Tensor]], count: int) -> Answers:
+def judged_on(total: Tensor, heard: Mapping[int, Heard], count: int) -> Answers:
     """The same as `answers`, on activations.
 
     Args:
         total: the merged difference, ``(stack, p, q)``.
-        heard: by a model's number, its inputs and what its difference answers (`Weight.answer`).
+        heard: by a model's number, what its difference answers (`Weight.answer`).
         count: T.
     """
     found = torch.zeros(3, count, dtype=torch.float64)
-    for index, (columns, own) in heard.items():
-        with full_precision(total.device):
-            got = total @ columns.to(total)
+    for index, one in heard.items():
+        own, got = one.own, one.answer(total)
         found[0, index] = own.double().square().sum()
         found[1, index] = (own.double() * got).sum()
         found[2, index] = (own.double() - got).square().sum()

@@ -12,7 +12,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from cart_plugin import linalg, merging
-from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.errors import CartError
 from cart_plugin.inspect import activations
 from cart_plugin.inspect.journal import Journal
@@ -20,7 +19,9 @@ from cart_plugin.inspect.measures import REVISION, Record, record
 from cart_plugin.inspect.models import open_models
 from cart_plugin.inspect.report import Report
 from cart_plugin.inspect.sources import Named, Source
+from cart_plugin.inspect.summary import unmeasured
 from cart_plugin.inspect.weighting import Weighting
+from cart_plugin.inspect.weights import Inputs, Plain, Weight
 
 Progress = Callable[[str, int, int], None]
 """Is told a step, how many of its tensors are done, and their number."""
@@ -84,23 +85,17 @@ def inspect_models(
         TemporaryDirectory(prefix="mergekit-cart-inspect-") as scratch,
     ):
         records: dict[str, Record] = {} if journal is None else journal.records
-        heard: list[Checkpoint] = []
+        heard: list[activations.Activations] = []
         if examples and any(name not in records for name in source.weights):
             subjects = source.runnable()
             for index, (subject, own) in enumerate(zip(subjects, examples, strict=True)):
                 file = Path(scratch) / f"{index}.safetensors"
                 step = f"running {subject.name}"
-                activations.collect(subject, own, file, partial(tell, step))
-                heard.append(activations.opened(file, subject.name))
+                heard.append(activations.collect(subject, own, file, partial(tell, step)))
         for number, name in enumerate(source.weights):
             if name not in records:
-                columns = {
-                    index: model.read(name).mT
-                    for index, model in enumerate(heard)
-                    if name in model.tensors
-                }
-                own_shares = None if shares is None else shares[name]
-                found = record(source.read(name, own_shares), source.models, columns)
+                weight = source.read(name, None if shares is None else shares[name])
+                found = record(weight, source.models, _inputs(weight, heard))
                 if journal is None:
                     records[name] = found
                 else:
@@ -114,7 +109,7 @@ def inspect_models(
             key=key,
             of_adapters=source.of_adapters,
             records=[records[name] for name in source.weights],
-            notes=list(source.notes),
+            notes=[*source.notes, *unmeasured(records.values())],
             weighting=weighting,
             seconds=time.perf_counter() - started,
         )
@@ -138,6 +133,16 @@ def _examples(inputs: Sequence[str | Path], count: int) -> list[activations.Exam
         )
     found = [activations.Examples.read(Path(path)) for path in inputs]
     return found * count if len(found) == 1 else found
+
+
+def _inputs(
+    weight: Weight | Plain, heard: Sequence[activations.Activations]
+) -> dict[int, Inputs] | None:
+    """What each model multiplies a weight by; None where nothing is measured."""
+    if not heard or isinstance(weight, Plain):
+        return None
+    found = {index: one.of(weight.name, weight.shape) for index, one in enumerate(heard)}
+    return {index: one for index, one in found.items() if one is not None}
 
 
 def _key(

@@ -270,6 +270,29 @@ def _losses(records: Sequence[Record], models: Sequence[str], method: str) -> It
                 yield Worst(record["tensor"], model, entry["kept"][index], entry["lost"][index])
 
 
+def unmeasured(records: Iterable[Record]) -> Iterator[str]:
+    """Says which weights were not measured on the inputs, or not on those of all models."""
+    matrices = [record for record in decomposed(records) if "reach" in record]
+    never = [record["tensor"] for record in matrices if not any(record["reach"])]
+    partly = [
+        record["tensor"] for record in matrices if any(record["reach"]) and min(record["reach"]) < 1
+    ]
+    if never:
+        yield (
+            f"not measured on the inputs: {len(never):,} of {len(matrices):,} weights, whose "
+            f"layers are no plain products or were not reached ({_some(never)})"
+        )
+    if partly:
+        yield (
+            f"measured on the inputs in part: {len(partly):,} of {len(matrices):,} weights, which "
+            f"(or of which some experts) no example of some model reached ({_some(partly)})"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 def curves(records: Sequence[Record], kind: str) -> dict[str, list[float]] | None:
     """R and I at the shares of rank `RATIOS`: means over the weights, which have other ranks.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,6 +65,45 @@ class Differences:
     inner: Tensor
 
 
+class Inputs(NamedTuple):
+    """What a model multiplies a weight by.
+
+    Attributes:
+        columns: an input each: ``(n, N)``, of a stack ``(stack, n, N)``; with m in the place of n
+            where they are turned. Columns of zeros are none.
+        turned: the weight is stored as (inputs, outputs).
+    """
+
+    columns: Tensor
+    turned: bool = False
+
+    @property
+    def reach(self) -> float:
+        """The share of a stack's matrices that got any."""
+        if self.columns.ndim == 2:
+            return 1.0
+        return float(self.columns.ne(0).any(dim=-1).any(dim=-1).double().mean())
+
+
+class Heard(NamedTuple):
+    """What a model's difference answers to inputs.
+
+    Attributes:
+        inputs: in the coordinates of merged differences, ``(stack, q, N)``.
+        own: the answer, ``(stack, p, N)``.
+        turned: see `Inputs`.
+    """
+
+    inputs: Tensor
+    own: Tensor
+    turned: bool = False
+
+    def answer(self, total: Tensor) -> Tensor:
+        """What a merged difference answers, ``(stack, p, N)``."""
+        with full_precision(total.device):
+            return (total.mT if self.turned else total) @ self.inputs.to(total)
+
+
 @dataclass
 class Weight:
     """One weight of T models.
@@ -77,9 +117,7 @@ class Weight:
         centred: those from the weighted average.
         merges: method and what it adds to the centre (the base, or the average without one), one
             after the other; in coordinates where the parts are.
-        answer: takes a model's number and inputs ``(n, N)``; gives the inputs in the parts'
-            coordinates, ``(stack, q, N)``, and what all of its difference answers, ``(stack, p,
-            N)``.
+        answer: takes a model's number and inputs, and gives what all of its difference answers.
     """
 
     name: str
@@ -89,7 +127,7 @@ class Weight:
     from_base: Differences | None
     centred: Differences
     merges: Callable[[], Iterator[tuple[str, Tensor]]]
-    answer: Callable[[int, Tensor], tuple[Tensor, Tensor]]
+    answer: Callable[[int, Inputs], Heard]
 
     @property
     def around(self) -> Differences:
@@ -183,11 +221,12 @@ def _decomposed(
         if merged is not None:
             yield MERGED, (merged - start).reshape(shape)
 
-    def answer(index: int, columns: Tensor) -> tuple[Tensor, Tensor]:
+    def answer(index: int, inputs: Inputs) -> Heard:
         delta = (tensors[index] - start).reshape(shape)
-        there = columns.to(delta).expand(shape[0], *columns.shape)
+        there = inputs.columns.to(delta).expand(shape[0], *inputs.columns.shape[-2:])
         with full_precision(delta.device):
-            return there, delta @ there
+            own = (delta.mT if inputs.turned else delta) @ there
+        return Heard(there, own, inputs.turned)
 
     return Weight(name, shape, shares, norms, from_base, centred, merges, answer)
 
@@ -372,10 +411,10 @@ def of_factors(
         if merged is not None:
             yield MERGED, every.parts[-1].dense()
 
-    def answer(index: int, columns: Tensor) -> tuple[Tensor, Tensor]:
-        there = span.inputs(columns)
+    def answer(index: int, inputs: Inputs) -> Heard:
+        there = span.inputs(inputs.columns)
         with full_precision(there.device):
-            return there, parts[index].dense() @ there
+            return Heard(there, parts[index].dense() @ there)
 
     around = _exact(parts, inner)
     about = _exact(centred, _centred(inner, shares))

@@ -125,7 +125,7 @@ class Whole:
             adapter = model.adapter.checkpoint.path if isinstance(model, Fused) else None
             side = [] if adapter is None else [adapter]
             side += [model.path, *([] if self.base is None else [self.base.path])]
-            found.append(Subject(model.name, model.path, adapter, side))
+            found.append(Subject(model.name, model.path, adapter, False, side))
         return found
 
     def identity(self) -> list[str]:
