@@ -19,7 +19,7 @@ from cart_plugin.checkpoints.reading import Checkpoint, open_folder
 from cart_plugin.checkpoints.writing import TensorFile
 from cart_plugin.errors import CartError, first_line
 from cart_plugin.inspect import watching
-from cart_plugin.inspect.weights import Inputs
+from cart_plugin.inspect.inputs import Inputs
 
 _EXAMPLES = 64  # of texts or images
 _TOKENS = 256  # of a text

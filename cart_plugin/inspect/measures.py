@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cart_plugin.inspect.weights import Differences, Heard, Inputs, Plain, Weight, leading
+from cart_plugin.inspect.inputs import Heard, Inputs
+from cart_plugin.inspect.weights import Differences, Plain, Weight, leading
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.rounding import edge_within
 from cart_plugin.linalg.rules import DEFAULT_RANK_RATIO, RankRule, numerical_ranks

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from cart_plugin import linalg, merging
 from cart_plugin.errors import CartError
 from cart_plugin.inspect import activations
+from cart_plugin.inspect.inputs import Inputs
 from cart_plugin.inspect.journal import Journal
 from cart_plugin.inspect.measures import REVISION, Record, record
 from cart_plugin.inspect.models import open_models
@@ -21,7 +22,7 @@ from cart_plugin.inspect.report import Report
 from cart_plugin.inspect.sources import Named, Source
 from cart_plugin.inspect.summary import unmeasured
 from cart_plugin.inspect.weighting import Weighting
-from cart_plugin.inspect.weights import Inputs, Plain, Weight
+from cart_plugin.inspect.weights import Plain, Weight
 
 Progress = Callable[[str, int, int], None]
 """Is told a step, how many of its tensors are done, and their number."""

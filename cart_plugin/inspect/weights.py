@@ -10,11 +10,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from cart_plugin.inspect.inputs import Heard, Inputs
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.gram import total_energy
 from cart_plugin.linalg.precision import full_precision
@@ -63,45 +63,6 @@ class Differences:
     energies: Tensor
     rounding: Tensor
     inner: Tensor
-
-
-class Inputs(NamedTuple):
-    """What a model multiplies a weight by.
-
-    Attributes:
-        columns: an input each: ``(n, N)``, of a stack ``(stack, n, N)``; with m in the place of n
-            where they are turned. Columns of zeros are none.
-        turned: the weight is stored as (inputs, outputs).
-    """
-
-    columns: Tensor
-    turned: bool = False
-
-    @property
-    def reach(self) -> float:
-        """The share of a stack's matrices that got any."""
-        if self.columns.ndim == 2:
-            return 1.0
-        return float(self.columns.ne(0).any(dim=-1).any(dim=-1).double().mean())
-
-
-class Heard(NamedTuple):
-    """What a model's difference answers to inputs.
-
-    Attributes:
-        inputs: in the coordinates of merged differences, ``(stack, q, N)``.
-        own: the answer, ``(stack, p, N)``.
-        turned: see `Inputs`.
-    """
-
-    inputs: Tensor
-    own: Tensor
-    turned: bool = False
-
-    def answer(self, total: Tensor) -> Tensor:
-        """What a merged difference answers, ``(stack, p, N)``."""
-        with full_precision(total.device):
-            return (total.mT if self.turned else total) @ self.inputs.to(total)
 
 
 @dataclass

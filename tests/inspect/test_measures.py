@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cart_plugin import CartSettings, CartWarning, merge_tensors
 from cart_plugin.errors import CartError
+from cart_plugin.inspect.inputs import Inputs
 from cart_plugin.inspect.measures import place, record
 from cart_plugin.inspect.weights import (
     AUTO,
@@ -21,7 +22,6 @@ from cart_plugin.inspect.weights import (
     MERGED,
     SCALE,
     TASK_ARITHMETIC,
-    Inputs,
     Weight,
     of_factors,
     of_tensors,
