@@ -36,7 +36,7 @@ from benchmarks.common.record import Record, conditions
 from benchmarks.common.tables import markdown_table
 from benchmarks.common.training import in_processes
 from benchmarks.suites import Encoders, load_encoders, task_order
-from cart_plugin.inspect.activations import Examples, Subject, collect, opened
+from cart_plugin.inspect.activations import Examples, Subject, collect
 from cart_plugin.inspect.measures import judged_on
 from cart_plugin.inspect.weights import AUTO as AUTO_WITHOUT
 from cart_plugin.inspect.weights import AUTO_WITH_BASE, AVERAGE, CART, Weight, leading, of_tensors
@@ -101,9 +101,8 @@ def _inputs(held: Encoders, task: str, scratch: Path, offset: int) -> Any:
             Image.fromarray(image).convert("RGB").save(folder / f"{number:03}.png")
     file = scratch / f"{task}-{offset}.safetensors"
     side = [held.folders[task], held.pretrained]
-    subject = Subject(task, held.folders[task], None, side)
-    collect(subject, Examples.read(folder), file, lambda *_: None)
-    return opened(file, task)
+    subject = Subject(task, held.folders[task], None, False, side)
+    return collect(subject, Examples.read(folder), file, lambda *_: None)
 
 
 def _group(
@@ -124,11 +123,8 @@ def _group(
             continue
         _, m, n = weight.shape
         few = [leading(part, RankRule().fixed_rank(m, n) or 1) for part in weight.around.parts]
-        heard = {
-            index: weight.answer(index, one.read(name).mT)
-            for index, one in enumerate(inputs)
-            if name in one.tensors
-        }
+        got = {index: one.of(name, weight.shape) for index, one in enumerate(inputs)}
+        heard = {index: weight.answer(index, one) for index, one in got.items() if one is not None}
         taus = [(one[name] - start).reshape(weight.shape) for one in tuned]
         for method, total in _merges(weight, taus, scale, others):
             found = sums.setdefault(method, {})

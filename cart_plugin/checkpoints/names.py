@@ -179,6 +179,20 @@ def one_way(model: Any, tensors: Mapping[str, tuple[int, ...]]) -> list[Unit]:
     return [*found, *unused]
 
 
+def plain_sources(model: Any, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """The names in a checkpoint of those of the model's tensors that it holds as they are.
+
+    Args:
+        model: from `meta_model`, or loaded.
+        tensors: shapes by name in the checkpoint.
+    """
+    return {
+        unit.targets[0]: unit.sources[0]
+        for unit in one_way(model, tensors)
+        if len(unit.targets) == len(unit.sources) == 1 and not unit.is_converted
+    }
+
+
 def _check(
     found: Iterable[Unit], tensors: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]
 ) -> None:

@@ -34,16 +34,18 @@ def inspect(
     """See how far MODELs moved from their base, where, how alike they are, and what merges keep.
 
     MODELs are folders of whole models, or of PEFT adapters (also BASE+ADAPTER); or one recipe of
-    mergekit, whose models and base model are taken. Nothing is merged or changed. With --out, a
-    report with drawings; started again, the same command goes on where it stopped.
+    mergekit, whose models, base model and weights are taken. Nothing is merged or changed. With
+    --out, a report with drawings; started again, the same command goes on where it stopped.
     """
     from cart_plugin.execution.subjects import subjects
     from cart_plugin.inspect.run import inspect_models
 
     terminal = console()
+    weights = None
     try:
         if len(models) == 1 and models[0].endswith((".yaml", ".yml")):
-            models, base = subjects(Path(models[0]), base)
+            found = subjects(Path(models[0]), base)
+            models, base, weights = found.models, found.base, found.weighting
         with progress() as tell:
             report = inspect_models(
                 models,
@@ -51,6 +53,7 @@ def inspect(
                 merged=merged,
                 inputs=inputs,
                 names=None if names is None else [name.strip() for name in names.split(",")],
+                weights=weights,
                 out=out,
                 progress=tell,
             )

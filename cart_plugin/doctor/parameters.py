@@ -259,9 +259,14 @@ def _rejection(spec: ParameterSpec, value: object) -> str:
     try:
         spec.validate(value)
     except ValueError as error:
-        details = getattr(error, "errors", None)
-        return str(details()[0]["msg"]).removeprefix("Value error, ") if details else str(error)
+        return unframed(error)
     return ""
+
+
+def unframed(error: ValueError) -> str:
+    """What an error says, without pydantic's frame."""
+    details = getattr(error, "errors", None)
+    return str(details()[0]["msg"]).removeprefix("Value error, ") if details else str(error)
 
 
 def _check_order(where: str, setting: ParameterSetting) -> Iterator[Finding]:

@@ -8,7 +8,12 @@ from typing import Any
 
 from mergekit import merge_methods
 from mergekit.common import ModelReference
-from mergekit.config import ConfigReader, InputSliceDefinition, OutputSliceDefinition
+from mergekit.config import (
+    ConfigReader,
+    InputSliceDefinition,
+    MergeConfiguration,
+    OutputSliceDefinition,
+)
 from mergekit.parameter_resolver import resolve_parameters
 
 from cart_plugin.doctor.layout import references
@@ -41,6 +46,38 @@ class TensorName(str):
         return any(all(str(text) in part for part in parts) for parts in names)
 
 
+class Depths:
+    """Where gradients of a recipe stand: 0 at the first layer, 1 at the last."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        """Take the names of all tensors: gradients go along their layers."""
+        self._layers: dict[str, int] = {}
+        for name in names:
+            if found := _LAYER.search(name):
+                prefix = name[: found.start()]
+                count = max(self._layers.get(prefix, 0), int(found.group(1)) + 1)
+                self._layers[prefix] = count
+
+    def of(self, name: str) -> float:
+        """Of a tensor."""
+        found = _LAYER.search(name)
+        if found is None:
+            return 0.0
+        layers = self._layers[name[: found.start()]]
+        return int(found.group(1)) / (layers - 1) if layers > 1 else 1.0
+
+
+def reader(config: MergeConfiguration) -> ConfigReader:
+    """What gives a recipe's settings for whole models in the order of their precedence."""
+    # As mergekit's planner has it: one slice of all layers.
+    sources = [
+        InputSliceDefinition(model=entry.model, layer_range=(0, 0), parameters=entry.parameters)
+        for entry in config.models or ()
+    ]
+    whole = OutputSliceDefinition(sources=sources)
+    return ConfigReader(config=config, slice_out=whole, t=0)
+
+
 class Settings:
     """The method's parameters by tensor, as mergekit's planner resolves them.
 
@@ -56,19 +93,8 @@ class Settings:
         self.method = merge_methods.get(inputs.config.merge_method)
         self.models: dict[str, ModelReference] = references(inputs.config)
         self.base: ModelReference | None = inputs.config.base_model
-        self._layers: dict[str, int] = {}
-        for name in names:
-            if found := _LAYER.search(name):
-                prefix = name[: found.start()]
-                count = max(self._layers.get(prefix, 0), int(found.group(1)) + 1)
-                self._layers[prefix] = count
-        # As mergekit's planner has it: one slice of all layers.
-        sources = [
-            InputSliceDefinition(model=entry.model, layer_range=(0, 0), parameters=entry.parameters)
-            for entry in inputs.config.models or ()
-        ]
-        whole = OutputSliceDefinition(sources=sources)
-        self._reader = ConfigReader(config=inputs.config, slice_out=whole, t=0)
+        self._depths = Depths(names)
+        self._reader = reader(inputs.config)
         base = None if self.base is None else str(self.base)
         if isinstance(self.method, CartMerge):
             check_places(list(self.models.values()), self.base)
@@ -98,15 +124,7 @@ class Settings:
                 inputs=dict.fromkeys(self.models.values(), named),
                 sources=self._reader.parameter_sources,
                 base_model=self.base,
-                t=self._depth(name),
+                t=self._depths.of(name),
             )
         except (RuntimeError, ValueError) as error:
             raise CartError(str(error)) from None
-
-    def _depth(self, name: str) -> float:
-        """Where a gradient of the recipe stands: 0 at the first layer, 1 at the last."""
-        found = _LAYER.search(name)
-        if found is None:
-            return 0.0
-        layers = self._layers[name[: found.start()]]
-        return int(found.group(1)) / (layers - 1) if layers > 1 else 1.0

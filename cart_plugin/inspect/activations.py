@@ -1,22 +1,25 @@
-"""What models see: the inputs of their linear layers on texts or images of a user."""
+"""What models see: what their weights are multiplied by on texts or images of a user."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cart_plugin.checkpoints import names
 from cart_plugin.checkpoints.headers import read_header
 from cart_plugin.checkpoints.reading import Checkpoint, open_folder
 from cart_plugin.checkpoints.writing import TensorFile
 from cart_plugin.errors import CartError, first_line
+from cart_plugin.inspect import watching
+from cart_plugin.inspect.inputs import Inputs
 
 _EXAMPLES = 64  # of texts or images
 _TOKENS = 256  # of a text
@@ -88,62 +91,92 @@ class Subject:
         name: what errors call it.
         model: its folder, or that of its base.
         adapter: of the adapter, if it has one.
+        by_model: whether weights go by the model's names, as adapters call them, not the file's.
         side: folders that may have its tokenizer or image processor, the first that has one counts.
     """
 
     name: str
     model: Path
     adapter: Path | None
+    by_model: bool
     side: Sequence[Path]
+
+
+class Activations(NamedTuple):
+    """What a model's weights are multiplied by.
+
+    Attributes:
+        held: by the weights' names in the model's file, ``(N, n)`` in fp32; of a stack ``(stack, N,
+            n)``, with rows of zeros where an expert got fewer.
+        turned: the names of those that are stored as (inputs, outputs).
+    """
+
+    held: Checkpoint
+    turned: frozenset[str]
+
+    def of(self, name: str, shape: tuple[int, int, int]) -> Inputs | None:
+        """Those of a weight, if there are any.
+
+        Args:
+            name: of the weight.
+            shape: of its matrices, ``(stack, m, n)``.
+        """
+        if name not in self.held.tensors:
+            return None
+        columns = self.held.read(name).mT
+        turned = name in self.turned
+        if columns.shape[-2] != shape[1 if turned else 2] or (
+            columns.ndim == 3 and len(columns) != shape[0]
+        ):
+            return None  # the model has it in another form
+        return Inputs(columns, turned)
 
 
 def collect(
     subject: Subject, examples: Examples, file: Path, tell: Callable[[int, int], None]
-) -> None:
-    """Run a model and keep some of what its linear layers get, as a safetensors file.
+) -> Activations:
+    """Run a model and keep some of what its weights are multiplied by, as a safetensors file.
 
     Args:
         subject: the model.
         examples: what to run it on.
-        file: to write: for each weight, by its name in the model's file, ``(N, n)`` in fp32.
+        file: to write.
         tell: is told how many examples are done, and their number.
 
     Raises:
         CartError: it cannot be loaded or run.
     """
-    model, weights = _load(subject)
+    model, found = _load(subject)
     feed = _feeder(subject, examples)
     count = len(examples.texts or examples.images)
     each = math.ceil(_VECTORS / count)
-    kept: dict[str, list[Tensor]] = {name: [] for name in weights.values()}
+    kept: dict[tuple[str, int | None], list[Tensor]] = defaultdict(list)
+    turned: dict[str, bool] = {}
     generator = torch.Generator().manual_seed(0)
 
-    def keeper(name: str) -> Callable[..., None]:
-        def keep(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            rows = arguments[0].detach().reshape(-1, arguments[0].shape[-1])
-            chosen = torch.randperm(len(rows), generator=generator)[:each]
-            kept[name].append(rows[chosen].float())
+    def keep(parameter: str, expert: int | None, inputs: Tensor, is_turned: bool) -> None:
+        rows = inputs.detach().reshape(-1, inputs.shape[-1])
+        chosen = torch.randperm(len(rows), generator=generator)[:each]
+        kept[parameter, expert].append(rows[chosen].float())
+        turned[parameter] = is_turned
 
-        return keep
-
-    handles = [
-        module.register_forward_pre_hook(keeper(weights[name]))
-        for name, module in model.named_modules()
-        if name in weights
-    ]
-    try:
-        with torch.inference_mode():
-            for number, arguments in enumerate(feed):
-                model(**arguments)
-                tell(number + 1, count)
-    except Exception as error:  # whatever a foreign model makes of the examples
-        raise CartError(
-            f"{subject.name} cannot be run on {examples.path}: {first_line(error)}"
-        ) from None
-    finally:
-        for handle in handles:
-            handle.remove()
-    held = {name: torch.cat(parts)[:_VECTORS] for name, parts in kept.items() if parts}
+    with watching.watched(model, {place.parameter for place in found.values()}, keep):
+        try:
+            with torch.inference_mode():
+                for number, arguments in enumerate(feed):
+                    model(**arguments)
+                    tell(number + 1, count)
+        except Exception as error:  # whatever a foreign model makes of the examples
+            raise CartError(
+                f"{subject.name} cannot be run on {examples.path}: {first_line(error)}"
+            ) from None
+    rows = {where: torch.cat(parts)[:_VECTORS] for where, parts in kept.items()}
+    parameters = dict(model.named_parameters())
+    held = {}
+    for name, place in found.items():
+        inputs = _rows(rows, place, len(parameters[place.parameter]))
+        if inputs is not None:
+            held[name] = inputs
     if not held:
         raise CartError(f"{subject.name} has no linear layer that {examples.path} reaches")
     for name, tensor in held.items():
@@ -157,15 +190,35 @@ def collect(
         for name, tensor in held.items():
             opened.write(name, tensor)
     scratch.replace(file)
+    header = read_header(file, f"the inputs of {subject.name}")
+    # Factors are (outputs, inputs), whatever the layer that they are of.
+    stored = () if subject.by_model else held
+    return Activations(
+        Checkpoint(subject.name, file, {}, header, [file]),
+        frozenset(name for name in stored if turned[found[name].parameter]),
+    )
 
 
-def opened(file: Path, name: str) -> Checkpoint:
-    """Activations that `collect` has written."""
-    return Checkpoint(name, file, {}, read_header(file, f"the inputs of {name}"), [file])
+def _rows(
+    kept: Mapping[tuple[str, int | None], Tensor], place: watching.Place, stack: int
+) -> Tensor | None:
+    """What a weight is multiplied by: its own, an expert's, or those of all experts."""
+    own = kept.get((place.parameter, place.expert))
+    if own is not None or place.expert is not None:
+        return own
+    held = {expert: kept.get((place.parameter, expert)) for expert in range(stack)}
+    known = {expert: rows for expert, rows in held.items() if rows is not None}
+    if not known:
+        return None
+    sizes = [len(rows) for rows in known.values()]
+    found = torch.zeros(stack, max(sizes), next(iter(known.values())).shape[1])
+    for expert, rows in known.items():
+        found[expert, : len(rows)] = rows
+    return found
 
 
-def _load(subject: Subject) -> tuple[Any, Mapping[str, str]]:
-    """The model, and for each linear layer the name of its weight in the file."""
+def _load(subject: Subject) -> tuple[Any, Mapping[str, watching.Place]]:
+    """The model, and where the weights are in it."""
     checkpoint = open_folder(subject.model, subject.name)
     kind = names.model_class(checkpoint.config, subject.name)
     try:
@@ -177,17 +230,12 @@ def _load(subject: Subject) -> tuple[Any, Mapping[str, str]]:
     except Exception as error:
         raise CartError(f"{subject.name} cannot be loaded: {first_line(error)}") from None
     model.eval()
-    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    if subject.adapter is not None:  # its weights have the names of the model's modules
-        return model, {name: f"{name}.weight" for name in linear}
+    parameters = dict(model.named_parameters())
+    if subject.by_model:
+        return model, {name: watching.Place(name) for name in parameters}
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    sources = {
-        unit.targets[0]: unit.sources[0]
-        for unit in names.one_way(model, shapes)
-        if len(unit.targets) == len(unit.sources) == 1 and not unit.is_converted
-    }
-    weights = {name: sources.get(f"{name}.weight") for name in linear}
-    return model, {name: source for name, source in weights.items() if source is not None}
+    found = watching.places(model, shapes)
+    return model, {name: place for name, place in found.items() if place.parameter in parameters}
 
 
 def _feeder(subject: Subject, examples: Examples) -> Iterator[Mapping[str, Any]]:

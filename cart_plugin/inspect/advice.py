@@ -9,14 +9,13 @@ from dataclasses import dataclass
 import yaml
 
 from cart_plugin.inspect.summary import Judgement, Movement, Pair, title
+from cart_plugin.inspect.weighting import Weighting
 from cart_plugin.inspect.weights import (
     AUTO,
     AUTO_WITH_BASE,
     AVERAGE,
     CART,
     MERGED,
-    SCALE,
-    TASK_ARITHMETIC,
 )
 from cart_plugin.merging.informed import MOST_INFORMED
 
@@ -50,6 +49,7 @@ def advise(
     base: str | None,
     *,
     of_adapters: bool,
+    weighting: Weighting | None = None,
 ) -> Advice:
     """Choose a method by what it loses: `cart_auto`, unless the average loses as little.
 
@@ -63,9 +63,10 @@ def advise(
         paths: the models', as they are written.
         base: the base's, if there is one.
         of_adapters: the models are adapters, from which one adapter can be made.
+        weighting: how much each model counts, unless all count alike.
     """
     methods = {name: found for name, found in judged.items() if name != MERGED}
-    method = next((name for name in (AUTO_WITH_BASE, AUTO) if name in methods), AVERAGE)
+    method = next((name for name in (AUTO_WITH_BASE, AUTO, CART) if name in methods), AVERAGE)
     if methods and methods[AVERAGE].mean_lost - methods[method].mean_lost < _GAIN:
         method = AVERAGE
     is_low = all(movement.rank is not None for movement in movements)
@@ -77,7 +78,11 @@ def advise(
         *_sizes(movements),
     ]
     alone = of_adapters and not any("+" in path for path in paths)
-    recipe = _command(method, paths) if alone else _recipe(method, paths, base)
+    if alone:
+        recipe = _command(method, paths, weighting)
+        reasons += _unlike_tensors(weighting)
+    else:
+        recipe = _recipe(method, paths, base, weighting)
     return Advice(method, recipe, reasons)
 
 
@@ -102,7 +107,9 @@ def _choice(
             f"{found.mean_lost:.0%}; the average keeps {average.mean_kept:.0%} and loses "
             f"{average.mean_lost:.0%}"
         )
-    if base is None and not of_adapters and count <= MOST_INFORMED:
+    if methods and count > 2 and AUTO not in methods:
+        yield "a weight is below 0, which cart_auto does not take: it is left out"
+    elif base is None and not of_adapters and count <= MOST_INFORMED:
         yield (
             f"with the base model (--base) up to {MOST_INFORMED} models can be merged by "
             "cart_auto with it, which loses less"
@@ -111,8 +118,6 @@ def _choice(
             yield "two models around their average are the average, whatever the method"
     elif count > MOST_INFORMED and method == AUTO:
         yield f"of more than {MOST_INFORMED} models cart_auto leaves the base model out"
-    if method == TASK_ARITHMETIC:
-        yield "its scale wants validation data: 0.3 is what tools recommend to start with"
     if found.mean_kept < _LITTLE or min(found.kept) < _LITTLE / 2:
         yield (
             "no merge keeps most of all models: `mergekit-cart compress` keeps each of them, as "
@@ -172,21 +177,41 @@ def _sizes(movements: Sequence[Movement]) -> Iterator[str]:
             yield f"{movement.model} did not move: leave it out"
 
 
-def _recipe(method: str, paths: Sequence[str], base: str | None) -> str:
-    models: list[dict[str, object]] = [{"model": path} for path in paths]
+def _recipe(
+    method: str, paths: Sequence[str], base: str | None, weighting: Weighting | None
+) -> str:
+    written = [None] * len(paths) if weighting is None else weighting.written
+    common = None if weighting is None else weighting.common
+    models: list[dict[str, object]] = [
+        {"model": path} | ({} if weight is None else {"parameters": {"weight": weight}})
+        for path, weight in zip(paths, written, strict=True)
+    ]
     recipe: dict[str, object] = {"models": models, "merge_method": _NAMES.get(method, method)}
-    if method == AVERAGE:
-        recipe["parameters"] = {"weight": 1.0}
-    if method == TASK_ARITHMETIC:
-        recipe["parameters"] = {"weight": SCALE}
-    if base is not None and method in (AUTO_WITH_BASE, TASK_ARITHMETIC):
+    if common is not None or method == AVERAGE:  # which has no default
+        recipe["parameters"] = {"weight": 1.0 if common is None else common}
+    if base is not None and method == AUTO_WITH_BASE:
         recipe["base_model"] = base
     text: str = yaml.safe_dump(recipe, sort_keys=False)
     return text.rstrip()
 
 
-def _command(method: str, paths: Sequence[str]) -> str:
-    words = {AVERAGE: "linear", TASK_ARITHMETIC: "linear", CART: "cart"}
-    chosen = words.get(method, "auto")
-    options = [*paths, "--method", chosen, "--out", "merged"]
-    return shlex.join(["mergekit-cart", "merge-adapters", *options])
+def _command(method: str, paths: Sequence[str], weighting: Weighting | None) -> str:
+    chosen = {AVERAGE: "linear", CART: "cart"}.get(method, "auto")
+    options = [*paths, "--method", chosen]
+    if (weights := _numbers(weighting)) is not None:
+        options += ["--weights", ",".join(map(str, weights))]
+    return shlex.join(["mergekit-cart", "merge-adapters", *options, "--out", "merged"])
+
+
+def _numbers(weighting: Weighting | None) -> list[float] | None:
+    """One weight a model, if that is all; None for others, and for none."""
+    if weighting is None:
+        return None
+    common = 1.0 if weighting.common is None else weighting.common
+    found = [common if weight is None else weight for weight in weighting.written]
+    return found if all(isinstance(weight, int | float) for weight in found) else None
+
+
+def _unlike_tensors(weighting: Weighting | None) -> Iterator[str]:
+    if weighting is not None and _numbers(weighting) is None:
+        yield "`merge-adapters` takes one weight an adapter, not the recipe's for each tensor"

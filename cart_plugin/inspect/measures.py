@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cart_plugin.inspect.inputs import Heard, Inputs
 from cart_plugin.inspect.weights import Differences, Plain, Weight, leading
 from cart_plugin.linalg.factors import LowRank
-from cart_plugin.linalg.precision import full_precision
-from cart_plugin.linalg.rounding import rounding_edge
+from cart_plugin.linalg.rounding import edge_within
 from cart_plugin.linalg.rules import DEFAULT_RANK_RATIO, RankRule, numerical_ranks
 from cart_plugin.merging.interference import (
     cancellation,
@@ -24,7 +24,7 @@ from cart_plugin.merging.interference import (
 )
 from cart_plugin.merging.span_measures import Answers, answers, overlaps
 
-REVISION = 1
+REVISION = 2
 """Raised when the records of the same models come to be others."""
 
 RATIOS = (0.01, 0.02, 0.04, 0.08, 0.12, 0.16)
@@ -50,20 +50,20 @@ def place(name: str) -> tuple[int | None, str]:
 
 
 def record(
-    weight: Weight | Plain, models: Sequence[str], inputs: Mapping[int, Tensor] | None = None
+    weight: Weight | Plain, models: Sequence[str], inputs: Mapping[int, Inputs] | None = None
 ) -> Record:
     """All that is measured of a weight.
 
     Args:
         weight: of T models.
         models: their names.
-        inputs: activations of some of them, by number: ``(n, N)``, one input a column.
+        inputs: activations of some of them, by number; None where none are measured.
 
     Returns:
         Plain numbers, lists in the order of the models, and None for what is not known.
     """
     with torch.no_grad():
-        found: Record = _rounded(_record(weight, models, inputs or {}))
+        found: Record = _rounded(_record(weight, models, inputs))
     return found
 
 
@@ -76,7 +76,9 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def _record(weight: Weight | Plain, models: Sequence[str], inputs: Mapping[int, Tensor]) -> Record:
+def _record(
+    weight: Weight | Plain, models: Sequence[str], inputs: Mapping[int, Inputs] | None
+) -> Record:
     layer, module = place(weight.name)
     inner = weight.inner if isinstance(weight, Plain) else weight.around.inner
     moved = inner.diagonal().clamp_min(0).sqrt()
@@ -95,18 +97,20 @@ def _record(weight: Weight | Plain, models: Sequence[str], inputs: Mapping[int, 
         return found
     _, m, n = weight.shape
     full = min(m, n)
+    weights = [len(models) * share for share in weight.shares]
     ranks = sorted({max(1, math.floor(ratio * full)) for ratio in RATIOS})
     around = weight.around
     few = [leading(part, _default_rank(m, n)) for part in around.parts]
     kept = [leading(part, _default_rank(m, n)) for part in weight.centred.parts]
     shared = overlaps(few)
     found |= {
+        "weights": weights,
         "full_rank": full,
         "effective_rank": _effective_ranks(around, full),
         "numerical_rank": _numerical_ranks(around, m, n),
         "rank": _ranks(around, m, n),
         "energy": _energies(around, m, n),
-        "rho": cancellation(overlaps(kept).inner),
+        "rho": cancellation(overlaps(kept).inner, weights),
         "row_overlap": shared.inputs.tolist(),
         "column_overlap": shared.outputs.tolist(),
         "ranks": ranks,
@@ -118,7 +122,12 @@ def _record(weight: Weight | Plain, models: Sequence[str], inputs: Mapping[int, 
         ],
         "methods": {},
     }
-    heard = {index: weight.answer(index, columns) for index, columns in inputs.items()}
+    given = inputs or {}
+    if inputs is not None:
+        found["reach"] = [
+            given[index].reach if index in given else 0.0 for index in range(len(models))
+        ]
+    heard = {index: weight.answer(index, one) for index, one in given.items()}
     for method, total in weight.merges():
         got = answers(few, total)
         found["methods"][method] = {
@@ -138,18 +147,17 @@ def _judged(own: Tensor, along: Tensor, beside: Tensor) -> Record:
     return {"kept": shares(along), "lost": shares(beside), "own": own.tolist()}
 
 
-def judged_on(total: Tensor, heard: Mapping[int, tuple[Tensor, Tensor]], count: int) -> Answers:
+def judged_on(total: Tensor, heard: Mapping[int, Heard], count: int) -> Answers:
     """The same as `answers`, on activations.
 
     Args:
         total: the merged difference, ``(stack, p, q)``.
-        heard: by a model's number, its inputs and what its difference answers (`Weight.answer`).
+        heard: by a model's number, what its difference answers (`Weight.answer`).
         count: T.
     """
     found = torch.zeros(3, count, dtype=torch.float64)
-    for index, (columns, own) in heard.items():
-        with full_precision(total.device):
-            got = total @ columns.to(total)
+    for index, one in heard.items():
+        own, got = one.own, one.answer(total)
         found[0, index] = own.double().square().sum()
         found[1, index] = (own.double() * got).sum()
         found[2, index] = (own.double() - got).square().sum()
@@ -201,8 +209,7 @@ def _ranks(found: Differences, m: int, n: int) -> list[int | None]:
     ranks: list[int | None] = []
     for part, energy, rounding in zip(found.parts, found.energies, found.rounding, strict=True):
         values = part.S.double().cpu()
-        # Where rounding is most of it, the estimate may be more than there is.
-        edge = _EDGES * rounding_edge(torch.minimum(rounding, energy / 2), m, n)
+        edge = _EDGES * edge_within(energy, rounding, m, n)
         least = torch.maximum(_EXACT * values[..., :1].sum(dim=-1), edge)
         count = int((values > least[:, None]).sum(dim=-1).max()) if values.numel() else 0
         ranks.append(

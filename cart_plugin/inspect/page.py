@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cart_plugin.inspect.measures import Record
-from cart_plugin.inspect.summary import decomposed, title
+from cart_plugin.inspect.summary import decomposed, entry_of, title
 
 Table = tuple[str, list[str], list[list[str]]]
 """Heading of the first column, of the others, and rows."""
@@ -61,13 +61,11 @@ def _drawn(found: Mapping[str, Any]) -> dict[str, Any]:
         "methods": [[name, title(name)] for name in found["methods"]],
         "chosen": found["worst"]["method"],
         "pairs": found["pairs"],
-        "records": [_slim(record) for record in decomposed(found["records"])],
+        "records": [_slim(record, found["methods"]) for record in decomposed(found["records"])],
     }
 
 
-def _slim(record: Record) -> dict[str, Any]:
-    methods = {
-        name: {"kept": entry["kept"], "lost": entry["lost"]}
-        for name, entry in record["methods"].items()
-    }
-    return {key: record[key] for key in _DRAWN} | {"methods": methods}
+def _slim(record: Record, methods: Iterable[str]) -> dict[str, Any]:
+    entries = {name: entry_of(record, name) for name in methods}
+    kept = {name: {key: entry[key] for key in ("kept", "lost")} for name, entry in entries.items()}
+    return {key: record[key] for key in _DRAWN} | {"methods": kept}

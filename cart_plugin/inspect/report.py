@@ -14,6 +14,7 @@ from cart_plugin.inspect.journal import KIND, REPORT
 from cart_plugin.inspect.measures import RATIOS, Record
 from cart_plugin.inspect.page import WORDS, Table, html
 from cart_plugin.inspect.state_dicts import rows_of
+from cart_plugin.inspect.weighting import Weighting
 from cart_plugin.inspect.weights import MERGED
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Report:
         of_adapters: the models are adapters.
         records: one a weight, in the models' order.
         notes: what a user has to know.
+        weighting: how much each model counts in merges; None for alike.
         seconds: of the work.
     """
 
@@ -47,6 +49,7 @@ class Report:
     of_adapters: bool
     records: Sequence[Record]
     notes: list[str] = field(default_factory=list)
+    weighting: Weighting | None = None
     seconds: float = 0.0
 
     @property
@@ -57,7 +60,13 @@ class Report:
     @property
     def centre(self) -> str:
         """What differences are from, in words."""
-        return "the base" if self.base is not None or self.of_adapters else "the average"
+        if self.base is not None or self.of_adapters:
+            return "the base"
+        return "the weighted average" if self.weights() else "the average"
+
+    def weights(self) -> dict[str, tuple[float, float]]:
+        """The least and the largest weight of each model, 1 on average; empty for equal ones."""
+        return summary.weights(self.records, self.names)
 
     def movements(self) -> list[summary.Movement]:
         """How far each model moved."""
@@ -88,6 +97,7 @@ class Report:
             list(self.models.values()),
             self.base,
             of_adapters=self.of_adapters,
+            weighting=self.weighting if self.weights() else None,
         )
 
     def rows(self) -> list[dict[str, Any]]:
@@ -108,6 +118,7 @@ class Report:
             "base": self.base,
             "merged": self.merged,
             "of_adapters": self.of_adapters,
+            "weights": self.weights(),
             "seconds": self.seconds,
             "notes": self.notes,
             "movements": [asdict(entry) for entry in self.movements()],
@@ -225,7 +236,7 @@ class Report:
 
     def words(self) -> list[str]:
         """What the tables show, in sentences."""
-        return [
+        found = [
             f"moved: the difference from {self.centre}, relative to the weights; rank: of all "
             "changes where that is low, else (~) of as many equally strong directions; in 8 %: "
             "share of the squared difference that the default rank keeps",
@@ -233,6 +244,15 @@ class Report:
             "at, that is in the merge's; lost: what the merge answers otherwise, squared, relative "
             "to the model's own answer",
         ]
+        if weights := self.weights():
+            spans = (
+                f"{name} {least:.2g}" + (f" to {most:.2g}" if most - least > 0.01 else "")
+                for name, (least, most) in weights.items()
+            )
+            found.append(
+                f"weights, 1 on average, by which merges count the models: {', '.join(spans)}"
+            )
+        return found
 
     def markdown(self) -> str:
         """The same as Markdown."""

@@ -12,13 +12,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from cart_plugin import linalg, merging
-from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.errors import CartError
 from cart_plugin.inspect import activations
+from cart_plugin.inspect.inputs import Inputs
 from cart_plugin.inspect.journal import Journal
 from cart_plugin.inspect.measures import REVISION, Record, record
-from cart_plugin.inspect.models import Named, Source, open_models
+from cart_plugin.inspect.models import open_models
 from cart_plugin.inspect.report import Report
+from cart_plugin.inspect.sources import Named, Source
+from cart_plugin.inspect.summary import unmeasured
+from cart_plugin.inspect.weighting import Weighting
+from cart_plugin.inspect.weights import Plain, Weight
 
 Progress = Callable[[str, int, int], None]
 """Is told a step, how many of its tensors are done, and their number."""
@@ -31,6 +35,7 @@ def inspect_models(
     merged: str | Path | None = None,
     inputs: Sequence[str | Path] = (),
     names: Sequence[str] | None = None,
+    weights: Weighting | Sequence[float] | None = None,
     out: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -41,13 +46,16 @@ def inspect_models(
 
     Args:
         models: two or more: folders of whole models (or safetensors files), or of PEFT adapters,
-            or ``BASE+ADAPTER``.
+            or ``BASE+ADAPTER``. Beside whole models adapters are taken as the whole models that
+            they make.
         base: the model they were fine-tuned from; differences are from their average without it.
+            That of ``BASE+ADAPTER`` if None.
         merged: a merged model, or adapter, which is judged beside the methods.
         inputs: text files (an example a line) or folders of images: one for all models, or one a
             model, in their order. The models are loaded and run on them, and what merges keep is
             measured on what their layers get, too.
         names: what to call the models; by their folders if None.
+        weights: how much each model counts in merges, in their order; None for alike.
         out: folder of the report: `report.json`, `report.md` and `report.html`. Made if need be. A
             run that was cut off goes on where it stopped. None for no files.
         progress: is told how far the work is.
@@ -66,28 +74,29 @@ def inspect_models(
     )
     tell = progress or (lambda *_: None)
     examples = _examples(inputs, len(named))
-    key = _key(source, examples)
+    weighting = None
+    if weights is not None:
+        weighting = weights if isinstance(weights, Weighting) else Weighting.constant(weights)
+    shares = None
+    if weighting is not None:
+        shares = weighting.checked(source.weights, len(named), source.every)
+    key = _key(source, examples, shares)
     with (
         nullcontext() if out is None else Journal(Path(out), key) as journal,
         TemporaryDirectory(prefix="mergekit-cart-inspect-") as scratch,
     ):
         records: dict[str, Record] = {} if journal is None else journal.records
-        heard: list[Checkpoint] = []
+        heard: list[activations.Activations] = []
         if examples and any(name not in records for name in source.weights):
             subjects = source.runnable()
             for index, (subject, own) in enumerate(zip(subjects, examples, strict=True)):
                 file = Path(scratch) / f"{index}.safetensors"
                 step = f"running {subject.name}"
-                activations.collect(subject, own, file, partial(tell, step))
-                heard.append(activations.opened(file, subject.name))
+                heard.append(activations.collect(subject, own, file, partial(tell, step)))
         for number, name in enumerate(source.weights):
             if name not in records:
-                columns = {
-                    index: model.read(name).mT
-                    for index, model in enumerate(heard)
-                    if name in model.tensors
-                }
-                found = record(source.read(name), source.models, columns)
+                weight = source.read(name, None if shares is None else shares[name])
+                found = record(weight, source.models, _inputs(weight, heard))
                 if journal is None:
                     records[name] = found
                 else:
@@ -95,25 +104,20 @@ def inspect_models(
             tell("measuring", number + 1, len(source.weights))
         _check_moved(source, records)
         report = Report(
-            models=dict(zip(source.models, map(str, named), strict=True)),
-            base=_base_of(named, base),
+            models=dict(zip(source.models, source.paths, strict=True)),
+            base=source.start,
             merged=None if merged is None else str(merged),
             key=key,
-            of_adapters=named[0].adapter is not None,
+            of_adapters=source.of_adapters,
             records=[records[name] for name in source.weights],
-            notes=list(source.notes),
+            notes=[*source.notes, *unmeasured(records.values())],
+            weighting=weighting,
             seconds=time.perf_counter() - started,
         )
         if journal is not None:
             report.write(Path(str(out)))
             journal.finish()
     return report
-
-
-def _base_of(named: Sequence[Named], base: str | Path | None) -> str | None:
-    if base is not None:
-        return str(base)
-    return next((model.path for model in named if model.adapter is not None and model.path), None)
 
 
 def _examples(inputs: Sequence[str | Path], count: int) -> list[activations.Examples]:
@@ -132,10 +136,25 @@ def _examples(inputs: Sequence[str | Path], count: int) -> list[activations.Exam
     return found * count if len(found) == 1 else found
 
 
-def _key(source: Source, examples: Sequence[activations.Examples]) -> str:
+def _inputs(
+    weight: Weight | Plain, heard: Sequence[activations.Activations]
+) -> dict[int, Inputs] | None:
+    """What each model multiplies a weight by; None where nothing is measured."""
+    if not heard or isinstance(weight, Plain):
+        return None
+    found = {index: one.of(weight.name, weight.shape) for index, one in enumerate(heard)}
+    return {index: one for index, one in found.items() if one is not None}
+
+
+def _key(
+    source: Source,
+    examples: Sequence[activations.Examples],
+    shares: Mapping[str, Sequence[float]] | None,
+) -> str:
     """Of all that decides the records."""
     parts: list[object] = [REVISION, linalg.REVISION, merging.REVISION]
     parts += [source.models, source.identity(), [own.digest() for own in examples]]
+    parts.append(shares)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

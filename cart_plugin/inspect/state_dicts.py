@@ -18,6 +18,7 @@ def inspect_state_dicts(
     *,
     base: Mapping[str, Tensor] | None = None,
     merged: Mapping[str, Tensor] | None = None,
+    weights: Sequence[float] | None = None,
 ) -> list[dict[str, Any]]:
     """What fine-tuning did to the weights, and what each merge method would lose of it.
 
@@ -26,6 +27,7 @@ def inspect_state_dicts(
             tensors. Lazily loading mappings work: each tensor is asked for once, when it is due.
         base: the base model's; differences are from the average without one.
         merged: of a merged model, which is judged beside the methods.
+        weights: how much each model counts in merges, in their order; None for alike.
 
     Returns:
         A row for each weight that methods decompose and each model, as `rows_of` has them: what
@@ -40,7 +42,7 @@ def inspect_state_dicts(
         if isinstance(state_dicts, Mapping)
         else {str(index): held for index, held in enumerate(state_dicts)}
     )
-    records = records_of(named, base=base, merged=merged)
+    records = records_of(named, base=base, merged=merged, weights=weights)
     return [row for found in records for row in rows_of(found, list(named))]
 
 
@@ -49,6 +51,7 @@ def records_of(
     *,
     base: Mapping[str, Tensor] | None = None,
     merged: Mapping[str, Tensor] | None = None,
+    weights: Sequence[float] | None = None,
 ) -> Iterator[Record]:
     """Records of all floating-point tensors, one after the other; see `inspect_state_dicts`.
 
@@ -76,6 +79,7 @@ def records_of(
             models,
             None if base is None else base[name],
             None if merged is None else merged[name],
+            weights,
         )
         yield record(weight, models)
 
@@ -83,11 +87,12 @@ def records_of(
 def rows_of(found: Record, models: Sequence[str]) -> list[dict[str, Any]]:
     """A record of one weight as rows, one a model; none for what is not decomposed.
 
-    `moved` is the norm of the difference from the base (or the average), `moved_share` relative to
-    the weight. `rank` has the directions that no rounding explains, `numerical_rank` those that
-    hold 99 %; None for more than were solved for. `row_overlap` and `cosine` are the largest with
-    another model. `kept METHOD` and `lost METHOD` are shares of the model's own answer on the
-    inputs that its difference points at: 1 and 0 for all of it.
+    `weight` is how much the model counts in merges, 1 on average. `moved` is the norm of the
+    difference from the base (or the average), `moved_share` relative to the weight. `rank` has the
+    directions that no rounding explains, `numerical_rank` those that hold 99 %; None for more than
+    were solved for. `row_overlap` and `cosine` are the largest with another model. `kept METHOD`
+    and `lost METHOD` are shares of the model's own answer on the inputs that its difference points
+    at: 1 and 0 for all of it.
     """
     if not found["decomposed"]:
         return []
@@ -97,6 +102,7 @@ def rows_of(found: Record, models: Sequence[str]) -> list[dict[str, Any]]:
         row = {key: found[key] for key in ("tensor", "layer", "module", "full_rank", "rho")}
         row |= {
             "model": model,
+            "weight": found["weights"][index],
             "moved": found["moved"][index],
             "moved_share": found["moved"][index] / norm if norm else None,
             **{key: found[key][index] for key in ("rank", "numerical_rank", "effective_rank")},

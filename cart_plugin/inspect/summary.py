@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cart_plugin.inspect.measures import RATIOS, Record
-from cart_plugin.inspect.weights import TASK_ARITHMETIC
+from cart_plugin.inspect.weights import AUTO, AUTO_WITH_BASE, TASK_ARITHMETIC
 
 _LOW_RANK = 0.25  # share of the full rank: a change of more is none of LoRA
 _MOST = 0.9  # share of the weights that a statement about all of them has to hold for
+_EQUAL = 1e-6  # of weights, 1 on average
 _OUTSTANDING = 1.3 / 3  # share of a third of the layers that is told
 
 
@@ -189,13 +190,18 @@ def _overlap(records: Sequence[Record], key: str, i: int, j: int) -> float:
 def judgements(records: Sequence[Record], kind: str | None = None) -> dict[str, Judgement]:
     """By method, over all weights: each counts as much as its own answer is large.
 
+    Methods that can merge all of them: `cart_auto` takes no negative weights.
+
     Args:
         records: of all weights.
         kind: "measured" for what activations say; None for the data-free stand-ins.
     """
     sums: dict[str, list[list[float]]] = {}
-    for record in decomposed(records):
-        for method, entry in record["methods"].items():
+    matrices = decomposed(records)
+    methods = methods_of(matrices)
+    for record in matrices:
+        for method in methods:
+            entry = entry_of(record, method)
             judged = entry if kind is None else entry[kind]
             if judged is None:
                 continue
@@ -215,6 +221,38 @@ def judgements(records: Sequence[Record], kind: str | None = None) -> dict[str, 
     }
 
 
+def methods_of(matrices: Sequence[Record]) -> list[str]:
+    """The methods that can merge all of the weights."""
+    named = dict.fromkeys(method for record in matrices for method in record["methods"])
+    return [
+        method for method in named if all(_has(record["methods"], method) for record in matrices)
+    ]
+
+
+def _has(entries: Record, method: str) -> bool:
+    return method in entries or (method == AUTO_WITH_BASE and AUTO in entries)
+
+
+def entry_of(record: Record, method: str) -> Record:
+    """What a method keeps of a weight.
+
+    Where more models count than it takes the base for, `cart_auto` goes without.
+    """
+    methods: dict[str, Record] = record["methods"]
+    return methods[method] if method in methods else methods[AUTO]
+
+
+def weights(records: Sequence[Record], models: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """The least and the largest weight of each model over all tensors; empty for equal ones."""
+    held = [record["weights"] for record in decomposed(records)]
+    found = {
+        model: (min(own[index] for own in held), max(own[index] for own in held))
+        for index, model in enumerate(models if held else ())
+    }
+    equal = all(abs(value - 1) < _EQUAL for span in found.values() for value in span)
+    return {} if equal else found
+
+
 def worst(records: Sequence[Record], models: Sequence[str], method: str) -> list[Worst]:
     """The weights and models that lose most by a method, the worst first."""
     found = list(_losses(records, models, method))
@@ -222,11 +260,37 @@ def worst(records: Sequence[Record], models: Sequence[str], method: str) -> list
 
 
 def _losses(records: Sequence[Record], models: Sequence[str], method: str) -> Iterator[Worst]:
-    for record in decomposed(records):
-        entry = record["methods"].get(method)
+    matrices = decomposed(records)
+    if method not in methods_of(matrices):
+        return
+    for record in matrices:
+        entry = entry_of(record, method)
         for index, model in enumerate(models):
-            if entry is not None and entry["own"][index]:
+            if entry["own"][index]:
                 yield Worst(record["tensor"], model, entry["kept"][index], entry["lost"][index])
+
+
+def unmeasured(records: Iterable[Record]) -> Iterator[str]:
+    """Says which weights were not measured on the inputs, or not on those of all models."""
+    matrices = [record for record in decomposed(records) if "reach" in record]
+    never = [record["tensor"] for record in matrices if not any(record["reach"])]
+    partly = [
+        record["tensor"] for record in matrices if any(record["reach"]) and min(record["reach"]) < 1
+    ]
+    if never:
+        yield (
+            f"not measured on the inputs: {len(never):,} of {len(matrices):,} weights, whose "
+            f"layers are no plain products or were not reached ({_some(never)})"
+        )
+    if partly:
+        yield (
+            f"measured on the inputs in part: {len(partly):,} of {len(matrices):,} weights, which "
+            f"(or of which some experts) no example of some model reached ({_some(partly)})"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def curves(records: Sequence[Record], kind: str) -> dict[str, list[float]] | None:

@@ -7,24 +7,26 @@ relative to a centre: the base model where it is known, else the average.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from cart_plugin.inspect.inputs import Heard, Inputs
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.gram import total_energy
 from cart_plugin.linalg.precision import full_precision
-from cart_plugin.linalg.rounding import difference_rounding
+from cart_plugin.linalg.rounding import centred_rounding, difference_rounding
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.linalg.svd import share_of_rank, truncated_svd
 from cart_plugin.merging.cart import centre_of
-from cart_plugin.merging.informed import MOST_INFORMED, Change, few_directions, informed_by_base
-from cart_plugin.merging.inputs import check_finite, check_inputs, check_kind
+from cart_plugin.merging.informed import MOST_INFORMED, Change, informed_sum
+from cart_plugin.merging.inputs import check_finite, check_inputs, check_kind, normalised
 from cart_plugin.merging.least_interference import least_interference
 from cart_plugin.merging.settings import CartSettings
-from cart_plugin.merging.spans import Difference, Span, merge_in_span
+from cart_plugin.merging.spans import Difference, Span, decomposed, merge_in_span
 from cart_plugin.merging.tensors import is_decomposed, matrix_shape, tensor_seed
 
 AVERAGE = "average"
@@ -70,23 +72,23 @@ class Weight:
     Attributes:
         name: of the tensor.
         shape: as matrices, ``(stack, m, n)``.
+        shares: how much each model counts, which sums to 1.
         norms: of the models' weights, squared, ``(T,)``; None if they are not known.
         from_base: differences from the base; None without one.
-        centred: those from the average.
+        centred: those from the weighted average.
         merges: method and what it adds to the centre (the base, or the average without one), one
             after the other; in coordinates where the parts are.
-        answer: takes a model's number and inputs ``(n, N)``; gives the inputs in the parts'
-            coordinates, ``(stack, q, N)``, and what all of its difference answers, ``(stack, p,
-            N)``.
+        answer: takes a model's number and inputs, and gives what all of its difference answers.
     """
 
     name: str
     shape: tuple[int, int, int]
+    shares: Sequence[float]
     norms: Tensor | None
     from_base: Differences | None
     centred: Differences
     merges: Callable[[], Iterator[tuple[str, Tensor]]]
-    answer: Callable[[int, Tensor], tuple[Tensor, Tensor]]
+    answer: Callable[[int, Inputs], Heard]
 
     @property
     def around(self) -> Differences:
@@ -118,6 +120,8 @@ def of_tensors(
     models: Sequence[str],
     base: Tensor | None = None,
     merged: Tensor | None = None,
+    weights: Sequence[float] | None = None,
+    exact: Mapping[int, Difference] | None = None,
 ) -> Weight | Plain:
     """What whole models make of a tensor.
 
@@ -127,12 +131,16 @@ def of_tensors(
         models: their names, for errors.
         base: the base model's.
         merged: that of a merged model, which is judged.
+        weights: how much each model counts in merges; None for alike.
+        exact: by the models' numbers, those differences from the base that are known as factors,
+            such as adapters': these are not decomposed, and hold no rounding.
 
     Raises:
-        CartError: tensors that no method can merge: of different shapes, not finite, quantised.
+        CartError: tensors that no method can merge: of different shapes, not finite, quantised; or
+            weights that sum to nothing.
     """
     _, where = check_inputs(tensors, base, None, name, models)
-    shares = [1 / len(tensors)] * len(tensors)
+    shares = normalised(weights, len(tensors), where)
     with torch.no_grad():
         mean = centre_of(tensors, shares, None, models, where)
         start = mean if base is None else centre_of(tensors, shares, base, models, where)
@@ -142,53 +150,59 @@ def of_tensors(
         norms, inner = _products(tensors, start)
         if not is_decomposed(name, mean.shape):
             return Plain(name, tuple(mean.shape), norms, inner)
-        return _decomposed(name, tensors, mean, base, start, merged, norms, inner)
+        known = exact or {}
+        return _decomposed(name, tensors, shares, mean, base, start, merged, norms, inner, known)
 
 
 def _decomposed(
     name: str,
     tensors: Sequence[Tensor],
+    shares: Sequence[float],
     mean: Tensor,
     base: Tensor | None,
     start: Tensor,
     merged: Tensor | None,
     norms: Tensor,
     inner: Tensor,
+    exact: Mapping[int, Difference],
 ) -> Weight:
     shape = matrix_shape(name, mean.shape)
-    own = _rounding(tensors, shape)
-    count = len(tensors)
-    # Of a difference from the mean: of the tensor itself, and of all in the mean.
-    rounding = own * (1 - 2 / count) + own.sum(dim=0) / count**2
-    centred = _differences(name, tensors, mean, shape, _AUTO, rounding, _centred(inner))
+    own = centred_rounding(_rounding(tensors, shape, exact), shares)
+    products = _centred(inner, shares)
+    centred = _differences(name, tensors, mean, shape, _AUTO, own, products, {})
     from_base = None
     if base is not None:
         informed = _INFORMED.informed
-        rounding = _rounding(tensors, shape, base)
-        from_base = _differences(name, tensors, start, shape, informed, rounding, inner)
+        own = _rounding(tensors, shape, exact, base)
+        from_base = _differences(name, tensors, start, shape, informed, own, inner, exact)
     offset = (mean - start).reshape(shape)
 
     def merges() -> Iterator[tuple[str, Tensor]]:
-        yield from _merges(offset, centred, from_base)
+        yield from _merges(offset, shares, centred, from_base)
         if merged is not None:
             yield MERGED, (merged - start).reshape(shape)
 
-    def answer(index: int, columns: Tensor) -> tuple[Tensor, Tensor]:
+    def answer(index: int, inputs: Inputs) -> Heard:
         delta = (tensors[index] - start).reshape(shape)
-        there = columns.to(delta).expand(shape[0], *columns.shape)
+        there = inputs.columns.to(delta).expand(shape[0], *inputs.columns.shape[-2:])
         with full_precision(delta.device):
-            return there, delta @ there
+            own = (delta.mT if inputs.turned else delta) @ there
+        return Heard(there, own, inputs.turned)
 
-    return Weight(name, shape, norms, from_base, centred, merges, answer)
+    return Weight(name, shape, shares, norms, from_base, centred, merges, answer)
 
 
 def _rounding(
-    tensors: Sequence[Tensor], shape: tuple[int, int, int], base: Tensor | None = None
-) -> Tensor:
-    """Of each model, ``(T, stack)``, on the CPU."""
+    tensors: Sequence[Tensor],
+    shape: tuple[int, int, int],
+    exact: Mapping[int, Difference],
+    base: Tensor | None = None,
+) -> list[Tensor]:
+    """Of each model, ``(stack,)``, on the CPU; nothing where a difference is exact."""
     weights = [tensor.reshape(shape) for tensor in tensors]
     start = None if base is None else base.reshape(shape)
-    return torch.stack([one.cpu() for one in difference_rounding(weights, start)])
+    found = [one.cpu() for one in difference_rounding(weights, start)]
+    return [torch.zeros_like(one) if i in exact else one for i, one in enumerate(found)]
 
 
 def _products(tensors: Sequence[Tensor], centre: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,10 +220,11 @@ def _products(tensors: Sequence[Tensor], centre: Tensor) -> tuple[Tensor, Tensor
     return norms, inner
 
 
-def _centred(inner: Tensor) -> Tensor:
-    """Inner products of the same vectors less their mean."""
-    rows = inner - inner.mean(dim=0, keepdim=True)
-    return rows - rows.mean(dim=1, keepdim=True)
+def _centred(inner: Tensor, shares: Sequence[float]) -> Tensor:
+    """Inner products of the same vectors less their weighted mean."""
+    own = torch.tensor(shares, dtype=inner.dtype)
+    rows = inner - own @ inner
+    return rows - (rows @ own)[:, None]
 
 
 def _differences(
@@ -218,65 +233,82 @@ def _differences(
     centre: Tensor,
     shape: tuple[int, int, int],
     settings: CartSettings,
-    rounding: Tensor,
+    rounding: Sequence[Tensor],
     inner: Tensor,
+    exact: Mapping[int, Difference],
 ) -> Differences:
     parts, energies = [], []
     svd = "sketch" if min(shape[1:]) >= _SKETCHED else settings.solver
-    for tensor in tensors:
+    for index, tensor in enumerate(tensors):
+        if index in exact:
+            left, right = (one.to(centre) for one in exact[index])
+            whole = decomposed(left, right.mT)
+            parts.append(whole)
+            energies.append(whole.S.double().square().sum(dim=-1).cpu())
+            continue
         delta = (tensor - centre).reshape(shape)
         seed = tensor_seed(settings.seed, name)
         parts.append(truncated_svd(delta, settings.rule, svd=svd, seed=seed))
         energies.append(total_energy(delta).cpu())
-    return Differences(parts, torch.stack(energies), rounding, inner)
+    return Differences(parts, torch.stack(energies), torch.stack(list(rounding)), inner)
 
 
 def _merges(
-    offset: Tensor, centred: Differences, from_base: Differences | None
+    offset: Tensor, shares: Sequence[float], centred: Differences, from_base: Differences | None
 ) -> Iterator[tuple[str, Tensor]]:
     """What the methods add to the base or, without one, to the average.
 
     Args:
         offset: the average less the base, ``(stack, m, n)``; zero without one.
+        shares: of the models.
         centred: of the rank that `cart_auto` keeps; `cart` keeps fewer.
-        from_base: of the rank that it keeps with a base model.
+        from_base: of the rank that it keeps with a base model, or more.
     """
-    count = len(centred.parts)
+    count = len(shares)
+    counting = [(index, count * share) for index, share in enumerate(shares) if share]
     yield AVERAGE, offset
     if from_base is not None:
         yield TASK_ARITHMETIC, SCALE * count * offset
-    m, n = offset.shape[1:]
     if count > 2:  # of two the differences from the average are opposite
-        total = offset.clone()
-        rule = CartSettings().rule
-        for part, energy, rounding in zip(
-            centred.parts, centred.energies, centred.rounding, strict=True
-        ):
-            first = leading(part, rule.fixed_rank(m, n) or 0)
-            device = first.S.device
-            share_of_rank(first, energy.to(device), rounding.to(device)).add_to_(total)
-        yield CART, total
-        total = least_interference((part, 1.0) for part in centred.parts).to(offset.device)
-        yield AUTO, offset + total
-    if from_base is not None and count <= MOST_INFORMED:
-        few = few_directions(m, n)
-        changes = (
-            Change(
-                part,
-                part.S[..., :few],
-                1.0,
-                energy.to(part.S.device),
-                rounding.to(part.S.device),
-            )
-            for part, energy, rounding in zip(
-                from_base.parts, from_base.energies, from_base.rounding, strict=True
-            )
+        yield CART, _cart(offset, counting, centred)
+    if min(shares) < 0:  # which `cart_auto` does not take
+        return
+
+    def disturbing_least() -> Tensor:
+        parts = ((centred.parts[index], weight) for index, weight in counting)
+        return least_interference(parts).to(offset.device)
+
+    others = functools.cache(disturbing_least)
+    if count > 2:
+        yield AUTO, offset + others()
+    if from_base is not None and len(counting) <= MOST_INFORMED:
+        added = informed_sum(_changes(offset, counting, from_base), offset, others)
+        yield AUTO_WITH_BASE, offset + added.to(offset.device)
+
+
+def _changes(
+    offset: Tensor, counting: Iterable[tuple[int, float]], from_base: Differences
+) -> Iterator[Change]:
+    """What `cart_auto` takes of the changes: of those that are factors perhaps not all."""
+    rank = _INFORMED.informed.rule.fixed_rank(*offset.shape[1:]) or 0
+    for index, weight in counting:
+        part = from_base.parts[index]
+        energy = from_base.energies[index].to(part.S.device)
+        rounding = from_base.rounding[index]
+        yield Change.of(leading(part, rank), weight, energy, rounding, part.S)
+
+
+def _cart(offset: Tensor, counting: Iterable[tuple[int, float]], centred: Differences) -> Tensor:
+    """What `cart` adds, at its defaults, from parts that hold more."""
+    total = offset.clone()
+    rank = CartSettings().rule.fixed_rank(*offset.shape[1:]) or 0
+    for index, weight in counting:
+        first = leading(centred.parts[index], rank)
+        energy, rounding = (
+            found[index].to(first.S.device) for found in (centred.energies, centred.rounding)
         )
-        found = informed_by_base(changes, offset)
-        added = found.added.to(offset.device)
-        if found.is_halved:
-            added = (added + total) / 2
-        yield AUTO_WITH_BASE, offset + added
+        share_of_rank(first, energy, rounding).add_to_(total, weight)
+    return total
 
 
 def leading(part: LowRank, rank: int) -> LowRank:
@@ -290,6 +322,7 @@ def of_factors(
     differences: Sequence[Difference],
     merged: Difference | None = None,
     norms: Tensor | None = None,
+    weights: Sequence[float] | None = None,
     *,
     is_table: bool = False,
 ) -> Weight | Plain:
@@ -301,10 +334,15 @@ def of_factors(
         differences: one an adapter, in fp32 or better.
         merged: that of a merged adapter, which is judged.
         norms: of the base's weight, squared, if it is known: ``()``.
+        weights: how much each adapter counts in merges; None for alike.
         is_table: its rows are tokens.
+
+    Raises:
+        CartError: weights that sum to nothing.
     """
     every = Span([*differences, *([] if merged is None else [merged])])
     count = len(differences)
+    shares = normalised(weights, count, f"tensor {name!r}")
     span = every.first(count)
     parts = span.parts
     with torch.no_grad():
@@ -316,30 +354,32 @@ def of_factors(
         of_weight = shape[1:] if shape[0] == 1 else shape
         if is_table or not is_decomposed(name, of_weight):
             return Plain(name, of_weight, size, inner)
-        mean = torch.stack(dense).mean(dim=0)
+        mean = sum((share * one for share, one in zip(shares, dense, strict=True)), 0 * dense[0])
         lacking = [(one - mean).to(parts[0].S.dtype) for one in dense]
         whole = RankRule(rank=min(mean.shape[-2:]))
         centred = [truncated_svd(one, whole, svd="exact") for one in lacking]
 
     def merges() -> Iterator[tuple[str, Tensor]]:
-        shares = [1 / count] * count
         yield AVERAGE, span.mean(shares)
         yield TASK_ARITHMETIC, SCALE * count * span.mean(shares)
         if count > 2:
             yield CART, merge_in_span(span, shares, CartSettings()).total
-            yield AUTO, merge_in_span(span, shares, _AUTO).total
-        if count <= MOST_INFORMED:
-            yield AUTO_WITH_BASE, merge_in_span(span, shares, _INFORMED).total
+        if min(shares) >= 0:  # `cart_auto` takes no others
+            if count > 2:
+                yield AUTO, merge_in_span(span, shares, _AUTO).total
+            if sum(share > 0 for share in shares) <= MOST_INFORMED:
+                yield AUTO_WITH_BASE, merge_in_span(span, shares, _INFORMED).total
         if merged is not None:
             yield MERGED, every.parts[-1].dense()
 
-    def answer(index: int, columns: Tensor) -> tuple[Tensor, Tensor]:
-        there = span.inputs(columns)
+    def answer(index: int, inputs: Inputs) -> Heard:
+        there = span.inputs(inputs.columns)
         with full_precision(there.device):
-            return there, parts[index].dense() @ there
+            return Heard(there, parts[index].dense() @ there)
 
     around = _exact(parts, inner)
-    return Weight(name, shape, size, around, _exact(centred, _centred(inner)), merges, answer)
+    about = _exact(centred, _centred(inner, shares))
+    return Weight(name, shape, shares, size, around, about, merges, answer)
 
 
 def _exact(parts: list[LowRank], inner: Tensor) -> Differences:

@@ -73,6 +73,17 @@ def difference_rounding(weights: Sequence[Tensor], base: Tensor | None = None) -
     return found
 
 
+def centred_rounding(own: Sequence[Tensor], shares: Sequence[float]) -> list[Tensor]:
+    """The same of each weight's difference from the weighted mean of them all.
+
+    Args:
+        own: what rounding adds to each weight, ``(stack,)``.
+        shares: weights of the mean, which sum to 1.
+    """
+    mean = sum(share**2 * one for share, one in zip(shares, own, strict=True))
+    return [mean + (1 - 2 * share) * one for share, one in zip(shares, own, strict=True)]
+
+
 def rounding_that_tells(total: Tensor, rounding: Tensor) -> Tensor:
     """The rounding in differences, or nothing where it is most of them: see `is_drowned`."""
     return torch.where(is_drowned(total, rounding), 0, rounding)
@@ -118,3 +129,17 @@ def rounding_edge(energy: Tensor, m: int, n: int) -> Tensor:
         n: columns.
     """
     return (energy / (m * n)).sqrt() * (m**0.5 + n**0.5)
+
+
+def edge_within(total: Tensor, rounding: Tensor, m: int, n: int) -> Tensor:
+    """The `rounding_edge` of what rounding there is in differences, ``(stack,)``.
+
+    Where it is most of them, the estimate may be more than there is.
+
+    Args:
+        total: squared norms of the differences, ``(stack,)``.
+        rounding: what of them is rounding by `rounding_energy`.
+        m: rows.
+        n: columns.
+    """
+    return rounding_edge(torch.minimum(rounding, total / 2), m, n)

@@ -24,11 +24,11 @@ from torch import Tensor
 from cart_plugin.errors import CartError, CartWarning
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.gram import total_energy
-from cart_plugin.linalg.rounding import difference_rounding
+from cart_plugin.linalg.rounding import centred_rounding, difference_rounding
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.linalg.svd import truncated_svd
 from cart_plugin.linalg.threads import side_by_side
-from cart_plugin.merging.informed import Change, few_directions, informed_by_base
+from cart_plugin.merging.informed import Change, few_directions, informed_sum
 from cart_plugin.merging.inputs import (
     check_finite,
     check_inputs,
@@ -173,10 +173,7 @@ class _Inputs(NamedTuple):
 
     def centred_rounding(self, shape: tuple[int, int, int]) -> list[Tensor]:
         """The same of the differences from the weighted mean."""
-        shares = [share for share in self.shares if share]
-        own = self.rounding(shape)
-        mean = sum(share**2 * one for share, one in zip(shares, own, strict=True))
-        return [mean + (1 - 2 * share) * one for share, one in zip(shares, own, strict=True)]
+        return centred_rounding(self.rounding(shape), [share for share in self.shares if share])
 
     def check_weights(self) -> None:
         """Refuse negative weights, which have no meaning in a least-squares sum."""
@@ -262,7 +259,7 @@ def _two_models(settings: CartSettings, *, has_base: bool) -> str:
 
 
 def _informed(inputs: _Inputs, base: Tensor, settings: CartSettings) -> Tensor:
-    """``average + M`` for the M of `informed_by_base`; of four models the mean of both forms."""
+    """``average + M`` for the M of `informed_sum`."""
     inputs.check_weights()
     average = centre_of(inputs.tensors, inputs.shares, None, inputs.models, inputs.where)
     start = centre_of(inputs.tensors, inputs.shares, base, inputs.models, inputs.where)
@@ -278,22 +275,22 @@ def _informed(inputs: _Inputs, base: Tensor, settings: CartSettings) -> Tensor:
         # What made a change does not depend on how much a recipe keeps of it.
         enough = (own.rule.fixed_rank(*shape[1:]) or 0) >= few
         leading = factors if enough else truncated(delta, at_few, inputs.name)
-        return factors, leading.S[..., :few], total_energy(delta.reshape(shape))
+        return factors, leading.S, total_energy(delta.reshape(shape))
 
     parts = zip(inputs.each(start, reduced, check=False), inputs.rounding(shape, base), strict=True)
     changes = (
-        Change(factors, leading, weight, energy, rounding.to(energy.device))
+        Change.of(factors, weight, energy, rounding, leading)
         for ((factors, leading, energy), weight), rounding in parts
     )
-    found = informed_by_base(changes, (average - start).reshape(shape))
-    added = found.added
-    if found.is_halved:
 
-        def centred(delta: Tensor, _: int) -> LowRank:
-            return truncated(delta, settings, inputs.name)
+    def centred(delta: Tensor, _: int) -> LowRank:
+        return truncated(delta, settings, inputs.name)
 
-        added += least_interference(inputs.each(average, centred, check=False)).to(added.device)
-        added /= 2
+    added = informed_sum(
+        changes,
+        (average - start).reshape(shape),
+        lambda: least_interference(inputs.each(average, centred, check=False)),
+    )
     return average.contiguous().add_(added.to(average.device).view(average.shape))
 
 

@@ -28,7 +28,7 @@ the sum of the ``tau_t`` in the place of P. What was tried besides, and what it 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ from torch import Tensor
 
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.precision import full_precision
-from cart_plugin.linalg.rounding import rounding_edge
+from cart_plugin.linalg.rounding import edge_within
 from cart_plugin.merging import low_rank_changes
 from cart_plugin.merging.normal_equations import System
 
@@ -79,6 +79,28 @@ class Change(NamedTuple):
     energy: Tensor
     rounding: Tensor
 
+    @classmethod
+    def of(
+        cls,
+        factors: LowRank,
+        weight: float,
+        energy: Tensor,
+        rounding: Tensor,
+        leading: Tensor | None = None,
+    ) -> Change:
+        """One of the factors, which hold the leading singular values unless these are given.
+
+        Args:
+            factors: as above.
+            weight: as above.
+            energy: as above.
+            rounding: as above, on any device.
+            leading: `few_directions` singular values or more.
+        """
+        values = factors.S if leading is None else leading
+        few = few_directions(factors.U.shape[-2], factors.Vh.shape[-1])
+        return cls(factors, values[..., :few], weight, energy, rounding.to(energy.device))
+
     @property
     def shape(self) -> tuple[int, int]:
         """(m, n)."""
@@ -93,9 +115,7 @@ class Change(NamedTuple):
     def real(self) -> LowRank:
         """The factors without directions that are rounding; with those of any of a stack."""
         values = self.factors.S
-        # Where rounding is most of it, the estimate may be more than there is.
-        rounding = torch.minimum(self.rounding, self.energy / 2)
-        edge = rounding_edge(rounding, *self.shape).to(values)
+        edge = edge_within(self.energy, self.rounding, *self.shape).to(values)
         least = torch.maximum(LEAST_SHARE * values[..., :1], edge[..., None])
         known = values > least
         count = max(1, int(known.flatten(end_dim=-2).sum(dim=-1).max()))
@@ -163,6 +183,22 @@ def informed_by_base(changes: Iterable[Change], mean: Tensor) -> Found:
         return Found(left @ right, of_low_rank=True, changed=changed)
     system = informed_system(((one.real(), one.weight) for one in chain(held, rest)), mean)
     return Found(system.solve(), of_low_rank=False, changed=changed)
+
+
+def informed_sum(changes: Iterable[Change], mean: Tensor, centred: Callable[[], Tensor]) -> Tensor:
+    """What to add to the average: as `informed_by_base`, or half of it and of the form without.
+
+    Args:
+        changes: as there.
+        mean: as there.
+        centred: gives that other form (`cart_plugin.merging.least_interference`), if it is needed.
+    """
+    found = informed_by_base(changes, mean)
+    added = found.added
+    if found.is_halved:
+        added += centred().to(added.device)
+        added /= 2
+    return added
 
 
 def are_of_low_rank(changes: Iterable[Change]) -> bool:

@@ -141,17 +141,23 @@ def effective_rank(squares: Tensor, energy: Tensor, full: int) -> Tensor:
     return torch.where(energy > 0, energy.square() / torch.where(energy > 0, fourth, 1), 0)
 
 
-def cancellation(inner: Tensor) -> float:
-    """rho: how much of the differences their sum keeps, ``||sum_t D_t||^2 / sum_t ||D_t||^2``.
+def cancellation(inner: Tensor, weights: Sequence[float] | None = None) -> float:
+    """rho: how much of them a sum of differences keeps.
+
+    ``||sum_t w_t D_t||^2 / sum_t w_t ||D_t||^2``.
 
     Args:
         inner: inner products of the (truncated) differences, ``(T, T)``.
+        weights: w, of mean 1; None for ones.
 
     Returns:
-        0 for differences that cancel, 1 for orthogonal ones, T for equal ones; 0 for none.
+        For weights of 1: 0 for differences that cancel, 1 for orthogonal ones, T for equal ones.
+        0 where there are none.
     """
-    total = float(inner.trace())
-    return max(float(inner.sum()), 0.0) / total if total > 0 else 0.0
+    ones = [1.0] * len(inner)
+    own = torch.tensor(ones if weights is None else weights, dtype=inner.dtype)
+    total = float(own @ inner.diagonal())
+    return max(float(own @ inner @ own), 0.0) / total if total > 0 else 0.0
 
 
 def stand_in_inputs(part: LowRank) -> Tensor:

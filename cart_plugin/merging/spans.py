@@ -105,7 +105,7 @@ class Span:
             basis.coordinates.to(dtype).split(ranks, dim=-1)
             for basis in (self._rows, self._columns)
         )
-        self.parts = [_decomposed(*pair) for pair in zip(*sides, strict=True)]
+        self.parts = [decomposed(*pair) for pair in zip(*sides, strict=True)]
 
     def mean(self, shares: Sequence[float]) -> Tensor:
         """The weighted mean of the differences, ``(stack, p, q)``."""
@@ -198,8 +198,16 @@ def _root(gram: Tensor) -> tuple[Tensor, Tensor]:
     return rows, vectors * torch.where(known, 1 / roots, 0)[..., None, :]
 
 
-def _decomposed(left: Tensor, right: Tensor) -> LowRank:
-    """The singular value decomposition of ``left @ right^T``, from factors with few columns."""
+def decomposed(left: Tensor, right: Tensor) -> LowRank:
+    """The singular value decomposition of ``left @ right^T``, from factors with few columns.
+
+    Args:
+        left: ``(stack, m, r)``.
+        right: ``(stack, n, r)``.
+
+    Returns:
+        Factors of the smallest of m, n and r directions.
+    """
     if left.shape[-1] == 0:
         return LowRank(left, left.new_zeros(len(left), 0), right.mT)
     left_basis, left_rest = torch.linalg.qr(left)

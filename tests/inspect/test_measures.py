@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cart_plugin import CartSettings, CartWarning, merge_tensors
 from cart_plugin.errors import CartError
+from cart_plugin.inspect.inputs import Inputs
 from cart_plugin.inspect.measures import place, record
 from cart_plugin.inspect.weights import (
     AUTO,
@@ -228,7 +229,7 @@ def test_activations_say_what_is_measured_on_them() -> None:
     base, tensors = tuned(3)
     merged = tensors[0] * 0.5 + tensors[1] * 0.5
     inputs = random(32, 11, seed=77)
-    found = record(weight_of(tensors, base, merged=merged), names(3), {1: inputs})
+    found = record(weight_of(tensors, base, merged=merged), names(3), {1: Inputs(inputs)})
     got = found["methods"][MERGED]["measured"]
     own, answered = (tensors[1] - base) @ inputs, (merged - base) @ inputs
     lost = float((own - answered).square().sum() / own.square().sum())
@@ -237,10 +238,31 @@ def test_activations_say_what_is_measured_on_them() -> None:
     assert got["own"][0] == 0
 
 
+def test_turned_weights_and_stacks_are_measured_as_they_multiply() -> None:
+    base, tensors = tuned(3)
+    inputs = random(24, 11, seed=77)
+    plain = record(weight_of(tensors, base), names(3), {1: Inputs(inputs, turned=True)})
+    turned = record(weight_of([one.mT for one in tensors], base.mT), names(3), {1: Inputs(inputs)})
+    found, expected = (one["methods"]["average"]["measured"] for one in (plain, turned))
+    assert found["lost"][1] == pytest.approx(expected["lost"][1], rel=1e-4)
+    assert plain["reach"] == [0, 1, 0]
+    stacks = [random(3, 16, 20, seed=t) for t in range(3)]
+    columns = torch.zeros(3, 20, 4)
+    columns[0], columns[2, :, :2] = random(20, 4), random(20, 2, seed=5)
+    start = random(3, 16, 20, seed=9)
+    stack = record(
+        of_tensors("experts.up", stacks, names(3), start), names(3), {0: Inputs(columns)}
+    )
+    own = (stacks[0] - start) @ columns
+    got = stack["methods"]["average"]["measured"]["own"][0]
+    assert got == pytest.approx(float(own.square().sum()), rel=1e-4)
+    assert stack["reach"] == pytest.approx([2 / 3, 0, 0], rel=1e-5)
+
+
 def test_activations_say_the_same_of_factors() -> None:
     base = random(40, 48, seed=99)
     factors = [(random(40, 4, seed=t), random(4, 48, seed=t + 50) / 20) for t in range(3)]
-    inputs = {index: random(48, 9, seed=index) for index in range(3)}
+    inputs = {index: Inputs(random(48, 9, seed=index)) for index in range(3)}
     whole = record(weight_of([base + b @ a for b, a in factors], base), names(3), inputs)
     pairs = [Difference(b[None], a[None]) for b, a in factors]
     found = record(of_factors(NAME, (1, 40, 48), pairs), names(3), inputs)

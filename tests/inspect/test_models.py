@@ -239,17 +239,6 @@ def test_a_model_that_is_not_there_is_named(models: list[Path], tmp_path: Path) 
         inspect_models([models[0], tmp_path / "nowhere"])
 
 
-def test_adapters_and_whole_models_are_not_mixed(models: list[Path], adapters: list[Path]) -> None:
-    with pytest.raises(CartError, match=r"is a whole model and .* an adapter"):
-        inspect_models([models[0], adapters[0]])
-    with pytest.raises(CartError, match="is an adapter, and the others are whole models"):
-        inspect_models(models, merged=adapters[0])
-    with pytest.raises(CartError, match="is a whole model, and the others are adapters"):
-        inspect_models(adapters, merged=models[0])
-    with pytest.raises(CartError, match="different bases"):
-        inspect_models([f"{models[0]}+{adapters[0]}", f"{models[1]}+{adapters[1]}"])
-
-
 def test_names_are_one_a_model_and_no_two_alike(models: list[Path]) -> None:
     with pytest.raises(CartError, match="3 models but 2 names"):
         inspect_models(models, names=["a", "b"])

@@ -7,6 +7,8 @@ import torch
 
 from cart_plugin.linalg.gram import total_energy
 from cart_plugin.linalg.rounding import (
+    centred_rounding,
+    edge_within,
     is_drowned,
     rounding_beyond,
     rounding_edge,
@@ -39,6 +41,23 @@ def test_singular_values_of_rounding_errors_lie_below_the_edge(dtype: torch.dtyp
     largest = torch.linalg.svdvals(error)[:, 0]
     share = largest / rounding_edge(rounding_energy(stored), 80, 60)
     assert ((share > 0.9) & (share < 1.1)).all()
+
+
+def test_where_rounding_is_most_of_a_difference_it_is_no_more_than_that() -> None:
+    total = torch.tensor([8.0, 8.0])
+    found = edge_within(total, torch.tensor([1.0, 100.0]), 20, 10)
+    assert torch.equal(found, rounding_edge(torch.tensor([1.0, 4.0]), 20, 10))
+
+
+def test_a_difference_from_the_weighted_mean_has_the_rounding_of_all() -> None:
+    shares = [0.5, 0.3, 0.2]
+    weights = [0.1 * random(80, 60, seed=seed)[None] for seed in range(3)]
+    stored = [weight.bfloat16().float() for weight in weights]
+    errors = [left - right for left, right in zip(stored, weights, strict=True)]
+    mean = sum(share * error for share, error in zip(shares, errors, strict=True))
+    found = centred_rounding([rounding_energy(weight) for weight in stored], shares)
+    for own, error in zip(found, errors, strict=True):
+        assert float(own / total_energy(error - mean)) == pytest.approx(1, abs=0.1)
 
 
 def test_what_was_stored_in_fewer_bits_is_told_by_its_values() -> None:

@@ -147,6 +147,14 @@ def test_cancellation_tells_opposite_orthogonal_and_equal_differences() -> None:
     assert cancellation(torch.zeros(2, 2)) == 0
 
 
+def test_cancellation_with_weights_is_that_of_the_dense_formula() -> None:
+    weights, matrices = [2.0, 0.7, 0.3], [random(5, 4, seed=seed).double() for seed in range(3)]
+    inner = torch.stack([torch.stack([(a * b).sum() for b in matrices]) for a in matrices])
+    total = sum(w * one for w, one in zip(weights, matrices, strict=True)).square().sum()
+    alone = sum(w * one.square().sum() for w, one in zip(weights, matrices, strict=True))
+    assert cancellation(inner, weights) == pytest.approx(float(total / alone), rel=1e-12)
+
+
 def test_what_answers_judges_is_the_interference_on_stand_in_inputs() -> None:
     matrices = differences()
     parts = [leading(matrix[None], 5) for matrix in matrices]

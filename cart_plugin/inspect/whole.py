@@ -1,0 +1,138 @@
+"""Whole models of one architecture, some of them perhaps a base and an adapter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from cart_plugin.checkpoints.agreement import strangers
+from cart_plugin.checkpoints.digests import digest
+from cart_plugin.checkpoints.reading import Checkpoint
+from cart_plugin.errors import CartError
+from cart_plugin.inspect.activations import Subject
+from cart_plugin.inspect.fused import Fused
+from cart_plugin.inspect.measures import place
+from cart_plugin.inspect.weights import Plain, Weight, of_tensors
+from cart_plugin.merging.spans import Difference
+
+
+@dataclass
+class Whole:
+    """Whole models of one architecture; see `cart_plugin.inspect.sources.Source`.
+
+    Attributes:
+        checkpoints: the models.
+        base: the base model; None without one.
+        merged: a merged model, which is judged.
+    """
+
+    of_adapters = False
+
+    checkpoints: list[Checkpoint]
+    base: Checkpoint | None
+    merged: Checkpoint | None
+    paths: list[str]
+    start: str | None
+    weights: list[str] = field(init=False)
+    every: list[str] = field(init=False)
+    notes: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        others = [model for model in (self.base, self.merged) if model is not None]
+        first, every = self.checkpoints[0], [*self.checkpoints, *others]
+        if odd := strangers(first, every[1:]):
+            raise CartError(
+                f"{odd[0].name} lacks most tensors by the names of {first.name} "
+                f"({next(iter(first.tensors))}, say): they are of different architectures, or "
+                "saved with different classes"
+            )
+        self.every = list(first.tensors)
+        floating = [name for name, info in first.tensors.items() if info.is_floating]
+        self.weights, lacking, unlike = [], [], []
+        for name in floating:
+            held = [model.tensors.get(name) for model in every]
+            if any(info is None or not info.is_floating for info in held):
+                lacking.append(name)
+            elif len({info.shape for info in held if info is not None}) > 1:
+                unlike.append(name)
+            else:
+                self.weights.append(name)
+        self.notes = list(self._left_out(every, lacking, unlike))
+        if not self.weights:
+            raise CartError("the models have no tensor in common")
+
+    def _left_out(
+        self, every: Sequence[Checkpoint], lacking: Sequence[str], unlike: Sequence[str]
+    ) -> Iterator[str]:
+        first = every[0]
+        for name in unlike:
+            other = next(m for m in every if m.tensors[name].shape != first.tensors[name].shape)
+            shapes = (
+                f"{name} is {tuple(first.tensors[name].shape)} in {first.name} and "
+                f"{tuple(other.tensors[name].shape)} in {other.name}"
+            )
+            if place(name)[0] is not None:
+                raise CartError(f"{shapes}: models of different shapes cannot be merged")
+            yield f"{shapes}: left out, as heads and vocabularies of different sizes have to be"
+        if lacking:
+            yield (
+                f"{len(lacking):,} tensors are not in all of the models, such as {lacking[0]}: "
+                "left out"
+            )
+
+    @property
+    def models(self) -> list[str]:
+        """Their names."""
+        return [model.name for model in self.checkpoints]
+
+    @property
+    def has_base(self) -> bool:
+        """Whether one is given."""
+        return self.base is not None
+
+    def read(self, name: str, shares: Sequence[float] | None = None) -> Weight | Plain:
+        """See `Source`."""
+        return of_tensors(
+            name,
+            [model.read(name) for model in self.checkpoints],
+            self.models,
+            None if self.base is None else self.base.read(name),
+            None if self.merged is None else self.merged.read(name),
+            shares,
+            dict(self._differences(name)),
+        )
+
+    def _differences(self, name: str) -> Iterator[tuple[int, Difference]]:
+        """What is known by factors, by the models' numbers: adapters of the very base."""
+        if self.base is None:
+            return
+        start = os.path.realpath(self.base.path)
+        for index, model in enumerate(self.checkpoints):
+            if isinstance(model, Fused) and os.path.realpath(model.base.path) == start:
+                found = model.difference(name)
+                if found is not None:
+                    yield index, found
+
+    def runnable(self) -> list[Subject]:
+        """See `Source`."""
+        found = []
+        for model in self.checkpoints:
+            if model.path.is_file():
+                raise CartError(
+                    f"{model.name} is a weight file, which cannot be run on inputs: name its folder"
+                )
+            adapter = model.adapter.checkpoint.path if isinstance(model, Fused) else None
+            side = [] if adapter is None else [adapter]
+            side += [model.path, *([] if self.base is None else [self.base.path])]
+            found.append(Subject(model.name, model.path, adapter, False, side))
+        return found
+
+    def identity(self) -> list[str]:
+        """See `Source`."""
+        every = (*self.checkpoints, self.base, self.merged)
+        return ["" if model is None else _identity(model) for model in every]
+
+
+def _identity(model: Checkpoint) -> str:
+    return model.identity() if isinstance(model, Fused) else digest(model)
