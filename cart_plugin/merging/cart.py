@@ -92,7 +92,7 @@ def merge_tensors(
 
     with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
         shares = normalised(weights, len(tensors), where)
-        one = _Inputs(tensors, shares, models, name, where)
+        one = Inputs(tensors, shares, models, name, where)
         if decompose and base is not None and settings.is_informed(one.counting):
             merged = _informed(one, base, settings)
         else:
@@ -114,7 +114,7 @@ def merge_tensors(
 _T = TypeVar("_T")
 
 
-class _Inputs(NamedTuple):
+class Inputs(NamedTuple):
     """One tensor of all models, which have passed the checks."""
 
     tensors: Sequence[Tensor]
@@ -175,7 +175,7 @@ class _Inputs(NamedTuple):
 
 
 def _add_low_rank(
-    inputs: _Inputs, centre: Tensor, settings: CartSettings, kept: Kept | None, *, has_base: bool
+    inputs: Inputs, centre: Tensor, settings: CartSettings, kept: Kept | None, *, has_base: bool
 ) -> Tensor:
     """``centre + lambda * T * sum_t share_t SVD_k(W_t - centre)``, for shares that sum to 1.
 
@@ -218,7 +218,7 @@ def _add_low_rank(
     return merged
 
 
-def _count_whole(inputs: _Inputs, centre: Tensor, kept: Kept) -> None:
+def _count_whole(inputs: Inputs, centre: Tensor, kept: Kept) -> None:
     """Count differences that are kept as they are."""
     shape = matrix_shape(inputs.name, centre.shape)
 
@@ -243,7 +243,7 @@ def _two_models(settings: CartSettings, *, has_base: bool) -> str:
     )
 
 
-def _informed(inputs: _Inputs, base: Tensor, settings: CartSettings) -> Tensor:
+def _informed(inputs: Inputs, base: Tensor, settings: CartSettings) -> Tensor:
     """``average + M`` for the M of `informed_by_base`; of four models the mean of both forms."""
     inputs.check_weights()
     average = centre_of(inputs.tensors, inputs.shares, None, inputs.models, inputs.where)
