@@ -117,8 +117,8 @@ def _with_candidates(
     most = max(1, math.floor(candidates * min(delta.shape[-2:])))
     if kept.rank > most:
         raise CartError(
-            f"{where}: the merge keeps {kept.rank} singular directions, but candidates={candidates} "
-            f"are {most}; give more candidates, or start from a lower rank"
+            f"{where}: the merge keeps {kept.rank} singular directions, but "
+            f"candidates={candidates} are {most}; give more candidates, or start from a lower rank"
         )
     if kept.rank == most:
         return kept
