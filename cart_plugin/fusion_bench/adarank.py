@@ -39,7 +39,7 @@ from cart_plugin.fusion_bench.images import ImageInputs
 from cart_plugin.fusion_bench.inputs import ClipInputs, FlanT5Inputs, GPT2Inputs
 from cart_plugin.fusion_bench.merged import Merged
 from cart_plugin.fusion_bench.parts import Parts, cart_parts
-from cart_plugin.fusion_bench.ranks import Chosen
+from cart_plugin.fusion_bench.ranks import mean_rank, ranks_of, report, summary
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +111,6 @@ class CartAdaRank(CartAdaMerging):
                 "none of the parameters is decomposed, so that there are no ranks to adapt: see "
                 "decompose and exclude_keys"
             )
-        self._start = Chosen.of(module, list(pool.model_names))
         return module
 
     def groups(self, module: Merged) -> list[dict[str, Any]]:
@@ -121,25 +120,25 @@ class CartAdaRank(CartAdaMerging):
 
     def progress(self, module: Merged) -> dict[str, float]:
         """The mean rank of a task's matrix."""
-        return {"rank": Chosen.of(module, self._start.tasks).mean()}
+        return {"rank": mean_rank(module)}
 
     def restore(self, path: Path, module: Merged) -> None:
         """Take over masks and coefficients that an earlier run has saved."""
-        load_masks(path, module, self._start.tasks)
+        load_masks(path, module, list(self.modelpool.model_names))
 
     def store(self, path: Path, module: Merged) -> None:
         """Save masks and coefficients."""
-        save_masks(path, module, self._start.tasks)
+        save_masks(path, module, list(self.modelpool.model_names))
 
     def finish(self, module: Merged) -> None:
         """Also report the ranks."""
         super().finish(module)
-        chosen = Chosen.of(module, self._start.tasks)
-        log.info("%s", chosen.summary(self._start))
+        layers, tasks = ranks_of(module), list(self.modelpool.model_names)
+        log.info("%s", summary(layers, tasks))
         if self.ranks_save_path is not None:
             path = self.place(self.ranks_save_path)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, chosen.report(self._start))
+            write_json(path, report(layers, tasks))
 
 
 class CartCLIPAdaRankAlgorithm(ClipInputs, CartAdaRank):

@@ -91,6 +91,7 @@ class LowRankTerm(Term):
     values: Tensor  # (stack, K)
     right: Tensor  # (stack, K, n)
     tasks: Tensor  # (K,): whose direction it is
+    kept: Tensor  # (stack, K): what the merge keeps before anything is adapted
 
     def __init__(self, found: Directions, dtype: torch.dtype, *, masked: bool) -> None:
         super().__init__(found.centre, dtype)
@@ -101,18 +102,18 @@ class LowRankTerm(Term):
             "values": torch.cat([factors.S for factors in found.factors], dim=-1),
             "right": torch.cat([factors.Vh for factors in found.factors], dim=-2),
             "tasks": torch.arange(len(ranks)).repeat_interleave(ranks).to(found.centre.device),
+            "kept": torch.cat(list(found.kept), dim=-1),
         }
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
         self.scores: nn.Parameter | None = None
         if masked:
-            kept = torch.cat(list(found.kept), dim=-1)
-            self.scores = nn.Parameter(kept.to(self.values.dtype))
+            self.scores = nn.Parameter(self.kept.to(self.values.dtype))
 
     @property
     def mask(self) -> Tensor:
         """Which directions have a part, ``(stack, K)``."""
-        return torch.ones_like(self.values) > 0 if self.scores is None else self.scores > _THRESHOLD
+        return self.kept if self.scores is None else self.scores > _THRESHOLD
 
     def added(self, coefficients: Tensor) -> Tensor:
         """The weighted sum of the directions that the mask lets through.
@@ -126,9 +127,13 @@ class LowRankTerm(Term):
         with full_precision(self.left.device):
             return (self.left * scale[..., None, :]) @ self.right
 
-    def chosen(self) -> list[int]:
-        """How many directions have a part, by task; of a stack all matrices' together."""
-        return [int(one.sum()) for one in self.mask.split(self.ranks, dim=-1)]
+    def counts(self, directions: Tensor) -> list[int]:
+        """How many of some directions each task has; of a stack all matrices' together.
+
+        Args:
+            directions: bool, ``(stack, K)``, such as `mask`.
+        """
+        return [int(one.sum()) for one in directions.split(self.ranks, dim=-1)]
 
     def sizes(self) -> Tensor:
         """Norms of the singular values by task."""
@@ -183,7 +188,7 @@ class Merged(nn.Module):
 
     def weights(self) -> dict[str, Tensor]:
         """The merged weights as coefficients and masks are now."""
-        by_name = self.merge_weight
+        by_name: Tensor = self.merge_weight
         if by_name.ndim == 1:
             by_name = by_name[:, None].expand(-1, len(self.names))
         columns = zip(self.names, self._terms, by_name.unbind(dim=1), strict=True)

@@ -6,75 +6,83 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cart_plugin.fusion_bench.merged import Merged
+from cart_plugin.fusion_bench.merged import LowRankTerm, Merged
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """The ranks of a merged model with masks.
+class Ranks:
+    """Directions of one layer, by task; of a stack, such as experts, of all matrices together.
 
     Attributes:
-        tasks: the tasks' names.
-        candidates: how many directions each task may choose from, by layer; of a stack of matrices,
-            such as experts, those of all together.
-        ranks: how many it has chosen, by layer in the order of the tasks.
-        matrices: how many matrices a layer has.
+        matrices: how many matrices the layer has.
+        candidates: what each task may choose from.
+        start: what the merge kept before it was adapted.
+        chosen: what it keeps now.
+        added: what of that it did not keep before.
     """
 
-    tasks: list[str]
-    candidates: dict[str, list[int]]
-    ranks: dict[str, list[int]]
-    matrices: dict[str, int]
+    matrices: int
+    candidates: list[int]
+    start: list[int]
+    chosen: list[int]
+    added: list[int]
 
     @classmethod
-    def of(cls, module: Merged, tasks: Sequence[str]) -> Chosen:
-        """Those of a model as it is now."""
-        masked = module.masked
-        stacks = {name: len(term.values) for name, term in masked.items()}
+    def of(cls, term: LowRankTerm) -> Ranks:
+        """Those of a term as it is now."""
+        stack = len(term.values)
         return cls(
-            tasks=list(tasks),
-            candidates={n: [stacks[n] * rank for rank in t.ranks] for n, t in masked.items()},
-            ranks={name: term.chosen() for name, term in masked.items()},
-            matrices=stacks,
+            matrices=stack,
+            candidates=[stack * rank for rank in term.ranks],
+            start=term.counts(term.kept),
+            chosen=term.counts(term.mask),
+            added=term.counts(term.mask & ~term.kept),
         )
 
-    def mean(self) -> float:
-        """The mean rank of a matrix and task."""
-        return sum(map(sum, self.ranks.values())) / self._count / len(self.tasks)
-
     @property
-    def _count(self) -> int:
-        return sum(self.matrices.values())
+    def removed(self) -> list[int]:
+        """What it kept before and does not keep now."""
+        counts = zip(self.start, self.chosen, self.added, strict=True)
+        return [start + added - chosen for start, chosen, added in counts]
 
-    def summary(self, start: Chosen) -> str:
-        """A line a task: its mean rank, from what it started, and its extremes by layer."""
-        width = max(map(len, self.tasks))
-        lines = [f"Singular directions by task, mean of {self._count} matrices:"]
-        for index, task in enumerate(self.tasks):
-            before, after = (sum(r[index] for r in c.ranks.values()) for c in (start, self))
-            means = {name: r[index] / self.matrices[name] for name, r in self.ranks.items()}
-            least, most = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
-            lines.append(
-                f"  {task:{width}}  {before / self._count:.1f} -> {after / self._count:.1f}, "
-                f"from {means[least]:.0f} ({least}) to {means[most]:.0f} ({most})"
-            )
-        return "\n".join(lines)
 
-    def report(self, start: Chosen) -> dict[str, Any]:
-        """The ranks by layer and task, before and after, for a JSON file."""
+def ranks_of(module: Merged) -> dict[str, Ranks]:
+    """The ranks of a merged model with masks, by layer."""
+    return {name: Ranks.of(term) for name, term in module.masked.items()}
 
-        def by_task(numbers: Sequence[int]) -> dict[str, int]:
-            return dict(zip(self.tasks, numbers, strict=True))
 
-        return {
-            "mean_rank": {"start": start.mean(), "chosen": self.mean()},
-            "layers": {
-                name: {
-                    "matrices": self.matrices[name],
-                    "candidates": by_task(self.candidates[name]),
-                    "start": by_task(start.ranks[name]),
-                    "chosen": by_task(ranks),
-                }
-                for name, ranks in self.ranks.items()
-            },
-        }
+def mean_rank(module: Merged) -> float:
+    """The mean rank of a matrix and task."""
+    terms = module.masked.values()
+    matrices = sum(len(term.values) * len(term.ranks) for term in terms)
+    return sum(int(term.mask.sum()) for term in terms) / matrices
+
+
+def summary(layers: dict[str, Ranks], tasks: Sequence[str]) -> str:
+    """A line a task: its mean rank before and after, and its extremes by layer."""
+    count = sum(layer.matrices for layer in layers.values())
+    width = max(map(len, tasks))
+    lines = [f"Singular directions by task, mean of {count} matrices:"]
+    for index, task in enumerate(tasks):
+
+        def mean(what: str, index: int = index) -> float:
+            return sum(getattr(layer, what)[index] for layer in layers.values()) / count
+
+        means = {name: layer.chosen[index] / layer.matrices for name, layer in layers.items()}
+        least, most = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
+        lines.append(
+            f"  {task:{width}}  {mean('start'):.1f} -> {mean('chosen'):.1f} "
+            f"({mean('added'):.1f} added, {mean('removed'):.1f} removed), "
+            f"from {means[least]:.0f} ({least}) to {means[most]:.0f} ({most})"
+        )
+    return "\n".join(lines)
+
+
+def report(layers: dict[str, Ranks], tasks: Sequence[str]) -> dict[str, Any]:
+    """The same by layer, for a JSON file."""
+    kinds = ("candidates", "start", "chosen", "added", "removed")
+    return {
+        name: {"matrices": layer.matrices}
+        | {kind: dict(zip(tasks, getattr(layer, kind), strict=True)) for kind in kinds}
+        for name, layer in layers.items()
+    }

@@ -25,6 +25,7 @@ from cart_plugin.fusion_bench.adarank import (
 from cart_plugin.fusion_bench.algorithm import CartAlgorithm, CartUncenteredAlgorithm
 from cart_plugin.fusion_bench.images import HEAD_NAMES
 from cart_plugin.fusion_bench.merged import LowRankTerm, Merged
+from cart_plugin.fusion_bench.ranks import Ranks
 from cart_plugin.merging.directions import directions_of
 from tests.fusion_bench import tiny
 from tests.support import random
@@ -140,7 +141,7 @@ def test_the_gradient_of_scores_is_that_of_the_mask() -> None:
     assert module.merge_weight.grad is not None
     assert torch.allclose(term.scores.grad[0], torch.tensor(scores), atol=1e-5)
     assert torch.allclose(module.merge_weight.grad, torch.tensor(coefficients), atol=1e-5)
-    assert term.chosen() == [1, 1, 1]
+    assert term.counts(term.mask) == [1, 1, 1]
 
 
 def test_a_score_above_a_half_adds_its_direction() -> None:
@@ -157,7 +158,10 @@ def test_a_score_above_a_half_adds_its_direction() -> None:
     on = added.S[1, 2] * torch.outer(added.U[1, :, 2], added.Vh[1, 2])
     off = gone.S[0, 0] * torch.outer(gone.U[0, :, 0], gone.Vh[0, 0])
     assert torch.allclose(moved, torch.stack([-off, on]), atol=1e-6)
-    assert term.chosen() == [1, 3, 2]
+    assert term.counts(term.mask) == [1, 3, 2]
+    ranks = Ranks.of(term)
+    assert ranks == Ranks(2, [8, 8, 8], [2, 2, 2], [1, 3, 2], [0, 1, 0])
+    assert ranks.removed == [1, 0, 0]
 
 
 @pytest.mark.parametrize("settings", [CART, {"scaling_factor": "auto", "candidates": 1}], ids=str)
@@ -184,19 +188,24 @@ def test_ranks_are_reported_by_layer_and_task(
     )
     with caplog.at_level("INFO"):
         run.run(models)
-    report, saved = json.loads(file.read_text()), load_file(masks)
-    layers = report["layers"]
+    layers, saved = json.loads(file.read_text()), load_file(masks)
     assert {f"mask.{name}" for name in layers} == set(saved) - {"coefficients", "sizes"}
     for name, layer in layers.items():
         chosen = saved[f"mask.{name}"].view(1, 3, -1).sum(-1)[0].tolist()
         assert layer["chosen"] == dict(zip(tiny.TASKS, chosen, strict=True))
         assert layer["start"] == dict.fromkeys(tiny.TASKS, 2)
+        assert all(
+            layer["start"][task] + layer["added"][task] - layer["removed"][task]
+            == layer["chosen"][task]
+            for task in tiny.TASKS
+        )
         assert layer["candidates"] == dict.fromkeys(tiny.TASKS, saved[f"mask.{name}"].shape[1] // 3)
-    ranks = [rank for layer in layers.values() for rank in layer["chosen"].values()]
-    assert report["mean_rank"] == {"start": 2, "chosen": pytest.approx(sum(ranks) / len(ranks))}
-    assert any(rank != 2 for rank in ranks)
+    for task in tiny.TASKS:
+        mean = sum(layer["chosen"][task] for layer in layers.values()) / len(layers)
+        added = sum(layer["added"][task] for layer in layers.values()) / len(layers)
+        assert added > 0
+        assert f"  {task:7}  2.0 -> {mean:.1f} ({added:.1f} added, " in caplog.text
     assert f"mean of {len(layers)} matrices" in caplog.text
-    assert all(f"  {task}" in caplog.text for task in tiny.TASKS)
 
 
 def test_adaptation_lowers_entropy(tmp_path: Path) -> None:
