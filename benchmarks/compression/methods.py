@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.suites import Encoders
 from cart_plugin.compress import compress, load_task
@@ -173,14 +173,27 @@ def _masked_bytes(encoders: Encoders) -> int:
     return 2 * one + len(encoders.tuned) * (numbers // 8)
 
 
+class _AsModule(nn.Module):
+    """Tensors as frozen parameters, under the names that they have in a model."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            *path, last = name.split(".")
+            holder: nn.Module = self
+            for part in path:
+                if part not in dict(holder.named_children()):
+                    holder.add_module(part, nn.Module())
+                holder = holder.get_submodule(part)
+            holder.register_parameter(last, nn.Parameter(tensor, requires_grad=False))
+
+
 def emr(encoders: Encoders) -> Stored:
     """FusionBench's EMR: one elected vector, and a mask and a scale a task."""
     from fusion_bench.method.emr_merging.emr_merging import EMRMerging
 
-    from cart_plugin.fusion_bench.vectors import TaskVector
-
     models = {"_pretrained_": pretrained_tensors(encoders), **encoders.tuned}
-    merged = EMRMerging().run({name: TaskVector(tensors) for name, tensors in models.items()})
+    merged = EMRMerging().run({name: _AsModule(tensors) for name, tensors in models.items()})
 
     def restored(task: str) -> dict[str, Tensor]:
         own = deepcopy(merged)

@@ -224,6 +224,14 @@ METHODS: dict[str, Method] = {
         {"scaling_factor": (2.0, 3.0, 4.0), "lr": (0.003, 0.01, 0.03, 0.1)},
         data=_UNLABELLED,
     ),
+    "cart_adarank": Method(
+        "CART + AdaRank",
+        "cart/adarank_image",
+        (*_ADAPTING, "method.ranks_save_path=null", "method.rank_ratio=0.16"),
+        # Of 20 steps, ten and five of one mind turn a direction on or off.
+        {"scaling_factor": (2.0, 3.0, 4.0), "lr": (0.01, 0.03), "mask_lr": (0.05, 0.1)},
+        data=_UNLABELLED,
+    ),
     "emr": Method("EMR", "emr_merging/emr_merging", keeps="a mask a task"),
     "cart_indexing": Method(
         "CART-Indexing",

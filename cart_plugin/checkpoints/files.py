@@ -50,9 +50,16 @@ def write_json(file: Path, value: object, *, sort_keys: bool = False) -> None:
 
 def write_text(file: Path, text: str) -> None:
     """Write a file whole or not at all."""
+    with replacing(file) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A name beside ``file`` to write to, which takes its place if all goes well."""
     scratch = file.with_name(f".{file.name}.{os.getpid()}.new")
     try:
-        scratch.write_text(text, encoding="utf-8")
+        yield scratch
         scratch.replace(file)
     except BaseException:
         scratch.unlink(missing_ok=True)

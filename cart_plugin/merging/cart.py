@@ -94,7 +94,7 @@ def merge_tensors(
 
     with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
         shares = normalised(weights, len(tensors), where)
-        one = _Inputs(tensors, shares, models, name, where)
+        one = Inputs(tensors, shares, models, name, where)
         if decompose and base is not None and settings.is_informed(one.counting):
             merged = _informed(one, base, settings)
         else:
@@ -120,7 +120,7 @@ SIDE_BY_SIDE = 2**24
 large one keeps several threads busy by itself, and copies of large ones would add up."""
 
 
-class _Inputs(NamedTuple):
+class Inputs(NamedTuple):
     """One tensor of all models, which have passed the checks."""
 
     tensors: Sequence[Tensor]
@@ -184,7 +184,7 @@ class _Inputs(NamedTuple):
 
 
 def _add_low_rank(
-    inputs: _Inputs, centre: Tensor, settings: CartSettings, kept: Kept | None, *, has_base: bool
+    inputs: Inputs, centre: Tensor, settings: CartSettings, kept: Kept | None, *, has_base: bool
 ) -> Tensor:
     """``centre + lambda * T * sum_t share_t SVD_k(W_t - centre)``, for shares that sum to 1.
 
@@ -233,7 +233,7 @@ def _add_low_rank(
     return merged
 
 
-def _count_whole(inputs: _Inputs, centre: Tensor, kept: Kept) -> None:
+def _count_whole(inputs: Inputs, centre: Tensor, kept: Kept) -> None:
     """Count differences that are kept as they are."""
     shape = matrix_shape(inputs.name, centre.shape)
 
@@ -258,7 +258,7 @@ def _two_models(settings: CartSettings, *, has_base: bool) -> str:
     )
 
 
-def _informed(inputs: _Inputs, base: Tensor, settings: CartSettings) -> Tensor:
+def _informed(inputs: Inputs, base: Tensor, settings: CartSettings) -> Tensor:
     """``average + M`` for the M of `informed_sum`."""
     inputs.check_weights()
     average = centre_of(inputs.tensors, inputs.shares, None, inputs.models, inputs.where)

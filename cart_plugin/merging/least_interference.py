@@ -38,11 +38,13 @@ tried besides, and what it brought: ``benchmarks/notes/auto.md``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from cart_plugin.linalg.factors import LowRank
+from cart_plugin.linalg.precision import full_precision
 from cart_plugin.merging.normal_equations import System
 
 RIDGE = 1.0
@@ -74,3 +76,42 @@ def least_interference(
     for factors, weight in parts:
         total.add(factors, weight)
     return total.solve(ridge, pull)
+
+
+def by_direction(
+    parts: Sequence[tuple[LowRank, float]], ranks: Sequence[int] | None = None
+) -> list[LowRank]:
+    """The same matrix as a sum over tasks and singular directions, ``M = sum_t w_t Q_t``.
+
+    Both right-hand sides of the system are sums over the directions ``u_i s_i v_i^T`` of tasks::
+
+        Q_t = sum_i u_i s_i (s_i^2 / s_1^2 + s / rho) v_i^T (sum_t w_t C_t + r I)^-1
+
+    Args:
+        parts: as in `least_interference`; a weight of 0 leaves a task out of the sums.
+        ranks: how many leading directions of each make M; the others are scaled in the same way,
+            as what they would add to it. All if None.
+
+    Returns:
+        ``Q_t`` for each task, as factors with as many directions as were given; the rows of ``Vh``
+        are not orthogonal.
+    """
+    system, device = System(), parts[0][0].S.device
+    ranks = [factors.rank for factors, _ in parts] if ranks is None else ranks
+    for (factors, weight), rank in zip(parts, ranks, strict=True):
+        if weight:
+            leading = LowRank(
+                factors.U[..., :rank], factors.S[..., :rank], factors.Vh[..., :rank, :]
+            )
+            system.add(leading, weight)
+    strength = system.strength(PULL)
+    root = torch.linalg.cholesky(system.metric(RIDGE))
+    found = []
+    for factors, _ in parts:
+        here = factors.to(root.device)
+        shares = torch.where(here.S[..., :1] > 0, here.S / here.S[..., :1], 0)
+        values = here.S * (shares.square() + strength[..., None])
+        with full_precision(root.device):
+            right = torch.cholesky_solve(here.Vh.mT, root).mT
+        found.append(LowRank(here.U, values, right).to(device))
+    return found

@@ -132,6 +132,24 @@ class System:
         gram.diagonal(dim1=-2, dim2=-1).add_(shift[..., None])
         return gram
 
+    def strength(
+        self, pull: float, *, directions: Tensor | None = None, least_kept: float = LEAST_KEPT
+    ) -> Tensor:
+        """By what `solve` multiplies ``sum w D``: ``s / rho``, one number a matrix of a stack.
+
+        Args:
+            pull: s, as in `solve`.
+            directions: as in `solve`.
+            least_kept: as in `solve`.
+        """
+        if self.dense is None or self.waiting:
+            self._pour()
+        assert self.dense is not None
+        summed = self.dense.summed
+        mean = self._mean_eigenvalue(summed.shape[-1], directions)
+        norm = torch.linalg.vector_norm(summed, dim=(-2, -1), dtype=torch.float64)
+        return self._strength(norm.square(), pull * mean, least_kept)
+
     def _pour(self) -> None:
         """Turn the factors that wait into dense sums."""
         plain, shares, right = self._products()
@@ -178,8 +196,7 @@ class System:
             fitted, summed, gram = self.dense
             with full_precision(gram.device):
                 mean = self._mean_eigenvalue(gram.shape[-1], directions)
-                norm = torch.linalg.vector_norm(summed, dim=(-2, -1), dtype=torch.float64)
-                strength = self._strength(norm.square(), pull * mean, least_kept)
+                strength = self.strength(pull, directions=directions, least_kept=least_kept)
                 fitted.add_(summed.mul_(strength[..., None, None]))
                 return _solve(gram, ridge * mean, fitted.mT).mT
         plain, shares, right = self._products()

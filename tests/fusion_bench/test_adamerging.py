@@ -25,9 +25,9 @@ from cart_plugin.fusion_bench.algorithm import CartAlgorithm
 from cart_plugin.fusion_bench.image_adamerging import (
     CartImageAdaMergingAlgorithm,
     ImageClassificationAdaMergingAlgorithm,
-    body,
 )
-from cart_plugin.fusion_bench.vectors import aliases
+from cart_plugin.fusion_bench.images import body
+from cart_plugin.fusion_bench.merged import aliases
 from tests.fusion_bench import tiny
 
 CONFIGS = Path(cart_plugin.fusion_bench.__file__).parent / "conf" / "method" / "cart"
@@ -81,6 +81,22 @@ def test_step_0_is_cart(
     assert same(merged.state_dict(), expected)
 
 
+@pytest.mark.parametrize(("algorithm", "pool"), TEXT_AND_CLIP[1:])
+def test_step_0_is_cart_auto(algorithm: type[CartAdaMerging], pool: Pool, tmp_path: Path) -> None:
+    models, settings = pool(tmp_path), {"scaling_factor": "auto", "weights": [1.0, 3.0, 0.5]}
+    expected = CartAlgorithm(**settings).run(models).state_dict()
+    assert same(algorithm(max_steps=0, **settings).run(models).state_dict(), expected)
+
+
+def test_auto_leaves_the_pretrained_model_out(tmp_path: Path) -> None:
+    """As ``cart/auto`` does with five models or more."""
+    models = tiny.image_pool(tmp_path / "with")
+    without = tiny.image_pool(tmp_path / "without", pretrained=False)
+    expected = body(CartAlgorithm(scaling_factor="auto").run(without)).state_dict()
+    merged = CartImageAdaMergingAlgorithm(scaling_factor="auto", max_steps=0).run(models)
+    assert same(body(merged).state_dict(), expected)
+
+
 def test_step_0_is_cart_with_weights(tmp_path: Path) -> None:
     models, weights = tiny.gpt2_pool(tmp_path), {"mnist": 1.0, "svhn": 3.0, "cifar10": 0.5}
     expected = CartAlgorithm(weights=weights, **CART).run(models).state_dict()
@@ -118,14 +134,13 @@ def test_tied_parameters_run_with_the_merged_weights(tmp_path: Path) -> None:
     models = tiny.t5_pool(tmp_path)
     run = CartFlanT5AdaMergingAlgorithm(**CART)
     module = run.construct(models)
-    tied = aliases(module.pretrained_model)
+    tied = aliases(module.model)
     assert "encoder.embed_tokens.weight" in tied
     with torch.no_grad():
         module.merge_weight.uniform_(generator=torch.Generator().manual_seed(1))
-        module.merge_weights()
         inputs = {"input_ids": torch.tensor([[3, 4, 5]]), "decoder_input_ids": torch.tensor([[0]])}
         wrapped = module(**inputs).logits
-        assert torch.allclose(wrapped, module.merge_and_unload()(**inputs).logits, atol=1e-6)
+        assert torch.allclose(wrapped, module.unload()(**inputs).logits, atol=1e-6)
 
 
 def test_clip_needs_the_pretrained_model_for_its_heads(tmp_path: Path) -> None:
@@ -286,7 +301,7 @@ def test_coefficients_that_do_not_fit_are_refused(
         run.run(models)
 
 
-@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*adamerging*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*ada*.yaml")), ids=lambda p: p.stem)
 def test_configs_give_the_defaults(config: Path) -> None:
     from fusion_bench.utils import instantiate
 
@@ -294,7 +309,7 @@ def test_configs_give_the_defaults(config: Path) -> None:
     algorithm = instantiate(settings)
     plain = type(algorithm)()
     for name in set(settings) - {"_target_", "_recursive_"}:
-        changed = {"merging_weights_save_path", "num_workers", "batch_size"}
+        changed = {"merging_weights_save_path", "num_workers", "batch_size", "ranks_save_path"}
         assert name in changed or getattr(algorithm, name) == getattr(plain, name), name
 
 

@@ -1,0 +1,110 @@
+"""Inputs and heads of CLIP, GPT-2 and Flan-T5 pools: those of FusionBench's own AdaMerging.
+
+Its classes load the batches and compute the predictions; the loop is
+`cart_plugin.fusion_bench.adaptation.Adaptation.adapt`, for all pools.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from fusion_bench.modelpool import BaseModelPool
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from cart_plugin.errors import CartError
+from cart_plugin.fusion_bench.adaptation import Adaptation
+
+
+class FusionBenchInputs(Adaptation):
+    """What the three have in common."""
+
+    @abstractmethod
+    def source(self) -> Any:
+        """FusionBench's algorithm."""
+
+    def prepare_inputs(self, pool: BaseModelPool) -> None:
+        """Set up FusionBench's algorithm, and its heads."""
+        # Kept: when FusionBench's algorithms are collected, they close the loggers of the fabric.
+        self._source = self.source()
+        self._source.modelpool = pool
+        self._source.fabric = self.fabric
+        self._source.on_test_time_adaptation_start()
+
+    def batches(self, task: str) -> Iterator[Any]:
+        """Its shuffled batches."""
+        found: Iterator[Any] = self._source.get_shuffled_test_loader_iter(task)
+        return found
+
+    def logits(self, model: nn.Module, batch: Any, task: str) -> Tensor:
+        """Its predictions."""
+        found: Tensor = self._source.compute_logits(model, batch, task)
+        return found
+
+    def _language_model_source(self, algorithm: Callable[..., Any]) -> Any:
+        loading = {"batch_size": self.batch_size, "num_workers": self.num_workers}
+        # What only its own loop uses, it takes without a default all the same.
+        unused = {"optimizer": DictConfig({}), "init_values": 0.0, "max_steps": self.max_steps}
+        return algorithm(dataloader_kwargs=DictConfig(loading), **unused)
+
+
+class ClipInputs(FusionBenchInputs):
+    """Images of a CLIP pool, on zero-shot heads of the pretrained CLIP.
+
+    FusionBench caches the heads in ``./outputs/cache`` by task and model path only: delete that
+    folder when another model comes to lie in the same path.
+    """
+
+    def check_pool(self, pool: BaseModelPool) -> None:
+        """Also refuse a pool without the pretrained CLIP, whose text encoder makes the heads.
+
+        Raises:
+            CartError: as `Adaptation.check_pool`, or no pretrained model.
+        """
+        super().check_pool(pool)
+        if not pool.has_pretrained:
+            raise CartError(
+                "the zero-shot heads that CLIP is adapted on come from the pretrained model's "
+                "text encoder: give the pool a _pretrained_"
+            )
+
+    def source(self) -> Any:
+        """FusionBench's layer-wise AdaMerging for CLIP."""
+        from fusion_bench.method.adamerging.clip_layer_wise_adamerging import (
+            CLIPLayerWiseAdaMergingAlgorithm,
+        )
+
+        names = ("batch_size", "num_workers")
+        return CLIPLayerWiseAdaMergingAlgorithm(
+            DictConfig({name: getattr(self, name) for name in names})
+        )
+
+    def logits(self, model: nn.Module, batch: Any, task: str) -> Tensor:
+        """Its predictions, of images without their labels."""
+        return super().logits(model, batch[0], task)
+
+
+class GPT2Inputs(FusionBenchInputs):
+    """Texts of a GPT-2 pool, on the fine-tuned models' own ``score`` heads."""
+
+    def source(self) -> Any:
+        """FusionBench's layer-wise AdaMerging for GPT-2."""
+        from fusion_bench.method.adamerging.gpt2_layer_wise_adamerging import (
+            GPT2LayerWiseAdaMergingAlgorithm,
+        )
+
+        return self._language_model_source(GPT2LayerWiseAdaMergingAlgorithm)
+
+
+class FlanT5Inputs(FusionBenchInputs):
+    """Texts of a Flan-T5 pool, on the first generated token."""
+
+    def source(self) -> Any:
+        """FusionBench's layer-wise AdaMerging for Flan-T5."""
+        from fusion_bench.method.adamerging.flan_t5_layer_wise_adamerging import (
+            FlanT5LayerWiseAdaMergingAlgorithm,
+        )
+
+        return self._language_model_source(FlanT5LayerWiseAdaMergingAlgorithm)

@@ -1,0 +1,132 @@
+"""A merge of one weight as a sum over tasks and singular directions, to be adapted one by one.
+
+CART and `cart_auto` are both of the form ::
+
+    merged = centre + scale * sum_t (w_t / mean(w)) * sum_i b_ti s_ti u_ti v_ti^T
+
+where ``b_ti`` is 1 for the directions that the rank rule keeps and 0 for the others, and the scale
+is CART's lambda, or 1: in the sum of least interference each direction has a strength and a right
+vector of its own (`cart_plugin.merging.least_interference.by_direction`). AdaMerging (arXiv
+2310.02575) adapts a factor for each task, AdaRank (arXiv 2503.22178) the ``b_ti``, too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cart_plugin.errors import CartError
+from cart_plugin.linalg.factors import LowRank
+from cart_plugin.linalg.rules import RankRule
+from cart_plugin.merging.cart import Inputs, centre_of, factors_of, truncated
+from cart_plugin.merging.inputs import check_finite, check_inputs, normalised
+from cart_plugin.merging.least_interference import by_direction
+from cart_plugin.merging.settings import CartSettings
+from cart_plugin.merging.tensors import matrix_shape
+
+
+@dataclass(frozen=True)
+class Directions:
+    """One weight of several models by singular directions.
+
+    Attributes:
+        centre: what is added to, in the weight's shape, in fp32 (fp64 for fp64 inputs).
+        factors: one a model, of matrices ``(stack, m, n)`` (`matrix_shape`).
+        kept: one a model, ``(stack, r)``: the directions that the merge keeps.
+    """
+
+    centre: Tensor
+    factors: tuple[LowRank, ...]
+    kept: tuple[Tensor, ...]
+
+
+def directions_of(
+    tensors: Sequence[Tensor],
+    settings: CartSettings | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    base: Tensor | None = None,
+    name: str | None = None,
+    models: Sequence[str] | None = None,
+    candidates: float | None = None,
+) -> Directions:
+    """The directions of which a merge of one weight consists, and those that it leaves out.
+
+    Args:
+        tensors: one a model, all of one shape, on one device. At least two; not empty.
+        settings: parameters of the method; the defaults if None. With ``lambda_="auto"`` the sum is
+            the one without a base model.
+        weights: one a model; equal if None.
+        base: the base model's tensor; needed by ``center="base"`` only.
+        name: the tensor's name, which the solver's start depends on.
+        models: the models' names, for errors.
+        candidates: share of the singular directions to return, those that are kept among them. If
+            None, only those that are kept.
+
+    Raises:
+        CartError: as `cart_plugin.merging.cart.merge_tensors`, or more directions are kept than
+            there are candidates.
+    """
+    settings = settings or CartSettings()
+    models, where = check_inputs(tensors, base, settings.center, name, models)
+    with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
+        shares = normalised(weights, len(tensors), where)
+        inputs = Inputs(tensors, shares, models, name, where)
+        around = base if settings.center == "base" else None
+        centre = centre_of(tensors, shares, around, models, where)
+        shape = matrix_shape(name, centre.shape)
+        of_rank = settings.rule.of_numerical_rank
+        rounding = iter(inputs.centred_rounding(shape) if of_rank else ())
+        found, ranks = [], []
+        for tensor, share, model in zip(tensors, shares, models, strict=True):
+            delta = tensor - centre
+            check_finite(delta, [model], [tensor], where)
+            factors = truncated(delta, settings, name, next(rounding, None) if share else None)
+            ranks.append(factors.rank)
+            if candidates is not None:
+                rest = delta.reshape(shape)
+                factors = _with_candidates(factors, rest, settings, name, candidates, where)
+            found.append(factors)
+        kept = [
+            (factors.S > 0) & (torch.arange(factors.rank, device=factors.S.device) < rank)
+            for factors, rank in zip(found, ranks, strict=True)
+        ]
+        if settings.lambda_ == "auto":
+            inputs.check_weights()
+            counts = [len(tensors) * share for share in shares]
+            found = by_direction(list(zip(found, counts, strict=True)), ranks)
+        return Directions(centre, tuple(found), tuple(kept))
+
+
+def _with_candidates(
+    kept: LowRank,
+    delta: Tensor,
+    settings: CartSettings,
+    name: str | None,
+    candidates: float,
+    where: str,
+) -> LowRank:
+    """The directions that are kept, and after them those of the rest of a difference.
+
+    They are not decomposed anew, so that the merge is the same with any solver.
+    """
+    most = max(1, math.floor(candidates * min(delta.shape[-2:])))
+    if kept.rank > most:
+        raise CartError(
+            f"{where}: the merge keeps {kept.rank} singular directions, but "
+            f"candidates={candidates} are {most}; give more candidates, or start from a lower rank"
+        )
+    if kept.rank == most:
+        return kept
+    rest = kept.add_to_(delta.clone(), -1.0)
+    rule = RankRule(rank=most - kept.rank)
+    others = factors_of(rest, rule, name, svd=settings.svd, seed=settings.seed)
+    return LowRank(
+        torch.cat([kept.U, others.U], dim=-1),
+        torch.cat([kept.S, others.S], dim=-1),
+        torch.cat([kept.Vh, others.Vh], dim=-2),
+    )

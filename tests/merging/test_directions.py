@@ -1,0 +1,88 @@
+"""A merge as a sum over singular directions is that merge, and its candidates are singular."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cart_plugin import CartError, CartSettings, merge_tensors
+from cart_plugin.merging.directions import Directions, directions_of
+from tests.merging.helpers import versions, with_spectra
+from tests.support import power_law, random
+
+WEIGHTS = [1.0, 3.0, 0.5, 2.0]
+
+
+def merged(found: Directions, weights: Sequence[float], scale: float) -> Tensor:
+    """The sum over the directions that are kept."""
+    total = found.centre.double()
+    for factors, kept, weight in zip(found.factors, found.kept, weights, strict=True):
+        left = factors.U.double() * (factors.S.double() * kept)[..., None, :]
+        weight *= len(weights) / sum(weights)
+        total = total + scale * weight * (left @ factors.Vh.double()).view(total.shape)
+    return total
+
+
+@pytest.mark.parametrize("candidates", [None, 0.5, 1.0])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rank_ratio": 0.2, "lambda_": 1.7},
+        {"energy": 0.5},
+        {"rank": 3, "lambda_": 0.4, "center": "base"},
+        {"rank": 0},
+        {"lambda_": "auto"},
+        {"lambda_": "auto", "rank_ratio": 0.4, "svd": "exact"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(24, 32), (32, 24), (2, 12, 16)], ids=str)
+def test_the_kept_directions_are_the_merge(
+    settings: dict[str, Any], candidates: float | None, shape: tuple[int, ...]
+) -> None:
+    chosen, tensors = CartSettings(**settings), versions(*shape)
+    base = random(*shape, seed=9) if chosen.center == "base" else None
+    if "energy" in settings and candidates == 0.5:
+        candidates = 0.9  # of half the energy more than half of the directions may be
+    expected = merge_tensors(tensors, chosen, weights=WEIGHTS, base=base, name="x")
+    found = directions_of(
+        tensors, chosen, weights=WEIGHTS, base=base, name="x", candidates=candidates
+    )
+    scale = 1.0 if chosen.lambda_ == "auto" else float(chosen.lambda_)
+    assert torch.allclose(merged(found, WEIGHTS, scale).float(), expected, atol=1e-5)
+    if candidates is not None:
+        assert {factors.rank for factors in found.factors} == {int(candidates * min(shape[-2:]))}
+
+
+def test_few_directions_that_differ_are_kept_as_cart_keeps_them() -> None:
+    tensors = with_spectra(power_law(32, 1) * (torch.arange(32) < 4), 32, 40)
+    expected = merge_tensors(tensors, name="x")
+    found = directions_of(tensors, name="x", candidates=1.0)
+    assert torch.allclose(merged(found, [1.0] * 4, 1.0).float(), expected, atol=1e-6)
+
+
+def test_candidates_are_the_singular_directions_of_each_difference() -> None:
+    tensors = versions(16, 24)
+    found = directions_of(tensors, CartSettings(rank=4), candidates=1.0)
+    for tensor, factors in zip(tensors, found.factors, strict=True):
+        delta = tensor - torch.stack(tensors).mean(0)
+        assert torch.allclose(factors.S[0], torch.linalg.svdvals(delta), atol=1e-4)
+        assert torch.allclose(factors.dense()[0], delta, atol=1e-4)
+
+
+def test_a_model_without_weight_has_directions_but_no_part() -> None:
+    tensors, weights = versions(16, 24), [1.0, 0.0, 2.0, 1.0]
+    for settings in (CartSettings(rank=4), CartSettings(lambda_="auto")):
+        found = directions_of(tensors, settings, weights=weights, candidates=0.5)
+        expected = merge_tensors(tensors, settings, weights=weights)
+        assert torch.allclose(merged(found, weights, 1.0).float(), expected, atol=1e-5)
+        assert found.factors[1].S.min() > 0
+
+
+def test_fewer_candidates_than_are_kept_are_refused() -> None:
+    with pytest.raises(CartError, match=r"keeps 8 singular directions, but candidates=0.25 are 4"):
+        directions_of(versions(16, 24), CartSettings(rank=8), candidates=0.25)
