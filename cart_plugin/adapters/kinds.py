@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,19 +37,21 @@ _KNOWN = {
     "trainable_token_indices": "one that trains single rows of the embedding",
     "ensure_weight_tying": "one that ties its factors to those of other modules",
 }
+_PATTERNS = ("rank_pattern", "alpha_pattern")
 # The start of these takes a part of the base's weights away.
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "true", "false")
 
 
 def check_kind(name: str, config: Mapping[str, Any]) -> None:
-    """Refuse what is no plain LoRA.
+    """Refuse what is no plain LoRA, and configs that say less than is needed.
 
     Args:
         name: the adapter's.
         config: its adapter_config.json.
 
     Raises:
-        CartError: it is another kind of adapter, or one of LoRA's variants.
+        CartError: it is another kind of adapter, or one of LoRA's variants; or PEFT could not read
+            its config either, or it names parameters that nothing of the adapter tells.
     """
     from peft import LoraConfig
 
@@ -71,6 +74,22 @@ def check_kind(name: str, config: Mapping[str, Any]) -> None:
             f"which it takes a part away, so that its factors are not all that it changes; "
             f"{_CONVERT}, or {_WHOLE}"
         )
+    for key in _PATTERNS:
+        for pattern in _pattern(name, config, key):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise CartError(
+                    f"adapter {name}: {key} in adapter_config.json has {pattern!r}, which is no "
+                    f"regular expression ({error}); correct it"
+                ) from None
+    for target in config.get("target_parameters") or ():
+        if "." not in str(target):
+            raise CartError(
+                f"adapter {name}: target_parameters in adapter_config.json has {target!r}, and not "
+                f"of which module; write that, too, as in mlp.experts.{target}: to PEFT it is the "
+                "same"
+            )
 
 
 def scale(name: str, config: Mapping[str, Any], module: str, rank: int) -> float:
@@ -109,7 +128,7 @@ def rank_of_parameters(name: str, config: Mapping[str, Any], module: str) -> int
     """
     for target in config.get("target_parameters") or ():
         leaf = str(target).rpartition(".")[2]
-        for key in ("rank_pattern", "alpha_pattern"):
+        for key in _PATTERNS:
             if _matched(_pattern(name, config, key), f"{module}.{leaf}"):
                 raise CartError(
                     f"adapter {name}: {key} names {target} of target_parameters, and no tensor's "

@@ -82,7 +82,7 @@ def merge_adapters(
     merge = Merge(plan, request, [by_name[adapter.name][1] for adapter in plan.adapters])
     paths = {name: str(path) for name, path in zip(chosen, adapters, strict=True)}
     report, sums = Report(merge, paths), Sums(merge)
-    layout = merge.layout
+    layout, config = merge.layout, peft_files.config_text(merge)
     tell = progress or (lambda *_: None)
     with unfinished(Path(out)) as folder:
         check_space(folder, writing.file_bytes(layout))
@@ -101,7 +101,7 @@ def merge_adapters(
         report.bytes = (folder / ADAPTER_WEIGHTS).stat().st_size
         if note := peft_files.copy_side_files(folders, folder):
             report.notes.append(note)
-        write_text(folder / ADAPTER_CONFIG, peft_files.config_text(merge))
+        write_text(folder / ADAPTER_CONFIG, config)
         report.seconds = time.perf_counter() - started
         report.write(folder)
     return report

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -152,6 +153,19 @@ def test_a_classifiers_head(tmp_path: Path) -> None:
     assert torch.allclose(found["classifier.weight"], sum(heads) / 3, atol=1e-6)
     assert any("base_model.model.classifier" in note for note in report.notes)
     assert config_of(tmp_path / "out")["task_type"] == "SEQ_CLS"
+
+
+def test_pefts_automatic_class_finds_the_base(tmp_path: Path) -> None:
+    """Of models without a task type it goes by what the adapters say of their class."""
+    base = save_base(tmp_path, "bert-classifier", num_labels=3)
+    kind = transformers.AutoModelForSequenceClassification
+    adapters = save_loras(tmp_path, base, [{}, {}], target_modules=["query"], kind=kind)
+    merge_adapters(adapters, tmp_path / "out")
+    model = peft.AutoPeftModel.from_pretrained(str(tmp_path / "out"))
+    assert type(model.get_base_model()) is transformers.BertForSequenceClassification
+    change_config(adapters[0], auto_mapping={"base_model_class": "BertModel"})
+    merge_adapters(adapters, tmp_path / "unlike")
+    assert config_of(tmp_path / "unlike")["auto_mapping"] is None
 
 
 def test_a_key_that_this_peft_does_not_know_changes_nothing(

@@ -18,9 +18,11 @@ from cart_plugin.adapters import merge_adapters
 from tests.adapters.lora import (
     change_config,
     change_tensors,
+    farthest,
     save_base,
     save_lora,
     save_loras,
+    state,
     tensors,
 )
 
@@ -60,6 +62,7 @@ def refuses(adapters: list[Path], *parts: str, out: Path | None = None, **option
         ({"lora_alpha": "x"}, ("'x' as the number for", "alpha_pattern")),
         ({"r": None}, ("None as the number for",)),
         ({"rank_pattern": [1]}, ("rank_pattern", "no mapping")),
+        ({"alpha_pattern": {"(": 2}}, ("alpha_pattern", "'(', which is no regular expression")),
         ({"base_model_name_or_path": "org/other"}, ("different bases", "org/other", "--base")),
         ({"revision": "v2"}, ("differ in revision", "v2 and v1", "--base")),
         ({"task_type": "SEQ_CLS"}, ("differ in task_type", "SEQ_CLS and CAUSAL_LM")),
@@ -152,11 +155,39 @@ def test_patterns_of_stacked_experts(tmp_path: Path) -> None:
     refuses([adapter], "alpha_pattern names mlp.experts.down_proj")
 
 
-def test_biases_beside_stacked_experts(tmp_path: Path) -> None:
+def test_parameters_of_no_named_module(tmp_path: Path) -> None:
+    """PEFT takes `down_proj` for that of any module; its LoRA has the name of the module alone."""
     base = save_base(tmp_path, "qwen3-moe")
-    configs = [{"target_parameters": ["mlp.experts.down_proj"]}, {"lora_bias": True}]
-    adapters = save_loras(tmp_path, base, configs)
-    refuses(adapters, "some adapters have biases (lora_bias)", "PEFT holds no adapter with both")
+    adapter = save_lora(tmp_path / "a", base, 0, target_parameters=["down_proj"])
+    refuses([adapter], "has 'down_proj', and not of which module", "mlp.experts.down_proj")
+    change_config(adapter, target_parameters=["mlp.experts.down_proj"])
+    merge_adapters([adapter], tmp_path / "out", rank="full")
+    assert farthest(state(base, tmp_path / "out"), state(base, adapter)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "part"),
+    [
+        ("qwen3-moe", {"target_parameters": ["mlp.experts.down_proj"]}, "target_parameters (model"),
+        ("llama", {"target_modules": ["embed_tokens"]}, "LoRA of embeddings (model.embed_tokens)"),
+    ],
+)
+def test_biases_beside_what_has_none(
+    architecture: str, config: dict[str, Any], part: str, tmp_path: Path
+) -> None:
+    base = save_base(tmp_path, architecture)
+    adapters = save_loras(tmp_path, base, [config, {"lora_bias": True}])
+    refuses(adapters, "some adapters have biases (lora_bias)", part, "no adapter with both")
+
+
+@pytest.mark.parametrize("other", [["v_proj"], ["q_proj", "v_proj"]])
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_trained_biases_of_other_modules(bias: str, other: list[str], tmp_path: Path) -> None:
+    """What an adapter does not hold is the base's, and not nothing."""
+    base = save_base(tmp_path, "qwen2", num_hidden_layers=1)
+    configs = [{"target_modules": ["q_proj"]}, {"target_modules": other}]
+    adapters = save_loras(tmp_path, base, configs, bias=bias)
+    refuses(adapters, "_proj.base_layer.bias whole", "merge_and_unload")
 
 
 def test_adapters_of_two_classes_of_a_base(own_trio: list[Path]) -> None:
@@ -204,7 +235,7 @@ def test_a_truncated_file(own_trio: list[Path]) -> None:
         ({"keep": 2, "rank_ratio": 0.1}, "two rules"),
         ({"rank_ratio": 1.5}, "rank_ratio must lie between 0 and 1"),
         ({"dtype": "int8"}, "dtype must be one of float32"),
-        ({"weights": [1, 2]}, "3 models but 2 weights"),
+        ({"weights": [1, 2]}, "3 adapters but 2 weights"),
         ({"weights": [1, 2, float("inf")]}, "weights must be finite"),
         ({"weights": [1, "2", 3]}, "weights must be finite numbers, got '2'"),
         ({"weights": [0, 0, 0]}, "weights must sum to more than 0"),
