@@ -16,6 +16,11 @@ from cart_plugin.errors import CartError
 _BASE = "base_model_name_or_path"
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
+_OTHERS = {
+    "embedding": "tables of tokens",
+    "convolution": "convolutions",
+    "experts": "stacked experts",
+}
 # Of these kinds PEFT knows no bias of B, and refuses lora_bias for the whole adapter.
 _WITHOUT_BIAS = {"experts": "target_parameters", "embedding": "LoRA of embeddings"}
 
@@ -119,14 +124,32 @@ def _check_names(adapters: Sequence[Adapter]) -> None:
     for first, other in itertools.combinations(adapters, 2):
         if first.layers.keys() & other.layers.keys():
             continue
+        known: dict[str, list[tuple[frozenset[str], str]]] = {}
         for module in first.layers:
-            for found in other.layers:
-                if f".{module}".endswith(f".{found}") or f".{found}".endswith(f".{module}"):
+            way, rest = _split(module)
+            known.setdefault(rest, []).append((way, module))
+        for module, layer in other.layers.items():
+            way, rest = _split(module)
+            for before, found in known.get(rest, ()):
+                is_longer = f".{module}".endswith(f".{found}") or f".{found}".endswith(f".{module}")
+                # Text and images of one model may have such names, but hardly the same widths.
+                is_within = before <= way or way <= before
+                if is_longer or (is_within and layer.shape == first.layers[found].shape):
                     raise CartError(
                         f"adapters {first.name} and {other.name} call one module differently "
-                        f"({module} and {found}): they were trained on different classes of the "
-                        "base, such as with and without its head; train or convert them to one"
+                        f"({found} and {module}): they were trained on different classes of the "
+                        "base, such as with and without its head, or with releases of "
+                        "transformers that name its parts differently; train or convert them to "
+                        "one"
                     )
+
+
+def _split(module: str) -> tuple[frozenset[str], str]:
+    """The parts of a name on the way to the stack of layers (or to the last part), and the rest."""
+    parts = module.split(".")
+    number = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts))
+    start = max(number - 1, 0)
+    return frozenset(parts[:start]), ".".join(parts[start:])
 
 
 def _whole(adapters: Sequence[Adapter]) -> list[str]:
@@ -276,6 +299,14 @@ def _notes(plan: Plan) -> Iterator[str]:
             f"{len(plan.whole):,} tensors that the adapters hold whole, such as {plan.whole[0]}, "
             "are averaged: whatever the method, the base's values are not known here. PEFT loads "
             "them; vLLM, llama.cpp and SGLang do not"
+        )
+    others = [module for module, shape in plan.shapes.items() if shape.kind in _OTHERS]
+    if others:
+        kinds = sorted({_OTHERS[plan.shapes[module].kind] for module in others})
+        yield (
+            f"{len(others):,} modules, such as {others[0]}, are no linear layers but "
+            f"{' and '.join(kinds)}: PEFT loads their LoRA; vLLM, llama.cpp and SGLang refuse it, "
+            "or have not been tried with it"
         )
     if plan.has_bias:
         yield "the adapters' biases are averaged; PEFT loads them, other servers do not"

@@ -105,6 +105,7 @@ def test_embeddings_are_averaged(tied: bool, tmp_path: Path) -> None:
         )
     report = merge_adapters(adapters, tmp_path / "out", rank="full")
     assert any("1 tables of tokens and the like" in note for note in report.notes)
+    assert any("are no linear layers but tables of tokens" in note for note in report.notes)
     assert farthest(state(base, tmp_path / "out"), whole(base, adapters, AUTO)) < 1e-6
 
 

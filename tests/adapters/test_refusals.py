@@ -190,11 +190,29 @@ def test_trained_biases_of_other_modules(bias: str, other: list[str], tmp_path: 
     refuses(adapters, "_proj.base_layer.bias whole", "merge_and_unload")
 
 
-def test_adapters_of_two_classes_of_a_base(own_trio: list[Path]) -> None:
+@pytest.mark.parametrize("now", ["", "model.language_model.", "language_model.model."])
+def test_adapters_of_two_classes_of_a_base(now: str, own_trio: list[Path]) -> None:
     held = tensors(own_trio[1])
-    renamed = {name.replace("model.model.model.", "model.model."): held[name] for name in held}
+    start = "base_model.model."
+    renamed = {name.replace(f"{start}model.", f"{start}{now}"): held[name] for name in held}
     save_file(renamed, own_trio[1] / "adapter_model.safetensors", {"format": "pt"})
-    refuses(own_trio[:2], "call one module differently", "layers.0.self_attn.q_proj", "head")
+    module = "layers.0.self_attn.q_proj"
+    refuses(own_trio[:2], f"call one module differently ({now}{module} and model.{module})", "head")
+
+
+def test_adapters_of_two_parts_of_a_base(own_trio: list[Path], tmp_path: Path) -> None:
+    """Those of images have names like those of texts, on another way and of other widths."""
+    held = tensors(own_trio[1])
+    for way, width in (("model.vision_tower.", 24), ("visual.", 32)):
+        renamed = {
+            name.replace(".model.model.", f".model.{way}"): (
+                tensor[:, :width] if "lora_A" in name else tensor
+            ).contiguous()
+            for name, tensor in held.items()
+        }
+        save_file(renamed, own_trio[1] / "adapter_model.safetensors", {"format": "pt"})
+        report = merge_adapters(own_trio[:2], tmp_path / way)
+        assert len(report.modules) == 8
 
 
 def test_files(own_trio: list[Path], base: Path) -> None:
