@@ -226,7 +226,7 @@ def _layer(checkpoint: Checkpoint, factors: tensors.Factors) -> Layer:
     kernel: tuple[int, ...] = ()
     fits = len(a) == len(b) >= 2 and b[1] == rank and all(side == 1 for side in b[2:])
     if tensors.is_of_parameter(factors.module, config):
-        rank = kinds.rank_of_parameters(name, config, plain)
+        rank, scale = kinds.of_parameters(name, config, plain)
         kind, stack = "experts", a[0] // rank
         fits = fits and len(a) == 2 and a[0] % rank == 0
     elif factors.is_embedding:
@@ -234,12 +234,19 @@ def _layer(checkpoint: Checkpoint, factors: tensors.Factors) -> Layer:
         fits = fits and len(a) == 2
     elif len(a) > 2:
         kind, kernel = "convolution", a[1:]
+    if kind == "convolution" and len(b) == len(a) and 0 < b[1] < rank and rank % b[1] == 0:
+        raise CartError(
+            f"adapter {name}: {plain} is a convolution of {rank // b[1]} groups, each of which has "
+            f"a part of B; {kinds.WHOLE}"
+        )
     if not fits:
         raise CartError(
-            f"adapter {name}: the factors of {plain} do not fit each other: A is {a}, B is {b}"
-            + (" (a convolution of several groups?)" if len(a) > 2 else "")
-            + f"; {_AGAIN}"
+            f"adapter {name}: the factors of {plain} do not fit each other: A is {a}, B is {b}; "
+            f"{_AGAIN}"
         )
-    factor = kinds.scale(name, config, plain, rank)
+    if kind != "experts":
+        # The output of nn.MultiheadAttention has its rank and alpha, whatever patterns say of it.
+        wrapped = factors.module.partition(".base_layer.")[0]
+        scale = kinds.scale(name, config, tensors.plain_name(wrapped), rank)
     shape = Shape(kind, stack, b[0], math.prod(a[1:]), kernel)
-    return Layer(factors, shape, rank, factor)
+    return Layer(factors, shape, rank, scale)

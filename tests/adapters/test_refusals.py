@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -146,6 +147,17 @@ def test_other_shapes_of_what_is_held_whole(tmp_path: Path) -> None:
     name = "base_model.model.lm_head.weight"
     change_tensors(adapters[1], lambda held: held.update({name: torch.ones(70, 32)}))
     refuses(adapters, name, "(70, 32)", "(64, 32)", "vocabularies of different sizes")
+
+
+def test_a_convolution_of_several_groups(tmp_path: Path) -> None:
+    sizes = {"hidden_sizes": [8, 12, 16, 16], "depths": [1, 1, 1, 1], "num_labels": 3}
+    base, kind = tmp_path / "base", transformers.AutoModelForImageClassification
+    transformers.ConvNextForImageClassification(
+        transformers.ConvNextConfig(**sizes)
+    ).save_pretrained(base)
+    target = {"target_modules": r".*stages\.0.*dwconv", "kind": kind}
+    adapter = save_lora(tmp_path / "a", base, 0, r=16, **target)
+    refuses([adapter], "dwconv is a convolution of 8 groups", "merge_and_unload")
 
 
 def test_patterns_of_stacked_experts(tmp_path: Path) -> None:
