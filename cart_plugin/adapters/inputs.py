@@ -14,7 +14,13 @@ from torch import Tensor
 
 from cart_plugin.adapters import kinds
 from cart_plugin.checkpoints import adapters as tensors
-from cart_plugin.checkpoints.reading import ADAPTER_CONFIG, CONFIG, Checkpoint
+from cart_plugin.checkpoints.reading import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    Checkpoint,
+    open_adapter,
+    read_config,
+)
 from cart_plugin.errors import CartError
 from cart_plugin.merging.inputs import check_finite
 from cart_plugin.merging.spans import Difference
@@ -178,6 +184,30 @@ def _folder(path: str | Path) -> Path:
             f"adapter {path} is no folder here, nor in the hub's cache; correct the path, or "
             f"download it first (hf download {path})"
         ) from None
+
+
+def open_adapters(folders: Sequence[Path], names: Sequence[str]) -> list[Adapter]:
+    """What the adapters of some folders change.
+
+    Raises:
+        CartError: as `sorted_adapter`; one cannot be read; or `compress` has made two of them
+            around different bases, whatever the path in their configs.
+    """
+    opened = []
+    bases: dict[object, str] = {}
+    for folder, name in zip(folders, names, strict=True):
+        opened.append(sorted_adapter(open_adapter(folder, name)))
+        if (folder / tensors.BASE_RECORD).is_file():
+            record = read_config(folder, f"adapter {name}", tensors.BASE_RECORD)
+            bases.setdefault(str(record.get("digest")), name)
+    if len(bases) > 1:
+        first, other = list(bases.values())[:2]
+        raise CartError(
+            f"`mergekit-cart compress` has made adapters {first} and {other} around different "
+            f"bases ({tensors.BASE_RECORD} of each has its digest); compress all models at once, "
+            "or merge them whole (`mergekit-cart merge`)"
+        )
+    return opened
 
 
 def sorted_adapter(checkpoint: Checkpoint) -> Adapter:

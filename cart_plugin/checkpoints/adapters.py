@@ -16,6 +16,8 @@ LORA = "LORA"
 """PEFT's name of the kind of adapter that is sorted here."""
 PICKLED = "adapter_model.bin"
 """Weights as PEFT wrote them before safetensors; it reads both."""
+BASE_RECORD = "base.json"
+"""Beside adapters that `compress` has made: a digest of the base that they are around."""
 
 _FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?$")
 _WRAPPING = re.compile(r"\.(?:modules_to_save|base_layer)(?:\.default)?(?=\.|$)")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cart_plugin.adapters.agreement import Plan, agree, lacking_notes
-from cart_plugin.adapters.inputs import find, sorted_adapter
+from cart_plugin.adapters.inputs import find, open_adapters
 from cart_plugin.checkpoints import adapters as tensors
 from cart_plugin.checkpoints.agreement import check_stored, strangers
 from cart_plugin.checkpoints.digests import digest
@@ -23,7 +23,6 @@ from cart_plugin.checkpoints.reading import (
     ADAPTER_CONFIG,
     CONFIG,
     Checkpoint,
-    open_adapter,
     open_folder,
 )
 from cart_plugin.errors import CartError, CheckpointError
@@ -281,11 +280,7 @@ class Adapters:
         Raises:
             CartError: they are no adapters of one base.
         """
-        folders = find(paths)
-        opened = [
-            sorted_adapter(open_adapter(folder, name))
-            for folder, name in zip(folders, names, strict=True)
-        ]
+        opened = open_adapters(find(paths), names)
         own = agree(opened, base)
         if merged is not None:
             if (Path(merged) / CONFIG).is_file():
@@ -293,7 +288,7 @@ class Adapters:
                     f"{merged} is a whole model, and the others are adapters: name the merged "
                     "adapter, or the whole models"
                 )
-            opened.append(sorted_adapter(open_adapter(find([merged])[0], "the merged adapter")))
+            opened += open_adapters(find([merged]), ["the merged adapter"])
         self.plan: Plan = agree(opened, base)
         by_name = {adapter.name: adapter for adapter in self.plan.adapters}
         self._adapters = [by_name[name] for name in names]

@@ -227,6 +227,17 @@ def test_adapters_of_two_parts_of_a_base(own_trio: list[Path], tmp_path: Path) -
         assert len(report.modules) == 8
 
 
+def test_adapters_that_compress_has_made_around_other_bases(own_trio: list[Path]) -> None:
+    """Their configs may name one path, in which each found another base."""
+    for adapter, digest in zip(own_trio, ("1", "1", "2"), strict=True):
+        (adapter / "base.json").write_text(json.dumps({"digest": digest}))
+    out = own_trio[0].parent / "out"
+    merge_adapters(own_trio[:2], out)
+    assert json.loads((out / "base.json").read_text()) == {"digest": "1"}
+    shutil.rmtree(out)
+    refuses(own_trio, "around different bases", "math", "german", "compress all models at once")
+
+
 def test_files(own_trio: list[Path], base: Path) -> None:
     math, code, german = own_trio
     refuses([math, base], "is a whole model and no adapter", "mergekit-cart merge", out=math / "o")
