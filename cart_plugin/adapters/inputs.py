@@ -241,6 +241,12 @@ def sorted_adapter(checkpoint: Checkpoint) -> Adapter:
             )
     if not found.factors:
         raise CartError(f"adapter {name} holds no LoRA factors; {_AGAIN}")
+    strange = [key for key in checkpoint.tensors if not key.startswith(tensors.PREFIX)]
+    if strange:
+        raise CartError(
+            f"adapter {name}: PEFT does not load {strange[0]}, whose name does not start with "
+            f"{tensors.PREFIX}; {_AGAIN}"
+        )
     adapter = Adapter(checkpoint, whole=found.whole)
     for factors in found.factors:
         adapter.layers[factors.module] = _layer(checkpoint, factors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -140,18 +140,21 @@ def _opened(model: Any, name: str) -> inputs.Adapter:
     # As in its file: enums by their values, sets as lists. Of patterns the first that fits counts.
     config = json.loads(json_text(plain_config(model.peft_config[name])))
     found = inputs.sorted_adapter(_InMemory(name, Path(), config, info, values=values))
-    own = (
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, LoraLayer) and name in {*module.lora_A, *module.lora_embedding_A}
-    )
-    # PEFT 0.21.2 leaves out whatever has another adapter's name as a part of its own.
-    lost = [path for path in own if path.removeprefix(PREFIX) not in found.layers]
-    if lost:
-        raise CartError(
-            f"PEFT gives {lost[0]} for another adapter's and not for {name}'s, because an adapter "
-            "is called as a part of that name; load the adapters by other names"
-        )
+    for path, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        if name not in {*module.lora_A, *module.lora_embedding_A}:
+            continue
+        layer = found.layers.get(path.removeprefix(PREFIX))
+        if layer is None:
+            # PEFT 0.21.2 leaves out whatever has another adapter's name as a part of its own.
+            raise CartError(
+                f"PEFT gives {path} for another adapter's and not for {name}'s, because an adapter "
+                "is called as a part of that name; load the adapters by other names"
+            )
+        # The model's own, which a user may have changed (`scale_layer`).
+        scale = float(module.scaling[name])
+        found.layers[layer.factors.module] = replace(layer, scale=scale)
     return found
 
 

@@ -96,7 +96,7 @@ class Merge:
             if module in adapter.layers
         )
         can = self.plan.has_bias and self.plan.shapes[module].kind in ("linear", "convolution")
-        bias = f"{tensors.PREFIX}{module}.lora_B.bias" if can else None
+        bias = f"{factors.b.removesuffix('.weight')}.bias" if can else None
         return factors.a, factors.b, bias
 
     def _whole_dtype(self, name: str) -> torch.dtype:

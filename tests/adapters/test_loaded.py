@@ -124,6 +124,16 @@ def test_of_patterns_the_first_that_fits_counts(base: Path) -> None:
         assert torch.allclose(module.get_delta_weight("merged"), expected, atol=1e-6)
 
 
+def test_adapters_count_as_the_model_scales_them(base: Path, trio: list[Path]) -> None:
+    model = loaded(base, trio[:2])
+    module = model.get_base_model().get_submodule("model.layers.0.self_attn.v_proj")
+    module.scale_layer(3.0)  # of the active one
+    merge_loaded(model, ["math", "code"], method="linear", rank="full")
+    expected = (module.get_delta_weight("math") + module.get_delta_weight("code")) / 2
+    assert torch.allclose(module.get_delta_weight("merged"), expected, atol=1e-6)
+    assert module.scaling == {"math": 6.0, "code": 2.0, "merged": 1.0}
+
+
 def test_an_adapter_that_is_called_as_a_module(base: Path, tmp_path: Path) -> None:
     """PEFT then leaves that module out of the other adapters, without a word."""
     math, code = save_loras(tmp_path, base, [{}, {}], target_modules=["q_proj", "up_proj"])

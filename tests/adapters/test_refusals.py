@@ -107,6 +107,10 @@ def test_configs(changes: dict[str, Any], parts: tuple[str, ...], own_trio: list
             ("holds no LoRA factors",),
         ),
         (
+            lambda held: [held.update({name[11:]: held.pop(name)}) for name in list(held)],
+            ("PEFT does not load model.model.layers", "start with base_model.model."),
+        ),
+        (
             lambda held: held.update({"base_model.model.model.norm.weight": torch.ones(32)}),
             ("holds base_model.model.model.norm.weight whole", "does not", "merge_and_unload"),
         ),
