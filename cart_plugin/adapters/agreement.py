@@ -16,6 +16,14 @@ from cart_plugin.errors import CartError
 _BASE = "base_model_name_or_path"
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
+_OTHERS = {
+    "embedding": "tables of tokens",
+    "convolution": "convolutions",
+    "experts": "stacked experts",
+}
+# Of these kinds PEFT knows no bias of B, and refuses lora_bias for the whole adapter.
+_WITHOUT_BIAS = {"experts": "target_parameters", "embedding": "LoRA of embeddings"}
+
 
 @dataclass
 class Plan:
@@ -100,12 +108,13 @@ def agree(adapters: Sequence[Adapter], base: str | None) -> Plan:
                 )
     _check_names(ordered)
     plan = Plan(ordered, dict(sorted(shapes.items())), _whole(ordered), _common(ordered, base))
-    if plan.has_bias and any(shape.kind == "experts" for shape in shapes.values()):
-        raise CartError(
-            "some adapters have biases (lora_bias) and some target_parameters, and PEFT holds no "
-            "adapter with both; merge each into its base and the whole models with `mergekit-cart "
-            "merge`"
-        )
+    for module, shape in plan.shapes.items():
+        if plan.has_bias and shape.kind in _WITHOUT_BIAS:
+            raise CartError(
+                f"some adapters have biases (lora_bias) and some {_WITHOUT_BIAS[shape.kind]} "
+                f"({module}), and PEFT holds no adapter with both; merge each into its base and "
+                "the whole models with `mergekit-cart merge`"
+            )
     plan.notes += _notes(plan)
     return plan
 
@@ -115,34 +124,53 @@ def _check_names(adapters: Sequence[Adapter]) -> None:
     for first, other in itertools.combinations(adapters, 2):
         if first.layers.keys() & other.layers.keys():
             continue
+        known: dict[str, list[tuple[frozenset[str], str]]] = {}
         for module in first.layers:
-            for found in other.layers:
-                if f".{module}".endswith(f".{found}") or f".{found}".endswith(f".{module}"):
+            way, rest = _split(module)
+            known.setdefault(rest, []).append((way, module))
+        for module, layer in other.layers.items():
+            way, rest = _split(module)
+            for before, found in known.get(rest, ()):
+                is_longer = f".{module}".endswith(f".{found}") or f".{found}".endswith(f".{module}")
+                # Text and images of one model may have such names, but hardly the same widths.
+                is_within = before <= way or way <= before
+                if is_longer or (is_within and layer.shape == first.layers[found].shape):
                     raise CartError(
                         f"adapters {first.name} and {other.name} call one module differently "
-                        f"({module} and {found}): they were trained on different classes of the "
-                        "base, such as with and without its head; train or convert them to one"
+                        f"({found} and {module}): they were trained on different classes of the "
+                        "base, such as with and without its head, or with releases of "
+                        "transformers that name its parts differently; train or convert them to "
+                        "one"
                     )
+
+
+def _split(module: str) -> tuple[frozenset[str], str]:
+    """The parts of a name on the way to the stack of layers (or to the last part), and the rest."""
+    parts = module.split(".")
+    number = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts))
+    start = max(number - 1, 0)
+    return frozenset(parts[:start]), ".".join(parts[start:])
 
 
 def _whole(adapters: Sequence[Adapter]) -> list[str]:
     """The tensors that take the place of the base's, of the same names and shapes in all.
 
-    PEFT saves the base's own table beside LoRA of it: that may be lacking where there is none.
+    PEFT saves the base's own table beside LoRA of it: that may be lacking where there is none. The
+    bias of a module with LoRA has such a name, too, and is trained.
     """
     names = sorted(set().union(*(adapter.whole for adapter in adapters)))
     for name in names:
         holders = [adapter for adapter in adapters if name in adapter.whole]
         first = holders[0]
-        if ".base_layer." in name and _are_one(name, holders):
+        if name.endswith(".base_layer.weight") and _are_one(name, holders):
             continue
         for adapter in adapters:
             if adapter not in holders:
                 raise CartError(
                     f"adapter {first.name} holds {name} whole (modules_to_save, trained biases, "
-                    f"resized embeddings) and {adapter.name} does not: what that has there is the "
-                    "base's, which is not read here; merge each into its base (PEFT's "
-                    "merge_and_unload) and the whole models with `mergekit-cart merge`"
+                    f"resized embeddings) and {adapter.name} does not, or by another name: what "
+                    "that has there is the base's, which is not read here; merge each into its "
+                    "base (PEFT's merge_and_unload) and the whole models with `mergekit-cart merge`"
                 )
             shape = adapter.checkpoint.tensors[name].shape
             if shape != first.checkpoint.tensors[name].shape:
@@ -173,6 +201,9 @@ def _common(adapters: Sequence[Adapter], base: str | None) -> dict[str, Any]:
     found["task_type"] = _agreed(
         configs, "task_type", "correct adapter_config.json if they are of one class of models"
     )
+    # Of classes without a task type: PEFT's automatic classes load them by it.
+    classes = [config.get("auto_mapping") for config in configs.values()]
+    found["auto_mapping"] = classes[0] if all(one == classes[0] for one in classes) else None
     found["bias"] = _agreed(configs, "bias", "train them alike") or "none"
     parameters = {
         name: {"target_parameters": sorted(config.get("target_parameters") or ())}
@@ -222,14 +253,17 @@ def _agreed_base(configs: Mapping[str, Mapping[str, Any]]) -> str | None:
 
 
 def _selection(adapters: Sequence[Adapter]) -> dict[str, Any]:
-    """Which modules PEFT wraps: as the adapters say if they say the same, or all by name."""
+    """Which modules PEFT wraps: as the adapters list them if they do so alike, or all by name.
+
+    SGLang takes no regular expressions.
+    """
     said = [
         {key: _plain(adapter.checkpoint.config.get(key)) for key in _SELECTION}
         for adapter in adapters
     ]
     modules = [adapter.layers.keys() for adapter in adapters]
     same = all(own == modules[0] for own in modules) and all(own == said[0] for own in said)
-    if same and said[0]["target_modules"]:
+    if same and isinstance(said[0]["target_modules"], list):
         return said[0]
     parameters = {
         module
@@ -265,6 +299,14 @@ def _notes(plan: Plan) -> Iterator[str]:
             f"{len(plan.whole):,} tensors that the adapters hold whole, such as {plan.whole[0]}, "
             "are averaged: whatever the method, the base's values are not known here. PEFT loads "
             "them; vLLM, llama.cpp and SGLang do not"
+        )
+    others = [module for module, shape in plan.shapes.items() if shape.kind in _OTHERS]
+    if others:
+        kinds = sorted({_OTHERS[plan.shapes[module].kind] for module in others})
+        yield (
+            f"{len(others):,} modules, such as {others[0]}, are no linear layers but "
+            f"{' and '.join(kinds)}: PEFT loads their LoRA; vLLM, llama.cpp and SGLang refuse it, "
+            "or have not been tried with it"
         )
     if plan.has_bias:
         yield "the adapters' biases are averaged; PEFT loads them, other servers do not"

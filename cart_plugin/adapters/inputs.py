@@ -14,7 +14,13 @@ from torch import Tensor
 
 from cart_plugin.adapters import kinds
 from cart_plugin.checkpoints import adapters as tensors
-from cart_plugin.checkpoints.reading import ADAPTER_CONFIG, CONFIG, Checkpoint
+from cart_plugin.checkpoints.reading import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    Checkpoint,
+    open_adapter,
+    read_config,
+)
 from cart_plugin.errors import CartError
 from cart_plugin.merging.inputs import check_finite
 from cart_plugin.merging.spans import Difference
@@ -180,6 +186,30 @@ def _folder(path: str | Path) -> Path:
         ) from None
 
 
+def open_adapters(folders: Sequence[Path], names: Sequence[str]) -> list[Adapter]:
+    """What the adapters of some folders change.
+
+    Raises:
+        CartError: as `sorted_adapter`; one cannot be read; or `compress` has made two of them
+            around different bases, whatever the path in their configs.
+    """
+    opened = []
+    bases: dict[object, str] = {}
+    for folder, name in zip(folders, names, strict=True):
+        opened.append(sorted_adapter(open_adapter(folder, name)))
+        if (folder / tensors.BASE_RECORD).is_file():
+            record = read_config(folder, f"adapter {name}", tensors.BASE_RECORD)
+            bases.setdefault(str(record.get("digest")), name)
+    if len(bases) > 1:
+        first, other = list(bases.values())[:2]
+        raise CartError(
+            f"`mergekit-cart compress` has made adapters {first} and {other} around different "
+            f"bases ({tensors.BASE_RECORD} of each has its digest); compress all models at once, "
+            "or merge them whole (`mergekit-cart merge`)"
+        )
+    return opened
+
+
 def sorted_adapter(checkpoint: Checkpoint) -> Adapter:
     """What an adapter changes.
 
@@ -211,6 +241,12 @@ def sorted_adapter(checkpoint: Checkpoint) -> Adapter:
             )
     if not found.factors:
         raise CartError(f"adapter {name} holds no LoRA factors; {_AGAIN}")
+    strange = [key for key in checkpoint.tensors if not key.startswith(tensors.PREFIX)]
+    if strange:
+        raise CartError(
+            f"adapter {name}: PEFT does not load {strange[0]}, whose name does not start with "
+            f"{tensors.PREFIX}; {_AGAIN}"
+        )
     adapter = Adapter(checkpoint, whole=found.whole)
     for factors in found.factors:
         adapter.layers[factors.module] = _layer(checkpoint, factors)
@@ -226,7 +262,7 @@ def _layer(checkpoint: Checkpoint, factors: tensors.Factors) -> Layer:
     kernel: tuple[int, ...] = ()
     fits = len(a) == len(b) >= 2 and b[1] == rank and all(side == 1 for side in b[2:])
     if tensors.is_of_parameter(factors.module, config):
-        rank = kinds.rank_of_parameters(name, config, plain)
+        rank, scale = kinds.of_parameters(name, config, plain)
         kind, stack = "experts", a[0] // rank
         fits = fits and len(a) == 2 and a[0] % rank == 0
     elif factors.is_embedding:
@@ -234,12 +270,19 @@ def _layer(checkpoint: Checkpoint, factors: tensors.Factors) -> Layer:
         fits = fits and len(a) == 2
     elif len(a) > 2:
         kind, kernel = "convolution", a[1:]
+    if kind == "convolution" and len(b) == len(a) and 0 < b[1] < rank and rank % b[1] == 0:
+        raise CartError(
+            f"adapter {name}: {plain} is a convolution of {rank // b[1]} groups, each of which has "
+            f"a part of B; {kinds.WHOLE}"
+        )
     if not fits:
         raise CartError(
-            f"adapter {name}: the factors of {plain} do not fit each other: A is {a}, B is {b}"
-            + (" (a convolution of several groups?)" if len(a) > 2 else "")
-            + f"; {_AGAIN}"
+            f"adapter {name}: the factors of {plain} do not fit each other: A is {a}, B is {b}; "
+            f"{_AGAIN}"
         )
-    factor = kinds.scale(name, config, plain, rank)
+    if kind != "experts":
+        # The output of nn.MultiheadAttention has its rank and alpha, whatever patterns say of it.
+        wrapped = factors.module.partition(".base_layer.")[0]
+        scale = kinds.scale(name, config, tensors.plain_name(wrapped), rank)
     shape = Shape(kind, stack, b[0], math.prod(a[1:]), kernel)
-    return Layer(factors, shape, rank, factor)
+    return Layer(factors, shape, rank, scale)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from cart_plugin.checkpoints.adapters import LORA
 from cart_plugin.errors import CartError
 
-_WHOLE = (
+WHOLE = (
     "merge it into its base (PEFT's merge_and_unload, then save_pretrained), and the whole models "
     "with `mergekit-cart merge`"
 )
+"""What to do with an adapter that is not merged here."""
 _CONVERT = (
     "save it again with path_initial_model_for_weight_conversion, as PEFT's guide to LoRA says"
 )
@@ -36,25 +38,27 @@ _KNOWN = {
     "trainable_token_indices": "one that trains single rows of the embedding",
     "ensure_weight_tying": "one that ties its factors to those of other modules",
 }
+_PATTERNS = ("rank_pattern", "alpha_pattern")
 # The start of these takes a part of the base's weights away.
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "true", "false")
 
 
 def check_kind(name: str, config: Mapping[str, Any]) -> None:
-    """Refuse what is no plain LoRA.
+    """Refuse what is no plain LoRA, and configs that say less than is needed.
 
     Args:
         name: the adapter's.
         config: its adapter_config.json.
 
     Raises:
-        CartError: it is another kind of adapter, or one of LoRA's variants.
+        CartError: it is another kind of adapter, or one of LoRA's variants; or PEFT could not read
+            its config either, or it names parameters that nothing of the adapter tells.
     """
     from peft import LoraConfig
 
     kind = str(config.get("peft_type", LORA)).upper()
     if kind != LORA:
-        raise CartError(f"adapter {name} is no LoRA but {kind}; {_WHOLE}")
+        raise CartError(f"adapter {name} is no LoRA but {kind}; {WHOLE}")
     usual = LoraConfig().to_dict()
     for key, value in config.items():
         # What this PEFT does not know it does not use either.
@@ -62,15 +66,31 @@ def check_kind(name: str, config: Mapping[str, Any]) -> None:
             continue
         raise CartError(
             f"adapter {name} is {_KNOWN.get(key, 'a variant of LoRA that is not known here')} "
-            f"({key} in adapter_config.json); {_WHOLE}"
+            f"({key} in adapter_config.json); {WHOLE}"
         )
     start = config.get("init_lora_weights")
     if start not in _STARTS:
         raise CartError(
             f"adapter {name} starts from the base's weights (init_lora_weights: {start!r}), of "
             f"which it takes a part away, so that its factors are not all that it changes; "
-            f"{_CONVERT}, or {_WHOLE}"
+            f"{_CONVERT}, or {WHOLE}"
         )
+    for key in _PATTERNS:
+        for pattern in _pattern(name, config, key):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise CartError(
+                    f"adapter {name}: {key} in adapter_config.json has {pattern!r}, which is no "
+                    f"regular expression ({error}); correct it"
+                ) from None
+    for target in config.get("target_parameters") or ():
+        if "." not in str(target):
+            raise CartError(
+                f"adapter {name}: target_parameters in adapter_config.json has {target!r}, and not "
+                f"of which module; write that, too, as in mlp.experts.{target}: to PEFT it is the "
+                "same"
+            )
 
 
 def scale(name: str, config: Mapping[str, Any], module: str, rank: int) -> float:
@@ -79,7 +99,7 @@ def scale(name: str, config: Mapping[str, Any], module: str, rank: int) -> float
     Args:
         name: the adapter's.
         config: its adapter_config.json.
-        module: its name in the base.
+        module: by its name in the base, which patterns are for.
         rank: of its factors.
 
     Raises:
@@ -93,11 +113,13 @@ def scale(name: str, config: Mapping[str, Any], module: str, rank: int) -> float
             "config, or copy the adapter again"
         )
     alpha = _of_pattern(name, config, "alpha_pattern", module, config.get("lora_alpha", 8))
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return _scaled(config, alpha, rank)
 
 
-def rank_of_parameters(name: str, config: Mapping[str, Any], module: str) -> int:
-    """The rank of each matrix of a stacked parameter: no shape shows it.
+def of_parameters(name: str, config: Mapping[str, Any], module: str) -> tuple[int, float]:
+    """The rank of each matrix of a stacked parameter, which no shape shows, and its scale.
+
+    Patterns are for names of parameters here, and what is for the module alone does not count.
 
     Args:
         name: the adapter's.
@@ -109,16 +131,21 @@ def rank_of_parameters(name: str, config: Mapping[str, Any], module: str) -> int
     """
     for target in config.get("target_parameters") or ():
         leaf = str(target).rpartition(".")[2]
-        for key in ("rank_pattern", "alpha_pattern"):
+        for key in _PATTERNS:
             if _matched(_pattern(name, config, key), f"{module}.{leaf}"):
                 raise CartError(
                     f"adapter {name}: {key} names {target} of target_parameters, and no tensor's "
-                    f"name says which is that parameter's; {_WHOLE}"
+                    f"name says which is that parameter's; {WHOLE}"
                 )
     found = config.get("r", 8)
     if isinstance(found, bool) or not isinstance(found, int) or found < 1:
         raise CartError(f"adapter {name}: adapter_config.json has r: {found!r}; correct it")
-    return found
+    alpha = _number(name, "lora_alpha", module, config.get("lora_alpha", 8))
+    return found, _scaled(config, alpha, found)
+
+
+def _scaled(config: Mapping[str, Any], alpha: float, rank: int) -> float:
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _of_pattern(
@@ -126,10 +153,14 @@ def _of_pattern(
 ) -> float:
     pattern = _pattern(name, config, key)
     found = pattern.get(_matched(pattern, module) or "", otherwise)
+    return _number(name, f"{key} and what it departs from", module, found)
+
+
+def _number(name: str, key: str, module: str, found: object) -> float:
     if isinstance(found, bool) or not isinstance(found, (int, float)) or not math.isfinite(found):
         raise CartError(
             f"adapter {name}: adapter_config.json has {found!r} as the number for {module} "
-            f"({key} and what it departs from); correct it"
+            f"({key}); correct it"
         )
     return found
 

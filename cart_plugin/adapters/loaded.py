@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from cart_plugin.adapters import inputs, peft_files, settings
 from cart_plugin.adapters.agreement import agree
 from cart_plugin.adapters.report import Report, Sums
 from cart_plugin.adapters.work import Done, Merge
+from cart_plugin.checkpoints.adapters import PREFIX, plain_config
+from cart_plugin.checkpoints.files import json_text
 from cart_plugin.checkpoints.headers import TensorInfo
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.errors import CartError, first_line
@@ -69,7 +72,7 @@ def merge_loaded(
         CartError: adapters that cannot be merged, or that PEFT does not hold beside each other; the
             model is then as it was.
     """
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import set_peft_model_state_dict
 
     started = time.perf_counter()
     request = settings.request(
@@ -81,18 +84,12 @@ def merge_loaded(
     for adapter in names:
         if adapter not in known:
             raise CartError(f"the model has no adapter {adapter!r}; it has {', '.join(known)}")
-    if name in known or "." in name or not name:
-        raise CartError(f"name the new adapter otherwise than {name!r}: a new name without dots")
-    opened = []
-    for adapter in names:
-        values = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-        info = {key: TensorInfo(tuple(value.shape), value.dtype) for key, value in values.items()}
-        # As in its file: enums by their values, sets as lists.
-        config = json.loads(peft_files.text_of(model.peft_config[adapter]))
-        opened.append(
-            inputs.sorted_adapter(_InMemory(adapter, Path(), config, info, values=values))
+    if not name or "." in name or name in _parts(model):
+        raise CartError(
+            f"name the new adapter otherwise than {name!r}: a name without dots that is no adapter "
+            "of the model, and no part of its modules' names"
         )
-    plan = agree(opened, None)
+    plan = agree([_opened(model, adapter) for adapter in names], None)
     by_name = dict(zip(names, shares, strict=True))
     merge = Merge(plan, request, [by_name[adapter.name] for adapter in plan.adapters])
     report, sums = Report(merge, {adapter: adapter for adapter in names}), Sums(merge)
@@ -108,7 +105,9 @@ def merge_loaded(
     report.bytes = sum(tensor.nbytes for tensor in state.values())
     active = model.active_adapters if hasattr(model, "active_adapters") else [model.active_adapter]
     try:
-        model.add_adapter(name, peft_files.lora_config(merge), autocast_adapter_dtype=False)
+        # PEFT makes it of the base's dtype, or of fp32.
+        in_fp32 = merge.dtype == torch.float32
+        model.add_adapter(name, peft_files.lora_config(merge), autocast_adapter_dtype=in_fp32)
         found: Any = set_peft_model_state_dict(model, state, adapter_name=name)
         lost = [key for key in found.unexpected_keys if f".{name}" in key]
         lost += [key for key in found.missing_keys if f".{name}." in key]
@@ -125,3 +124,40 @@ def merge_loaded(
         ) from error
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _opened(model: Any, name: str) -> inputs.Adapter:
+    """An adapter of a model.
+
+    Raises:
+        CartError: it is none that can be merged, or PEFT does not tell it from the model.
+    """
+    from peft import get_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer
+
+    values = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    info = {key: TensorInfo(tuple(value.shape), value.dtype) for key, value in values.items()}
+    # As in its file: enums by their values, sets as lists. Of patterns the first that fits counts.
+    config = json.loads(json_text(plain_config(model.peft_config[name])))
+    found = inputs.sorted_adapter(_InMemory(name, Path(), config, info, values=values))
+    for path, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        if name not in {*module.lora_A, *module.lora_embedding_A}:
+            continue
+        layer = found.layers.get(path.removeprefix(PREFIX))
+        if layer is None:
+            # PEFT 0.21.2 leaves out whatever has another adapter's name as a part of its own.
+            raise CartError(
+                f"PEFT gives {path} for another adapter's and not for {name}'s, because an adapter "
+                "is called as a part of that name; load the adapters by other names"
+            )
+        # The model's own, which a user may have changed (`scale_layer`).
+        scale = float(module.scaling[name])
+        found.layers[layer.factors.module] = replace(layer, scale=scale)
+    return found
+
+
+def _parts(model: Any) -> set[str]:
+    """What the names of a model's tensors consist of, those of its adapters included."""
+    return {part for name in model.state_dict() for part in name.split(".")}

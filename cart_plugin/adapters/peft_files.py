@@ -10,7 +10,9 @@ from typing import Any
 
 from cart_plugin.adapters.work import Merge
 from cart_plugin.checkpoints import side_files
+from cart_plugin.checkpoints.adapters import plain_config
 from cart_plugin.checkpoints.files import json_text
+from cart_plugin.errors import CartError, first_line
 
 _REPORT = "report.json"  # of another merge
 
@@ -19,32 +21,32 @@ def lora_config(merge: Merge) -> Any:
     """PEFT's config of the merged adapter: one rank for all modules, and a scale of 1.
 
     That is what PEFT, vLLM, SGLang and llama.cpp read alike.
+
+    Raises:
+        CartError: PEFT refuses what the adapters have in common.
     """
     from peft import LoraConfig
 
-    config = LoraConfig(
-        r=merge.rank,
-        lora_alpha=merge.rank,
-        lora_dropout=0.0,
-        lora_bias=merge.plan.has_bias,
-        **merge.plan.common,
-    )
+    try:
+        config = LoraConfig(
+            r=merge.rank,
+            lora_alpha=merge.rank,
+            lora_dropout=0.0,
+            lora_bias=merge.plan.has_bias,
+            **merge.plan.common,
+        )
+    except (ValueError, TypeError) as error:
+        raise CartError(
+            f"PEFT takes no adapter_config.json with what all of them have: {first_line(error)}; "
+            "correct it in theirs"
+        ) from None
     config.inference_mode = True
     return config
 
 
 def config_text(merge: Merge) -> str:
     """The text of the merged adapter's adapter_config.json."""
-    return text_of(lora_config(merge))
-
-
-def text_of(config: Any) -> str:
-    """A config of PEFT's as the text of an adapter_config.json."""
-    plain = {
-        key: sorted(value) if isinstance(value, set) else value
-        for key, value in config.to_dict().items()
-    }
-    return json_text(plain, sort_keys=True)
+    return json_text(plain_config(lora_config(merge)), sort_keys=True)
 
 
 def copy_side_files(folders: Sequence[Path], out: Path) -> str | None:

@@ -13,7 +13,7 @@ from cart_plugin.adapters.report import Report, Sums
 from cart_plugin.adapters.work import Done, Merge
 from cart_plugin.checkpoints import writing
 from cart_plugin.checkpoints.files import check_space, unfinished, write_text
-from cart_plugin.checkpoints.reading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_adapter
+from cart_plugin.checkpoints.reading import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 Progress = Callable[[str, int, int], None]
 """Is told a step, how many of its weights are done, and their number."""
@@ -74,15 +74,12 @@ def merge_adapters(
     shares = settings.shares_of(weights, len(adapters)) if adapters else []
     folders = inputs.find(adapters)
     chosen = settings.names_of(adapters, names)
-    by_name = dict(zip(chosen, zip(folders, shares, strict=True), strict=True))
-    opened = [
-        inputs.sorted_adapter(open_adapter(folder, name)) for name, (folder, _) in by_name.items()
-    ]
-    plan = agree(opened, base)
-    merge = Merge(plan, request, [by_name[adapter.name][1] for adapter in plan.adapters])
+    by_name = dict(zip(chosen, shares, strict=True))
+    plan = agree(inputs.open_adapters(folders, chosen), base)
+    merge = Merge(plan, request, [by_name[adapter.name] for adapter in plan.adapters])
     paths = {name: str(path) for name, path in zip(chosen, adapters, strict=True)}
     report, sums = Report(merge, paths), Sums(merge)
-    layout = merge.layout
+    layout, config = merge.layout, peft_files.config_text(merge)
     tell = progress or (lambda *_: None)
     with unfinished(Path(out)) as folder:
         check_space(folder, writing.file_bytes(layout))
@@ -101,7 +98,7 @@ def merge_adapters(
         report.bytes = (folder / ADAPTER_WEIGHTS).stat().st_size
         if note := peft_files.copy_side_files(folders, folder):
             report.notes.append(note)
-        write_text(folder / ADAPTER_CONFIG, peft_files.config_text(merge))
+        write_text(folder / ADAPTER_CONFIG, config)
         report.seconds = time.perf_counter() - started
         report.write(folder)
     return report

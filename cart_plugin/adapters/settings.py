@@ -86,6 +86,8 @@ def shares_of(weights: Sequence[float] | None, count: int) -> list[float]:
     Raises:
         CartError: of another number, not finite, or of no positive sum.
     """
+    if weights is not None and len(weights) != count:
+        raise CartError(f"{count} adapters but {len(weights)} weights; give one an adapter")
     for weight in weights or ():
         is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
         if not is_number or not math.isfinite(weight):

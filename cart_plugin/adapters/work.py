@@ -91,7 +91,7 @@ class Merge:
             if module in adapter.layers
         )
         can = self.plan.has_bias and self.plan.shapes[module].kind in ("linear", "convolution")
-        bias = f"{tensors.PREFIX}{module}.lora_B.bias" if can else None
+        bias = f"{factors.b.removesuffix('.weight')}.bias" if can else None
         return factors.a, factors.b, bias
 
     def _whole_dtype(self, name: str) -> torch.dtype:
@@ -172,11 +172,9 @@ class Merge:
             if len(holders) < len(shares):  # one table, wherever it is
                 yield name, self._stored(name, holders[0].read(name), self._whole_dtype(name))
                 continue
-            total: Tensor | None = None
-            for adapter in holders:
-                part = adapter.read(name) * shares[adapter.name]
-                total = part if total is None else total.add_(part)
-            assert total is not None
+            total = holders[0].read(name) * shares[holders[0].name]
+            for adapter in holders[1:]:
+                total.add_(adapter.read(name), alpha=shares[adapter.name])
             yield name, self._stored(name, total, self._whole_dtype(name))
 
     def _stored(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from cart_plugin.checkpoints.reading import ADAPTER_WEIGHTS
 
@@ -15,6 +16,8 @@ LORA = "LORA"
 """PEFT's name of the kind of adapter that is sorted here."""
 PICKLED = "adapter_model.bin"
 """Weights as PEFT wrote them before safetensors; it reads both."""
+BASE_RECORD = "base.json"
+"""Beside adapters that `compress` has made: a digest of the base that they are around."""
 
 _FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?$")
 _WRAPPING = re.compile(r"\.(?:modules_to_save|base_layer)(?:\.default)?(?=\.|$)")
@@ -95,6 +98,14 @@ def is_of_parameter(module: str, config: Mapping[str, object]) -> bool:
     named = targets if isinstance(targets, list) else []
     plain = plain_name(module)
     return any(f".{plain}".endswith(f".{str(name).rpartition('.')[0]}") for name in named)
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """A config of PEFT's as JSON can hold it, in the order of the config's own."""
+    return {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in config.to_dict().items()
+    }
 
 
 def weights_file(folder: Path) -> Path:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from cart_plugin.checkpoints import side_files, writing
+from cart_plugin.checkpoints.adapters import BASE_RECORD
 from cart_plugin.checkpoints.digests import digest
 from cart_plugin.checkpoints.files import check_space, write_json, write_text
 from cart_plugin.checkpoints.reading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint
@@ -20,7 +21,6 @@ from cart_plugin.compress.layers import Assignment, Layer
 from cart_plugin.compress.report import Entry, Loss
 from cart_plugin.compress.work import (
     ADAPTERS,
-    BASE_RECORD,
     TASK_CONFIG,
     Work,
     base_record,

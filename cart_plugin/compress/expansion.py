@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cart_plugin.checkpoints import names as naming
 from cart_plugin.checkpoints import side_files, writing
+from cart_plugin.checkpoints.adapters import BASE_RECORD
 from cart_plugin.checkpoints.digests import digest
 from cart_plugin.checkpoints.files import check_space, read_json, unfinished, write_json
 from cart_plugin.checkpoints.names import Unit
@@ -20,7 +21,7 @@ from cart_plugin.compress import peft_files
 from cart_plugin.compress.inputs import open_model
 from cart_plugin.compress.layers import Layer, Structure, nested
 from cart_plugin.compress.report import FILE
-from cart_plugin.compress.work import ADAPTERS, BASE, BASE_RECORD, TASK_CONFIG, Progress
+from cart_plugin.compress.work import ADAPTERS, BASE, TASK_CONFIG, Progress
 from cart_plugin.errors import CartError, CheckpointError
 
 

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
+from cart_plugin.checkpoints.adapters import PREFIX, plain_config
 from cart_plugin.checkpoints.files import json_text
 from cart_plugin.compress.layers import Assignment, Layer
 from cart_plugin.errors import CartError
-
-_PREFIX = "base_model.model."
 
 Ranks = Mapping[str, int]
 """Rank by the layer's name; layers of rank 0 are left out."""
@@ -44,17 +43,17 @@ def tensor_layout(
 
 def lora_name(layer: Layer, side: str) -> str:
     """The file's name of a layer's A or B."""
-    return f"{_PREFIX}{layer.prefix}.lora_{side}.weight"
+    return f"{PREFIX}{layer.prefix}.lora_{side}.weight"
 
 
 def bias_name(layer: Layer) -> str:
     """The file's name of a layer's bias."""
-    return f"{_PREFIX}{layer.prefix}.lora_B.bias"
+    return f"{PREFIX}{layer.prefix}.lora_B.bias"
 
 
 def exact_name(name: str) -> str:
     """The file's name of a tensor that is stored as it is."""
-    return f"{_PREFIX}{name}"
+    return f"{PREFIX}{name}"
 
 
 def folded(ranks: Ranks) -> dict[str, float]:
@@ -111,11 +110,7 @@ def config_text(
         config.auto_mapping = dict(auto_mapping)
     config.base_model_name_or_path = base
     config.inference_mode = True
-    plain = {
-        key: sorted(value) if isinstance(value, set) else value
-        for key, value in config.to_dict().items()
-    }
-    return json_text(plain, sort_keys=True)
+    return json_text(plain_config(config), sort_keys=True)
 
 
 def task_type(architecture: str) -> str | None:

@@ -25,7 +25,6 @@ from cart_plugin.linalg.svd import SOLVERS
 BASE = "base"
 ADAPTERS = "adapters"
 TASK_CONFIG = "task_config.json"
-BASE_RECORD = "base.json"
 
 _CHUNK = 2**16  # numbers: their copy in fp64 stays in the cache, five times as fast as of 2**18
 

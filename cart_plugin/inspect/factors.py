@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from cart_plugin.adapters.agreement import Plan, agree, lacking_notes
-from cart_plugin.adapters.inputs import find, sorted_adapter
+from cart_plugin.adapters.inputs import find, open_adapters
 from cart_plugin.checkpoints import adapters as tensors
 from cart_plugin.checkpoints.digests import digest
-from cart_plugin.checkpoints.reading import open_adapter
 from cart_plugin.errors import CartError
 from cart_plugin.inspect.activations import Subject
 from cart_plugin.inspect.sources import cached, open_model
@@ -53,7 +52,7 @@ class Adapters:
         ]
         own = agree(opened, base)
         if merged is not None:
-            opened.append(sorted_adapter(open_adapter(find([merged])[0], "the merged adapter")))
+            opened += open_adapters(find([merged]), ["the merged adapter"])
         self.plan: Plan = agree(opened, base)
         by_name = {adapter.name: adapter for adapter in self.plan.adapters}
         self._adapters = [by_name[name] for name in names]

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cart_plugin.adapters.inputs import Adapter, Shape, find, sorted_adapter
+from cart_plugin.adapters.inputs import Adapter, Shape, find, open_adapters
 from cart_plugin.checkpoints import names
 from cart_plugin.checkpoints.adapters import plain_name
 from cart_plugin.checkpoints.digests import digest
-from cart_plugin.checkpoints.reading import Checkpoint, open_adapter
+from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.errors import CartError
 from cart_plugin.merging.spans import Difference
 from cart_plugin.merging.tensors import matrix_shape
@@ -50,7 +50,8 @@ class Fused(Checkpoint):
         from transformers.pytorch_utils import Conv1D
 
         self.base = base
-        self.adapter: Adapter = sorted_adapter(open_adapter(find([adapter])[0], name))
+        self.adapter: Adapter
+        (self.adapter,) = open_adapters(find([adapter]), [name])
         if base.path.is_file():
             raise CartError(
                 f"{base.path} is a weight file: an adapter's base is known by its folder with "

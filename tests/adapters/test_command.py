@@ -79,7 +79,7 @@ def test_every_option_arrives(trio: list[Path], tmp_path: Path) -> None:
         (["--rank", "x"], "'x' is neither a whole number nor full"),
         (["--rank", "-1"], "rank must be a positive whole number"),
         (["--weights", "1,a,2"], "no list of numbers"),
-        (["--weights", "1,2"], "3 models but 2 weights"),
+        (["--weights", "1,2"], "3 adapters but 2 weights"),
         (["--method", "ties"], "'ties' is not one of"),
         (["--lambda", "2"], "auto has none"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -104,6 +105,7 @@ def test_embeddings_are_averaged(tied: bool, tmp_path: Path) -> None:
         )
     report = merge_adapters(adapters, tmp_path / "out", rank="full")
     assert any("1 tables of tokens and the like" in note for note in report.notes)
+    assert any("are no linear layers but tables of tokens" in note for note in report.notes)
     assert farthest(state(base, tmp_path / "out"), whole(base, adapters, AUTO)) < 1e-6
 
 
@@ -152,6 +154,46 @@ def test_a_classifiers_head(tmp_path: Path) -> None:
     assert torch.allclose(found["classifier.weight"], sum(heads) / 3, atol=1e-6)
     assert any("base_model.model.classifier" in note for note in report.notes)
     assert config_of(tmp_path / "out")["task_type"] == "SEQ_CLS"
+
+
+def test_pefts_automatic_class_finds_the_base(tmp_path: Path) -> None:
+    """Of models without a task type it goes by what the adapters say of their class."""
+    base = save_base(tmp_path, "bert-classifier", num_labels=3)
+    kind = transformers.AutoModelForSequenceClassification
+    adapters = save_loras(tmp_path, base, [{}, {}], target_modules=["query"], kind=kind)
+    merge_adapters(adapters, tmp_path / "out")
+    model = peft.AutoPeftModel.from_pretrained(str(tmp_path / "out"))
+    assert type(model.get_base_model()) is transformers.BertForSequenceClassification
+    change_config(adapters[0], auto_mapping={"base_model_class": "BertModel"})
+    merge_adapters(adapters, tmp_path / "unlike")
+    assert config_of(tmp_path / "unlike")["auto_mapping"] is None
+
+
+@pytest.mark.parametrize("pattern", ["attention", "out_proj"])
+def test_an_attention_of_torch_has_one_scale(pattern: str, tmp_path: Path) -> None:
+    """PEFT wraps its output inside, and patterns with that name are for other layers."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "image_size": 8, "patch_size": 4}
+    config = transformers.SiglipVisionConfig(num_hidden_layers=1, num_attention_heads=2, **sizes)
+    torch.manual_seed(0)
+    base, kind = tmp_path / "base", transformers.AutoModel
+    transformers.SiglipVisionModel(config).save_pretrained(base)
+    configs = [{}, {"alpha_pattern": {pattern: 3}}, {}]
+    common = {"target_modules": ["attention", "q_proj"], "kind": kind}
+    adapters = save_loras(tmp_path, base, configs, **common)
+    assert any("attention.base_layer.out_proj" in name for name in tensors(adapters[0]))
+    merge_adapters(adapters, tmp_path / "out", rank="full")
+    found, expected = state(base, tmp_path / "out", kind), whole(base, adapters, AUTO, kind=kind)
+    assert farthest(found, expected) < 1e-6
+
+
+def test_of_stacked_experts_patterns_of_the_module_do_not_count(tmp_path: Path) -> None:
+    """PEFT looks for the parameter's name, which ends otherwise."""
+    base = save_base(tmp_path, "qwen3-moe")
+    patterns = {"alpha_pattern": {"mlp.experts": 64}, "rank_pattern": {"experts": 3}}
+    common = {"target_parameters": ["mlp.experts.down_proj"], "target_modules": ["q_proj"]}
+    adapters = save_loras(tmp_path, base, [{}, patterns], **common)
+    merge_adapters(adapters, tmp_path / "out", rank="full")
+    assert farthest(state(base, tmp_path / "out"), whole(base, adapters, AUTO)) < 1e-6
 
 
 def test_a_key_that_this_peft_does_not_know_changes_nothing(

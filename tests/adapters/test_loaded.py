@@ -97,12 +97,59 @@ def test_a_bfloat16_model(base: Path, trio: list[Path]) -> None:
     assert dtypes == {torch.bfloat16}
 
 
+def test_adapters_in_float32_beside_a_bfloat16_base(base: Path, trio: list[Path]) -> None:
+    """As PEFT loads them; their merge is rounded no more than they are."""
+    model = peft.PeftModel.from_pretrained(load(base).bfloat16(), str(trio[0]), adapter_name="math")
+    model.load_adapter(str(trio[1]), adapter_name="code")
+    report = merge_loaded(model, ["math", "code"])
+    held = [p for name, p in model.named_parameters() if ".merged." in name]
+    assert {p.dtype for p in held} == {torch.float32}
+    assert report.bytes == sum(p.nbytes for p in held)
+
+
+def test_of_patterns_the_first_that_fits_counts(base: Path) -> None:
+    """As PEFT made the model; in a file they would be sorted."""
+    config = peft.LoraConfig(
+        r=4,
+        target_modules=["v_proj"],
+        alpha_pattern={"v_proj": 16, r"layers\.1\.self_attn\.v_proj": 2},
+        init_lora_weights=False,
+    )
+    model = peft.get_peft_model(load(base), config, adapter_name="one")
+    model.add_adapter("two", config)
+    merge_loaded(model, ["one", "two"], method="linear", rank="full")
+    for layer in (0, 1):
+        module = model.get_base_model().get_submodule(f"model.layers.{layer}.self_attn.v_proj")
+        expected = (module.get_delta_weight("one") + module.get_delta_weight("two")) / 2
+        assert torch.allclose(module.get_delta_weight("merged"), expected, atol=1e-6)
+
+
+def test_adapters_count_as_the_model_scales_them(base: Path, trio: list[Path]) -> None:
+    model = loaded(base, trio[:2])
+    module = model.get_base_model().get_submodule("model.layers.0.self_attn.v_proj")
+    module.scale_layer(3.0)  # of the active one
+    merge_loaded(model, ["math", "code"], method="linear", rank="full")
+    expected = (module.get_delta_weight("math") + module.get_delta_weight("code")) / 2
+    assert torch.allclose(module.get_delta_weight("merged"), expected, atol=1e-6)
+    assert module.scaling == {"math": 6.0, "code": 2.0, "merged": 1.0}
+
+
+def test_an_adapter_that_is_called_as_a_module(base: Path, tmp_path: Path) -> None:
+    """PEFT then leaves that module out of the other adapters, without a word."""
+    math, code = save_loras(tmp_path, base, [{}, {}], target_modules=["q_proj", "up_proj"])
+    model = loaded(base, [math, code.rename(tmp_path / "mlp")])
+    with pytest.raises(CartError, match=r"mlp\.up_proj for another adapter's and not for math's"):
+        merge_loaded(model, ["math", "mlp"])
+    assert set(model.peft_config) == {"math", "mlp"}
+
+
 @pytest.mark.parametrize(
     ("adapters", "name", "parts"),
     [
         (["math", "other"], "new", ("no adapter 'other'", "it has math, code")),
         (["math", "code"], "code", ("otherwise than 'code'",)),
         (["math", "code"], "a.b", ("otherwise than 'a.b'", "without dots")),
+        (["math", "code"], "mlp", ("otherwise than 'mlp'", "no part of its modules' names")),
         (["math", "math"], "new", ("two adapters are called 'math'",)),
         ([], "new", ("at least one adapter",)),
     ],

@@ -157,6 +157,13 @@ def test_targets_are_the_adapters_own_if_they_agree(
     assert config_of(tmp_path / "other")["target_modules"] == expected
 
 
+def test_a_regular_expression_becomes_names(base: Path, tmp_path: Path) -> None:
+    adapters = save_loras(tmp_path, base, [{}, {}], target_modules=r".*\.layers\.0\..*\.q_proj")
+    merge_adapters(adapters, tmp_path / "out")
+    expected = ["model.layers.0.self_attn.q_proj"]
+    assert config_of(tmp_path / "out")["target_modules"] == expected
+
+
 def test_one_layer_of_all_adapters_stays_one(base: Path, tmp_path: Path) -> None:
     adapters = save_loras(tmp_path, base, [{}, {}], layers_to_transform=0)
     merge_adapters(adapters, tmp_path / "out")

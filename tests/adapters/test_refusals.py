@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,9 +19,11 @@ from cart_plugin.adapters import merge_adapters
 from tests.adapters.lora import (
     change_config,
     change_tensors,
+    farthest,
     save_base,
     save_lora,
     save_loras,
+    state,
     tensors,
 )
 
@@ -60,6 +63,7 @@ def refuses(adapters: list[Path], *parts: str, out: Path | None = None, **option
         ({"lora_alpha": "x"}, ("'x' as the number for", "alpha_pattern")),
         ({"r": None}, ("None as the number for",)),
         ({"rank_pattern": [1]}, ("rank_pattern", "no mapping")),
+        ({"alpha_pattern": {"(": 2}}, ("alpha_pattern", "'(', which is no regular expression")),
         ({"base_model_name_or_path": "org/other"}, ("different bases", "org/other", "--base")),
         ({"revision": "v2"}, ("differ in revision", "v2 and v1", "--base")),
         ({"task_type": "SEQ_CLS"}, ("differ in task_type", "SEQ_CLS and CAUSAL_LM")),
@@ -101,6 +105,10 @@ def test_configs(changes: dict[str, Any], parts: tuple[str, ...], own_trio: list
         (
             lambda held: [held.pop(name) for name in list(held)] and held.update(x=torch.ones(2)),
             ("holds no LoRA factors",),
+        ),
+        (
+            lambda held: [held.update({name[11:]: held.pop(name)}) for name in list(held)],
+            ("PEFT does not load model.model.layers", "start with base_model.model."),
         ),
         (
             lambda held: held.update({"base_model.model.model.norm.weight": torch.ones(32)}),
@@ -145,6 +153,17 @@ def test_other_shapes_of_what_is_held_whole(tmp_path: Path) -> None:
     refuses(adapters, name, "(70, 32)", "(64, 32)", "vocabularies of different sizes")
 
 
+def test_a_convolution_of_several_groups(tmp_path: Path) -> None:
+    sizes = {"hidden_sizes": [8, 12, 16, 16], "depths": [1, 1, 1, 1], "num_labels": 3}
+    base, kind = tmp_path / "base", transformers.AutoModelForImageClassification
+    transformers.ConvNextForImageClassification(
+        transformers.ConvNextConfig(**sizes)
+    ).save_pretrained(base)
+    target = {"target_modules": r".*stages\.0.*dwconv", "kind": kind}
+    adapter = save_lora(tmp_path / "a", base, 0, r=16, **target)
+    refuses([adapter], "dwconv is a convolution of 8 groups", "merge_and_unload")
+
+
 def test_patterns_of_stacked_experts(tmp_path: Path) -> None:
     base = save_base(tmp_path, "qwen3-moe")
     adapter = save_lora(tmp_path / "a", base, 0, r=2, target_parameters=["mlp.experts.down_proj"])
@@ -152,18 +171,75 @@ def test_patterns_of_stacked_experts(tmp_path: Path) -> None:
     refuses([adapter], "alpha_pattern names mlp.experts.down_proj")
 
 
-def test_biases_beside_stacked_experts(tmp_path: Path) -> None:
+def test_parameters_of_no_named_module(tmp_path: Path) -> None:
+    """PEFT takes `down_proj` for that of any module; its LoRA has the name of the module alone."""
     base = save_base(tmp_path, "qwen3-moe")
-    configs = [{"target_parameters": ["mlp.experts.down_proj"]}, {"lora_bias": True}]
-    adapters = save_loras(tmp_path, base, configs)
-    refuses(adapters, "some adapters have biases (lora_bias)", "PEFT holds no adapter with both")
+    adapter = save_lora(tmp_path / "a", base, 0, target_parameters=["down_proj"])
+    refuses([adapter], "has 'down_proj', and not of which module", "mlp.experts.down_proj")
+    change_config(adapter, target_parameters=["mlp.experts.down_proj"])
+    merge_adapters([adapter], tmp_path / "out", rank="full")
+    assert farthest(state(base, tmp_path / "out"), state(base, adapter)) < 1e-6
 
 
-def test_adapters_of_two_classes_of_a_base(own_trio: list[Path]) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "config", "part"),
+    [
+        ("qwen3-moe", {"target_parameters": ["mlp.experts.down_proj"]}, "target_parameters (model"),
+        ("llama", {"target_modules": ["embed_tokens"]}, "LoRA of embeddings (model.embed_tokens)"),
+    ],
+)
+def test_biases_beside_what_has_none(
+    architecture: str, config: dict[str, Any], part: str, tmp_path: Path
+) -> None:
+    base = save_base(tmp_path, architecture)
+    adapters = save_loras(tmp_path, base, [config, {"lora_bias": True}])
+    refuses(adapters, "some adapters have biases (lora_bias)", part, "no adapter with both")
+
+
+@pytest.mark.parametrize("other", [["v_proj"], ["q_proj", "v_proj"]])
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_trained_biases_of_other_modules(bias: str, other: list[str], tmp_path: Path) -> None:
+    """What an adapter does not hold is the base's, and not nothing."""
+    base = save_base(tmp_path, "qwen2", num_hidden_layers=1)
+    configs = [{"target_modules": ["q_proj"]}, {"target_modules": other}]
+    adapters = save_loras(tmp_path, base, configs, bias=bias)
+    refuses(adapters, "_proj.base_layer.bias whole", "merge_and_unload")
+
+
+@pytest.mark.parametrize("now", ["", "model.language_model.", "language_model.model."])
+def test_adapters_of_two_classes_of_a_base(now: str, own_trio: list[Path]) -> None:
     held = tensors(own_trio[1])
-    renamed = {name.replace("model.model.model.", "model.model."): held[name] for name in held}
+    start = "base_model.model."
+    renamed = {name.replace(f"{start}model.", f"{start}{now}"): held[name] for name in held}
     save_file(renamed, own_trio[1] / "adapter_model.safetensors", {"format": "pt"})
-    refuses(own_trio[:2], "call one module differently", "layers.0.self_attn.q_proj", "head")
+    module = "layers.0.self_attn.q_proj"
+    refuses(own_trio[:2], f"call one module differently ({now}{module} and model.{module})", "head")
+
+
+def test_adapters_of_two_parts_of_a_base(own_trio: list[Path], tmp_path: Path) -> None:
+    """Those of images have names like those of texts, on another way and of other widths."""
+    held = tensors(own_trio[1])
+    for way, width in (("model.vision_tower.", 24), ("visual.", 32)):
+        renamed = {
+            name.replace(".model.model.", f".model.{way}"): (
+                tensor[:, :width] if "lora_A" in name else tensor
+            ).contiguous()
+            for name, tensor in held.items()
+        }
+        save_file(renamed, own_trio[1] / "adapter_model.safetensors", {"format": "pt"})
+        report = merge_adapters(own_trio[:2], tmp_path / way)
+        assert len(report.modules) == 8
+
+
+def test_adapters_that_compress_has_made_around_other_bases(own_trio: list[Path]) -> None:
+    """Their configs may name one path, in which each found another base."""
+    for adapter, digest in zip(own_trio, ("1", "1", "2"), strict=True):
+        (adapter / "base.json").write_text(json.dumps({"digest": digest}))
+    out = own_trio[0].parent / "out"
+    merge_adapters(own_trio[:2], out)
+    assert json.loads((out / "base.json").read_text()) == {"digest": "1"}
+    shutil.rmtree(out)
+    refuses(own_trio, "around different bases", "math", "german", "compress all models at once")
 
 
 def test_files(own_trio: list[Path], base: Path) -> None:
@@ -204,7 +280,7 @@ def test_a_truncated_file(own_trio: list[Path]) -> None:
         ({"keep": 2, "rank_ratio": 0.1}, "two rules"),
         ({"rank_ratio": 1.5}, "rank_ratio must lie between 0 and 1"),
         ({"dtype": "int8"}, "dtype must be one of float32"),
-        ({"weights": [1, 2]}, "3 models but 2 weights"),
+        ({"weights": [1, 2]}, "3 adapters but 2 weights"),
         ({"weights": [1, 2, float("inf")]}, "weights must be finite"),
         ({"weights": [1, "2", 3]}, "weights must be finite numbers, got '2'"),
         ({"weights": [0, 0, 0]}, "weights must sum to more than 0"),
