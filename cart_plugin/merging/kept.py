@@ -53,7 +53,7 @@ class Kept:
             rounding: what of its squared norms is rounding, ``(stack,)``, which does not count;
                 None for nothing.
         """
-        energy = total_energy(difference)
+        energy = total_energy(difference).cpu()  # a few numbers; a GPU is waited for once
         totals = energy.tolist()
         tensor = self._tensors.setdefault(name, _Tensor())
         tensor.total += sum(totals)
@@ -61,8 +61,9 @@ class Kept:
             tensor.kept += sum(totals)
             return
         m, n = difference.shape[-2:]
-        values = factors.S.to(energy.device)
+        values = factors.S.cpu()
         held = values.double().square().sum(dim=-1)
+        rounding = None if rounding is None else rounding.cpu()
         if rounding is not None:  # what is left out of it is no loss
             noise = rounding_that_tells(energy, rounding)
             held = torch.minimum(held + rounding_beyond(noise, factors.rank, m, n), energy)
