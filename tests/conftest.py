@@ -12,6 +12,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run what the core does on another device, where `CART_TEST_DEVICE` names one."""
+    if os.environ.get("CART_TEST_DEVICE", "cpu") == "cpu":
+        return
+    from tests.devices import through_the_device
+
+    through_the_device()  # now that all that is tested is imported
+    for item in items:
+        if item.get_closest_marker("cpu_only"):
+            item.add_marker(pytest.mark.skip(reason="of the CPU alone"))
+
+
 @pytest.fixture(autouse=True)
 def as_many_threads_as_before() -> Iterator[None]:
     """Take back what a command under test has set for its process: torch's threads."""

@@ -121,6 +121,7 @@ class LlamaShape:
     layers: int = 11
     heads: int = 12
     vocabulary: int = 32000
+    shared: int = 1  # heads to each pair of keys and values
 
 
 def write_llama_models(
@@ -159,7 +160,7 @@ def write_llama_models(
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
+        num_key_value_heads=shape.heads // shape.shared,
         vocab_size=shape.vocabulary,
         tie_word_embeddings=True,
     )

@@ -17,6 +17,7 @@ from benchmarks.demo.models import find_demo_models
 
 REAL = "real delta"
 SPECTRA = ("power law 0.5", "power law 1", "low rank + noise", "flat", REAL)
+BF16 = ", bf16"  # at a spectrum's end: rounded as a model stores it
 
 # Where the demo's encoders have a matrix of the shape.
 _REAL_TENSORS = {
@@ -28,17 +29,20 @@ _REAL_TENSORS = {
 class MatrixMaker:
     """Makes matrices ``(m, n)`` of each spectrum; they share their random singular vectors."""
 
-    def __init__(self, m: int, n: int, seed: int = 0) -> None:
-        self.m, self.n, self.seed = m, n, seed
+    def __init__(self, m: int, n: int, seed: int = 0, device: str = "cpu") -> None:
+        self.m, self.n, self.seed, self.device = m, n, seed, device
 
     def make(self, spectrum: str) -> Tensor | None:
-        """The matrix in fp32; None for the real delta where no checkpoint has the shape."""
+        """The matrix in fp32 (or bf16); None for the real delta where no checkpoint has it."""
+        if spectrum.endswith(BF16):
+            found = self.make(spectrum.removesuffix(BF16))
+            return None if found is None else found.bfloat16()
         if spectrum == REAL:
             return _real_delta(self.m, self.n)
         if spectrum == "flat":
             return self._gaussian(self.m, self.n)
         rank = min(self.m, self.n)
-        index = torch.arange(1, rank + 1, dtype=torch.float32)
+        index = torch.arange(1, rank + 1, dtype=torch.float32, device=self.device)
         if spectrum == "power law 0.5":
             return self._with_values(index**-0.5)
         if spectrum == "power law 1":
@@ -52,7 +56,7 @@ class MatrixMaker:
 
     def _gaussian(self, rows: int, columns: int, stream: int = 0) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed + stream)
-        return torch.randn(rows, columns, generator=generator)
+        return torch.randn(rows, columns, generator=generator).to(self.device)
 
     @cached_property
     def _vectors(self) -> tuple[Tensor, Tensor]:
@@ -96,21 +100,27 @@ class Reference:
     """The best approximations of a matrix at all ranks up to one, in fp64.
 
     Args:
-        x: ``(m, n)`` in fp32.
+        x: ``(m, n)`` in fp32 or bf16, on a CPU or GPU.
         largest: the largest rank that will be asked for.
     """
 
     def __init__(self, x: Tensor, largest: int) -> None:
         self.tall = x.shape[0] > x.shape[1]
-        self.x = x.mT.contiguous() if self.tall else x
+        self.x = (x.mT.contiguous() if self.tall else x).float()
         wide = self.x.double()
         gram = wide @ wide.mT
         m = len(gram)
         self.energy = float(gram.trace())
-        _, vectors = scipy.linalg.eigh(
-            gram.numpy(), subset_by_index=(m - largest, m - 1), overwrite_a=True, check_finite=False
-        )
-        self.left = torch.from_numpy(vectors).flip(1)
+        if gram.is_cuda:
+            self.left = torch.linalg.eigh(gram)[1][:, m - largest :].flip(1)
+        else:
+            _, vectors = scipy.linalg.eigh(
+                gram.numpy(),
+                subset_by_index=(m - largest, m - 1),
+                overwrite_a=True,
+                check_finite=False,
+            )
+            self.left = torch.from_numpy(vectors).flip(1)
         self.right = self.left.mT @ wide
 
     def accuracy(self, u: Tensor, s: Tensor, vh: Tensor) -> Accuracy:

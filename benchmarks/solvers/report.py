@@ -13,11 +13,11 @@ from rich.table import Table
 
 from benchmarks.common.provenance import made_by
 from benchmarks.common.tables import markdown_table
+from benchmarks.solvers.contestants import BY_EIGH, FULL
 
 Case = dict[str, Any]
 
 RATIO = 0.08  # of the bars
-FULL = "torch.linalg.svd"
 # How much faster than the full SVD each solver has to be.
 SPEED_BARS: dict[str, dict[str, float]] = {
     "exact": {"768x768": 2.5, "768x3072": 5, "2048x2048": 3.5, "2048x8192": 9, "4096x4096": 3.5},
@@ -39,6 +39,7 @@ STYLES = {  # colour, marker
     "svd_lowrank, niter 4": ("#6b7785", "^"),
     "svds": ("#b197fc", "s"),
     "randomized_svd": ("#e0a800", "D"),
+    BY_EIGH: ("#0b7285", "o"),
 }
 
 
@@ -174,8 +175,8 @@ def _cell(group: Sequence[Case], name: str) -> str:
         return "–" if group else ""
     seconds = statistics.median(case["solvers"][name]["seconds"] for case in having)
     worst = max(case["solvers"][name]["error"] for case in having)
-    speed = statistics.median(speed_up(case, name) for case in having)
-    ratio = "" if name == FULL else f" ({_short(speed)}x)"
+    speeds = [speed_up(case, name) for case in having if FULL in case["solvers"]]
+    ratio = f" ({_short(statistics.median(speeds))}x)" if speeds and name != FULL else ""
     return f"{_seconds(seconds)}{ratio} {worst:.0e}"
 
 
@@ -236,11 +237,14 @@ def markdown(
     machine = conditions["machine"]
     omitted = sum(len(case["omitted"]) for case in cases)
     where = f"on {machine['processor']}, {conditions['threads']} threads"
+    gpu = conditions.get("gpu")
+    target = "bench-solvers" if gpu is None else "bench-gpu"
     parts = [
-        f"{made_by('bench-solvers', measured, where)} With {versions}. "
+        f"{made_by(target, measured, where if gpu is None else f'on {gpu}')} With {versions}. "
         "Errors are relative (Frobenius) to the best approximation of the rank, computed in fp64; "
         "excess is residual energy beyond the optimum's, relative to it. "
-        f"Left out as too slow: {omitted} of {sum(len(STYLES) for _ in cases)} "
+        f"Left out as too slow: {omitted} of "
+        f"{omitted + sum(len(case['solvers']) for case in cases)} "
         "(`omitted` in `results.json`; – below).",
         f"### Bars, at rank ratio {RATIO:g}",
         markdown_table(*_bar_rows(cases)),

@@ -13,8 +13,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,20 @@ from torch import Tensor
 
 from benchmarks.common.cache import cache_root
 from benchmarks.common.commands import progress, resume_option
+from benchmarks.common.gpu import card, gpu_results
 from benchmarks.common.measure import RESULTS
 from benchmarks.common.record import Record, conditions
 from benchmarks.demo.models import MISSING
 from benchmarks.solvers import report
-from benchmarks.solvers.matrices import REAL, SPECTRA, MatrixMaker, Reference
-from cart_plugin import RankRule, truncated_svd
+from benchmarks.solvers.contestants import (
+    CUDA_SOLVERS,
+    FULL,
+    SOLVERS,
+    Factors,
+    randomized_svd,
+    svds,
+)
+from benchmarks.solvers.matrices import BF16, REAL, SPECTRA, MatrixMaker, Reference
 from cart_plugin.linalg.gram import PARTIAL_SIDE
 
 SHAPES = (
@@ -50,6 +58,14 @@ REAL_SHAPES = ((384, 384), (384, 1536))
 RATIOS = (0.01, 0.08, 0.16, 0.32)
 QUICK_SHAPES = ((384, 384), (384, 1536), (768, 768))
 QUICK_RATIOS = (0.08, 0.32)
+# Squares, and the other matrices of a layer of Llama 3 8B.
+CUDA_SHAPES = (
+    *((1024, 1024), (1024, 4096), (2048, 2048), (4096, 4096)),
+    *((14336, 4096), (8192, 8192)),
+)
+CUDA_SPECTRA = ("power law 0.5", f"power law 0.5{BF16}")
+CUDA_RATIOS = (0.08,)
+_CUDA_FULL_SIDE = 2048  # a GPU's full SVD of larger ones may take longer than there is
 
 PACKAGES = ("torch", "scipy", "scikit-learn", "numpy")
 
@@ -61,19 +77,6 @@ _WORK_LIMITS = {
     "svd_lowrank, niter 4": 1e10,
     "randomized_svd": 6e9,
 }
-# A singular vector more costs little and gives the randomised solvers most of their accuracy;
-# scikit-learn's default.
-_OVERSAMPLING = 10
-
-
-@dataclass(frozen=True)
-class Factors:
-    """``u diag(s) vh``, and the solver's own estimate of its relative error, if it has one."""
-
-    u: Tensor
-    s: Tensor
-    vh: Tensor
-    estimate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,61 +90,6 @@ class Effort:
     def wants_more(self, runs: Sequence[float]) -> bool:
         """Whether these runs, in seconds, are not enough."""
         return len(runs) < self.least or (len(runs) < self.most and sum(runs) < self.seconds)
-
-
-def _cart(name: str) -> Callable[[Tensor, int], Factors]:
-    def solve(x: Tensor, k: int) -> Factors:
-        found = truncated_svd(x, RankRule(rank=k), svd=name, seed=0)
-        return Factors(found.U, found.S, found.Vh, found.error)
-
-    return solve
-
-
-def _full(x: Tensor, k: int) -> Factors:
-    u, s, vh = torch.linalg.svd(x, full_matrices=False)
-    return Factors(u[:, :k], s[:k], vh[:k])
-
-
-def _lowrank(niter: int) -> Callable[[Tensor, int], Factors]:
-    def solve(x: Tensor, k: int) -> Factors:
-        torch.manual_seed(0)
-        u, s, v = torch.svd_lowrank(x, q=min(k + _OVERSAMPLING, *x.shape), niter=niter)
-        return Factors(u[:, :k], s[:k], v[:, :k].mT)
-
-    return solve
-
-
-def _svds(x: Tensor, k: int) -> Factors:
-    import scipy.sparse.linalg
-
-    start = torch.randn(min(x.shape), generator=torch.Generator().manual_seed(0))
-    u, s, vh = scipy.sparse.linalg.svds(x.numpy(), k=k, v0=start.numpy())
-    return _from_numpy(u[:, ::-1], s[::-1], vh[::-1])
-
-
-def _randomized_svd(x: Tensor, k: int) -> Factors:
-    from sklearn.utils.extmath import randomized_svd  # type: ignore[import-untyped]
-
-    u, s, vh = randomized_svd(x.numpy(), k, n_oversamples=_OVERSAMPLING, random_state=0)
-    return _from_numpy(u, s, vh)
-
-
-def _from_numpy(*arrays: Any) -> Factors:
-    u, s, vh = (torch.from_numpy(array.copy()) for array in arrays)
-    return Factors(u, s, vh)
-
-
-FULL = "torch.linalg.svd"
-SOLVERS: dict[str, Callable[[Tensor, int], Factors]] = {
-    FULL: _full,
-    "exact": _cart("exact"),
-    "fast": _cart("fast"),
-    "auto": _cart("auto"),
-    "svd_lowrank, niter 2": _lowrank(2),
-    "svd_lowrank, niter 4": _lowrank(4),
-    "svds": _svds,
-    "randomized_svd": _randomized_svd,
-}
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -162,7 +110,7 @@ def _listed(convert: Callable[[str], Any]) -> Callable[..., Any]:
 
 
 def _spectrum(text: str) -> str:
-    if text not in SPECTRA:
+    if text.removesuffix(BF16) not in SPECTRA:
         raise ValueError(f"{text!r} is none of {', '.join(SPECTRA)}")
     return text
 
@@ -172,6 +120,7 @@ def _spectrum(text: str) -> str:
 @click.option("--ratios", callback=_listed(float), help="Rank ratios; default: all.")
 @click.option("--spectra", callback=_listed(_spectrum), help=f"Of: {', '.join(SPECTRA)}.")
 @click.option("--quick", is_flag=True, help="Three small shapes, two ratios, few repetitions.")
+@click.option("--cuda", is_flag=True, help="On the GPU: its own shapes, in fp32 and bf16.")
 @resume_option
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the results.")
 def main(
@@ -179,25 +128,33 @@ def main(
     ratios: Sequence[float] | None,
     spectra: Sequence[str] | None,
     quick: bool,
+    cuda: bool,
     resume: bool,
     out: Path | None,
 ) -> None:
     """Compare the solvers; results go to benchmarks/results, or with --quick to the cache."""
     console = Console()
-    shapes = shapes or (QUICK_SHAPES if quick else SHAPES)
-    ratios = ratios or (QUICK_RATIOS if quick else RATIOS)
-    out = out or (cache_root() / "solvers-quick" if quick else RESULTS / "solvers")
-    current = conditions(("linalg",), PACKAGES, threads=torch.get_num_threads(), quick=quick)
+    usual = (SHAPES, RATIOS, SPECTRA)
+    if cuda:
+        usual = (CUDA_SHAPES, CUDA_RATIOS, CUDA_SPECTRA)
+    shapes = shapes or (QUICK_SHAPES if quick else usual[0])
+    ratios = ratios or (QUICK_RATIOS if quick else usual[1])
+    place = gpu_results() / "solvers" if cuda else RESULTS / "solvers"
+    out = out or (cache_root() / "solvers-quick" if quick else place)
+    gpu = {"gpu": card()} if cuda else {}
+    current = conditions(("linalg",), PACKAGES, threads=torch.get_num_threads(), quick=quick, **gpu)
     record = Record(out / "results.json", current, resume)
     if record.discarded:
         console.print(f"Starting anew: {out / 'results.json'} was {record.discarded}")
-    _warm_up()
-    matrices = [(shape, spectrum) for shape in shapes for spectrum in spectra or SPECTRA]
-    with progress() as bar:
+    solvers = CUDA_SOLVERS if cuda else SOLVERS
+    _warm_up(solvers, "cuda" if cuda else "cpu")
+    matrices = [(shape, spectrum) for shape in shapes for spectrum in spectra or usual[2]]
+    # On a GPU that is lent for minutes what is measured when the time is over counts.
+    with progress() as bar, suppress(KeyboardInterrupt) if cuda else nullcontext():
         task = bar.add_task("", total=len(matrices))
         for shape, spectrum in matrices:
             bar.update(task, description=f"{shape[0]}x{shape[1]}, {spectrum}")
-            measure_matrix(shape, spectrum, ratios, record, quick)
+            measure_matrix(shape, spectrum, ratios, record, quick, cuda=cuda)
             bar.advance(task)
     cases = list(record.cases.values())
     if not any(case["solvers"] for case in cases):
@@ -205,14 +162,21 @@ def main(
     given = (record.conditions, record.measured, cases)
     (out / "table.md").write_text(report.markdown(*given))
     (out / "summary.md").write_text(report.markdown(*given, [report.RATIO]))
-    report.save_plot(cases, out / "time_error.png")
+    if not cuda:
+        report.save_plot(cases, out / "time_error.png")
     for table in report.console_tables(cases):
         console.print(table)
-    console.print(f"Saved to {out}: results.json, table.md, summary.md, time_error.png")
+    console.print(f"Saved to {out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
 
 
 def measure_matrix(
-    shape: tuple[int, int], spectrum: str, ratios: Sequence[float], record: Record, quick: bool
+    shape: tuple[int, int],
+    spectrum: str,
+    ratios: Sequence[float],
+    record: Record,
+    quick: bool,
+    *,
+    cuda: bool = False,
 ) -> None:
     """Measure all solvers on one matrix at the ratios that the record lacks."""
     keys = {ratio: f"{shape[0]}x{shape[1]} | {spectrum} | {ratio:g}" for ratio in ratios}
@@ -220,7 +184,7 @@ def measure_matrix(
     if not missing or (spectrum == REAL and shape not in REAL_SHAPES):
         return
     ranks = {ratio: max(1, int(ratio * min(shape))) for ratio in missing}
-    x = MatrixMaker(*shape).make(spectrum)
+    x = MatrixMaker(*shape, device="cuda" if cuda else "cpu").make(spectrum)
     if x is None:
         # Nothing goes into the record: the next run may find the checkpoints.
         click.echo(f"left out {shape[0]}x{shape[1]}, {spectrum}: {MISSING}", file=sys.stderr)
@@ -258,17 +222,20 @@ def _measure(
     x: Tensor, shape: tuple[int, int], ranks: dict[float, int], reference: Reference, quick: bool
 ) -> tuple[dict[Case, list[float]], dict[Case, dict[str, Any]], dict[Case, str]]:
     """Run every solver at every rank in rounds: times, accuracies, and what was left out why."""
-    times: dict[Case, list[float]] = {(ratio, name): [] for ratio in ranks for name in SOLVERS}
+    solvers = CUDA_SOLVERS if x.is_cuda else SOLVERS
+    quick = quick or x.is_cuda  # which is lent for minutes
+    times: dict[Case, list[float]] = {(ratio, name): [] for ratio in ranks for name in solvers}
     figures: dict[Case, dict[str, Any]] = {}
     omitted: dict[Case, str] = {}
     full: list[float] = []
     for case in list(times):
-        if reason := _too_slow(case[1], shape, ranks[case[0]]):
+        if reason := _too_slow(case[1], shape, ranks[case[0]], is_cuda=x.is_cuda):
             omitted[case] = reason
             del times[case]
     for round_ in range(_effort(shape, report.RATIO, quick).most):
-        if _effort(shape, report.RATIO, quick, full=True).wants_more(full):
-            elapsed, found = _timed(_full, x, min(shape))
+        is_due = _effort(shape, report.RATIO, quick, full=True).wants_more(full)
+        if is_due and any(name == FULL for _, name in times):
+            elapsed, found = _timed(solvers[FULL], x, min(shape))
             full.append(elapsed)
             for ratio, k in ranks.items() if not figures else ():
                 figures[ratio, FULL] = _figures(_first(found, k), reference)
@@ -277,7 +244,7 @@ def _measure(
             if name == FULL or not _effort(shape, ratio, quick).wants_more(times[ratio, name]):
                 continue
             try:
-                elapsed, found = _timed(SOLVERS[name], x, ranks[ratio])
+                elapsed, found = _timed(solvers[name], x, ranks[ratio])
             except (ImportError, RuntimeError, ValueError) as error:
                 omitted[ratio, name] = f"{type(error).__name__}: {error}"
                 del times[ratio, name]
@@ -286,7 +253,7 @@ def _measure(
             if (ratio, name) not in figures:
                 figures[ratio, name] = _figures(found, reference)
             del found
-    for ratio in ranks:
+    for ratio in ranks if full else ():
         times[ratio, FULL] = full
     return times, figures, omitted
 
@@ -299,7 +266,10 @@ def _effort(shape: tuple[int, int], ratio: float, quick: bool, full: bool = Fals
     return Effort(seconds=12 if full else 2, least=3 if bar else 1, most=7 if bar or full else 3)
 
 
-def _too_slow(name: str, shape: tuple[int, int], k: int) -> str | None:
+def _too_slow(name: str, shape: tuple[int, int], k: int, *, is_cuda: bool = False) -> str | None:
+    if is_cuda:  # where `exact` is the full SVD
+        large = name in (FULL, "exact") and min(shape) > _CUDA_FULL_SIDE
+        return f"too slow here: the full SVD of more than {_CUDA_FULL_SIDE} rows" if large else None
     limit, work = _WORK_LIMITS.get(name), shape[0] * shape[1] * k
     if limit is None or work <= limit:
         return None
@@ -308,13 +278,23 @@ def _too_slow(name: str, shape: tuple[int, int], k: int) -> str | None:
 
 def _timed(solver: Callable[[Tensor, int], Factors], x: Tensor, k: int) -> tuple[float, Factors]:
     gc.disable()
+    _wait_for(x)
     start = time.perf_counter()
     found = solver(x, k)
+    _wait_for(x)
     elapsed = time.perf_counter() - start
     gc.enable()
-    if solver in (_svds, _randomized_svd) or min(x.shape) >= PARTIAL_SIDE:  # `exact` uses scipy
+    if x.is_cuda:
+        return elapsed, found
+    if solver in (svds, randomized_svd) or min(x.shape) >= PARTIAL_SIDE:  # `exact` uses scipy
         _settle()
     return elapsed, found
+
+
+def _wait_for(x: Tensor) -> None:
+    """Until its GPU, if it is on one, has done all that it was told."""
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
 
 
 def _settle() -> None:
@@ -355,9 +335,9 @@ def _rotated(cases: Iterable[Case], by: int) -> list[Case]:
     return cases[by:] + cases[:by]
 
 
-def _warm_up() -> None:
+def _warm_up(solvers: Mapping[str, Callable[[Tensor, int], Factors]], device: str) -> None:
     """Let every solver load its libraries and start its threads."""
-    x = torch.randn(128, 160, generator=torch.Generator().manual_seed(0))
-    for solver in SOLVERS.values():
+    x = torch.randn(128, 160, generator=torch.Generator().manual_seed(0)).to(device)
+    for solver in solvers.values():
         with suppress(ImportError):
             solver(x, 8)

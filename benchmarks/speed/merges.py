@@ -12,8 +12,8 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from rich.progress import Progress
 
 from benchmarks.common.cache import MANIFEST, cache_root, new_folder, read_manifest, write_json
 from benchmarks.common.commands import progress, quick_option, resume_option
+from benchmarks.common.gpu import card, gpu_results
 from benchmarks.common.measure import RESULTS, LlamaShape, measure
 from benchmarks.common.record import MERGES, Record, conditions
 from benchmarks.demo.models import MISSING, find_demo_models
@@ -72,18 +73,21 @@ class Models:
         shape: their sizes.
         tuned: how many fine-tuned ones.
         noise: share of the differences' energy without a decaying spectrum.
+        directions: of the decaying spectrum; all if None, which takes long of large matrices.
     """
 
     shape: LlamaShape
     tuned: int = TUNED
     noise: float = 0.0
+    directions: int | None = None
 
     @property
     def folder(self) -> Path:
         """Where they lie in the cache; whatever number of them."""
         sizes = "-".join(str(size) for size in asdict(self.shape).values())
         noisy = f"-noise-{self.noise:g}" if self.noise else ""
-        return cache_root() / "merge-speed" / f"llama-{sizes}{noisy}"
+        low = f"-low-{self.directions}" if self.directions else ""
+        return cache_root() / "merge-speed" / f"llama-{sizes}{noisy}{low}"
 
     def write(self, tuned: int) -> None:
         """Write them, in another process: torch would count into this one's memory."""
@@ -94,7 +98,7 @@ class Models:
                 "import sys; from pathlib import Path; from benchmarks.common.measure import *; "
                 f"write_llama_models(Path(sys.argv[1]), {tuned}, shape={self.shape}, "
                 # As fine-tuning of the demo's encoders leaves them; rounding to bf16 adds noise.
-                f"directions=None, decay=0.6, noise={self.noise})"
+                f"directions={self.directions}, decay=0.6, noise={self.noise})"
             )
             measure([sys.executable, "-c", program, temporary], temporary / "log.txt")
             write_json(temporary / MANIFEST, {"tuned": tuned})
@@ -114,12 +118,16 @@ class Case:
         label: what differs within the series: a method, a size.
         method: how to merge.
         models: what to merge: made for it, or folders, the base first.
+        dtype: of the recipe; the models' if None.
+        options: mergekit's.
     """
 
     series: str
     label: str
     method: Method
     models: Models | tuple[Path, ...]
+    dtype: str | None = None
+    options: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -154,6 +162,25 @@ def model_sets(console: Console, quick: bool) -> dict[str, Models | tuple[Path, 
     return sets
 
 
+# A layer of Llama 3 8B, with few rows in its tables.
+LAYER = Models(LlamaShape(4096, 14336, 1, 32, 1024, shared=4), noise=0.1, directions=64)
+CUDA = ("linear", "ties", "cart, auto", "cart_auto", "cart_auto, base")
+
+
+def cuda_cases(quick: bool) -> list[Case]:
+    """The methods on the GPU, without those that take full SVDs; and ours in fp32."""
+    models, of = LAYER, "methods on a layer of Llama 3 8B"
+    if quick:
+        models, of = Models(llama(64, 2, 256)), "methods on Llama"
+    cases = [Case("start", "tiny", METHODS["cart, auto"], Models(llama(64, 1, 256), 3))]
+    cases += [Case(of, label, METHODS[label], models) for label in CUDA]
+    cases += [
+        Case(f"{of}, in fp32", label, METHODS[label], models, "float32")
+        for label in ("cart, auto", "cart_auto")
+    ]
+    return [replace(case, options=("--cuda",)) for case in cases]
+
+
 def growth_cases(quick: bool) -> list[Case]:
     """Cart on more models, wider ones and deeper ones, and on next to nothing."""
     cart = METHODS["cart, auto"]
@@ -173,30 +200,41 @@ def growth_cases(quick: bool) -> list[Case]:
 @click.option("--runs", type=int, help="Of each case; default 3, with --quick 1.")
 @quick_option
 @click.option("--growth/--no-growth", default=True, help="Measure how cart's time grows.")
+@click.option("--cuda", is_flag=True, help="On the GPU: a layer of Llama 3 8B, one run.")
 @resume_option
 @click.option("--keep-models", is_flag=True, help="Leave the models in the cache.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the results.")
 def main(
-    runs: int | None, quick: bool, growth: bool, resume: bool, keep_models: bool, out: Path | None
+    runs: int | None,
+    quick: bool,
+    growth: bool,
+    cuda: bool,
+    resume: bool,
+    keep_models: bool,
+    out: Path | None,
 ) -> None:
     """Measure merges; results go to benchmarks/results, or with --quick to the cache."""
     console = Console()
-    runs = runs or (1 if quick else 3)
-    out = out or (
-        cache_root() / "merge-speed-quick" if quick else RESULTS / "speed" / "merge_speed"
-    )
-    record = Record(out / "results.json", conditions(MERGES, PACKAGES, quick=quick), resume)
+    runs = runs or (1 if quick or cuda else 3)
+    place = gpu_results() / "merges" if cuda else RESULTS / "speed" / "merge_speed"
+    out = out or (cache_root() / "merge-speed-quick" if quick else place)
+    gpu = {"gpu": card()} if cuda else {}
+    record = Record(out / "results.json", conditions(MERGES, PACKAGES, quick=quick, **gpu), resume)
     if record.discarded:
         console.print(f"Starting anew: {out / 'results.json'} was {record.discarded}")
 
-    sets = model_sets(console, quick)
+    sets = {} if cuda else model_sets(console, quick)
     cases = [
         Case(f"methods on {name}", label, method, models)
         for name, models in sets.items()
         for label, method in METHODS.items()
     ]
-    cases += growth_cases(quick) if growth else []
-    with progress(console) as bar:
+    if cuda:
+        cases = cuda_cases(quick)
+    elif growth:
+        cases += growth_cases(quick)
+    # On a GPU that is lent for minutes what is measured when the time is over counts.
+    with progress(console) as bar, suppress(KeyboardInterrupt) if cuda else nullcontext():
         run_all(cases, runs, record, bar)
         for name, models in sets.items():
             _compare_solvers(name, models, record, bar)
@@ -220,7 +258,7 @@ def run_all(cases: Sequence[Case], runs: int, record: Record, bar: Progress) -> 
             if made[case.key] > round_:
                 continue
             bar.update(task, description=f"merging: {case.key}")
-            with merged(case.method, case.paths()) as (_, needed):
+            with merged(case.method, case.paths(), case.dtype, case.options) as (_, needed):
                 known = record.cases.get(case.key, {"runs": []})["runs"]
                 value = {"series": case.series, "label": case.label, "size": case.size()}
                 record.put(case.key, {**value, "runs": [*known, needed]}, adds=True)
@@ -228,21 +266,25 @@ def run_all(cases: Sequence[Case], runs: int, record: Record, bar: Progress) -> 
 
 
 def _write_models(models: Iterable[Models | tuple[Path, ...]], bar: Progress) -> None:
-    most: dict[LlamaShape, int] = {}
+    most: dict[Models, int] = {}  # by all but their number
     for one in models:
         if isinstance(one, Models):
-            most[one.shape] = max(one.tuned, most.get(one.shape, 0))
+            kind = replace(one, tuned=0)
+            most[kind] = max(one.tuned, most.get(kind, 0))
     if not most:
         return
     task = bar.add_task("making models", total=len(most))
-    for shape, tuned in most.items():
-        Models(shape).write(tuned)
+    for kind, tuned in most.items():
+        kind.write(tuned)
         bar.advance(task)
 
 
 @contextmanager
 def merged(
-    method: Method, models: Sequence[Path], dtype: str | None = None
+    method: Method,
+    models: Sequence[Path],
+    dtype: str | None = None,
+    options: Sequence[str] = (),
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Merge into a folder that vanishes again; yields it, and what the merge needed."""
     base, *tuned = map(str, models)
@@ -267,6 +309,7 @@ def merged(
         folder = Path(name)
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
         command += [str(folder / "recipe.yaml"), str(folder / "out"), "--no-write-model-card"]
+        command += options
         load = round(os.getloadavg()[0], 1)
         needed = asdict(measure(command, folder / "log.txt")) | {"load_before": load}
         if not any((folder / "out").glob("*.safetensors")):

@@ -173,8 +173,11 @@ def markdown(conditions: dict[str, Any], measured: list[dict[str, Any]], cases: 
     counts = sorted({len(case["runs"]) for case in cases.values() if "runs" in case})
     runs = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     where = f"on {machine['processor']}, {machine['cores']} cores"
+    gpu = conditions.get("gpu")
+    where += "" if gpu is None else f", with {gpu}"
+    target = "bench-merge" if gpu is None else "bench-gpu"
     parts = [
-        f"{made_by('bench-merge', measured, where)} With {listed}. "
+        f"{made_by(target, measured, where)} With {listed}. "
         f"Each figure is the median of {runs} processes, from start to exit. "
         f"{_models(cases)}An exponent is fitted to the time beyond that of a merge of tiny models.",
     ]

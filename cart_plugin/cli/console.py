@@ -67,8 +67,9 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
 class Transfers:
     """How a merge by several workers goes: a bar on the terminal, a line a minute elsewhere."""
 
-    def __init__(self, terminal: Console, bar: Any) -> None:
+    def __init__(self, terminal: Console, bar: Any, *, quiet: bool = False) -> None:
         self._terminal = terminal
+        self._quiet = quiet
         self._bar = bar
         self._task = bar.add_task("starting", total=None, rates="")
         self._begun: float | None = None
@@ -106,7 +107,8 @@ class Transfers:
             total=size,
             rates=", ".join(rates),
         )
-        if not self._terminal.is_terminal and now - self._printed >= _LINE_EVERY:
+        silent = self._quiet or self._terminal.is_terminal
+        if not silent and now - self._printed >= _LINE_EVERY:
             self._printed = now
             self._terminal.print(", ".join([what, *rates]), soft_wrap=True, markup=False)
 
@@ -115,14 +117,14 @@ _LINE_EVERY = 60.0  # seconds
 
 
 @contextmanager
-def transfers(terminal: Console) -> Iterator[Transfers]:
-    """Show a merge by several workers while it runs."""
+def transfers(terminal: Console, *, quiet: bool = False) -> Iterator[Transfers]:
+    """Show a merge by several workers while it runs; if quiet, what has to be read only."""
     from rich.progress import BarColumn, Progress, TextColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rates]}"))
-    shown = terminal.is_terminal
+    shown = terminal.is_terminal and not quiet
     with Progress(*columns, console=terminal, transient=True, disable=not shown) as bar:
-        yield Transfers(terminal, bar)
+        yield Transfers(terminal, bar, quiet=quiet)
 
 
 def print_report(terminal: Console, report: Any) -> None:

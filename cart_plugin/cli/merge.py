@@ -105,8 +105,10 @@ def merge(
             from cart_plugin.distributed import request as distributed
 
             hands = distributed.Hands(workers, address, gpus)
-            with transfers(terminal) as shown:
-                listener = distributed.Listener(shown.tell, shown.note, shown.show)
+            with transfers(terminal, quiet=settings.quiet) as shown:
+                listener = distributed.Listener(
+                    shown.tell, shown.note, shown.show, lambda text: click.echo(text, err=True)
+                )
                 done = distributed.run(recipe, out, settings, hands, listener, force=force)
     except (ValueError, OSError) as error:  # pydantic's are of the first kind too
         # Names of a broken file may hold anything, line breaks too.

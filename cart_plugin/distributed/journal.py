@@ -11,6 +11,8 @@ import hashlib
 import json
 import pickle
 import shutil
+import socket
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -26,19 +28,21 @@ from cart_plugin.checkpoints import writing
 from cart_plugin.checkpoints.digests import tensor_digest
 from cart_plugin.checkpoints.files import MAKING, read_json, write_json
 from cart_plugin.checkpoints.headers import read_header
-from cart_plugin.checkpoints.reading import Checkpoint
+from cart_plugin.checkpoints.reading import CONFIG, Checkpoint
 from cart_plugin.distributed.plan import Part, Shard
 from cart_plugin.errors import CartError
 from cart_plugin.execution.inputs import Inputs, plain
 
-_REVISION = 1  # raised when the files here come to mean something else
+_REVISION = 2  # raised when the files here come to mean something else
 _PACKAGES = ("cart-plugin", "mergekit", "torch", "transformers", "scipy", "safetensors")
 # Of mergekit's options those that change neither a tensor nor where it lies.
 _WITHOUT_EFFECT = {
     *("verbosity", "quiet", "async_write", "write_threads", "write_model_card", "copy_tokenizer"),
     *("num_threads", "lazy_unpickle", "clone_tensors", "transformers_cache", "lora_merge_cache"),
-    *("read_to_gpu", "cuda", "gpu_rich", "multi_gpu", "trust_remote_code"),
+    *("read_to_gpu", "cuda", "gpu_rich", "multi_gpu"),
 }
+_GONE = "removed-"  # how names of what is being removed begin
+_PATIENCE = 90.0  # seconds in which a file system shows what another machine has written
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,9 @@ class Places:
             folder.mkdir(parents=True, exist_ok=True)
 
 
-def identity(inputs: Inputs, options: MergeOptions, threads: int, *, whole: bool) -> dict[str, Any]:
+def identity(
+    inputs: Inputs, route: str, options: MergeOptions, threads: int, *, whole: bool
+) -> dict[str, Any]:
     """All that the bytes of a merge depend on, in parts that a message can name.
 
     Of the inputs: names, sizes and times of all files in their folders. Reading terabytes to see
@@ -104,16 +110,18 @@ def identity(inputs: Inputs, options: MergeOptions, threads: int, *, whole: bool
 
     Args:
         inputs: the recipe with whole models.
+        route: the way that its tensors are merged.
         options: mergekit's.
         threads: of a worker: the same product by more threads rounds differently.
         whole: whether a shard is made by one worker, as `plan.foresee` has it.
     """
     files = {
-        f"model {label}": [
-            [file.name, file.stat().st_size, file.stat().st_mtime_ns]
-            for file in sorted(checkpoint.path.iterdir())
-            if file.is_file()
-        ]
+        f"model {label}": _states(
+            # Hidden ones are of other programs: clones, file managers, network file systems.
+            file
+            for file in checkpoint.path.iterdir()
+            if file.is_file() and not file.name.startswith(".")
+        )
         for label, checkpoint in inputs.checkpoints.items()
     }
     numbers = [_REVISION, linalg.REVISION, merging.REVISION, adapter.REVISION]
@@ -125,9 +133,46 @@ def identity(inputs: Inputs, options: MergeOptions, threads: int, *, whole: bool
     found: dict[str, Any] = {"the recipe": plain(inputs.config), **files}
     found |= {package: version(package) for package in _PACKAGES}
     found |= {"the revision of this program": numbers, **settings, "threads a worker": threads}
-    found |= {"work on a cluster": whole}
+    found |= {"work on a cluster": whole, "the way to merge": route}
+    return _plainly(found)
+
+
+def _states(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    found = ((file.name, file.stat()) for file in sorted(files))
+    return [(name, state.st_size, state.st_mtime_ns) for name, state in found]
+
+
+def _plainly(found: Mapping[str, Any]) -> dict[str, Any]:
+    """As it comes back from a file."""
     plainly: dict[str, Any] = json.loads(json.dumps(found))
     return plainly
+
+
+def surroundings(inputs: Inputs) -> dict[str, Any]:
+    """What has to be the same for all workers, and from the first tensor to the last.
+
+    Versions, and the weights and configs of the models, by sizes and times.
+    """
+    files = {
+        f"model {label}": _states([*held.files, held.path / CONFIG])
+        for label, held in inputs.checkpoints.items()
+    }
+    return _plainly({**{package: version(package) for package in _PACKAGES}, **files})
+
+
+def check_surroundings(places: Places, inputs: Inputs) -> None:
+    """Refuse to go on where something else is found than was planned for.
+
+    Raises:
+        CartError: another version, or a model that has changed.
+    """
+    planned, found = read_json(places.settings)["surroundings"], surroundings(inputs)
+    if found != planned:
+        raise CartError(
+            f"{socket.gethostname()} does not find what the merge was planned for: "
+            f"{_difference(planned, found)}; leave the models alone while they are merged, and "
+            "give all machines the same folders and versions"
+        )
 
 
 def open_journal(folder: Path, identity: Mapping[str, Any], tell: Callable[[str], None]) -> Places:
@@ -147,14 +192,24 @@ def open_journal(folder: Path, identity: Mapping[str, Any], tell: Callable[[str]
         before = None
     if before is not None and before != identity:
         tell(f"starting anew: {_difference(before, identity)}")
-    for other in folder.glob(f"{MAKING}*"):
-        if other != places.folder:
-            shutil.rmtree(other)
+    for other in [*folder.glob(f"{_GONE}*"), *folder.glob(f"{MAKING}*")]:
+        # Without a plan nothing says what the records are of.
+        if other != places.folder or not places.plan.is_file():
+            _remove(other)
     write_json(file, {"identity": identity})
     places.make()
     for old in places.progress.glob("*.json"):
         old.unlink()
     return places
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder that is never found half there, and that workers cannot come back to."""
+    gone = folder
+    if not folder.name.startswith(_GONE):
+        gone = folder.with_name(f"{_GONE}{folder.name}")
+        folder.rename(gone)
+    shutil.rmtree(gone)
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -206,8 +261,25 @@ def reserve(places: Places, shards: Iterable[Shard]) -> None:
 
 
 def records(places: Places, parts: Iterable[Part]) -> list[dict[str, Any]]:
-    """The records of those parts that have one."""
-    return [read_json(places.record(part)) for part in parts if places.record(part).is_file()]
+    """The records of parts that are all made.
+
+    Network file systems show late what another machine has written.
+
+    Raises:
+        CartError: one is not there.
+    """
+    found, until = [], time.monotonic() + _PATIENCE
+    for part in parts:
+        file = places.record(part)
+        while not file.is_file():
+            if time.monotonic() >= until:
+                raise CartError(
+                    f"{part.name} was made, and {file} that says so is not to be seen here; do all "
+                    "machines share this folder?"
+                )
+            time.sleep(1)
+        found.append(read_json(file))
+    return found
 
 
 def is_whole(places: Places, part: Part) -> bool:

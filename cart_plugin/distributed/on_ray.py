@@ -10,6 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from cart_plugin.errors import CartError, first_line
 _DEATHS = 5  # of workers over one part, until it is the part's fault
 _LOSSES = 20  # of nodes over one part: a cluster that loses them as fast does not finish
 _CHECK = 3.0  # seconds between two looks at the nodes
+_PATIENCE = 60.0  # seconds until it is told that no worker has begun
+_ENDING = 10.0  # seconds for workers to end in
 _OBJECT_STORE = 80_000_000  # bytes, nearly Ray's least: no tensor goes through it
 _VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -93,6 +96,8 @@ def make(
         _start(ray, workers)
     try:
         _Crew(ray, places, parts, workers, note).work()
+    except ray.exceptions.RayError as error:  # of Ray itself: its head is gone, or does not answer
+        raise CartError(f"Ray has failed: {first_line(error)}") from error
     finally:
         if started:
             ray.shutdown()
@@ -113,7 +118,7 @@ def _start(ray: Any, workers: Workers) -> None:
             object_store_memory=_OBJECT_STORE,
             **common,
         )
-    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+    except (ray.exceptions.RayError, ValueError, RuntimeError, OSError) as error:
         where = f"cannot join the Ray cluster at {workers.address}"
         what = "cannot start Ray on this machine" if workers.address is None else where
         raise CartError(f"{what}: {first_line(error)}") from error
@@ -161,6 +166,8 @@ class _Crew:
         self._note = note
         self._waiting = [_Attempt(number, part.memory) for number, part in enumerate(parts)]
         self._running: dict[Any, _Attempt] = {}
+        self._begun = time.monotonic()
+        self._is_quiet = True  # no worker has begun, and nobody was told
         variables = {name: str(workers.threads) for name in _VARIABLES}
         self._make = ray.remote(_task)
         # A dead worker's part is asked for anew here, with what its death has taught.
@@ -178,6 +185,7 @@ class _Crew:
             while self._waiting or self._running:
                 if time.monotonic() - looked > _CHECK:
                     self._look_at_nodes()
+                    self._look_for_workers()
                     looked = time.monotonic()
                 while self._waiting and len(self._running) < self._most():
                     self._hand_out(self._waiting.pop(0))
@@ -185,8 +193,16 @@ class _Crew:
                 for reference in done:
                     self._take(reference, self._running.pop(reference))
         finally:
-            for reference in self._running:
+            self._end()
+
+    def _end(self) -> None:
+        """End the workers, and wait for it: what they write may be removed next."""
+        left = list(self._running)
+        with suppress(self._ray.exceptions.RayError):  # whatever has failed is on its way up
+            for reference in left:
                 self._ray.cancel(reference, force=True)
+            if left:
+                self._ray.wait(left, num_returns=len(left), timeout=_ENDING)
 
     def _most(self) -> int:
         return self._workers.count or max(1, len(self._parts))
@@ -223,6 +239,21 @@ class _Crew:
                 self._ray.cancel(reference, force=True)
                 self._waiting.insert(0, attempt)
 
+    def _look_for_workers(self) -> None:
+        """Say so, once, if none has begun: others have taken what Ray's machines have."""
+        is_early = not self._running or time.monotonic() - self._begun < _PATIENCE
+        if not self._is_quiet or is_early:
+            return
+        self._is_quiet = False
+        if any(self._places.progress.glob("*.json")):
+            return
+        wanted = next(iter(self._running.values()))
+        gpu = f", {self._workers.gpus:g} of a GPU" if self._workers.gpus else ""
+        self._note(
+            f"no worker has begun yet: Ray waits for {self._workers.threads} free CPUs{gpu} and "
+            f"{size(wanted.memory)} of memory on one of its machines (`ray status`)"
+        )
+
     def _take(self, reference: Any, attempt: _Attempt) -> None:
         errors = self._ray.exceptions
         part = self._parts[attempt.number]
@@ -241,11 +272,13 @@ class _Crew:
                     "give each worker a whole GPU (--gpus 1), or merge on CPUs"
                 ) from None
             raise CartError(f"{part.name}: a worker failed: {first_line(cause)}") from None
-        except errors.RuntimeEnvSetupError as error:
+        except (errors.RuntimeEnvSetupError, errors.TaskUnschedulableError) as error:
             raise CartError(f"Ray cannot start a worker: {first_line(error)}") from None
         except errors.RayError as error:  # its node is gone
             if attempt.losses + 1 > _LOSSES:
-                raise CartError(f"{part.name}: {_LOSSES} nodes were lost: {error}") from None
+                raise CartError(
+                    f"{part.name}: {_LOSSES} nodes were lost: {first_line(error)}"
+                ) from None
             self._note(f"a node is lost; {part.name} is made again elsewhere")
             self._waiting.insert(0, replace(attempt, losses=attempt.losses + 1))
         else:

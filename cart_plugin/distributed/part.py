@@ -34,7 +34,7 @@ class Workshop:
         """Plan the merge of a journal's folder.
 
         Raises:
-            CartError: mergekit cannot.
+            CartError: mergekit cannot, or finds something else here than where it was planned.
         """
         register()
         self._places = journal.Places(place)
@@ -43,6 +43,8 @@ class Workshop:
         torch.set_num_threads(int(read_json(self._places.settings)["threads"]))
         self._parts = plan.parts(plan.read(self._places.plan))
         inputs = read_inputs(self._job.recipe)
+        journal.check_surroundings(self._places, inputs)
+        tasks.log_as_asked(self._options.verbosity)
         found = tasks.planned(self._job, inputs, self._options, self._read)
         self._tasks = {tasks.key(task): task for task in tasks.saves(found)}
         self._step: Step | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from mergekit.options import MergeOptions
@@ -21,6 +22,7 @@ from cart_plugin.checkpoints.files import (
     Workplace,
     check_space,
     explain,
+    read_json,
     resumable,
     write_json,
     write_text,
@@ -30,12 +32,14 @@ from cart_plugin.checkpoints.writing import data_bytes
 from cart_plugin.distributed import here, journal, on_ray, plan, progress, tasks
 from cart_plugin.distributed.journal import Places
 from cart_plugin.distributed.plan import Part, Shard
+from cart_plugin.doctor.machine import cores
 from cart_plugin.errors import CartError
 from cart_plugin.execution import merge, request, routes
 from cart_plugin.execution.inputs import read_inputs
 from cart_plugin.merging.kept import Kept
 
 _INTERVAL = 0.5  # seconds between two looks at the progress
+_LOG = "merge.log"
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,13 @@ class Listener:
         tell: what is being done.
         note: what is worth reading later, too.
         show: the progress, and what there will be in the end: tensors, and bytes.
+        log: what mergekit has printed here, if its options ask for it.
     """
 
     tell: Callable[[str], None]
     note: Callable[[str], None]
     show: Callable[[progress.State, int, int], None]
+    log: Callable[[str], None]
 
 
 def run(
@@ -111,17 +117,20 @@ def run(
         finally:
             if work.keep:
                 _left(work)
+            log = work.folder / _LOG
+            if options.verbosity and log.is_file():
+                listener.log(log.read_text(errors="replace"))
 
 
 def _left(work: Workplace) -> str:
     """What an interrupted run leaves, as the end of a line; nothing is kept if that is nothing."""
-    records = len(list(work.folder.glob(f"{MAKING}*/records/*.json")))
-    fused = any(work.folder.glob("fused/*"))
-    work.keep = bool(records) or fused
-    if not records:
+    folder = next((Places(it.parent) for it in work.folder.glob(f"{MAKING}*/plan.json")), None)
+    # Without a plan they are of no use.
+    records = 0 if folder is None else len(list(folder.records.glob("*.json")))
+    work.keep = records > 0 or any(work.folder.glob("fused/*"))
+    if folder is None or not records:
         return ""
-    (file,) = work.folder.glob(f"{MAKING}*/plan.json")
-    count = len(plan.parts(plan.read(file)))
+    count = len(plan.parts(plan.read(folder.plan)))
     return (
         f"; {records} of {count} parts are finished and kept in {work.folder}: the same command "
         "goes on from there"
@@ -150,6 +159,10 @@ def _fitting(options: MergeOptions, hands: Hands) -> MergeOptions:
     if hands.gpus:
         if hands.address is None and not torch.cuda.is_available():
             raise CartError("--gpus: torch finds no GPU on this machine; leave it out")
+        if str(options.device) not in ("cpu", "cuda"):  # the first is what none asked for is
+            raise CartError(
+                f"--gpus and --device {options.device} are two devices at once; leave --device out"
+            )
         changes |= {"cuda": True, "device": "cuda"}
     elif str(options.device).startswith("cuda") and not hands.is_here:
         raise CartError("Ray's workers see only the GPUs that they ask for; pass --gpus 1")
@@ -171,7 +184,7 @@ class _Run:
     ) -> None:
         self._recipe, self._out, self._options = recipe, out, options
         self._hands, self._listener, self._force, self._work = hands, listener, force, work
-        self._log = work.folder / "merge.log"
+        self._log = work.folder / _LOG
         shared = torch.get_num_threads() // (hands.workers or 1) if hands.address is None else 1
         self._threads = options.num_threads or max(1, shared)
         self._warnings: list[str] = []
@@ -191,8 +204,10 @@ class _Run:
         journal.reserve(places, shards)
         with self._shown(places, parts):
             if self._hands.is_here:
-                here.make(places, parts)
+                with self._logged():
+                    here.make(places, parts)
             else:
+                self._check_cores()
                 workers = on_ray.Workers(
                     self._hands.workers,
                     self._hands.address,
@@ -207,11 +222,13 @@ class _Run:
     def _plan(self, prepared: merge.Prepared) -> tuple[Places, list[Shard]]:
         """The places of this merge, and its shards."""
         whole = self._hands.address is not None
-        identity = journal.identity(prepared.inputs, self._options, self._threads, whole=whole)
+        identity = journal.identity(
+            prepared.inputs, prepared.choice.route, self._options, self._threads, whole=whole
+        )
         places = journal.open_journal(self._work.folder, identity, self._listener.note)
+        job = replace(self._job(prepared, places), recipe=tasks.everywhere(prepared.inputs))
+        job.write(places.job)  # anew: some options may change without a change of the result
         if not places.plan.is_file():
-            job = self._job(prepared, places)
-            job = replace(job, recipe=tasks.everywhere(prepared.inputs))
             with self._logged(), tasks.failures_of_mergekit():
                 inputs = read_inputs(job.recipe)
                 targets = tasks.planned(job, inputs, self._options)
@@ -219,13 +236,22 @@ class _Run:
                 shards = plan.foresee(targets, inputs, self._options, tokenizer, whole=whole)
             if tokenizer is not None:
                 journal.write_tokenizer(places, tokenizer)
-            job.write(places.job)
-            write_json(places.settings, {"threads": self._threads})
+            settings = {"threads": self._threads, "surroundings": journal.surroundings(inputs)}
+            write_json(places.settings, settings)
             plan.write(places.plan, shards)
         return places, plan.read(places.plan)
 
     def _job(self, prepared: merge.Prepared, places: Places) -> routes.Job:
         return routes.Job.of(prepared.choice, prepared.inputs, places.model, self._options)
+
+    def _check_cores(self) -> None:
+        """Say so where workers of this machine will wait for each other."""
+        threads = (self._hands.workers or 1) * self._threads
+        if self._hands.address is None and threads > cores():
+            self._listener.note(
+                f"{threads} threads of the workers share {cores()} cores and will wait for each "
+                "other; fewer --workers, or fewer threads each (-j), are faster"
+            )
 
     @contextmanager
     def _logged(self) -> Iterator[None]:
@@ -233,6 +259,7 @@ class _Run:
         with (
             self._log.open("a") as output,
             contextlib.redirect_stderr(output),
+            _logging(output, tasks.log_level(self._options.verbosity)),
             routes.recorded() as told,
         ):
             yield
@@ -276,6 +303,7 @@ class _Run:
         suspects = {name for record in records for name in record["suspects"]}
         name = self._out.resolve().name
         written = merge.complete(prepared, places.model, name, self._options, suspects)
+        journal.check_surroundings(places, read_inputs(read_json(places.job)["recipe"]))
         self._work.publish(places.model)
         found = [*self._warnings, *(text for record in records for text in record["warnings"])]
         kept = Kept()
@@ -284,6 +312,20 @@ class _Run:
         found += filter(None, [kept.warning()])
         choice = prepared.choice
         return merge.Outcome(choice.route, choice.reason, written, list(dict.fromkeys(found)))
+
+
+@contextmanager
+def _logging(output: TextIO, level: int) -> Iterator[None]:
+    """Let what is logged go to a file."""
+    logger, handler = logging.getLogger(), logging.StreamHandler(output)
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+        logger.removeHandler(handler)
 
 
 def _leave_only(folder: Path, names: set[str]) -> None:

@@ -6,6 +6,7 @@ our own in it sees the plan; another one, when all tensors are written, leaves o
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -152,6 +153,19 @@ def finish(job: Job, options: MergeOptions, tokenizer: TokenizerInfo | None) -> 
     LoaderCache().loaders.clear()  # of another merge in this process
     with failures_of_mergekit():
         ROUTES[job.route](job, options, Rest)
+
+
+def log_as_asked(verbosity: int) -> None:
+    """Print what mergekit logs, as its `-v` asks for it; it does the same at its start.
+
+    Without effect where somebody takes the log already.
+    """
+    logging.basicConfig(level=log_level(verbosity))
+
+
+def log_level(verbosity: int) -> int:
+    """Of what mergekit logs, what is asked for by so many `-v`."""
+    return {0: logging.WARNING, 1: logging.INFO}.get(verbosity, logging.DEBUG)
 
 
 @contextmanager

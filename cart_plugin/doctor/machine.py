@@ -14,7 +14,7 @@ def check_devices(torch: Any) -> list[Finding]:
     memory = available_memory()
     free = "" if memory is None else f", {size(memory)} of memory available"
     capability = torch.backends.cpu.get_cpu_capability()
-    findings = [ok(f"CPU: {_cores()} usable cores, {capability}{free}")]
+    findings = [ok(f"CPU: {cores()} usable cores, {capability}{free}")]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(index)
@@ -36,22 +36,22 @@ def check_devices(torch: Any) -> list[Finding]:
 
 def check_threads(torch: Any) -> list[Finding]:
     """Tell the linear algebra library and its threads, which decide how long the SVDs take."""
-    threads, cores = torch.get_num_threads(), _cores()
+    threads, usable = torch.get_num_threads(), cores()
     fact = f"torch uses {threads} CPU threads"
     libraries = _blas_libraries(torch)
     fact += f"; {libraries}" if libraries else ""
-    if threads > cores:
+    if threads > usable:
         return [
             warning(
-                f"{fact}, more than the {cores} usable cores: they will wait for each other",
-                f"pass -j {cores} to mergekit, or set OMP_NUM_THREADS={cores}",
+                f"{fact}, more than the {usable} usable cores: they will wait for each other",
+                f"pass -j {usable} to mergekit, or set OMP_NUM_THREADS={usable}",
             )
         ]
-    if threads == 1 < cores:
+    if threads == 1 < usable:
         return [
             warning(
-                f"{fact} of {cores} usable cores",
-                f"pass -j {cores} to mergekit, or unset OMP_NUM_THREADS",
+                f"{fact} of {usable} usable cores",
+                f"pass -j {usable} to mergekit, or unset OMP_NUM_THREADS",
             )
         ]
     return [ok(fact)]
@@ -73,7 +73,8 @@ def _blas_libraries(torch: Any) -> str:
     return "; ".join([*parts, *sorted(loaded)])
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

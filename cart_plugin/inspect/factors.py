@@ -45,11 +45,7 @@ class Adapters:
             CartError: they are no adapters of one base.
         """
         self.paths, self.start = paths, base
-        folders = find(adapters)
-        opened = [
-            sorted_adapter(open_adapter(folder, name))
-            for folder, name in zip(folders, names, strict=True)
-        ]
+        opened = open_adapters(find(adapters), names)
         own = agree(opened, base)
         if merged is not None:
             opened += open_adapters(find([merged]), ["the merged adapter"])

@@ -221,14 +221,14 @@ def _estimated_error(found: Approximation, k: int, newest: Tensor, residual: Ten
     kept = found.values[..., :k].double()
     quotient = newest.square().sum(-1).mean(-1).double()
     outside = ((found.values[..., k] + quotient) / 2)[..., None]
-    if bool((newest.square().sum(-1).amax(-1) <= _noise(found.values)).all()):
-        return torch.full_like(quotient, _ROUNDING)  # the basis holds all that x has
+    # Whether the bases hold all that the matrices have. Not asked on the way: a GPU would wait.
+    is_all = (newest.square().sum(-1).amax(-1) <= _noise(found.values)).all()
     last = found.vectors[..., -residual.shape[-2] :, :k]
     residuals = (last.mT @ residual).double().square().sum(-1)
     gap = (kept - outside).clamp_min(torch.finfo(torch.float32).eps * kept[..., :1]).square()
     total = kept.sum(-1)
     squared = (residuals * (kept + outside) / gap).sum(-1) / total
-    squared = torch.where(total > 0, squared, 0.0)
+    squared = torch.where((total > 0) & ~is_all, squared, 0.0)
     return (squared + _ROUNDING**2).sqrt()
 
 

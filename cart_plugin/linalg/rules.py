@@ -139,9 +139,10 @@ def numerical_ranks(
         m: rows of the matrices.
         n: their columns.
     """
+    # A few numbers, and a decision on each: on a GPU every one of them would be waited for.
+    values, totals = values.cpu(), totals.cpu()
     squares = values.double().square()
-    if rounding is None:
-        rounding = torch.zeros_like(totals)
+    rounding = torch.zeros_like(totals) if rounding is None else rounding.cpu()
     # A matrix that is mostly rounding has no rank to speak of.
     rounding = rounding_that_tells(totals, rounding)
     beyond = rounding_beyond(rounding, values.shape[-1], m, n)

@@ -52,6 +52,7 @@ class Kept:
             rounding: what of its squared norms is rounding, ``(stack,)``, which does not count;
                 None for nothing.
         """
+        energy = energy.cpu()  # a few numbers; a GPU is waited for once
         totals = energy.tolist()
         tensor = self._tensors.setdefault(name, _Tensor())
         tensor.total += sum(totals)
@@ -59,8 +60,9 @@ class Kept:
             tensor.kept += sum(totals)
             return
         m, n = factors.U.shape[-2], factors.Vh.shape[-1]
-        values = factors.S.to(energy.device)
+        values = factors.S.cpu()
         held = values.double().square().sum(dim=-1)
+        rounding = None if rounding is None else rounding.cpu()
         if rounding is not None:  # what is left out of it is no loss
             noise = rounding_that_tells(energy, rounding)
             held = torch.minimum(held + rounding_beyond(noise, factors.rank, m, n), energy)

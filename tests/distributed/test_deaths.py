@@ -32,7 +32,7 @@ class Scripted:
         self.outcomes = list(outcomes)
         self.looks = [list(found) for found in nodes] or [[BIG]]
         self.asked: list[dict[str, Any]] = []
-        self.cancelled = 0
+        self.cancelled = self.ended = 0
 
     def remote(self, function: Callable[..., Any]) -> Scripted:
         return self
@@ -45,7 +45,11 @@ class Scripted:
         found = self.looks.pop(0) if len(self.looks) > 1 else self.looks[0]
         return [{"Alive": True, "Resources": node} for node in found]
 
-    def wait(self, references: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+    def wait(
+        self, references: list[Any], timeout: float, num_returns: int = 1
+    ) -> tuple[list[Any], list[Any]]:
+        if self.cancelled:
+            self.ended = num_returns
         if self.outcomes and self.outcomes[0] == "still running":
             self.outcomes.pop(0)
             return [], references
@@ -165,10 +169,53 @@ def test_what_would_fail_again_ends_the_merge(tmp_path: Path) -> None:
         (of_task(of_gpu("CUDA")), "GPU's memory is too small for layer0.weight"),
         (of_task(KeyError("x")), "a worker failed: KeyError"),
         (exceptions.RuntimeEnvSetupError("no"), "Ray cannot start a worker"),
+        (exceptions.TaskUnschedulableError("no"), "Ray cannot start a worker"),
         ("the disk is full", "cannot make model-0.safetensors: the disk is full"),
     ):
         with pytest.raises(CartError, match=said):
             work(Scripted(outcome), tmp_path)
+
+
+def test_workers_that_are_left_have_ended_when_the_merge_fails(tmp_path: Path) -> None:
+    # What they write may be removed next.
+    ray = Scripted("the disk is full")
+    places = Places(tmp_path)
+    places.make()
+    crew = on_ray._Crew(ray, places, [part(n) for n in range(3)], Workers(3, None, 1), print)
+    with pytest.raises(CartError, match="the disk is full"):
+        crew.work()
+    assert ray.cancelled == ray.ended == 2
+
+
+def test_a_ray_that_does_not_answer_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = Scripted()
+    monkeypatch.setattr(ray, "is_initialized", lambda: True, raising=False)
+    monkeypatch.setattr(on_ray, "import_ray", lambda: ray)
+
+    def gone() -> None:
+        raise exceptions.RpcError("failed to connect to all addresses\nTraceback ...")
+
+    monkeypatch.setattr(ray, "nodes", gone)
+    with pytest.raises(CartError, match="Ray has failed: RpcError: failed to connect") as raised:
+        on_ray.make(Places(tmp_path), [part(0)], Workers(1, "auto", 1), print)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_a_cluster_without_room_is_told_once(
+    has_begun: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(on_ray, "_CHECK", 0.0)
+    monkeypatch.setattr(on_ray, "_PATIENCE", 0.0)
+    Places(tmp_path).make()
+    if has_begun:
+        write_json(Places(tmp_path).progress / "00000.json", {})
+    notes = work(Scripted(*["still running"] * 3, None), tmp_path, gpus=0.5)
+    # Before any is asked for there is nothing to wait for.
+    expected = "no worker has begun yet: Ray waits for 1 free CPUs, 0.5 of a GPU and"
+    assert [note.startswith(expected) for note in notes] == ([] if has_begun else [True])
 
 
 def test_a_worker_says_why_it_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

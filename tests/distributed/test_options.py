@@ -12,7 +12,9 @@ from click.testing import Result
 from rich.console import Console
 
 from cart_plugin.cli import console
-from cart_plugin.distributed import progress
+from cart_plugin.distributed import here, progress
+from cart_plugin.distributed.journal import Places
+from cart_plugin.distributed.plan import Part
 from cart_plugin.distributed.progress import State, Step
 from tests.distributed.conftest import left, recipe_of
 from tests.execution.test_command import refuses
@@ -45,6 +47,37 @@ def test_a_gpu_is_not_asked_for_where_there_is_none(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     recipe = recipe_of("linear", saved("llama"), tmp_path)
     refuses(merge(recipe, tmp_path / "out", "--workers", 1, "--gpus", 1), "finds no GPU")
+
+
+def test_a_gpu_and_another_device_are_refused(
+    merge: Merge, saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    recipe = recipe_of("linear", saved("llama"), tmp_path)
+    done = merge(recipe, tmp_path / "out", "--workers", 2, "--gpus", 1, "--device", "cuda:1")
+    refuses(done, "--gpus and --device cuda:1 are two devices")
+
+
+@pytest.mark.parametrize(("workers", "threads", "told"), [(2, 1, False), (2, 2, True)])
+def test_more_threads_than_cores_are_told(
+    workers: int,
+    threads: int,
+    told: bool,
+    merge: Merge,
+    saved: Saved,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("cart_plugin.distributed.request.cores", lambda: 2)
+    monkeypatch.setattr("cart_plugin.distributed.on_ray.make", here_instead)
+    recipe = recipe_of("linear", saved("llama"), tmp_path)
+    done = merge(recipe, tmp_path / "out", "--workers", workers, "-j", threads)
+    assert done.exit_code == 0, done.output
+    assert ("note: 4 threads of the workers share 2 cores" in done.output) is told
+
+
+def here_instead(places: Places, parts: list[Part], *_: object) -> None:
+    here.make(places, parts)
 
 
 def test_without_ray_several_workers_are_refused_before_the_work(
@@ -103,6 +136,20 @@ def test_a_log_has_a_line_a_minute_with_rates_and_time_left(
     first, second = printed.getvalue().splitlines()
     assert second == "120 of 1,200 tensors, reads 4 MB/s, writes 1 MB/s, 0:14:40 left"
     assert first.startswith("60 of 1,200 tensors")
+
+
+def test_quiet_leaves_notes_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(console.time, "monotonic", lambda: now)
+    for is_terminal in (False, True):
+        printed = StringIO()
+        terminal = Console(file=printed, width=200, force_terminal=is_terminal)
+        with console.transfers(terminal, quiet=True) as shown:
+            shown.note("going on")
+            now += 100
+            shown.show(State(1, 1, 1, 0), 1200, 10**9)
+        assert "going on" in printed.getvalue()
+        assert "1,200 tensors" not in printed.getvalue()
 
 
 def test_a_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -253,7 +253,7 @@ def test_threads_are_compared_with_the_cores(
     threads: int, cores: int, level: Level, advice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(machine, "_cores", lambda: cores)
+    monkeypatch.setattr(machine, "cores", lambda: cores)
     finding = only(machine.check_threads(torch))
     assert finding.level is level
     assert advice in finding.advice

@@ -1,0 +1,1 @@
+"""Tests and benchmarks on a CUDA GPU: `make bench-gpu`."""

@@ -1,0 +1,191 @@
+"""What a run trusts of what lies there: of runs before it, of other machines, of its own inputs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from cart_plugin.checkpoints.files import read_json, write_json
+from cart_plugin.distributed import journal, request
+from cart_plugin.distributed.here import make
+from cart_plugin.distributed.journal import Places
+from cart_plugin.distributed.plan import parts, read
+from cart_plugin.errors import CartError
+from tests.distributed.conftest import SHARDS, contents, left, recipe_of, records
+from tests.doctor.tiny import edit_weights, save_models, write_recipe
+from tests.execution.test_command import refuses
+
+Merge = Callable[..., Result]
+Saved = Callable[..., list[str]]
+
+
+@pytest.fixture
+def recipe(saved: Saved, tmp_path: Path) -> Path:
+    return recipe_of("cart", saved("llama"), tmp_path)
+
+
+@pytest.fixture
+def places(merge: Merge, interrupted: Merge, recipe: Path, tmp_path: Path) -> Places:
+    """Those of a merge into `out` that was interrupted."""
+    interrupted(recipe, tmp_path / "out")
+    return Places(next(tmp_path.glob(".out.unfinished/merge-*")))
+
+
+def test_records_without_a_plan_are_not_trusted(
+    merge: Merge, places: Places, recipe: Path, tmp_path: Path
+) -> None:
+    # As a run leaves it that was killed while it removed them. The tokenizer may have been another.
+    places.plan.unlink()
+    done = merge(recipe, tmp_path / "out", "--workers", 1, *SHARDS)
+    assert done.exit_code == 0, done.output
+    assert "going on" not in done.output
+
+
+def test_records_without_a_plan_are_not_kept(places: Places, tmp_path: Path) -> None:
+    places.plan.unlink()
+    work = request.Workplace(places.folder.parent, tmp_path / "out", keep=True)
+    assert request._left(work) == ""
+    assert not work.keep
+
+
+def test_a_merge_is_removed_under_another_name(
+    merge: Merge,
+    places: Places,
+    saved: Saved,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Workers that outlive their killed run would write into what has the same name again.
+    removed: list[str] = []
+    remove = shutil.rmtree
+
+    def note(folder: Path, **options: bool) -> None:
+        removed.append(Path(folder).name)
+        remove(folder, **options)
+
+    leftover = places.folder.with_name("removed-merge-of-old")
+    leftover.mkdir()
+    monkeypatch.setattr(journal.shutil, "rmtree", note)
+    other = recipe_of("linear", saved("llama"), tmp_path)
+    assert merge(other, tmp_path / "out", "--workers", 1).exit_code == 0
+    assert {f"removed-{places.folder.name}", leftover.name} <= set(removed)
+    assert places.folder.name not in removed
+    assert left(tmp_path) == ["out"]
+
+
+def test_files_of_other_programs_are_no_change_of_a_model(merge: Merge, tmp_path: Path) -> None:
+    models = save_models(tmp_path / "models", "llama")
+    inputs = request.read_inputs({"merge_method": "cart", "models": [{"model": m} for m in models]})
+    before = journal.identity(inputs, "plan", request.MergeOptions(), 1, whole=False)
+    (Path(models[0]) / ".nfs000").touch()
+    assert journal.identity(inputs, "plan", request.MergeOptions(), 1, whole=False) == before
+    (Path(models[0]) / "vocabulary.txt").touch()
+    assert journal.identity(inputs, "plan", request.MergeOptions(), 1, whole=False) != before
+
+
+@pytest.mark.parametrize("changed", [{"route": "tensorwise"}, {"trust_remote_code": True}])
+def test_another_way_to_merge_is_another_merge(
+    changed: dict[str, object], saved: Saved, tmp_path: Path
+) -> None:
+    models = [{"model": model} for model in saved("llama")]
+    inputs = request.read_inputs({"merge_method": "cart", "models": models})
+    found = []
+    for settings in ({}, changed):
+        options = request.MergeOptions(**{k: v for k, v in settings.items() if k != "route"})
+        route = str(settings.get("route", "plan"))
+        found.append(journal.identity(inputs, route, options, 1, whole=False))
+    assert found[0] != found[1]
+
+
+def test_a_model_that_changes_while_it_is_merged(
+    merge: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = save_models(tmp_path / "models", "llama")
+    recipe = write_recipe(tmp_path / "r.yaml", models)
+
+    def trained_meanwhile(*arguments: object) -> None:
+        make(*arguments)  # type: ignore[arg-type]
+        edit_weights(models[1], lambda held: held["model.norm.weight"].add_(1))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("cart_plugin.distributed.here.make", trained_meanwhile)
+        done = merge(recipe, tmp_path / "out", "--workers", 1, *SHARDS)
+    refuses(done, f"model {models[1]} has changed (model.safetensors)", "leave the models alone")
+    assert left(tmp_path) == [".out.unfinished"]
+    done = merge(recipe, tmp_path / "out", "--workers", 1, *SHARDS)
+    assert "starting anew: model" in done.output
+    assert merge(recipe, tmp_path / "whole" / "out", *SHARDS).exit_code == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
+
+
+def test_a_machine_with_other_versions_or_models_makes_nothing(places: Places) -> None:
+    planned = read_json(places.settings)
+    whole = parts(read(places.plan))
+    for changed, said in (
+        ({"torch": "1.0"}, "torch is .*, was 1.0"),
+        ({key: [] for key in planned["surroundings"] if "model" in key}, "has changed"),
+    ):
+        write_json(places.settings, {**planned, "surroundings": planned["surroundings"] | changed})
+        before = {path: path.stat().st_mtime_ns for path in places.model.iterdir()}
+        with pytest.raises(CartError, match=f"does not find what .* planned for: .*{said}"):
+            make(places, whole)
+        assert {path: path.stat().st_mtime_ns for path in places.model.iterdir()} == before
+
+
+def test_a_record_that_is_not_to_be_seen_ends_the_merge(
+    places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without it nobody would know of a NaN in the part.
+    monkeypatch.setattr(journal, "_PATIENCE", 0.0)
+    whole = parts(read(places.plan))
+    with pytest.raises(CartError, match="is not to be seen here"):
+        journal.records(places, whole)
+    finished = [part for part in whole if places.record(part).is_file()]
+    assert len(journal.records(places, finished)) == len(finished)
+
+
+def test_a_record_that_is_seen_late_is_waited_for(
+    places: Places, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = next(part for part in parts(read(places.plan)) if not places.record(part).is_file())
+    monkeypatch.setattr(journal.time, "sleep", lambda _: write_json(places.record(part), {"a": 1}))
+    assert journal.records(places, [part]) == [{"a": 1}]
+
+
+def test_options_that_change_no_tensor_are_those_of_the_latest_run(
+    merge: Merge,
+    full_disk: Callable[[int], dict[str, int]],
+    places: Places,
+    recipe: Path,
+    tmp_path: Path,
+) -> None:
+    assert read_json(places.job)["options"]["lazy_unpickle"] is False
+    full_disk(16)
+    done = merge(recipe, tmp_path / "out", "--workers", 1, *SHARDS, "--lazy-unpickle")
+    assert "going on" in done.output
+    assert read_json(places.job)["options"]["lazy_unpickle"] is True
+
+
+def test_what_mergekit_logs_is_shown_where_it_is_asked_for(
+    merge: Merge, recipe: Path, tmp_path: Path
+) -> None:
+    quiet = merge(recipe, tmp_path / "a", "--workers", 1)
+    loud = merge(recipe, tmp_path / "b", "--workers", 1, "-v")
+    assert "Planning operations" not in quiet.output
+    assert loud.output.count("Planning operations") > 0
+    assert os.listdir(tmp_path / "a") == os.listdir(tmp_path / "b")
+
+
+def test_a_failed_merge_shows_what_mergekit_logged(
+    merge: Merge, full_disk: Callable[[int], dict[str, int]], recipe: Path, tmp_path: Path
+) -> None:
+    full_disk(1)
+    done = merge(recipe, tmp_path / "out", "--workers", 1, "-v")
+    assert "Planning operations" in done.output
+    refuses(done, "the disk is full")
+    assert records(tmp_path) == []
