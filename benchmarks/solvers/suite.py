@@ -134,21 +134,19 @@ def main(
 ) -> None:
     """Compare the solvers; results go to benchmarks/results, or with --quick to the cache."""
     console = Console()
-    usual = (SHAPES, RATIOS, SPECTRA)
-    if cuda:
-        usual = (CUDA_SHAPES, CUDA_RATIOS, CUDA_SPECTRA)
-    shapes = shapes or (QUICK_SHAPES if quick else usual[0])
-    ratios = ratios or (QUICK_RATIOS if quick else usual[1])
+    shapes = shapes or (QUICK_SHAPES if quick else CUDA_SHAPES if cuda else SHAPES)
+    ratios = ratios or (QUICK_RATIOS if quick else CUDA_RATIOS if cuda else RATIOS)
+    spectra = spectra or (CUDA_SPECTRA if cuda else tuple(SPECTRA))
     place = gpu_results() / "solvers" if cuda else RESULTS / "solvers"
     out = out or (cache_root() / "solvers-quick" if quick else place)
-    gpu = {"gpu": card()} if cuda else {}
+    gpu: dict[str, Any] = {"gpu": card()} if cuda else {}
     current = conditions(("linalg",), PACKAGES, threads=torch.get_num_threads(), quick=quick, **gpu)
     record = Record(out / "results.json", current, resume)
     if record.discarded:
         console.print(f"Starting anew: {out / 'results.json'} was {record.discarded}")
     solvers = CUDA_SOLVERS if cuda else SOLVERS
     _warm_up(solvers, "cuda" if cuda else "cpu")
-    matrices = [(shape, spectrum) for shape in shapes for spectrum in spectra or usual[2]]
+    matrices = [(shape, spectrum) for shape in shapes for spectrum in spectra]
     # On a GPU that is lent for minutes what is measured when the time is over counts.
     with progress() as bar, suppress(KeyboardInterrupt) if cuda else nullcontext():
         task = bar.add_task("", total=len(matrices))
