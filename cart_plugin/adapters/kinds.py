@@ -39,8 +39,8 @@ _KNOWN = {
     "ensure_weight_tying": "one that ties its factors to those of other modules",
 }
 _PATTERNS = ("rank_pattern", "alpha_pattern")
-# The start of these takes a part of the base's weights away.
-_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "true", "false")
+# Other starts take a part of the base's weights away.
+_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica", "true", "false")
 
 
 def check_kind(name: str, config: Mapping[str, Any]) -> None:

@@ -42,6 +42,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "one layer": {"layers_to_transform": [1]},
     "the first layer": {"layers_to_transform": 0},
     "gaussian start": {"init_lora_weights": "gaussian"},
+    "start from the least directions": {"init_lora_weights": "mica"},
     "head": {"target_modules": ["q_proj", "lm_head"]},
     "bias of B": {"lora_bias": True, "target_modules": ["q_proj", "v_proj"]},
 }
