@@ -43,7 +43,13 @@ def inspect(
     terminal = console()
     weights = None
     try:
-        if len(models) == 1 and models[0].endswith((".yaml", ".yml")):
+        recipes = [name for name in models if name.endswith((".yaml", ".yml"))]
+        if recipes and len(models) > 1:
+            raise CartError(
+                f"{recipes[0]} is a recipe, and there are models beside it; name one recipe, or "
+                "models"
+            )
+        if recipes:
             found = subjects(Path(models[0]), base)
             models, base, weights = found.models, found.base, found.weighting
         with progress() as tell:

@@ -99,7 +99,8 @@ def _choice(
         return
     found, average = methods[method], methods[AVERAGE]
     if method == AVERAGE:
-        yield f"no method loses clearly less than the average, which keeps {average.mean_kept:.0%}"
+        kept = f", which keeps {average.mean_kept:.0%}" if base is not None or of_adapters else ""
+        yield f"no method loses clearly less than the average{kept}"
     else:
         what = "what sets the models apart" if base is None and not of_adapters else "the changes"
         yield (
@@ -118,7 +119,9 @@ def _choice(
             yield "two models around their average are the average, whatever the method"
     elif count > MOST_INFORMED and method == AUTO:
         yield f"of more than {MOST_INFORMED} models cart_auto leaves the base model out"
-    if found.mean_kept < _LITTLE or min(found.kept) < _LITTLE / 2:
+    # Around their average it keeps nothing of any models.
+    says_little = base is None and not of_adapters and method == AVERAGE
+    if not says_little and (found.mean_kept < _LITTLE or min(found.kept) < _LITTLE / 2):
         yield (
             "no merge keeps most of all models: `mergekit-cart compress` keeps each of them, as "
             "one base and small adapters"

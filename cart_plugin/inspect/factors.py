@@ -62,6 +62,11 @@ class Adapters:
         self._base = None
         if base is not None and cached(base).is_dir():  # else its name serves recipes alone
             self._base = open_model(base, "the base model")
+        elif base is not None:
+            self.notes.append(
+                f"the base {base} is not here: how large its weights are, of which the adapters "
+                "moved a share, is not known"
+            )
         self._modules = {
             f"{tensors.plain_name(module)}.weight": module for module in self.plan.shapes
         }

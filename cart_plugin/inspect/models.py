@@ -37,6 +37,7 @@ def open_models(
         raise CartError(
             f"inspect compares two models or more, got {len(named)}; name the others, too"
         )
+    _check_places(named)
     adapters = [model.adapter for model in named if model.adapter is not None]
     paths = adapters if len(adapters) == len(named) else [str(model) for model in named]
     chosen = list(names) if names is not None else told_apart(paths)
@@ -65,6 +66,27 @@ def open_models(
         [str(model) for model in whole],
         start,
     )
+
+
+def _check_places(named: Sequence[Named]) -> None:
+    """Refuse one model under two paths.
+
+    Raises:
+        CartError: it would count twice.
+    """
+    seen: dict[tuple[str | None, str | None], Named] = {}
+    for model in named:
+        place = (_place(model.path), _place(model.adapter))
+        other = seen.setdefault(place, model)
+        if other is not model:
+            raise CartError(
+                f"{other} and {model} are one model, which would count twice; name it once (a "
+                "recipe's `weight` makes a model count more)"
+            )
+
+
+def _place(path: str | None) -> str | None:
+    return None if path is None else os.path.realpath(path)
 
 
 def _start(named: Sequence[Named], base: str | None) -> str | None:

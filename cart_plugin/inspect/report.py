@@ -179,7 +179,7 @@ class Report:
                 f"least kept by {summary.title(method)}",
                 ["of", "kept", "lost"],
                 [
-                    [entry.tensor, entry.model, f"{entry.kept:.0%}", f"{entry.lost:.0%}"]
+                    [entry.tensor, entry.model, _signed(entry.kept), f"{entry.lost:.0%}"]
                     for entry in losses[: _ON_PAGE if on_page else _WORST]
                 ],
             )
@@ -208,7 +208,7 @@ class Report:
                 [
                     " and ".join(pair.models),
                     f"{pair.apart:.0%}",
-                    f"{pair.cosine:.2f}",
+                    _signed(pair.cosine, ".2f"),
                     f"{pair.row_overlap:.0%}",
                     f"{pair.column_overlap:.0%}",
                 ]
@@ -221,9 +221,9 @@ class Report:
 
         def cells(found: summary.Judgement) -> list[str]:
             if not narrow:
-                return [f"{share:.0%}" for share in found.kept]
+                return [_signed(share) for share in found.kept]
             least, name = min(zip(found.kept, self.names, strict=True))
-            return [f"{found.mean_kept:.0%}", f"{least:.0%}", name]
+            return [_signed(found.mean_kept), _signed(least), name]
 
         return (
             words,
@@ -273,6 +273,12 @@ class Report:
         ]
         lines += ["", *(f"- {reason}" for reason in [*advice.reasons, *self.notes]), ""]
         return "\n".join(lines)
+
+
+def _signed(value: float, form: str = ".0%") -> str:
+    """A number that may be negative; nothing has no sign."""
+    text = format(value, form)
+    return text if any(digit in text for digit in "123456789") else text.removeprefix("-")
 
 
 def _line(cells: Sequence[str]) -> str:

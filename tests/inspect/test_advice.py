@@ -72,6 +72,9 @@ def test_two_models_without_their_base_are_averaged() -> None:
     recipe = yaml.safe_load(found.recipe)
     assert (recipe["merge_method"], recipe["parameters"]) == ("linear", {"weight": 1.0})
     assert "two models around their average are the average" in said(found)
+    little = advice({"average": 1.0}, count=2, base=None, kept=0.0)
+    assert "compress" not in said(little)
+    assert "keeps 0%" not in said(little)
 
 
 def test_where_nothing_is_to_be_gained_the_average_will_do() -> None:

@@ -144,7 +144,10 @@ def test_nearly_equal_models_are_told(
 
 
 def test_what_is_wrong_is_one_line(run: Run, models: list[Path], tmp_path: Path) -> None:
-    for arguments in ([models[0]], [*models, "--base", tmp_path / "none"], ["none.yaml"]):
+    for arguments in (
+        *([models[0]], [*models, "--base", tmp_path / "none"], ["none.yaml"]),
+        ["none.yaml", models[0]],
+    ):
         result = run(*arguments)
         assert result.exit_code == 1
         assert len(result.output.strip().splitlines()) == 1, result.output
@@ -207,3 +210,10 @@ def test_experts_stored_one_by_one_are_of_one_cell(run: Run, tmp_path: Path) -> 
     run(*folders, "--out", tmp_path / "out")
     places = {(entry["layer"], entry["module"]) for entry in report(tmp_path / "out")["records"]}
     assert places == {(0, "experts.up")}
+
+
+def test_nothing_has_no_sign(run: Run, models: list[Path], base: Path) -> None:
+    text = run(*models, "--base", base, "--merged", base).output
+    assert re.search(r"^merged +0% +0% +0% +100%$", text, re.MULTILINE)
+    assert "-0%" not in text
+    assert "-0.00" not in text

@@ -247,6 +247,18 @@ def test_names_are_one_a_model_and_no_two_alike(models: list[Path]) -> None:
     assert inspect_models(models, names=["a", "b", "c"]).names == ["a", "b", "c"]
 
 
+def test_one_model_under_two_paths_would_count_twice(models: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(models[0])
+    with pytest.raises(CartError, match=r"math and .*link are one model"):
+        inspect_models([*models, tmp_path / "link"], names=["a", "b", "c", "d"])
+
+
+def test_a_base_that_is_not_here_is_told(adapters: list[Path]) -> None:
+    (note,) = inspect_models(adapters, base="nowhere/base").notes
+    assert note.startswith("the base nowhere/base is not here")
+    assert inspect_models(adapters).notes == []
+
+
 def test_inputs_are_those_of_the_models_layers(
     models: list[Path], base: Path, tmp_path: Path
 ) -> None:
