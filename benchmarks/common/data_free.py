@@ -75,10 +75,14 @@ def iso_c(taus: Sequence[Tensor]) -> Tensor:
 
 
 def iso_cts(taus: Sequence[Tensor]) -> Tensor:
-    """FusionBench's Iso-CTS (arXiv 2502.04959) of matrices, scale 1, with the paper's fraction."""
+    """FusionBench's Iso-CTS (arXiv 2502.04959) of matrices, scale 1, with the paper's fraction.
+
+    In fp64: LAPACK's fp32 SVD of its nearly orthogonal bases does not always converge.
+    """
     from fusion_bench.method.isotropic_merging.iso_utils import iso_cts as merge
 
-    return _by_fusion_bench(merge, taus, common_space_fraction=0.8)
+    exact = [tau.double() for tau in taus]
+    return _by_fusion_bench(merge, exact, common_space_fraction=0.8).to(taus[0].dtype)
 
 
 def wudi(taus: Sequence[Tensor]) -> Tensor:
