@@ -124,7 +124,8 @@ def peak(merge: Merge, config: Recipe) -> float:
             if merge.takes_base:  # the mean of what the models changed; of four both forms' results
                 copies += 2 if len(merge.counting) == MOST_INFORMED else 1
         # Small differences are decomposed side by side.
-        elements = max(elements, min(len(merge.inputs) * elements, SIDE_BY_SIDE))
+        threads = min(len(merge.inputs), torch.get_num_threads())
+        copies *= max(1, min(threads, SIDE_BY_SIDE // max(1, elements)))
     return inputs + copies * 4 * elements
 
 

@@ -289,6 +289,17 @@ def test_memory_depends_on_the_share_of_the_full_rank(
     assert name in line
 
 
+def test_small_differences_are_side_by_side_on_several_threads(
+    check: Callable[..., Report], llamas: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(costs, "PROGRAM_BYTES", 0)
+    monkeypatch.setattr(costs.torch, "get_num_threads", lambda: 2)
+    # Six copies of 8 KB once more than above; of three differences two are in the works.
+    assert "up to about 325 KB" in check(llamas, parameters={"rank_ratio": 0.08}).text
+    monkeypatch.setattr(costs, "SIDE_BY_SIDE", 1)
+    assert "up to about 276 KB" in check(llamas, parameters={"rank_ratio": 0.08}).text
+
+
 def test_cart_auto_holds_all_models_factors(
     check: Callable[..., Report], llamas: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
