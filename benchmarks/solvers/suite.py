@@ -36,6 +36,7 @@ from benchmarks.solvers.contestants import (
     FULL,
     SOLVERS,
     Factors,
+    full_svd,
     randomized_svd,
     svds,
 )
@@ -134,21 +135,19 @@ def main(
 ) -> None:
     """Compare the solvers; results go to benchmarks/results, or with --quick to the cache."""
     console = Console()
-    usual = (SHAPES, RATIOS, SPECTRA)
-    if cuda:
-        usual = (CUDA_SHAPES, CUDA_RATIOS, CUDA_SPECTRA)
-    shapes = shapes or (QUICK_SHAPES if quick else usual[0])
-    ratios = ratios or (QUICK_RATIOS if quick else usual[1])
+    shapes = shapes or (QUICK_SHAPES if quick else CUDA_SHAPES if cuda else SHAPES)
+    ratios = ratios or (QUICK_RATIOS if quick else CUDA_RATIOS if cuda else RATIOS)
+    spectra = spectra or (CUDA_SPECTRA if cuda else SPECTRA)
     place = gpu_results() / "solvers" if cuda else RESULTS / "solvers"
     out = out or (cache_root() / "solvers-quick" if quick else place)
-    gpu = {"gpu": card()} if cuda else {}
+    gpu: dict[str, Any] = {"gpu": card()} if cuda else {}
     current = conditions(("linalg",), PACKAGES, threads=torch.get_num_threads(), quick=quick, **gpu)
     record = Record(out / "results.json", current, resume)
     if record.discarded:
         console.print(f"Starting anew: {out / 'results.json'} was {record.discarded}")
     solvers = CUDA_SOLVERS if cuda else SOLVERS
     _warm_up(solvers, "cuda" if cuda else "cpu")
-    matrices = [(shape, spectrum) for shape in shapes for spectrum in spectra or usual[2]]
+    matrices = [(shape, spectrum) for shape in shapes for spectrum in spectra]
     # On a GPU that is lent for minutes what is measured when the time is over counts.
     with progress() as bar, suppress(KeyboardInterrupt) if cuda else nullcontext():
         task = bar.add_task("", total=len(matrices))
@@ -235,7 +234,7 @@ def _measure(
     for round_ in range(_effort(shape, report.RATIO, quick).most):
         is_due = _effort(shape, report.RATIO, quick, full=True).wants_more(full)
         if is_due and any(name == FULL for _, name in times):
-            elapsed, found = _timed(full, x, min(shape))
+            elapsed, found = _timed(full_svd, x, min(shape))
             full.append(elapsed)
             for ratio, k in ranks.items() if not figures else ():
                 figures[ratio, FULL] = _figures(_first(found, k), reference)

@@ -218,7 +218,7 @@ def main(
     runs = runs or (1 if quick or cuda else 3)
     place = gpu_results() / "merges" if cuda else RESULTS / "speed" / "merge_speed"
     out = out or (cache_root() / "merge-speed-quick" if quick else place)
-    gpu = {"gpu": card()} if cuda else {}
+    gpu: dict[str, Any] = {"gpu": card()} if cuda else {}
     record = Record(out / "results.json", conditions(MERGES, PACKAGES, quick=quick, **gpu), resume)
     if record.discarded:
         console.print(f"Starting anew: {out / 'results.json'} was {record.discarded}")
