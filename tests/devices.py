@@ -114,6 +114,8 @@ def _run(function: Any, arguments: Any, named: Any) -> Any:
         if any(strict or it.ndim for it in tensors if not isinstance(it, _There)):
             raise RuntimeError(f"{name}: tensors of two devices")
     is_there = bool(there) if device is None else torch.device(device).type == _SIMULATED
+    if device is not None and not is_there and not there:
+        return function(*arguments, **named)  # of another device, or the meta device
     if there and (name.startswith(_WAITING) or not is_there):
         _waits[name] += 1
     if device is not None:

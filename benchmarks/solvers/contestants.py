@@ -37,7 +37,8 @@ def _cart(name: str) -> Callable[[Tensor, int], Factors]:
     return solve
 
 
-def full(x: Tensor, k: int) -> Factors:
+def full_svd(x: Tensor, k: int) -> Factors:
+    """Of all directions the first k."""
     u, s, vh = torch.linalg.svd(x.float(), full_matrices=False)
     return Factors(u[:, :k], s[:k], vh[:k])
 
@@ -85,7 +86,7 @@ def _from_numpy(*arrays: Any) -> Factors:
 
 FULL = "torch.linalg.svd"
 SOLVERS: dict[str, Callable[[Tensor, int], Factors]] = {
-    FULL: full,
+    FULL: full_svd,
     "exact": _cart("exact"),
     "fast": _cart("fast"),
     "auto": _cart("auto"),

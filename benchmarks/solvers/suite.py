@@ -36,6 +36,7 @@ from benchmarks.solvers.contestants import (
     FULL,
     SOLVERS,
     Factors,
+    full_svd,
     randomized_svd,
     svds,
 )
@@ -136,7 +137,7 @@ def main(
     console = Console()
     shapes = shapes or (QUICK_SHAPES if quick else CUDA_SHAPES if cuda else SHAPES)
     ratios = ratios or (QUICK_RATIOS if quick else CUDA_RATIOS if cuda else RATIOS)
-    spectra = spectra or (CUDA_SPECTRA if cuda else tuple(SPECTRA))
+    spectra = spectra or (CUDA_SPECTRA if cuda else SPECTRA)
     place = gpu_results() / "solvers" if cuda else RESULTS / "solvers"
     out = out or (cache_root() / "solvers-quick" if quick else place)
     gpu: dict[str, Any] = {"gpu": card()} if cuda else {}
@@ -233,7 +234,7 @@ def _measure(
     for round_ in range(_effort(shape, report.RATIO, quick).most):
         is_due = _effort(shape, report.RATIO, quick, full=True).wants_more(full)
         if is_due and any(name == FULL for _, name in times):
-            elapsed, found = _timed(solvers[FULL], x, min(shape))
+            elapsed, found = _timed(full_svd, x, min(shape))
             full.append(elapsed)
             for ratio, k in ranks.items() if not figures else ():
                 figures[ratio, FULL] = _figures(_first(found, k), reference)

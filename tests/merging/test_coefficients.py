@@ -186,6 +186,7 @@ def test_a_model_of_weight_0_is_as_good_as_absent(ratio: float) -> None:
     assert torch.allclose(same, merged, atol=1e-5)
 
 
+@pytest.mark.cpu_only  # small matrices of a stack are iterated on together elsewhere
 @pytest.mark.parametrize("rule", [{"rank_ratio": 0.16}, {"energy": 0.8}, {"rank": 30}])
 @pytest.mark.parametrize("count", [3, 20])
 def test_any_rule_number_of_models_and_scale_gives_finite_weights(

@@ -102,6 +102,7 @@ def peak(
     return highest
 
 
+@pytest.mark.cpu_only  # the profiler sees its memory
 def test_peak_memory_does_not_grow_with_the_number_of_models() -> None:
     assert tracemalloc.is_tracing() is False
     few, many = (
@@ -112,6 +113,7 @@ def test_peak_memory_does_not_grow_with_the_number_of_models() -> None:
     assert many <= 1.1 * few
 
 
+@pytest.mark.cpu_only  # the profiler sees its memory
 @pytest.mark.parametrize(("m", "n"), [(256, 256), (512, 128), (128, 512)])
 @pytest.mark.parametrize("count", [4, 8, 20])
 def test_peak_memory_of_auto_is_within_what_it_says(m: int, n: int, count: int) -> None:

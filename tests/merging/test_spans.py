@@ -69,6 +69,7 @@ def whole(
     return found.float()
 
 
+@pytest.mark.cpu_only  # whole weights, as small, are iterated on elsewhere
 @pytest.mark.filterwarnings("ignore:with two models")
 @pytest.mark.parametrize("shape", [(40, 60), (60, 40), (24, 30)])
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 7])
@@ -81,6 +82,7 @@ def test_it_is_the_merge_of_whole_weights(method: str, count: int, shape: tuple[
         assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
+@pytest.mark.cpu_only  # whole weights, as small, are iterated on elsewhere
 @pytest.mark.parametrize("count", [3, 6])
 def test_stacks_of_matrices_are_merged_one_by_one(count: int) -> None:
     parts = differences(count, 24, 40, stack=3)

@@ -80,6 +80,7 @@ def test_the_bases_shape_does_not_matter_where_it_is_not_used() -> None:
     assert merged["model.embed_tokens.weight"].shape == (10, 4)
 
 
+@pytest.mark.cpu_only  # what stands for the solver there leaves the device
 def test_each_tensor_has_its_own_random_start(monkeypatch: pytest.MonkeyPatch) -> None:
     seeds: list[int] = []
 
