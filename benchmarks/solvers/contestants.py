@@ -10,9 +10,6 @@ import torch
 from torch import Tensor
 
 from cart_plugin import RankRule, truncated_svd
-from cart_plugin.linalg.gram import leading_left
-from cart_plugin.linalg.precision import full_precision
-from cart_plugin.linalg.svd import EXACT_TOLERANCE
 
 # A singular vector more costs little and gives the randomised solvers most of their accuracy;
 # scikit-learn's default.
@@ -52,18 +49,6 @@ def _lowrank(niter: int) -> Callable[[Tensor, int], Factors]:
     return solve
 
 
-def _by_eigh(x: Tensor, k: int) -> Factors:
-    """What `exact` does on a CPU, on whatever device: it takes full SVDs on others."""
-    wide = x.mT if x.shape[0] > x.shape[1] else x
-    with full_precision(x.device):
-        left = leading_left(wide.float(), k, tolerance=EXACT_TOLERANCE)
-        right = left.vectors.mT @ wide.float()
-        s = right.norm(dim=1)
-        u, vh = left.vectors, right / s[:, None]
-    u, vh = (vh.mT, u.mT) if wide is not x else (u, vh)
-    return Factors(u, s, vh, left.error)
-
-
 def svds(x: Tensor, k: int) -> Factors:
     import scipy.sparse.linalg
 
@@ -95,7 +80,6 @@ SOLVERS: dict[str, Callable[[Tensor, int], Factors]] = {
     "svds": svds,
     "randomized_svd": randomized_svd,
 }
-BY_EIGH = "exact, by eigh"
 CUDA_SOLVERS = {
     name: solver for name, solver in SOLVERS.items() if solver not in (svds, randomized_svd)
-} | {BY_EIGH: _by_eigh}
+}

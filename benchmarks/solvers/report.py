@@ -13,7 +13,7 @@ from rich.table import Table
 
 from benchmarks.common.provenance import made_by
 from benchmarks.common.tables import markdown_table
-from benchmarks.solvers.contestants import BY_EIGH, FULL
+from benchmarks.solvers.contestants import FULL
 
 Case = dict[str, Any]
 
@@ -39,7 +39,6 @@ STYLES = {  # colour, marker
     "svd_lowrank, niter 4": ("#6b7785", "^"),
     "svds": ("#b197fc", "s"),
     "randomized_svd": ("#e0a800", "D"),
-    BY_EIGH: ("#0b7285", "o"),
 }
 
 

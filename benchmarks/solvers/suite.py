@@ -266,8 +266,8 @@ def _effort(shape: tuple[int, int], ratio: float, quick: bool, full: bool = Fals
 
 
 def _too_slow(name: str, shape: tuple[int, int], k: int, *, is_cuda: bool = False) -> str | None:
-    if is_cuda:  # where `exact` is the full SVD
-        large = name in (FULL, "exact") and min(shape) > _CUDA_FULL_SIDE
+    if is_cuda:
+        large = name == FULL and min(shape) > _CUDA_FULL_SIDE
         return f"too slow here: the full SVD of more than {_CUDA_FULL_SIDE} rows" if large else None
     limit, work = _WORK_LIMITS.get(name), shape[0] * shape[1] * k
     if limit is None or work <= limit:

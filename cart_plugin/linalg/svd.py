@@ -237,9 +237,10 @@ def _exact(x: Tensor, k: int, _seed: int) -> LowRank:
     The error is at most 1e-5 in fp32 where LAPACK's own is: not for singular values k and k + 1
     that are closer than rounding can tell apart.
 
-    On CPUs the leading eigenvectors of ``x x^T`` cost a fraction of the full SVD. The product
-    squares the condition number; where fp32 cannot separate the kept directions from the rest any
-    more, it is formed in fp64 (`cart_plugin.linalg.gram`).
+    The leading eigenvectors of ``x x^T`` cost a fraction of the full SVD, which is less accurate,
+    too, where singular values are close: it has fp32 only. The product squares the condition
+    number; where fp32 cannot separate the kept directions from the rest any more, it is formed in
+    fp64 (`cart_plugin.linalg.gram`).
     """
     return _by_gram(x, k, EXACT_TOLERANCE)
 
@@ -248,7 +249,7 @@ def _by_gram(x: Tensor, k: int, tolerance: float) -> LowRank:
     m = x.shape[1]
     # Whatever the error of the vectors, products with them are rounded.
     rounding = 10 * torch.finfo(x.dtype).eps
-    if x.device.type != "cpu" or k > _GRAM_SHARE * m:
+    if k > _GRAM_SHARE * m:
         u, s, vh = torch.linalg.svd(x, full_matrices=False)
         return LowRank(u[..., :k].contiguous(), s[:, :k], vh[:, :k].contiguous(), rounding)
     parts = [leading_left(part, k, tolerance=tolerance) for part in x.split(1)]

@@ -14,7 +14,7 @@ from benchmarks.common import gpu
 from benchmarks.gpu import run, small
 from benchmarks.gpu.run import STAGES, Outcome, Stage
 from benchmarks.solvers import suite
-from benchmarks.solvers.contestants import BY_EIGH, CUDA_SOLVERS
+from benchmarks.solvers.contestants import CUDA_SOLVERS
 from benchmarks.solvers.matrices import BF16, MatrixMaker, Reference
 from benchmarks.speed import merges
 
@@ -98,10 +98,10 @@ def test_merges_on_a_gpu_say_so_to_mergekit() -> None:
 
 
 def test_full_svds_of_large_matrices_are_left_out_on_a_gpu() -> None:
-    for name in (suite.FULL, "exact"):
-        assert suite._too_slow(name, (1024, 4096), 80, is_cuda=True) is None
-        assert "more than 2048 rows" in str(suite._too_slow(name, (4096, 4096), 80, is_cuda=True))
-    assert suite._too_slow("fast", (8192, 8192), 600, is_cuda=True) is None
+    full = suite.FULL
+    assert suite._too_slow(full, (1024, 4096), 80, is_cuda=True) is None
+    assert "more than 2048 rows" in str(suite._too_slow(full, (4096, 4096), 80, is_cuda=True))
+    assert suite._too_slow("exact", (8192, 8192), 600, is_cuda=True) is None
 
 
 @pytest.mark.parametrize("shape", [(60, 90), (90, 60)])
@@ -114,5 +114,3 @@ def test_gpu_solvers_take_what_models_are_stored_in(shape: tuple[int, int]) -> N
     for name, solver in CUDA_SOLVERS.items():
         found = solver(x, 8)
         assert reference.accuracy(found.u, found.s, found.vh).error < 0.1, name
-    by_eigh = CUDA_SOLVERS[BY_EIGH](x, 8)
-    assert reference.accuracy(by_eigh.u, by_eigh.s, by_eigh.vh).error <= 1e-5
