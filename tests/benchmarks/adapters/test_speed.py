@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from benchmarks.adapters import speed
 
 
+@pytest.mark.slow
 def test_it_measures_both_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CART_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(speed, "SHAPES", {"self_attn.k_proj": (24, 32), "mlp.down_proj": (32, 48)})

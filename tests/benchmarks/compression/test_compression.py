@@ -81,6 +81,7 @@ def test_compressed_sizes_are_those_of_the_files(
     assert 0 < squared_error(encoders, stored) < (2 if around_base else 1) * average
 
 
+@pytest.mark.slow
 def test_extracted_adapters_are_those_of_mergekit(encoders: Encoders, tmp_path: Path) -> None:
     stored = compression_methods.extracted(encoders, tmp_path, rank=32)
     adapters = [file.stat().st_size for file in tmp_path.glob("*/adapter_model.safetensors")]
