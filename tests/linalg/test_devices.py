@@ -23,6 +23,7 @@ from tests.linalg.helpers import EXACT_BAR
 from tests.support import best_approximation, power_law, random, relative_error, with_spectrum
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHOSEN != "cpu", reason="is in that process")
 def test_what_follows_holds_on_a_simulated_device() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]

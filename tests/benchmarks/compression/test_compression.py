@@ -148,6 +148,7 @@ def test_peft_gives_what_expand_gives(encoders: Encoders, tmp_path: Path) -> Non
     assert max(found.values()) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_run_resumes_and_its_report_has_all_cases(
     encoders: Encoders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

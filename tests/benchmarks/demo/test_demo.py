@@ -99,6 +99,7 @@ def test_mergekit_averages_and_the_second_time_the_cache_answers(cache, encoders
     assert merge(average, tuned, base) == first
 
 
+@pytest.mark.slow
 def test_mergekit_in_this_process_merges_as_the_command_does(cache, encoders):
     base, *tuned = encoders
     dare = Candidate("dare_ties", "", {"lambda": 0.5}, {"weight": 1.0, "density": 0.5})

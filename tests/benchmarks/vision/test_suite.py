@@ -35,6 +35,7 @@ def invoke(out, *more):
     return outcome.output
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:with two models CART")
 def test_the_whole_suite_on_two_tiny_tasks_and_again_from_its_record(
     two_tasks, tmp_path, monkeypatch
@@ -96,6 +97,7 @@ def test_fusion_bench_gives_the_accuracy_of_the_encoder_folders(laid_out):
     assert found == pytest.approx(evaluate_encoder(folder, heads, "test", 12))
 
 
+@pytest.mark.slow
 def test_scales_between_two_merges_are_what_the_method_gives(laid_out):
     from benchmarks.vision.program import SINGLE, between, merge
 
