@@ -17,6 +17,7 @@ from cart_plugin.doctor.findings import Finding, ok, problem, warning
 from cart_plugin.doctor.layout import Recipe, references
 from cart_plugin.doctor.machine import available_memory, size
 from cart_plugin.doctor.merges import Merge
+from cart_plugin.linalg.threads import at_a_time
 from cart_plugin.merging.cart import SIDE_BY_SIDE
 from cart_plugin.merging.informed import MOST_INFORMED
 from cart_plugin.merging.tensors import matrix_shape
@@ -124,8 +125,7 @@ def peak(merge: Merge, config: Recipe) -> float:
             if merge.takes_base:  # the mean of what the models changed; of four both forms' results
                 copies += 2 if len(merge.counting) == MOST_INFORMED else 1
         # Small differences are decomposed side by side.
-        threads = min(len(merge.inputs), torch.get_num_threads())
-        copies *= max(1, min(threads, SIDE_BY_SIDE // max(1, elements)))
+        copies *= at_a_time(len(merge.inputs), SIDE_BY_SIDE // max(1, elements))
     return inputs + copies * 4 * elements
 
 

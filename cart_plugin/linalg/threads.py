@@ -1,8 +1,7 @@
 """Several matrices side by side on torch's threads, instead of one after the other on all of them.
 
-A decomposition is a chain of small products and factorisations, which wait for their slowest
-thread each: two on a thread each are done sooner than one after the other on two, and many times
-sooner where other processes keep a core busy.
+A decomposition is a chain of small products and factorisations, each of which waits for its slowest
+thread: one after the other on all threads suffers where another process keeps a core busy.
 """
 
 from __future__ import annotations
@@ -18,13 +17,23 @@ _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 
+def at_a_time(items: int, most: int) -> int:
+    """How many of some items `side_by_side` has in the works: as many as torch has threads.
+
+    Args:
+        items: their number.
+        most: a limit; one item is always in the works.
+    """
+    return max(1, min(most, torch.get_num_threads(), items))
+
+
 def side_by_side(
     work: Callable[[_T], _R], items: Sequence[_T], most: int, threads: int | None = None
 ) -> Iterator[_R]:
     """``work(item)`` of each item, in their order.
 
-    As many at a time as torch has threads, at most; no more are begun than that before the caller
-    has taken the first. While the iterator is in use, the caller has a worker's number of threads.
+    No more are begun than are in the works (`at_a_time`) before the caller has taken the first.
+    While the iterator is in use, the caller has a worker's number of threads.
 
     Args:
         work: called without autograd, and where there are several at a time in other threads.
@@ -33,7 +42,7 @@ def side_by_side(
         threads: torch's for each of them; by default those that there are, dealt out evenly.
     """
     count = torch.get_num_threads()
-    workers = max(1, min(most, count, len(items)))
+    workers = at_a_time(len(items), most)
     share = threads or count // workers
     torch.set_num_threads(share)
     try:

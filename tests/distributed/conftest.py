@@ -36,6 +36,12 @@ def recipe_of(method: str, models: list[str], folder: Path) -> Path:
     return write_recipe(folder / f"{method}.yaml", taken, merge_method=method, **settings)
 
 
+@pytest.fixture
+def recipe(saved: Callable[..., list[str]], tmp_path: Path) -> Path:
+    """CART of three tiny Llamas."""
+    return recipe_of("cart", saved("llama"), tmp_path)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     """All files of a finished model."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -25,11 +25,6 @@ Saved = Callable[..., list[str]]
 
 
 @pytest.fixture
-def recipe(saved: Saved, tmp_path: Path) -> Path:
-    return recipe_of("cart", saved("llama"), tmp_path)
-
-
-@pytest.fixture
 def places(merge: Merge, interrupted: Merge, recipe: Path, tmp_path: Path) -> Places:
     """Those of a merge into `out` that was interrupted."""
     interrupted(recipe, tmp_path / "out")

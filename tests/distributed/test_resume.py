@@ -25,11 +25,6 @@ Saved = Callable[..., list[str]]
 
 
 @pytest.fixture
-def recipe(saved: Saved, tmp_path: Path) -> Path:
-    return recipe_of("cart", saved("llama"), tmp_path)
-
-
-@pytest.fixture
 def expected(merge: Merge, recipe: Path, tmp_path: Path) -> dict[str, bytes]:
     """What the merge gives that is not interrupted."""
     assert merge(recipe, tmp_path / "whole" / "out", *SHARDS).exit_code == 0
