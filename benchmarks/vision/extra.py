@@ -20,6 +20,7 @@ from fusion_bench.utils import instantiate
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from benchmarks.common.data_free import wudi
 from benchmarks.common.peers import ace, aswudi, dc_merge, svc, swudi
 from cart_plugin.fusion_bench.taskpool import ImageClassificationTaskPool
 
@@ -133,10 +134,7 @@ class GramWUDI(BaseAlgorithm):
 
     def run(self, modelpool: BaseModelPool) -> nn.Module:
         """Merge the pool's models."""
-
-        def merge(vectors: Sequence[Tensor]) -> Tensor:
-            return wudi(torch.stack(list(vectors)), self.iter_num)
-
+        merge = partial(wudi, steps=self.iter_num)
         return _merged(modelpool, merge, excluded=self.exclude_keys or ())
 
 
@@ -259,29 +257,3 @@ def _added(
     }
     pretrained.load_state_dict(merged)
     return pretrained
-
-
-def wudi(vectors: Tensor, steps: int, rate: float = 1e-5) -> Tensor:
-    """The merged task vector of one matrix.
-
-    Args:
-        vectors: task vectors, (tasks, rows, columns).
-        steps: of Adam.
-        rate: its learning rate.
-
-    Returns:
-        (rows, columns).
-    """
-    norms = vectors.square().sum(dim=(1, 2)).clamp_min(1e-30)  # untrained: no task vector
-    gram = torch.zeros(vectors.shape[2], vectors.shape[2])
-    target = torch.zeros_like(vectors[0])
-    for vector, norm in zip(vectors, norms, strict=True):
-        own = vector.T @ vector / norm
-        gram += own
-        target += vector @ own
-    merged = nn.Parameter(vectors.sum(dim=0))
-    optimizer = torch.optim.Adam([merged], lr=rate)
-    for _ in range(steps):
-        merged.grad = 2 * (merged @ gram - target)
-        optimizer.step()
-    return merged.detach()
