@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from cart_plugin.adapters import servers
 from cart_plugin.adapters.work import Done, Merge
 from cart_plugin.checkpoints.files import write_json
+from cart_plugin.checkpoints.servers import Loader
 from cart_plugin.merging.span_measures import Answers
 
 if TYPE_CHECKING:
@@ -91,6 +93,11 @@ class Report:
         """Of the merged adapter."""
         return self.merge.rank
 
+    @property
+    def loaders(self) -> list[Loader]:
+        """What loads the merged adapter, and what does not."""
+        return servers.loaders(self.merge)
+
     def worst(self) -> list[tuple[str, str, Kept]]:
         """The modules that keep least of an adapter: module, adapter, what is kept."""
         found = [
@@ -108,6 +115,7 @@ class Report:
             "method": request.method,
             "rank": self.rank,
             "exact_rank": plan.full_rank,
+            "loaded_by": {loader.name: loader.document() for loader in self.loaders},
             "bytes": self.bytes,
             "seconds": self.seconds,
             "notes": self.notes,
@@ -229,6 +237,11 @@ class Sums:
         report.outputs, report.inputs = self._outputs / both, self._inputs / both
         report.notes += self.merge.plan.notes
         report.notes += _notes(report, norms.tolist(), self._averaged)
+        report.notes += [
+            f"give this adapter not to {loader.name}: {'; '.join(loader.reasons)}"
+            for loader in report.loaders
+            if loader.silent
+        ]
 
 
 def _notes(report: Report, norms: Sequence[float], averaged: Sequence[str]) -> Iterator[str]:

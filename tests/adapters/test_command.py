@@ -46,10 +46,14 @@ def test_what_it_prints(trio: list[Path], tmp_path: Path) -> None:
         [name, "0.333", "4"] for name in ("math", "code", "german")
     ]
     assert "modules that keep least" in done.output
-    assert lines[-1].startswith(
+    assert lines[-2].startswith(
         "one adapter of rank 4 of 12, which would lose nothing (--rank full)"
     )
-    assert lines[-1].endswith(f"{tmp_path / 'out'} (also report.json)")
+    assert lines[-2].endswith(f"{tmp_path / 'out'} (also report.json)")
+    assert lines[-1] == (
+        "loaded by PEFT and, if they run LoRA of the base, by vLLM (--max-lora-rank 8), "
+        "SGLang (--max-lora-rank 4), llama.cpp"
+    )
 
 
 def test_every_option_arrives(trio: list[Path], tmp_path: Path) -> None:

@@ -142,6 +142,17 @@ def test_trained_biases_are_averaged(bias: str, tmp_path: Path) -> None:
     assert config_of(tmp_path / "out")["bias"] == bias
 
 
+@pytest.mark.parametrize("other", [["v_proj"], ["q_proj", "up_proj"]])
+def test_all_biases_beside_lora_of_different_modules(other: list[str], tmp_path: Path) -> None:
+    """PEFT calls one bias by two names: with LoRA of its module, and without."""
+    base = save_base(tmp_path, "qwen2", num_hidden_layers=2)
+    configs = [{"target_modules": ["q_proj"]}, {"target_modules": other}, {}]
+    adapters = save_loras(tmp_path, base, configs, bias="all")
+    report = merge_adapters(adapters, tmp_path / "out", rank="full")
+    assert farthest(state(base, tmp_path / "out"), whole(base, adapters, AUTO)) < 1e-6
+    assert any("such as base_model.model.model.layers.0" in note for note in report.notes)
+
+
 def test_a_classifiers_head(tmp_path: Path) -> None:
     kind = transformers.AutoModelForSequenceClassification
     base = save_base(tmp_path, "bert-classifier", num_labels=3)
