@@ -15,6 +15,7 @@ from cart_plugin.errors import CartError
 
 _BASE = "base_model_name_or_path"
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+_BASES_TABLE = ".base_layer.weight"
 _WHOLE_MODELS = (
     "merge each into its base (PEFT's merge_and_unload, then save_pretrained) and the whole models "
     "with `mergekit-cart merge`"
@@ -23,7 +24,7 @@ _WHOLE_MODELS = (
 _OTHERS = {
     "embedding": "tables of tokens",
     "convolution": "convolutions",
-    "experts": "stacked experts",
+    "experts": "parameters, such as stacked experts,",
 }
 # Of these kinds PEFT knows no bias of B, and refuses lora_bias for the whole adapter.
 _WITHOUT_BIAS = {"experts": "target_parameters", "embedding": "LoRA of embeddings"}
@@ -100,6 +101,7 @@ def agree(adapters: Sequence[Adapter], base: str | None) -> Plan:
             base.
     """
     ordered = sorted(adapters, key=lambda adapter: adapter.name)
+    common = _common(ordered, base)
     shapes: dict[str, Shape] = {}
     for adapter in ordered:
         for module, layer in adapter.layers.items():
@@ -112,7 +114,7 @@ def agree(adapters: Sequence[Adapter], base: str | None) -> Plan:
                     "base"
                 )
     _check_names(ordered)
-    plan = Plan(ordered, dict(sorted(shapes.items())), _whole(ordered), _common(ordered, base))
+    plan = Plan(ordered, dict(sorted(shapes.items())), _whole(ordered), common)
     for module, shape in plan.shapes.items():
         if plan.has_bias and shape.kind in _WITHOUT_BIAS:
             raise CartError(
@@ -168,7 +170,7 @@ def _whole(adapters: Sequence[Adapter]) -> dict[str, str]:
         first = holders[0]
         # With LoRA wherever any of them has it.
         name = found[key] = max((adapter.whole[key] for adapter in holders), key=len)
-        if name.endswith(".base_layer.weight") and _are_one(key, holders):
+        if name.endswith(_BASES_TABLE) and _are_one(key, holders):
             continue
         for adapter in adapters:
             if adapter not in holders:
@@ -294,11 +296,20 @@ def lacking_notes(plan: Plan) -> Iterator[str]:
 
 def _notes(plan: Plan) -> Iterator[str]:
     yield from lacking_notes(plan)
-    if plan.whole:
+    tables = [
+        key for key in plan.whole if key.endswith(_BASES_TABLE) and _are_one(key, plan.holders(key))
+    ]
+    averaged = [name for key, name in plan.whole.items() if key not in tables]
+    if averaged and len(plan.adapters) > 1:
         yield (
-            f"{len(plan.whole):,} tensors that the adapters hold whole, such as "
-            f"{next(iter(plan.whole.values()))}, are averaged: whatever the method, the base's "
-            "values are not known here. PEFT loads them; vLLM, llama.cpp and SGLang do not"
+            f"{len(averaged):,} tensors that the adapters hold whole, such as {averaged[0]}, are "
+            "averaged: whatever the method, the base's values are not known here. PEFT loads "
+            "them; vLLM, llama.cpp and SGLang do not"
+        )
+    if tables:
+        yield (
+            f"the base's own {tables[0]} is kept, which PEFT has saved beside its LoRA "
+            "(save_embedding_layers=False saves none)"
         )
     others = [module for module, shape in plan.shapes.items() if shape.kind in _OTHERS]
     if others:

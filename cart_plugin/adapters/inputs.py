@@ -179,7 +179,13 @@ def _folder(path: str | Path) -> Path:
                 f"{path} is a whole model and no adapter: it has {CONFIG} and no {ADAPTER_CONFIG}; "
                 "merge whole models with `mergekit-cart merge`"
             )
+        inside = sorted(folder.glob(f"*/{ADAPTER_CONFIG}"))
+        if inside and not (folder / ADAPTER_CONFIG).exists():
+            held = ", ".join(str(file.parent) for file in inside[:3])
+            raise CartError(f"{path} is no adapter, but holds some; name {held}")
         return folder
+    if folder.exists() and folder.suffix in (".yaml", ".yml"):
+        raise CartError(f"{path} is a recipe, which lists all adapters; name it alone")
     if folder.exists():
         raise CartError(f"{path} is a file; name the folder that holds it")
     from huggingface_hub import snapshot_download

@@ -25,7 +25,9 @@ _WORST = 10
 _WELL_KEPT = 0.99
 _ALIKE = 0.95  # cosine of two adapters' differences
 _LARGE = 5.0  # one adapter's difference against the next largest one's
-_ONE_START = 0.5  # share of the row spaces that two adapters have in common
+_SMALL = 1e-3  # one adapter's difference against the largest one
+_ONE_START = 0.5  # share of the row spaces that two adapters have in common, beyond chance
+_MOST_SHOWN = 10.0  # larger shares are of adapters that changed next to nothing
 
 
 @dataclass
@@ -99,11 +101,12 @@ class Report:
         return servers.loaders(self.merge)
 
     def worst(self) -> list[tuple[str, str, Kept]]:
-        """The modules that keep least of an adapter: module, adapter, what is kept."""
+        """The modules that keep least of an adapter that counts: module, adapter, what is kept."""
         found = [
             (module, name, kept)
             for module, row in self.modules.items()
-            for name, kept in zip(self.names, row, strict=True)
+            for name, share, kept in zip(self.names, self.merge.shares, row, strict=True)
+            if share > 0
         ]
         return sorted(found, key=lambda entry: entry[2].kept)[:_WORST]
 
@@ -180,11 +183,11 @@ class Report:
             row = [
                 f"{self.merge.shares[index]:.3g}",
                 str(_rank(self.merge, index)),
-                f"{self.cut[index].kept:.1%}",
-                f"{self.cut[index].error:.1%}",
+                _percent(self.cut[index].kept),
+                _percent(self.cut[index].error),
             ]
             found.add_row(
-                escape(name), *row, *([f"{self.exact[index].kept:.1%}"] if is_cut else [])
+                escape(name), *row, *([_percent(self.exact[index].kept)] if is_cut else [])
             )
         worst = Table(box=None, pad_edge=False, header_style="bold")
         worst.add_column("modules that keep least", overflow="fold")
@@ -192,8 +195,12 @@ class Report:
         worst.add_column("kept", justify="right")
         for module, name, kept in self.worst()[:3]:
             if kept.kept < _WELL_KEPT:
-                worst.add_row(escape(module), escape(name), f"{kept.kept:.1%}")
+                worst.add_row(escape(module), escape(name), _percent(kept.kept))
         return [found, worst] if worst.row_count else [found]
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}" if abs(share) < _MOST_SHOWN else f"> {_MOST_SHOWN:.0%}"
 
 
 def _rank(merge: Merge, index: int) -> int:
@@ -271,15 +278,32 @@ def _notes(report: Report, norms: Sequence[float], averaged: Sequence[str]) -> I
                     f"{names[j]} and {names[i]} are nearly the same (cosine {cosine:.2f}): what "
                     "they have in common counts twice"
                 )
-            elif start > _ONE_START:
+            elif start > _ONE_START + (1 - _ONE_START) * _by_chance(merge, i, j):
                 yield (
                     f"{names[j]} and {names[i]} were trained from one start: {start:.0%} of the "
                     "space of their A is common, so that A tells less of what each was trained on"
                 )
     sizes = sorted(((abs(merge.shares[i]) * norms[i], names[i]) for i in counting), reverse=True)
+    for size, name in sizes:
+        if size < _SMALL * sizes[0][0]:
+            yield (
+                f"{name} changes next to nothing: its difference is {sizes[0][0] / size:.0e} times "
+                f"smaller than that of {sizes[0][1]}; was it trained?"
+            )
     if len(sizes) > 1 and sizes[0][0] > _LARGE * sizes[1][0]:
         ratio = sizes[0][0] / sizes[1][0]
         yield (
             f"{sizes[0][1]} dominates: its difference is {ratio:.1f} times as large as the next "
             "largest one; --weights can balance that"
         )
+
+
+def _by_chance(merge: Merge, i: int, j: int) -> float:
+    """The share of the row spaces that two adapters of A drawn apart have in common, on average."""
+    plan = merge.plan
+    one, other = plan.adapters[i].layers, plan.adapters[j].layers
+    shares = [
+        min(1.0, max(one[module].rank, other[module].rank) / plan.shapes[module].n)
+        for module in one.keys() & other.keys()
+    ]
+    return sum(shares) / max(len(shares), 1)

@@ -97,8 +97,9 @@ def merge_adapters(adapters: tuple[str, ...], out: Path, **options: Any) -> None
     given = {name: value for name, value in options.items() if value is not None}
     try:
         arguments: dict[str, Any] = {"adapters": adapters}
-        if len(adapters) == 1 and adapters[0].endswith((".yaml", ".yml")):
-            arguments = read_recipe(Path(adapters[0]))
+        recipe = Path(adapters[0])
+        if len(adapters) == 1 and recipe.suffix in (".yaml", ".yml") and not recipe.is_dir():
+            arguments = read_recipe(recipe)
         with progress() as tell:
             report = run(out=out, progress=tell, **{**arguments, **given})
     except CartError as error:

@@ -10,7 +10,7 @@ import pytest
 
 from cart_plugin.adapters import merge_adapters
 from cart_plugin.adapters.report import Report
-from tests.adapters.lora import save_base, save_loras
+from tests.adapters.lora import change_config, change_tensors, save_base, save_loras
 
 SERVERS = ("vLLM", "SGLang", "llama.cpp")
 
@@ -65,9 +65,14 @@ def test_experts_and_conv1d(tmp_path: Path) -> None:
     report = merged(tmp_path, "qwen3-moe", target_parameters=["mlp.experts.down_proj"])
     assert by_name(report) == dict.fromkeys(SERVERS, False)
     assert "stacked experts" in report.loaders[1].reasons[0]
-    (tmp_path / "turned").mkdir()
-    report = merged(tmp_path / "turned", fan_in_fan_out=True)
+    for adapter in (tmp_path / "math", tmp_path / "code"):
+        change_config(adapter, fan_in_fan_out=True, target_parameters=None)
+        change_tensors(
+            adapter, lambda held: [held.pop(name) for name in list(held) if "mlp" in name]
+        )
+    report = merge_adapters([tmp_path / "math", tmp_path / "code"], tmp_path / "turned")
     assert by_name(report) == dict.fromkeys(SERVERS, False)
+    assert "takes linear layers only" in report.loaders[1].reasons[0]
 
 
 def test_a_head_has_not_been_tried(tmp_path: Path) -> None:
