@@ -296,9 +296,8 @@ def lacking_notes(plan: Plan) -> Iterator[str]:
 
 def _notes(plan: Plan) -> Iterator[str]:
     yield from lacking_notes(plan)
-    tables = [
-        key for key in plan.whole if key.endswith(_BASES_TABLE) and _are_one(key, plan.holders(key))
-    ]
+    tables = [key for key in plan.whole if key.endswith(_BASES_TABLE)]
+    tables = [key for key in tables if _are_one(key, plan.holders(key))]
     averaged = [name for key, name in plan.whole.items() if key not in tables]
     if averaged and len(plan.adapters) > 1:
         yield (

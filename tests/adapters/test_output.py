@@ -157,6 +157,15 @@ def test_dtypes(dtype: str | None, own_trio: list[Path], base: Path, tmp_path: P
     assert {tensor.dtype for tensor in tensors(tmp_path / "both").values()} == {torch.bfloat16}
 
 
+def test_the_dtype_holds_both_factors(own_trio: list[Path], tmp_path: Path) -> None:
+    for adapter in own_trio:
+        change_tensors(
+            adapter, lambda held: held.update({k: held[k].bfloat16() for k in held if "_A" in k})
+        )
+    merge_adapters(own_trio, tmp_path / "out")
+    assert {tensor.dtype for tensor in tensors(tmp_path / "out").values()} == {torch.float32}
+
+
 def test_bases_that_are_one(own_trio: list[Path], base: Path, tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(base)
@@ -265,6 +274,7 @@ def test_what_the_report_says(trio: list[Path], tmp_path: Path) -> None:
         ("same", "math and twin are nearly the same (cosine 1.00)"),
         ("start", "math and twin were trained from one start"),
         ("large", "twin dominates: its difference is"),
+        ("tiny", "twin changes next to nothing: its difference is 1e+08 times smaller"),
     ],
 )
 def test_what_the_report_warns_of(
@@ -276,15 +286,30 @@ def test_what_the_report_warns_of(
 
     def change(held: dict[str, torch.Tensor]) -> None:
         for name in held:
-            if make == "large":
-                held[name].mul_(10)
+            if make in ("large", "tiny"):
+                held[name].mul_(10 if make == "large" else 1e-4)
             elif make == "same" or "lora_A" in name:
                 held[name].copy_(start[name] + 0.01 * held[name])
 
     change_tensors(twin, change)
     report = merge_adapters([math, twin], tmp_path / "out")
     assert [found for found in report.notes if note in found], report.notes
-    assert len(report.notes) == 1
+    assert len(report.notes) == (2 if make == "tiny" else 1)
+
+
+def test_wide_factors_share_much_by_chance(base: Path, tmp_path: Path) -> None:
+    """Of 20 among 32 inputs, 60 %: no sign of one start."""
+    adapters = save_loras(tmp_path, base, [{}, {}], r=20)
+    report = merge_adapters(adapters, tmp_path / "out")
+    assert report.inputs[0, 1] > 0.5
+    assert not any("one start" in note for note in report.notes)
+
+
+def test_what_does_not_count_is_not_among_what_keeps_least(
+    trio: list[Path], tmp_path: Path
+) -> None:
+    report = merge_adapters(trio, tmp_path / "out", weights=[1, 1, 0])
+    assert {name for _, name, _ in report.worst()} == {"math", "code"}
 
 
 def test_cart_that_adds_nothing_says_so(trio: list[Path], tmp_path: Path) -> None:
