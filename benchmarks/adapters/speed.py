@@ -42,12 +42,11 @@ SHAPES = {  # (out, in) of Llama-3-8B
     "mlp.up_proj": (14336, 4096),
     "mlp.down_proj": (4096, 14336),
 }
-ATTENTION = tuple(name for name in SHAPES if name.startswith("self_attn"))
 # What PEFT's way is timed on: modules alone, and those of a layer's attention together.
-TIMED = {
-    "self_attn.k_proj": ATTENTION[1:2],
-    "self_attn.q_proj": ATTENTION[:1],
-    "self_attn": ATTENTION,
+TIMED: dict[str, Sequence[str]] = {
+    "self_attn.k_proj": ["self_attn.k_proj"],
+    "self_attn.q_proj": ["self_attn.q_proj"],
+    "self_attn": [name for name in SHAPES if name.startswith("self_attn")],
 }
 PACKAGES = ("torch", "peft", "safetensors")
 
@@ -106,10 +105,9 @@ def in_memory(modules: Sequence[str], rank: int, runs: int) -> dict[str, float]:
     model = get_peft_model(layer, config, adapter_name="0")
     for index in range(1, COUNT):
         model.add_adapter(str(index), config)
-    names = [str(index) for index in range(COUNT)]
-    ours = [_seconds(partial(merge_loaded, model, names, f"ours{run}")) for run in range(runs)]
-    shares = [1 / COUNT] * COUNT
-    add = partial(model.add_weighted_adapter, names, shares, "theirs")
+    adapters = [str(index) for index in range(COUNT)]
+    ours = [_seconds(partial(merge_loaded, model, adapters, f"ours{run}")) for run in range(runs)]
+    add = partial(model.add_weighted_adapter, adapters, [1 / COUNT] * COUNT, "theirs")
     theirs = _seconds(partial(add, combination_type="svd", svd_rank=rank))
     return {"ours": statistics.median(ours), "peft": theirs}
 
