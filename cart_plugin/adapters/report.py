@@ -284,17 +284,18 @@ def _notes(report: Report, norms: Sequence[float], averaged: Sequence[str]) -> I
                     "space of their A is common, so that A tells less of what each was trained on"
                 )
     sizes = sorted(((abs(merge.shares[i]) * norms[i], names[i]) for i in counting), reverse=True)
+    largest, dominating = sizes[0]
     for size, name in sizes:
-        if size < _SMALL * sizes[0][0]:
+        if size < _SMALL * largest:
             yield (
-                f"{name} changes next to nothing: its difference is {sizes[0][0] / size:.0e} times "
-                f"smaller than that of {sizes[0][1]}; was it trained?"
+                f"{name} changes next to nothing: its difference is {largest / size:.0e} times "
+                f"smaller than that of {dominating}; was it trained?"
             )
-    if len(sizes) > 1 and sizes[0][0] > _LARGE * sizes[1][0]:
-        ratio = sizes[0][0] / sizes[1][0]
+    others = [size for size, _ in sizes[1:] if size >= _SMALL * largest]
+    if others and largest > _LARGE * others[0]:
         yield (
-            f"{sizes[0][1]} dominates: its difference is {ratio:.1f} times as large as the next "
-            "largest one; --weights can balance that"
+            f"{dominating} dominates: its difference is {largest / others[0]:.1f} times as large as "
+            "the next largest one; --weights can balance that"
         )
 
 
