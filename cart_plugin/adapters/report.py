@@ -27,6 +27,7 @@ _ALIKE = 0.95  # cosine of two adapters' differences
 _LARGE = 5.0  # one adapter's difference against the next largest one's
 _SMALL = 1e-3  # one adapter's difference against the largest one
 _ONE_START = 0.5  # share of the row spaces that two adapters have in common, beyond chance
+_CANCELLED = 0.5  # share of squares in the average, of those of unrelated differences
 _MOST_SHOWN = 10.0  # larger shares are of adapters that changed next to nothing
 
 
@@ -270,6 +271,15 @@ def _notes(report: Report, norms: Sequence[float], averaged: Sequence[str]) -> I
             "which sum to zero: the result is nearly the plain average; keep less (--keep, half "
             "of their rank or less), or use auto"
         )
+    sizes = torch.tensor(merge.shares, dtype=torch.float64) * torch.tensor(norms)
+    left = float(sizes @ report.cosines @ sizes / sizes.square().sum())
+    if min(merge.shares) >= 0 and len(counting) > 1 and left < _CANCELLED:
+        yield (
+            f"the adapters' differences cancel: their average has {max(left, 0):.0%} of the squares "
+            "that it would have if they had nothing to do with each other, as of adapters that "
+            "`mergekit-cart compress` made around the average of models; merge those models whole "
+            "(`mergekit-cart merge`)"
+        )
     for i in counting:
         for j in counting[: counting.index(i)]:
             cosine, start = float(report.cosines[i, j]), float(report.inputs[i, j])
@@ -283,19 +293,19 @@ def _notes(report: Report, norms: Sequence[float], averaged: Sequence[str]) -> I
                     f"{names[j]} and {names[i]} were trained from one start: {start:.0%} of the "
                     "space of their A is common, so that A tells less of what each was trained on"
                 )
-    sizes = sorted(((abs(merge.shares[i]) * norms[i], names[i]) for i in counting), reverse=True)
-    largest, dominating = sizes[0]
-    for size, name in sizes:
+    ranked = sorted(((abs(merge.shares[i]) * norms[i], names[i]) for i in counting), reverse=True)
+    largest, dominating = ranked[0]
+    for size, name in ranked:
         if size < _SMALL * largest:
             yield (
                 f"{name} changes next to nothing: its difference is {largest / size:.0e} times "
                 f"smaller than that of {dominating}; was it trained?"
             )
-    others = [size for size, _ in sizes[1:] if size >= _SMALL * largest]
+    others = [size for size, _ in ranked[1:] if size >= _SMALL * largest]
     if others and largest > _LARGE * others[0]:
         yield (
-            f"{dominating} dominates: its difference is {largest / others[0]:.1f} times as large as "
-            "the next largest one; --weights can balance that"
+            f"{dominating} dominates: its difference is {largest / others[0]:.1f} times as large "
+            "as the next largest one; --weights can balance that"
         )
 
 

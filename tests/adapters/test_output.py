@@ -273,6 +273,7 @@ def test_what_the_report_says(trio: list[Path], tmp_path: Path) -> None:
     [
         ("same", "math and twin are nearly the same (cosine 1.00)"),
         ("start", "math and twin were trained from one start"),
+        ("opposite", "the adapters' differences cancel: their average has 0% of the squares"),
         ("large", "twin dominates: its difference is"),
         ("tiny", "twin changes next to nothing: its difference is"),
     ],
@@ -286,7 +287,9 @@ def test_what_the_report_warns_of(
 
     def change(held: dict[str, torch.Tensor]) -> None:
         for name in held:
-            if make in ("large", "tiny"):
+            if make == "opposite":
+                held[name].copy_(-start[name] if "lora_B" in name else start[name])
+            elif make in ("large", "tiny"):
                 held[name].mul_(10 if make == "large" else 1e-4)
             elif make == "same" or "lora_A" in name:
                 held[name].copy_(start[name] + 0.01 * held[name])
