@@ -271,14 +271,14 @@ def _notes(report: Report, norms: Sequence[float], averaged: Sequence[str]) -> I
             "which sum to zero: the result is nearly the plain average; keep less (--keep, half "
             "of their rank or less), or use auto"
         )
-    sizes = torch.tensor(merge.shares, dtype=torch.float64) * torch.tensor(norms)
+    sizes = torch.tensor([merge.shares, norms], dtype=torch.float64).prod(dim=0)
     left = float(sizes @ report.cosines @ sizes / sizes.square().sum())
     if min(merge.shares) >= 0 and len(counting) > 1 and left < _CANCELLED:
         yield (
-            f"the adapters' differences cancel: their average has {max(left, 0):.0%} of the squares "
-            "that it would have if they had nothing to do with each other, as of adapters that "
-            "`mergekit-cart compress` made around the average of models; merge those models whole "
-            "(`mergekit-cart merge`)"
+            f"the adapters' differences cancel: their average has {max(left, 0):.0%} of the "
+            "squares that it would have if they had nothing to do with each other, as of adapters "
+            "that `mergekit-cart compress` made around the average of models; merge those models "
+            "whole (`mergekit-cart merge`)"
         )
     for i in counting:
         for j in counting[: counting.index(i)]:
