@@ -77,6 +77,11 @@ def test_experts_and_conv1d(tmp_path: Path) -> None:
 
 def test_a_head_has_not_been_tried(tmp_path: Path) -> None:
     report = merged(tmp_path, target_modules=["q_proj", "v_proj", "lm_head"])
+    assert by_name(report) == dict.fromkeys(SERVERS, False)  # PEFT saves the base's own, too
+    adapters = [tmp_path / "math", tmp_path / "code"]
+    for adapter in adapters:
+        change_tensors(adapter, lambda held: held.pop("base_model.model.lm_head.base_layer.weight"))
+    report = merge_adapters(adapters, tmp_path / "without")
     assert by_name(report) == dict.fromkeys(SERVERS, None)
     assert report.loaders[1].reasons == ("LoRA of lm_head has not been tried",)
 
