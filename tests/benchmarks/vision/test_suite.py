@@ -169,7 +169,7 @@ def _as_pretrained(task):
 def test_wudi_merges_what_fusion_bench_merges():
     from fusion_bench.method.wudi.wudi import wudi_merging
 
-    from benchmarks.vision.extra import wudi
+    from benchmarks.common.algorithms import wudi
 
     generator = torch.Generator().manual_seed(0)
     vectors = 1e-3 * torch.randn(3, 12, 7, generator=generator)
