@@ -268,8 +268,8 @@ def markdown(record: Record, seeds: Sequence[int]) -> str:
     count = "one seed" if len(seeds) == 1 else f"{len(seeds)} fine-tuning seeds ± standard error"
     return (
         f"Test accuracy in per cent ({TEST} images a task) of EfficientNet-lite0, {count}. "
-        f"Settings were chosen on {VALIDATION} validation images a task of the first seed, among at "
-        f"most {MOST_POINTS}. {made_by('bench-convolutions', record.measured)}\n\n{table}\n"
+        f"Settings were chosen on {VALIDATION} validation images a task of the first seed, among "
+        f"at most {MOST_POINTS}. {made_by('bench-convolutions', record.measured)}\n\n{table}\n"
     )
 
 
