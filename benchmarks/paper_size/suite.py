@@ -133,9 +133,10 @@ def lacking(case: Case, kind: Kind) -> str | None:
 
 def _lacks_disk(kind: Kind, count: int) -> str | None:
     folder = folder_of(kind)
+    folder.mkdir(parents=True, exist_ok=True)
     there = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
     needed = (count + 1) * bytes_of(kind) - there
-    free = shutil.disk_usage(cache_root()).free - 1 * _GB
+    free = shutil.disk_usage(folder).free - 1 * _GB
     if needed > free:
         return f"{count} models need {needed / _GB:.0f} GB of disk, {free / _GB:.0f} are free"
     return None

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoTokenizer
 
 pytest.importorskip("fusion_bench")
 
@@ -64,6 +65,9 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         weight = 2 * torch.randn(3, 16, generator=torch.Generator().manual_seed(seed))
         Head(weight, torch.zeros(3)).save(head)
     save_tokenizer(folders["base"])
+    tokenizer = AutoTokenizer.from_pretrained(folders["base"])
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folders["base"])
     monkeypatch.setattr(fusion, "task_head_folder", lambda task, _: tmp_path / "heads" / task)
     monkeypatch.setattr(fusion, "texts", texts)
     base = folders.pop("base")
