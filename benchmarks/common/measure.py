@@ -1,8 +1,8 @@
 """Running a command and measuring it, and the models that merging is measured on.
 
 Run as a script, this file is the small process that `measure` puts between itself and the command:
-`python -S benchmarks/common/measure.py LOG LIMIT COMMAND...` prints what COMMAND needed, as one
-line of JSON; LIMIT is in seconds, or empty for none.
+`python -S benchmarks/common/measure.py LOG LIMIT MEMORY COMMAND...` prints what COMMAND needed, as
+one line of JSON; LIMIT is in seconds, MEMORY in bytes, both empty for none.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import signal
 import subprocess
 import sys
@@ -103,6 +104,7 @@ def measure(
     *,
     folder: Path | None = None,
     limit: float | None = None,
+    memory: int | None = None,
 ) -> Measurement:
     """Run a command and measure it, whatever the size of this process.
 
@@ -112,14 +114,16 @@ def measure(
         environment: all environment variables of the command; by default this process's.
         folder: where the command runs; by default this process's.
         limit: seconds after which the command is ended.
+        memory: bytes that it may have; asking for more fails then, where the system (Linux) counts.
+            Without, the system ends whichever process it likes when there is none left.
 
     Raises:
         TooLongError: the limit is reached.
         CommandError: the command's exit code is not 0.
     """
-    given = "" if limit is None else f"{limit:g}"
+    limits = ["" if given is None else str(given) for given in (limit, memory)]
     done = subprocess.run(
-        [sys.executable, "-S", __file__, str(log.resolve()), given, *map(str, command)],
+        [sys.executable, "-S", __file__, str(log.resolve()), *limits, *map(str, command)],
         capture_output=True,
         text=True,
         env=environment,
@@ -229,9 +233,12 @@ def write_llama_models(
 
 
 if __name__ == "__main__":
-    log, given, *command = sys.argv[1:]
+    log, seconds, memory, *command = sys.argv[1:]
+    if memory:
+        resource.setrlimit(resource.RLIMIT_DATA, (int(memory), int(memory)))
     try:
-        print(json.dumps(asdict(run(command, log, os.environ, float(given) if given else None))))
+        limit = float(seconds) if seconds else None
+        print(json.dumps(asdict(run(command, log, os.environ, limit))))
     except TooLongError as error:
         print(error, file=sys.stderr)
         sys.exit(_TOO_LONG)

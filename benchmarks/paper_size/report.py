@@ -27,6 +27,19 @@ def medians(case: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def why(case: Mapping[str, Any]) -> str:
+    """Why a case has no figure, in a cell's words."""
+    if "over" in case:
+        return f"over {case['over']:g}"
+    after = f"fails after {case['after']:.0f} s: " if "after" in case else ""
+    return f"{after}{case['error']}"
+
+
+def _at_least(case: Mapping[str, Any]) -> float:
+    """Seconds that a case takes at least, where it was ended or has failed; 0 if not known."""
+    return float(case.get("over") or case.get("after") or 0.0)
+
+
 def markdown(record: Record, kinds: Mapping[str, Kind]) -> str:
     """A section a kind and number of models, the bars at the end."""
     machine = record.conditions["machine"]
@@ -57,7 +70,9 @@ def _times(record: Record) -> str:
     most = max((len(case.get("runs", [])) for case in record.cases.values()), default=0)
     busiest = max((run["load_before"] for run in runs), default=0.0)
     how = "One run each" if most < 2 else f"Medians of up to {most} runs"
-    return f"{how}; the load before them was {busiest:g} at most. "
+    return (
+        f"{how}; the load average before them, earlier merges included, was {busiest:g} at most. "
+    )
 
 
 def _groups(record: Record) -> list[tuple[str, int]]:
@@ -74,10 +89,8 @@ def _table(cases: Mapping[str, Any]) -> str:
         if of:
             ratio = f"{of['wall'] / tsvm['wall']:.2f}" if tsvm else ""
             figures = [f"{of['wall']:.0f}", ratio, f"{of['cpu']:.0f}", f"{of['peak']:.1f}"]
-        elif "over" in case:
-            figures = [f"over {case['over']:g}", "", "", ""]
         else:
-            figures = [case["error"], "", "", ""]
+            figures = [why(case), "", "", ""]
         rows.append([title, *figures])
     heading = ["method", "s", "of TSV-M's", "CPU s", "peak GB"]
     return markdown_table(heading, rows, ["---", *["---:"] * 4])
@@ -89,13 +102,18 @@ def _bars(cases: Mapping[str, Any]) -> list[list[str]]:
     for method in BAR:
         for peer in PEERS:
             ours, theirs = (medians(cases.get(name, {})) for name in (method, peer))
+            name = METHODS[peer].title
+            least = _at_least(cases.get(peer, {}))
+            if ours and not theirs and least:
+                text = f"{METHODS[method].title}: time at most {TIME_BAR:g} of {name}'s"
+                ratio = ours["wall"] / least
+                verdict = "met" if round(ratio, 2) <= TIME_BAR else "not known"
+                lines.append([text, f"{ratio:.2f} of its time until it ended", verdict])
             if not ours or not theirs:
                 continue
             for what, key, most in (("time", "wall", TIME_BAR), ("peak", "peak", MEMORY_BAR)):
                 ratio = ours[key] / theirs[key]
-                text = (
-                    f"{METHODS[method].title}: {what} at most {most:g} of {METHODS[peer].title}'s"
-                )
+                text = f"{METHODS[method].title}: {what} at most {most:g} of {name}'s"
                 # As it is printed, so that a reader sees what was judged.
                 met = round(ratio, 2) <= most
                 lines.append([text, f"{ratio:.2f}", "met" if met else "missed"])

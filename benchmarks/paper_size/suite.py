@@ -11,9 +11,11 @@ reason. Models are made in the cache, a kind at a time, and removed when that ki
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -96,6 +98,8 @@ def run_case(case: Case, kind: Kind, folder: Path, limit: float) -> dict[str, An
         config.parent.mkdir(parents=True)
         config.write_text(yaml.safe_dump(pool_config(kind, folder, case.count), sort_keys=False))
         command = [Path(sys.executable).with_name("fusion_bench"), "--config-dir", work / "conf"]
+        memory = _available_memory()
+        started = time.monotonic()
         try:
             needed = measure(
                 [*command, *case.overrides()],
@@ -103,20 +107,24 @@ def run_case(case: Case, kind: Kind, folder: Path, limit: float) -> dict[str, An
                 {**os.environ, "HF_HUB_OFFLINE": "1"},
                 folder=work,
                 limit=limit,
+                memory=memory,
             )
         except TooLongError:
             return told | {"over": limit, "load_before": load}
         except CommandError as error:
-            return told | {"error": _reason(str(error)), "load_before": load}
+            after = round(time.monotonic() - started, 1)
+            return told | {"error": _reason(str(error)), "after": after, "load_before": load}
     return told | {"runs": [asdict(needed) | {"load_before": load}]}
 
 
 def _reason(message: str) -> str:
     """The line of a failed command's last words that says why."""
-    if "exited with -9" in message or "DefaultCPUAllocator" in message:
+    words = ("exited with -9", "DefaultCPUAllocator", "MemoryError", "Cannot allocate memory")
+    if any(word in message for word in words):
         return "out of memory"
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return lines[-1]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+    return (errors or lines)[-1]
 
 
 def lacking(case: Case, kind: Kind) -> str | None:
@@ -143,13 +151,13 @@ def _lacks_disk(kind: Kind, count: int) -> str | None:
 
 
 def _available_memory() -> int | None:
-    """Bytes that a process can have; None where the system does not say."""
+    """Bytes that a process can have, one GB left to others; None where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return None
     found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return 1024 * int(found[0]) if found else None
+    return max(0, 1024 * int(found[0]) - int(_GB)) if found else None
 
 
 def due_cases(

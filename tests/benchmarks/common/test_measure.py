@@ -72,3 +72,11 @@ def test_the_command_runs_in_the_folder_it_is_given(tmp_path: Path) -> None:
     measure(program, tmp_path / "log", folder=tmp_path)
 
     assert Path((tmp_path / "log").read_text().strip()).samefile(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts what is mapped")
+def test_what_needs_too_much_memory_fails_by_itself(tmp_path: Path) -> None:
+    with pytest.raises(CommandError, match="MemoryError"):
+        measure(hold(400), tmp_path / "log", memory=300 * MB)
+
+    assert measure(hold(100), tmp_path / "log", memory=300 * MB).peak > 100 * MB

@@ -104,7 +104,9 @@ def test_a_run_goes_on_and_records_why_a_method_has_no_figure(
         if "wudi" in method and limit < 100:
             raise TooLongError("too long")
         if "iso_cts" in method:
-            raise CommandError("Traceback\nRuntimeError: no convergence\n")
+            raise CommandError(
+                "Traceback\nRuntimeError: no convergence\n\nSet HYDRA_FULL_ERROR=1\n"
+            )
         return Measurement(2.0, 3.0, 10**9)
 
     monkeypatch.setenv("CART_CACHE", str(tmp_path / "cache"))
@@ -170,6 +172,11 @@ def test_bars_compare_with_the_peers(tmp_path: Path) -> None:
     assert "### CLIP ViT-B/32, 8 models" in text
     assert "| **CART** | 30 | 0.30 | 60 | 4.4 |" in text
     assert "| WUDI | over 600 |" in text
+    record.put("b32 | 8 | iso_cts", {"error": "LinAlgError: no", "after": 70.0})
+    failed = report.markdown(record, KINDS)
+    assert "| Iso-CTS | fails after 70 s: LinAlgError: no |" in failed
+    assert "of Iso-CTS's | 0.43 of its time until it ended | met |" in failed
+    assert "of Iso-CTS's | 0.63 of its time until it ended | not known |" in failed
     assert "| Iso-C | out of memory |" in text
     assert "CART: time at most 0.5 of TSV-M's | 0.30 | met |" in text
     assert "CART: peak at most 1 of TSV-M's | 1.10 | missed |" in text
