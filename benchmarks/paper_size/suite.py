@@ -46,6 +46,7 @@ from benchmarks.paper_size.models import (
 COUNTS = (8, 14, 20)
 PACKAGES = ("fusion-bench", "torch", "scipy", "transformers", "lightning", "hydra-core")
 ROOMS = ("linalg", "merging")
+OUT_OF_MEMORY = "out of memory"
 _GB = 1e9
 
 
@@ -113,7 +114,10 @@ def run_case(case: Case, kind: Kind, folder: Path, limit: float) -> dict[str, An
             return told | {"over": limit, "load_before": load}
         except CommandError as error:
             after = round(time.monotonic() - started, 1)
-            return told | {"error": _reason(str(error)), "after": after, "load_before": load}
+            reason = _reason(str(error))
+            if reason == OUT_OF_MEMORY and memory is not None:
+                reason = f"{reason}: wants more than {memory / _GB:.0f} GB"
+            return told | {"error": reason, "after": after, "load_before": load}
     return told | {"runs": [asdict(needed) | {"load_before": load}]}
 
 
@@ -121,7 +125,7 @@ def _reason(message: str) -> str:
     """The line of a failed command's last words that says why."""
     words = ("exited with -9", "DefaultCPUAllocator", "MemoryError", "Cannot allocate memory")
     if any(word in message for word in words):
-        return "out of memory"
+        return OUT_OF_MEMORY
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
     return (errors or lines)[-1]

@@ -134,6 +134,19 @@ def test_a_run_goes_on_and_records_why_a_method_has_no_figure(
     assert [len(record.cases[case.key]["runs"]) for case in cases[:2]] == [2, 2]
 
 
+def test_a_merge_that_wants_too_much_memory_says_how_much_there_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake(*_: Any, memory: int, **__: Any) -> Measurement:
+        raise CommandError(f"exited with 1:\nRuntimeError: DefaultCPUAllocator: not {memory}")
+
+    monkeypatch.setenv("CART_CACHE", str(tmp_path))
+    monkeypatch.setattr(suite, "measure", fake)
+    monkeypatch.setattr(suite, "_available_memory", lambda: 5 * 10**9)
+    found = suite.run_case(Case("b32", 8, "ties"), TINY["b32"], tmp_path, 60)
+    assert found["error"] == "out of memory: wants more than 5 GB"
+
+
 def test_what_no_disk_holds_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CART_CACHE", str(tmp_path))
     monkeypatch.setattr(suite, "_lacks_disk", lambda _, count: "no disk" if count > 2 else None)
