@@ -32,7 +32,7 @@ def why(case: Mapping[str, Any]) -> str:
     if "over" in case:
         return f"over {case['over']:g}"
     after = f"fails after {case['after']:.0f} s: " if "after" in case else ""
-    return f"{after}{case['error']}"
+    return f"{after}{case['error']}".replace("|", "/")
 
 
 def _at_least(case: Mapping[str, Any]) -> float:

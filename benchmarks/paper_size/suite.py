@@ -28,7 +28,7 @@ from rich.progress import Progress
 
 from benchmarks.common.cache import cache_root
 from benchmarks.common.commands import out_option, progress, publish, report_option, resume_option
-from benchmarks.common.measure import CommandError, TooLongError, measure
+from benchmarks.common.measure import RESULTS, CommandError, TooLongError, measure
 from benchmarks.common.record import Record, conditions
 from benchmarks.paper_size import report
 from benchmarks.paper_size.methods import METHODS, settings
@@ -194,7 +194,7 @@ def run_all(
     count = max(case.count for _, case in todo)
     if reason := _lacks_disk(kind, count):
         for case in {case for _, case in todo if case.count == count}:
-            record.put(case.key, {"error": reason})
+            _put(record, case, {"error": reason})
         smaller = [case for case in cases if case.count < count]
         run_all(smaller, kinds, record, runs, limit, bar)
         return
@@ -203,15 +203,19 @@ def run_all(
     task = bar.add_task("merging", total=len(todo))
     for round_, case in todo:
         bar.advance(task)
-        earlier = record.cases.get(case.key, {}).get("runs", [])
-        if len(earlier) < round_:  # it has failed in the round before
-            continue
+        if len(record.cases.get(case.key, {}).get("runs", [])) < round_:
+            continue  # it has failed in the round before
         bar.update(task, description=f"merging: {case.key}")
         reason = lacking(case, kind)
         found = {"error": reason} if reason else run_case(case, kind, folder, limit)
-        if "runs" in found:
-            found["runs"] = [*earlier, *found["runs"]]
-        record.put(case.key, found, adds=bool(earlier))
+        _put(record, case, found)
+
+
+def _put(record: Record, case: Case, found: dict[str, Any]) -> None:
+    """Record a run, or why there is none; earlier runs stay."""
+    earlier = record.cases.get(case.key, {}).get("runs", [])
+    runs = [*earlier, *found.get("runs", [])]
+    record.put(case.key, found | ({"runs": runs} if runs else {}), adds=bool(earlier))
 
 
 def _chosen(given: str, known: Sequence[str], what: str) -> list[str]:
@@ -228,7 +232,7 @@ def _chosen(given: str, known: Sequence[str], what: str) -> list[str]:
 @click.option("--methods", default=",".join(METHODS), help="Merge methods; all by default.")
 @click.option("--runs", default=1, show_default=True, help="Of each case.")
 @click.option("--limit", default=3600.0, show_default=True, help="Seconds that a merge may take.")
-@click.option("--tiny", is_flag=True, help="Tiny models: shows that it works, and no speed.")
+@click.option("--tiny", is_flag=True, help="Tiny models, results in the cache: no speed.")
 @click.option("--keep-models", is_flag=True, help="Leave the models in the cache.")
 @resume_option
 @report_option
@@ -248,6 +252,8 @@ def main(
     """Measure merges of models of the paper's size by FusionBench's own commands."""
     console = Console()
     kinds = TINY if tiny else KINDS
+    if tiny and out == RESULTS / "paper_size":
+        out = cache_root() / "paper-size-tiny"
     if tiny and models == ",".join(KINDS):
         models = ",".join(TINY)
     chosen = _chosen(models, list(kinds), "--models")

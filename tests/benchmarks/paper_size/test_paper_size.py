@@ -132,6 +132,10 @@ def test_a_run_goes_on_and_records_why_a_method_has_no_figure(
     _run(cases[:2], record, limit=600.0, runs=2)
     assert commands == ["method=wudi/wudi", "method=cart", "method=wudi/wudi"]
     assert [len(record.cases[case.key]["runs"]) for case in cases[:2]] == [2, 2]
+    monkeypatch.setattr(suite, "lacking", lambda *_: "needs memory")
+    _run(cases[:1], record, runs=3)
+    case = record.cases["b32 | 3 | cart"]
+    assert (len(case["runs"]), case["error"]) == (2, "needs memory")
 
 
 def test_a_merge_that_wants_too_much_memory_says_how_much_there_was(
