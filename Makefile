@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 SERVERS := .venv-servers
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-all test-servers lint format demo bench-startup bench-memory bench-distributed bench-solvers bench-merge bench-gpu bench-accuracy bench-profile bench-vision bench-text bench-llm bench-auto bench-compress bench-adapters bench-interference bench-architectures readme dist clean
+.PHONY: help venv test test-all test-servers lint format demo bench-startup bench-memory bench-distributed bench-solvers bench-merge bench-gpu bench-accuracy bench-profile bench-vision bench-text bench-llm bench-auto bench-compress bench-adapters bench-interference bench-architectures bench-paper-size bench-convolutions readme dist clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -113,6 +113,12 @@ bench-interference: $(STAMP) ## the theory's curves on the suites' encoders, and
 
 bench-architectures: $(STAMP) ## which architectures merge whole, by mergekit-yaml and by mergekit-cart merge (ten minutes)
 	$(BIN)/python -m benchmarks.architectures
+
+bench-paper-size: $(STAMP) ## merges of 8, 14 and 20 random models of the paper's size by FusionBench: time and memory (hours; 25 GB of disk)
+	$(BIN)/python -m benchmarks.paper_size
+
+bench-convolutions: $(STAMP) ## four EfficientNets merged, their kernels decomposed or averaged
+	$(BIN)/python -m benchmarks.convolutions
 
 readme: $(STAMP) ## copy result tables into README.md and docs/
 	$(BIN)/python -m benchmarks.readme
