@@ -17,8 +17,7 @@ from cart_plugin.doctor.findings import Finding, ok, problem, warning
 from cart_plugin.doctor.layout import Recipe, references
 from cart_plugin.doctor.machine import available_memory, size
 from cart_plugin.doctor.merges import Merge
-from cart_plugin.linalg.threads import at_a_time
-from cart_plugin.merging.cart import SIDE_BY_SIDE
+from cart_plugin.linalg.threads import SIDE_BY_SIDE, at_a_time
 from cart_plugin.merging.informed import MOST_INFORMED
 from cart_plugin.merging.tensors import matrix_shape
 
