@@ -29,6 +29,7 @@ from benchmarks.common.measure import RESULTS, LlamaShape, measure
 from benchmarks.common.record import MERGES, Record, conditions
 from benchmarks.demo.models import MISSING, find_demo_models
 from benchmarks.speed import report
+from benchmarks.speed.floor import floor
 
 PACKAGES = ("mergekit", "torch", "scipy", "transformers", "safetensors")
 TUNED = 4
@@ -182,7 +183,7 @@ def cuda_cases(quick: bool) -> list[Case]:
 
 
 def growth_cases(quick: bool) -> list[Case]:
-    """Cart on more models, wider ones and deeper ones, and on next to nothing."""
+    """Cart on more models and wider ones, and on next to nothing."""
     cart = METHODS["cart, auto"]
     start = Case("start", "tiny", cart, Models(llama(64, 1, 256), 3))
     if quick:
@@ -192,7 +193,6 @@ def growth_cases(quick: bool) -> list[Case]:
         start,
         *(Case("models", str(n), cart, Models(llama(1024, 4), n)) for n in (3, 4, 8, 16)),
         *(Case("hidden", str(n), cart, Models(llama(n, 4))) for n in (512, 1024, 2048)),
-        *(Case("layers", str(n), cart, Models(llama(1024, n))) for n in (4, 8, 16)),
     ]
 
 
@@ -238,6 +238,12 @@ def main(
         run_all(cases, runs, record, bar)
         for name, models in sets.items():
             _compare_solvers(name, models, record, bar)
+        llamas = sets.get("Llama")
+        if isinstance(llamas, Models) and report.FLOOR not in record.cases:
+            _write_models([llamas], bar)
+            place = cache_root() / "merge-speed"
+            parts = floor(llamas.paths()[1:], place)
+            record.put(report.FLOOR, {**parts, "cores": os.cpu_count() or 1})
     (out / "table.md").write_text(report.markdown(record.conditions, record.measured, record.cases))
     report.save_plot(record.cases, out / "merge_speed.png")
     for table in report.console_tables(record.conditions, record.cases):

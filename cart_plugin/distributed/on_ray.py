@@ -106,6 +106,8 @@ def make(
 def _start(ray: Any, workers: Workers) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent home
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what later releases do
+    # Of the lowest priority, as Ray has it, workers stand still beside programs that compute.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     common = {"log_to_driver": workers.logs, "logging_level": "ERROR"}
     try:
         if workers.address is not None:
