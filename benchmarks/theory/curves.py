@@ -1,4 +1,4 @@
-"""`python -m benchmarks.interference.curves`: the paper's figures 2 and 3 on the suites' encoders.
+"""`python -m benchmarks.theory.curves`: the paper's figures 2 and 3 on the suites' encoders.
 
 R(k), what truncation leaves out of the differences, and I(k), what their row spaces have in common,
 around the average and from the base, for several numbers of tasks: means and spread over the
@@ -23,7 +23,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from torch import Tensor
 
-from benchmarks import interference as own
+from benchmarks import theory as own
 from benchmarks.common.colors import CART_COLOR
 from benchmarks.common.commands import out_option, report_option, workers_option
 from benchmarks.common.provenance import made_by
@@ -123,7 +123,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         "equal models, around the average and from the base: means over the matrices of the "
         "suite's encoders (first seed). `below`: matrices of which I(k) is lower around the "
         "average. `of the whole`: I(k) with singular values relative to the whole difference, "
-        f"which cannot fall. {made_by('bench-interference', result['measured'])}"
+        f"which cannot fall. {made_by('bench-theory', result['measured'])}"
     ]
     for suite, cases in result["suites"].items():
         for count, matrices in cases.items():
@@ -206,7 +206,7 @@ def plot(result: Mapping[str, Any]) -> Any:
 
 @click.command()
 @workers_option
-@out_option("interference")
+@out_option("theory")
 @report_option
 @click.option("--suites", default=",".join(SUITES), show_default=True, help="Which.")
 def main(workers: int, out: Path, only_report: bool, suites: str) -> None:
@@ -225,4 +225,4 @@ def main(workers: int, out: Path, only_report: bool, suites: str) -> None:
 
 
 if __name__ == "__main__":
-    main(prog_name="python -m benchmarks.interference.curves")
+    main(prog_name="python -m benchmarks.theory.curves")

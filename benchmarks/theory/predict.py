@@ -1,4 +1,4 @@
-"""`python -m benchmarks.interference.predict`: do measures of weights foretell accuracy?
+"""`python -m benchmarks.theory.predict`: do measures of weights foretell accuracy?
 
 The merges of `benchmarks.auto.number`, whose accuracies are recorded, are made again from the
 cached encoders and measured without judging them: what they keep and lose of each model, on
@@ -26,7 +26,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from benchmarks import interference
+from benchmarks import theory
 from benchmarks.auto.number import ARITHMETIC, AUTO, FINE_TUNED, OVERLAPPING, members_of
 from benchmarks.common.commands import out_option, report_option, workers_option
 from benchmarks.common.data_free import OF_TAUS
@@ -60,7 +60,7 @@ def measured(suite: str, seed: int, folder: Path) -> None:
     """Measure the merges of one suite and seed; what is known is not done again."""
     told = json.loads((NUMBER / f"{suite}-{seed}.json").read_text())
     current = conditions(
-        ("linalg", "merging"), PACKAGES, timed=False, own=interference.REVISION, images=IMAGES
+        ("linalg", "merging"), PACKAGES, timed=False, own=theory.REVISION, images=IMAGES
     )
     record = Record(folder / f"{suite}-{seed}.json", current)
     seeds = (seed, (seed + 1) % 3)
@@ -283,7 +283,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         "(as a share of each model's own), over the merges of `make bench-auto`: sets of two to "
         "eight models by data-free methods. Pairs of methods: of one set of models, whose "
         "accuracies differ by more than two standard errors. "
-        f"{made_by('bench-interference', result['measured'])}"
+        f"{made_by('bench-theory', result['measured'])}"
     ]
     for suite, held in result["suites"].items():
         rows = [
@@ -313,7 +313,7 @@ def heading_keys() -> tuple[str, ...]:
 
 @click.command()
 @workers_option
-@out_option("interference")
+@out_option("theory")
 @report_option
 @click.option("--suites", default="vision", show_default=True, help="Which.")
 @click.option("--seeds", default="0,1", show_default=True, help="Which.")
@@ -333,4 +333,4 @@ def main(workers: int, out: Path, only_report: bool, suites: str, seeds: str) ->
 
 
 if __name__ == "__main__":
-    main(prog_name="python -m benchmarks.interference.predict")
+    main(prog_name="python -m benchmarks.theory.predict")

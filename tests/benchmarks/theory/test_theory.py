@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.interference import curves, predict
+from benchmarks.theory import curves, predict
 from tests.support import power_law, with_spectrum
 
 
