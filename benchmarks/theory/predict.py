@@ -61,7 +61,9 @@ def open_record(path: Path) -> Record:
     return Record(path, current)
 
 
-def measured(suite: str, seed: int, told: Path, sets: Sets, file: Path) -> None:
+def measured(
+    suite: str, seed: int, told: Path, sets: Sets, file: Path, methods: Sequence[str]
+) -> None:
     """Measure the merges of encoders of one suite and seed; what is known is not done again.
 
     Args:
@@ -70,6 +72,7 @@ def measured(suite: str, seed: int, told: Path, sets: Sets, file: Path) -> None:
         told: the record of the accuracies.
         sets: which models are merged, by how many they are.
         file: the record of the measures.
+        methods: of `OF_TAUS`: those whose accuracies are known are measured, beside the others.
     """
     judged = json.loads(told.read_text())
     record = open_record(file)
@@ -95,10 +98,14 @@ def measured(suite: str, seed: int, told: Path, sets: Sets, file: Path) -> None:
             scale = judged["conditions"]["scales"][count]
             for place, members in enumerate(chosen):
                 key = f"{count} {place}"
-                known = record.cases.get(key, {"methods": {}})["methods"]
-                if set(judged["cases"]) & {*OF_TAUS, AUTO} <= set(known):
+                known = record.cases.get(key)
+                others = [
+                    method
+                    for method in methods
+                    if method in judged["cases"] and not (known and method in known["methods"])
+                ]
+                if known and not others:
                     continue
-                others = [method for method in OF_TAUS if method in judged["cases"]]
                 tuned = [encoders(offset).tuned[task] for offset, task in members]
                 base = encoders(0).base()
                 torch.manual_seed(0)  # for the masks of DARE
@@ -107,7 +114,11 @@ def measured(suite: str, seed: int, told: Path, sets: Sets, file: Path) -> None:
                     partial(_merges, base=base, tuned=tuned, scale=scale, others=others),
                     [hear(member) for member in members],
                 )
-                record.put(key, {"members": [list(member) for member in members]} | found)
+                if known:  # of methods that were not yet there
+                    found["methods"] = known["methods"] | found["methods"]
+                record.put(
+                    key, {"members": [list(member) for member in members]} | found, adds=True
+                )
                 click.echo(f"{file.stem}: {key} of {len(chosen)}")
 
 
@@ -144,7 +155,7 @@ def _merges(
         yield method, torch.stack([OF_TAUS[method](matrices) for matrices in stacks])
 
 
-def parts(folder: Path) -> dict[str, Callable[[], None]]:
+def parts(folder: Path, methods: Sequence[str]) -> dict[str, Callable[[], None]]:
     """What there is to measure, by name, the sets that no rule was made by first."""
     found: dict[str, Callable[[], None]] = {}
     for suite, seed in subsets.SEEDS.items():
@@ -152,11 +163,13 @@ def parts(folder: Path) -> dict[str, Callable[[], None]]:
         if told.exists():
             name = f"subsets-{suite}-{seed}"
             file = folder / "predict" / f"{name}.json"
-            found[name] = partial(measured, suite, seed, told, subsets.drawn(suite), file)
+            sets = subsets.drawn(suite)
+            found[name] = partial(measured, suite, seed, told, sets, file, methods)
     for told in sorted(NUMBER.glob("*.json"), reverse=True):
         suite, seed = told.stem.split("-")
         file = folder / "predict" / told.name
-        found[told.stem] = partial(measured, suite, int(seed), told, members_of(suite), file)
+        sets = members_of(suite)
+        found[told.stem] = partial(measured, suite, int(seed), told, sets, file, methods)
     for start, told in (("one", LLM), ("own", LLM / "own_starts")):
         if (told / "results.json").exists():
             name = f"llm-{start}"
@@ -174,9 +187,14 @@ def _language(told: Path, file: Path) -> None:
 @out_option("theory")
 @report_option
 @click.option("--parts", "names", default="", help="Which, with commas between; all by default.")
-def main(workers: int, out: Path, only_report: bool, names: str) -> None:
+@click.option(
+    "--methods",
+    default=",".join(OF_TAUS),
+    help="Those of `benchmarks.common.data_free` that are measured, too, where they were judged.",
+)
+def main(workers: int, out: Path, only_report: bool, names: str, methods: str) -> None:
     """Measure merges whose accuracies are recorded, and see whether that foretells them."""
-    todo = parts(out)
+    todo = parts(out, methods.split(","))
     if not only_report:
         in_processes([todo[name] for name in (names.split(",") if names else todo)], workers)
     text = markdown(results(out))

@@ -30,9 +30,8 @@ SEEDS = {"vision": 2, "text": 1}
 """Of which `study` read no encoder."""
 SIZES = (2, 3, 4, 6)
 METHODS = (
-    *("fine-tuned", "average", "cart_auto", "cart_auto without the base", "cart, its defaults"),
-    *("task arithmetic", "TIES", "DARE-TIES", "TSV-M", "Iso-C", "DC-Merge"),
-    *("ASWUDI", "SWUDI", "ACE"),
+    *("fine-tuned", "average", "cart_auto", "TSV-M", "task arithmetic", "TIES"),
+    *("cart, its defaults", "SWUDI", "ACE", "cart_auto without the base"),
 )
 
 
