@@ -39,7 +39,7 @@ Point = dict[str, Any]
 
 
 def points(out: Path) -> Iterator[Point]:
-    """What is known of each merge: measures, its accuracy, and the shares of each model's own."""
+    """What is known of each merge: its accuracy, the shares of each model's own, and measures."""
     for path in sorted((out / "predict").glob("*.json")):
         record = json.loads(path.read_text())
         if path.stem.startswith("llm"):
@@ -56,14 +56,14 @@ def _of_encoders(stem: str, cases: Mapping[str, Any], out: Path) -> Iterator[Poi
     revision = told["conditions"]["revisions"]["merging"]
     for key, case in cases.items():
         count, place = key.split()
-        for method, kinds in case["methods"].items():
-            if method not in accuracies:
+        for method, judged in accuracies.items():
+            if method == FINE_TUNED:
                 continue
             if method == AUTO and count == str(MOST_INFORMED) and revision < _MEAN_OF_TWO:
                 continue
-            found, alone = (accuracies[name][count][int(place)] for name in (method, FINE_TUNED))
-            group = f"{stem} {key}"
-            yield _point(own.split("-")[0], group, case, method, kinds, found, alone, examples)
+            found, alone = judged[count][int(place)], accuracies[FINE_TUNED][count][int(place)]
+            group, suite = f"{stem} {key}", own.split("-")[0]
+            yield _point(suite, group, case, method, found, alone, examples)
 
 
 def _of_language(stem: str, cases: Mapping[str, Any]) -> Iterator[Point]:
@@ -77,10 +77,9 @@ def _of_language(stem: str, cases: Mapping[str, Any]) -> Iterator[Point]:
         models = [row["accuracy"] for row in rows if row["kind"] == "model"]
         alone = {task: one[task] for task, one in zip(tasks, models, strict=True)}
         for row in rows:
-            kinds = case["methods"].get(method_of(row))
-            if kinds is not None:
-                group, found = f"{stem} {seed}", row["accuracy"]
-                yield _point("llm", group, case, method_of(row), kinds, found, alone, examples)
+            if row["kind"] in ("merged", "other"):
+                found = row["accuracy"]
+                yield _point("llm", f"{stem} {seed}", case, method_of(row), found, alone, examples)
 
 
 def _point(
@@ -88,7 +87,6 @@ def _point(
     group: str,
     case: Mapping[str, Any],
     method: str,
-    kinds: Mapping[str, Sequence[float]],
     accuracy: Mapping[str, float],
     alone: Mapping[str, float],
     examples: int,
@@ -105,7 +103,7 @@ def _point(
         "variance": variance,
         "share": statistics.fmean(shares),
         "shares": shares,
-        **kinds,
+        **case["methods"].get(method, {}),  # no measures of merges that were judged alone
     }
 
 
@@ -114,13 +112,13 @@ def results(out: Path) -> dict[str, Any]:
     known = list(points(out))
     found = {}
     for suite in SUITES:
-        own = [point for point in known if point["suite"] == suite]
+        own = [point for point in known if point["suite"] == suite and "lost" in point]
         if own:
             groups = _grouped(own)
             found[suite] = {
                 "groups": len(groups),
                 "merges": len(own),
-                "kinds": {kind: _judged(kind, own, groups) for kind in LABELS},
+                "kinds": {kind: _judged(kind, own, groups) for kind in LABELS if kind in own[0]},
                 "layers": _layers(groups),
             }
     advice = [_advised(group) for group in _grouped(known)]

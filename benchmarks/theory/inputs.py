@@ -31,18 +31,6 @@ def of_encoder(suite: str, held: Encoders, task: str, folder: Path) -> Activatio
     return collect(subject, Examples.read(examples), file, lambda *_: None)
 
 
-def of_language_model(task: str, model: Path, folder: Path) -> Activations:
-    """Run a task's language model on prompts."""
-    from benchmarks.llm.tasks import examples
-    from benchmarks.text.tasks import load_split
-
-    prompts = [prompt for prompt, _ in examples(task, load_split(task, "validation"))]
-    lines = write_lines(prompts[:EXAMPLES], folder / f"{task}.txt")
-    subject = Subject(task, model, None, False, [model])
-    file = folder / f"{task}.safetensors"
-    return collect(subject, Examples.read(lines), file, lambda *_: None)
-
-
 def texts(task: str) -> Sequence[str]:
     """Those of a task of the text suite."""
     from benchmarks.text.tasks import load_split

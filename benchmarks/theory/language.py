@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,6 @@ from benchmarks.common.record import Record
 from benchmarks.llm.backbone import prepare_backbone
 from benchmarks.llm.finetune import FineTuning, Tuned, finetune_all
 from benchmarks.llm.suite import merged_beside, work_folder
-from benchmarks.theory import inputs
 from benchmarks.theory.merges import measure
 from cart_plugin.checkpoints.reading import Checkpoint, open_folder
 from cart_plugin.inspect.fused import Fused
@@ -107,6 +105,8 @@ class Models:
 def measured_models(told: Path, record: Record) -> None:
     """Measure the merges of all fine-tuning seeds; what is known is not done again.
 
+    Without data alone: to run the models on inputs would take longer than all else.
+
     Args:
         told: the suite's results.
         record: of the measures: a case a seed.
@@ -127,11 +127,6 @@ def measured_models(told: Path, record: Record) -> None:
         }
         merged = [row for row in rows if row["kind"] in ("merged", "other")]
         torch.manual_seed(0)  # for the masks of DARE
-        with tempfile.TemporaryDirectory() as scratch:
-            heard = [
-                inputs.of_language_model(task, one.model, Path(scratch))
-                for task, one in tuned.items()
-            ]
-            merges = partial(models.merges, rows=merged, beside=beside)
-            record.put(seed, measure(models.weights(), merges, heard))
+        merges = partial(models.merges, rows=merged, beside=beside)
+        record.put(seed, measure(models.weights(), merges))
         click.echo(f"{told.parent.name} {seed}")
