@@ -1,16 +1,18 @@
-"""`python -m benchmarks.theory.curves`: the paper's figures 2 and 3 on the suites' encoders.
+"""`python -m benchmarks.theory.curves`: the paper's figures 2 and 3 on the suites' models.
 
 R(k), what truncation leaves out of the differences, and I(k), what their row spaces have in common,
 around the average and from the base, for several numbers of tasks: means and spread over the
 layers. I(k) is drawn with two scales: of the k directions alone, as the paper defines it, and of
-the whole difference, which cannot fall.
+the whole difference, which cannot fall. Beside it, for all directions, what I would be around the
+average if the models' differences had nothing in common (`in_common`).
 """
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from torch import Tensor
 
-from benchmarks import theory as own
 from benchmarks.common.colors import CART_COLOR
 from benchmarks.common.commands import out_option, report_option, workers_option
 from benchmarks.common.provenance import made_by
@@ -31,18 +32,19 @@ from benchmarks.common.record import Record, conditions
 from benchmarks.common.tables import markdown_table
 from benchmarks.common.training import in_processes
 from benchmarks.suites import load_encoders, task_order
-from cart_plugin.linalg.rules import RankRule
-from cart_plugin.linalg.svd import truncated_svd
-from cart_plugin.merging.interference import (
-    interference,
-    pair_interferences,
-    reconstruction_errors,
-)
+from benchmarks.theory.geometry import SHARES, curves_of, in_common, of_matrices
+from cart_plugin.inspect.weights import Weight
 from cart_plugin.merging.tensors import is_decomposed, matrix_shape
 
-SUITES = ("vision", "text")
+REVISION = 1
+"""Raised when what is measured here comes to be something else."""
+
+ENCODERS = ("vision", "text")
+ADAPTERS = {"llm, one start": True, "llm, own starts": False}
+"""LoRA adapters of the language model, which of a seed begin with one A or each with its own."""
+SUITES = (*ENCODERS, *ADAPTERS)
 COUNTS = (4, 8)
-SHARES = (0.01, 0.02, 0.04, 0.08, 0.12, 0.16, 0.24, 0.32, 0.48, 0.64, 0.8, 1.0)
+COMMON = "in common"
 SHOWN = (0.01, 0.04, 0.08, 0.16, 0.32, 0.64)
 CENTRES = {"average": "around the average", "base": "from the base"}
 BASE_COLOR = "#d1632b"
@@ -50,65 +52,96 @@ BASE_COLOR = "#d1632b"
 
 def measured(suite: str, folder: Path) -> None:
     """Measure the matrices of a suite's first seed; what is known is not done again."""
-    current = conditions(("linalg", "merging"), ("torch",), timed=False, own=own.REVISION)
-    record = Record(folder / f"{suite}.json", current)
-    tasks = task_order(suite)
-    held = None
-    for count in COUNTS:
-        if str(count) in record.cases:
-            continue
-        held = held or load_encoders(suite, 0, "validation", 1, tasks)
-        base = held.base()
-        tuned = [held.tuned[task] for task in tasks[:count]]
-        found = {}
-        for name, start in base.items():
+    current = conditions(("linalg", "merging"), ("torch",), timed=False, own=REVISION)
+    record = Record(folder / file_of(suite), current)
+    counts = COUNTS if suite in ENCODERS else COUNTS[:1]
+    wanted = [key for count in counts for key in (str(count), f"{count} {COMMON}")]
+    missing = [key for key in wanted if key not in record.cases]
+    if not missing:
+        return
+    models = _Encoders(suite) if suite in ENCODERS else _Adapters(ADAPTERS[suite])
+    for key in missing:
+        count, common = int(key.split()[0]), COMMON in key
+        record.put(key, dict(models.common(count) if common else models.curves(count)))
+        click.echo(f"{suite}: {key}, {len(record.cases[key])} matrices")
+
+
+def file_of(suite: str) -> str:
+    """The name of its record."""
+    return f"{suite.replace(', ', '-').replace(' ', '_')}.json"
+
+
+class _Encoders:
+    """Whole models of one of the suites of encoders."""
+
+    def __init__(self, suite: str) -> None:
+        self._tasks = task_order(suite)
+        held = load_encoders(suite, 0, "validation", 1, self._tasks)
+        self._base, self._tuned = held.base(), held.tuned
+
+    def _differences(self, count: int) -> Iterator[tuple[str, list[Tensor]]]:
+        """From the base, ``(stack, m, n)``; none of what no training reaches (BERT's pooler)."""
+        tuned = [self._tuned[task] for task in self._tasks[:count]]
+        for name, start in self._base.items():
             if is_decomposed(name, start.shape):
                 shape = matrix_shape(name, start.shape)
-                weights = [one[name].reshape(shape) for one in tuned]
-                if all(torch.equal(one, weights[0]) for one in weights):
-                    continue  # no training reaches it, such as BERT's pooler
-                mean = torch.stack(weights).mean(dim=0)
-                found[name] = {
-                    "average": _curves([one - mean for one in weights]),
-                    "base": _curves([one - start.reshape(shape) for one in weights]),
-                }
-        record.put(str(count), found)
-        click.echo(f"{suite}: {count} tasks, {len(found)} matrices")
+                deltas = [(one[name] - start).reshape(shape) for one in tuned]
+                if not all(torch.equal(one, deltas[0]) for one in deltas):
+                    yield name, deltas
+
+    def curves(self, count: int) -> Iterator[tuple[str, Any]]:
+        for name, deltas in self._differences(count):
+            mean = torch.stack(deltas).mean(dim=0)
+            around = {"average": [one - mean for one in deltas], "base": deltas}
+            yield name, {where: curves_of(of_matrices(found)) for where, found in around.items()}
+
+    def common(self, count: int) -> Iterator[tuple[str, Any]]:
+        for name, deltas in self._differences(count):
+            yield name, in_common(deltas)
 
 
-def _curves(differences: list[Tensor]) -> dict[str, list[float]]:
-    """R, I and I of the whole difference, at `SHARES`, each as a share of what it can be."""
-    parts = [truncated_svd(one, RankRule(1.0), svd="exact") for one in differences]
-    energies = torch.stack([one.double().square().sum(dim=(1, 2)) for one in differences])
-    full = parts[0].rank
-    ranks = [max(1, int(share * full)) for share in SHARES]
-    pairs = pair_interferences(parts, ranks)
-    held = torch.stack(
-        [
-            torch.stack([part.S[0, :rank].double().square().sum() for part in parts])
-            for rank in ranks
-        ]
-    ) / energies.sum(dim=1)  # (ranks, T)
-    roots = held.clamp(0, 1).sqrt()
-    whole = pairs * (roots[:, None, :, None] * roots[:, None, None, :])
-    most = len(parts) * (len(parts) - 1)
-    found = {
-        "R": reconstruction_errors(parts, energies, ranks) / energies.sum(),
-        "I": interference(pairs) / most,
-        "whole": interference(whole) / most,
-    }
-    return {
-        curve: [round(value, 5) for value in values.tolist()] for curve, values in found.items()
-    }
+class _Adapters:
+    """LoRA adapters of the language model, in coordinates that their factors span."""
+
+    def __init__(self, one_start: bool) -> None:
+        from benchmarks.llm.backbone import prepare_backbone
+        from benchmarks.llm.finetune import FineTuning, finetune_all
+        from benchmarks.llm.tasks import QUESTIONS
+        from cart_plugin.inspect.factors import Adapters
+
+        tuned = finetune_all(list(QUESTIONS), 0, FineTuning(one_start=one_start))
+        paths = [str(one.adapter) for one in tuned.values()]
+        base = str(prepare_backbone())
+        self._source = Adapters(paths, paths, list(tuned), base, None)
+
+    def _weights(self) -> Iterator[Weight]:
+        for name in self._source.weights:
+            weight = self._source.read(name)
+            if isinstance(weight, Weight):
+                yield weight
+
+    def curves(self, _: int) -> Iterator[tuple[str, Any]]:
+        for weight in self._weights():
+            full = min(weight.shape[1:])
+            around = {"average": weight.centred, "base": weight.around}
+            yield (
+                weight.name,
+                {
+                    where: curves_of((found.parts, found.energies), full)
+                    for where, found in around.items()
+                },
+            )
+
+    def common(self, _: int) -> Iterator[tuple[str, Any]]:
+        for weight in self._weights():
+            yield weight.name, in_common([part.dense() for part in weight.around.parts])
 
 
 def results(folder: Path) -> dict[str, Any]:
     """The records: by suite, number of tasks and matrix."""
-    import json
-
     found: dict[str, Any] = {"suites": {}, "measured": []}
     for suite in SUITES:
-        path = folder / f"{suite}.json"
+        path = folder / file_of(suite)
         if path.exists():
             held = json.loads(path.read_text())
             found["suites"][suite] = held["cases"]
@@ -121,12 +154,12 @@ def markdown(result: Mapping[str, Any]) -> str:
     parts = [
         "R(k), the share of the squared differences that rank k leaves out, and I(k), relative to "
         "equal models, around the average and from the base: means over the matrices of the "
-        "suite's encoders (first seed). `below`: matrices of which I(k) is lower around the "
+        "suite's models (first seed). `below`: matrices of which I(k) is lower around the "
         "average. `of the whole`: I(k) with singular values relative to the whole difference, "
         f"which cannot fall. {made_by('bench-theory', result['measured'])}"
     ]
     for suite, cases in result["suites"].items():
-        for count, matrices in cases.items():
+        for count, matrices in _curves_in(cases):
             rows = [_row(share, list(matrices.values())) for share in SHOWN]
             heading = [
                 *(f"{suite}, {count} tasks: rank", "R, average", "R, base", "I, average"),
@@ -134,7 +167,44 @@ def markdown(result: Mapping[str, Any]) -> str:
             ]
             parts.append(markdown_table(heading, rows, ["---", *["---:"] * 7]))
             parts.append(_least(list(matrices.values())))
+    parts.append(_centring(result["suites"]))
     return "\n\n".join(parts) + "\n"
+
+
+def _centring(suites: Mapping[str, Any]) -> str:
+    """Why I around the average is not below the one from the base."""
+    rows = []
+    for suite, cases in suites.items():
+        for key, matrices in cases.items():
+            if COMMON in key:
+                means = {
+                    name: statistics.fmean(one[name] for one in matrices.values())
+                    for name in ("cosine", "base", "average", "mixed")
+                }
+                below = sum(one["average"] < one["base"] for one in matrices.values())
+                rows.append(
+                    [
+                        f"{suite}, {key.split()[0]} tasks",
+                        *(f"{value:.3f}" for value in means.values()),
+                        f"{below} of {len(matrices)}",
+                    ]
+                )
+    words = (
+        "I of all directions, means over pairs and matrices, and what centring does to it. "
+        "Around the average a difference holds `1/T` of every other one. `Had they nothing in "
+        "common`: I around the average as far as it comes from that mixing alone, if the "
+        "differences of two models had a product of zero; it is above I from the base for any "
+        "differences (`benchmarks/theory/geometry.py` says why). What models have in common, of "
+        "which the cosine of their differences tells, is what centring takes off."
+    )
+    heading = ["suite", "cosine of differences", "I, base", "I, average"]
+    heading += ["had they nothing in common", "below"]
+    return f"{words}\n\n" + markdown_table(heading, rows, ["---", *["---:"] * 5])
+
+
+def _curves_in(cases: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """By number of tasks; what centring mixes in is beside them."""
+    return [(key, matrices) for key, matrices in cases.items() if key.isdecimal()]
 
 
 def _row(share: float, matrices: list[Mapping[str, Any]]) -> list[str]:
@@ -177,7 +247,7 @@ def plot(result: Mapping[str, Any]) -> Any:
     cases = [
         (f"{suite}, {count} tasks", list(matrices.values()))
         for suite, found in result["suites"].items()
-        for count, matrices in found.items()
+        for count, matrices in _curves_in(found)
     ]
     titles = {"R": "R(k), of all", "I": "I(k), of equal models", "whole": "I(k) of the whole"}
     figure, panels = plt.subplots(
