@@ -40,7 +40,7 @@ REVISION = 1
 """Raised when what is measured here comes to be something else."""
 
 ENCODERS = ("vision", "text")
-ADAPTERS = {"llm, one start": True, "llm, own starts": False}
+ADAPTERS = {"llm": True, "llm-own-starts": False}
 """LoRA adapters of the language model, which of a seed begin with one A or each with its own."""
 SUITES = (*ENCODERS, *ADAPTERS)
 COUNTS = (4, 8)
@@ -53,7 +53,7 @@ BASE_COLOR = "#d1632b"
 def measured(suite: str, folder: Path) -> None:
     """Measure the matrices of a suite's first seed; what is known is not done again."""
     current = conditions(("linalg", "merging"), ("torch",), timed=False, own=REVISION)
-    record = Record(folder / file_of(suite), current)
+    record = Record(folder / f"{suite}.json", current)
     counts = COUNTS if suite in ENCODERS else COUNTS[:1]
     wanted = [key for count in counts for key in (str(count), f"{count} {COMMON}")]
     missing = [key for key in wanted if key not in record.cases]
@@ -64,11 +64,6 @@ def measured(suite: str, folder: Path) -> None:
         count, common = int(key.split()[0]), COMMON in key
         record.put(key, dict(models.common(count) if common else models.curves(count)))
         click.echo(f"{suite}: {key}, {len(record.cases[key])} matrices")
-
-
-def file_of(suite: str) -> str:
-    """The name of its record."""
-    return f"{suite.replace(', ', '-').replace(' ', '_')}.json"
 
 
 class _Encoders:
@@ -141,7 +136,7 @@ def results(folder: Path) -> dict[str, Any]:
     """The records: by suite, number of tasks and matrix."""
     found: dict[str, Any] = {"suites": {}, "measured": []}
     for suite in SUITES:
-        path = folder / file_of(suite)
+        path = folder / f"{suite}.json"
         if path.exists():
             held = json.loads(path.read_text())
             found["suites"][suite] = held["cases"]
