@@ -107,9 +107,12 @@ bench-adapters: $(STAMP) ## LoRA adapters merged into one: what is left of them,
 	$(BIN)/python -m benchmarks.adapters.speed
 	$(BIN)/python -m benchmarks.adapters.accuracy
 
-bench-theory: $(STAMP) ## the theory's curves on the suites' encoders, and whether measures of the weights foretell accuracy (hours)
+bench-theory: $(STAMP) ## the theory's curves on the suites' models, and whether measures of the weights foretell accuracy (hours; after bench-vision, -llm and -auto)
 	$(BIN)/python -m benchmarks.theory.curves
+	$(BIN)/python -m benchmarks.theory.subsets
 	$(BIN)/python -m benchmarks.theory.predict
+	$(BIN)/python -m benchmarks.theory.ranks
+	$(BIN)/python -m benchmarks.theory.cost
 
 bench-architectures: $(STAMP) ## which architectures merge whole, by mergekit-yaml and by mergekit-cart merge (ten minutes)
 	$(BIN)/python -m benchmarks.architectures
