@@ -13,7 +13,7 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,15 +53,16 @@ def main(runs: int, quick: bool, out: Path, only_report: bool) -> None:
     console = Console()
     path = out / "cost.json"
     if not only_report:
-        write_json(path, measured(runs, TINY if quick else SHAPE, console))
+        for result in measured(runs, TINY if quick else SHAPE, console):
+            write_json(path, result)  # after each turn: what is cut off leaves whole ones
     result = json.loads(path.read_text())
     publish(markdown(result), out / "cost.md", console)
     if any(entry[what] > bar for entry in ratios(result).values() for what, bar in BARS.items()):
         sys.exit(1)
 
 
-def measured(runs: int, shape: LlamaShape, console: Console) -> dict[str, Any]:
-    """Run all commands in turns."""
+def measured(runs: int, shape: LlamaShape, console: Console) -> Iterator[dict[str, Any]]:
+    """Run all commands in turns; give what is known after each."""
     where = machine()
     base, *tuned = models(shape, console)
     rounds: list[dict[str, Any]] = []
@@ -75,12 +76,12 @@ def measured(runs: int, shape: LlamaShape, console: Console) -> dict[str, Any]:
                 found[name] = asdict(_run(name, base, tuned, Path(folder)))
                 bar.advance(task)
             rounds.append(found)
-    return {
-        "machine": where,
-        "shape": asdict(shape),
-        "rounds": rounds,
-        "measured": [provenance()],
-    }
+            yield {
+                "machine": where,
+                "shape": asdict(shape),
+                "rounds": rounds,
+                "measured": [provenance()],
+            }
 
 
 def models(shape: LlamaShape, console: Console) -> list[Path]:
