@@ -162,14 +162,13 @@ def markdown(result: Mapping[str, Any]) -> str:
             ]
             parts.append(markdown_table(heading, rows, ["---", *["---:"] * 7]))
             parts.append(_least(list(matrices.values())))
-    parts.append(_centring(result["suites"]))
     return "\n\n".join(parts) + "\n"
 
 
-def _centring(suites: Mapping[str, Any]) -> str:
-    """Why I around the average is not below the one from the base."""
+def centring(result: Mapping[str, Any]) -> str:
+    """A table that says why I around the average is not below the one from the base."""
     rows = []
-    for suite, cases in suites.items():
+    for suite, cases in result["suites"].items():
         for key, matrices in cases.items():
             if COMMON in key:
                 means = {
@@ -185,16 +184,17 @@ def _centring(suites: Mapping[str, Any]) -> str:
                     ]
                 )
     words = (
-        "I of all directions, means over pairs and matrices, and what centring does to it. "
-        "Around the average a difference holds `1/T` of every other one. `Had they nothing in "
-        "common`: I around the average as far as it comes from that mixing alone, if the "
-        "differences of two models had a product of zero; it is above I from the base for any "
-        "differences (`benchmarks/theory/geometry.py` says why). What models have in common, of "
-        "which the cosine of their differences tells, is what centring takes off."
+        "I of all directions, means over pairs of models and over matrices, and what centring does "
+        "to it. Around the average a difference holds `1/T` of every other one. `Mixed`: what I "
+        "around the average would be by that alone, if models had nothing in common: of equal "
+        "norms its squares sum to no less than those from the base "
+        "(`benchmarks/theory/geometry.py` says why). What centring takes off is a common part, of "
+        "which the cosine of the differences tells. `Below`: matrices of which I is lower around "
+        "the average. "
+        f"{made_by('bench-theory', result['measured'])}"
     )
-    heading = ["suite", "cosine of differences", "I, base", "I, average"]
-    heading += ["had they nothing in common", "below"]
-    return f"{words}\n\n" + markdown_table(heading, rows, ["---", *["---:"] * 5])
+    heading = ["suite", "cosine", "I, base", "I, average", "mixed", "below"]
+    return f"{words}\n\n{markdown_table(heading, rows, ['---', *['---:'] * 5])}\n"
 
 
 def _curves_in(cases: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -283,6 +283,7 @@ def main(workers: int, out: Path, only_report: bool, suites: str) -> None:
         in_processes([partial(measured, suite, folder) for suite in suites.split(",")], workers)
     result = results(folder)
     (out / "curves.md").write_text(markdown(result))
+    (out / "centring.md").write_text(centring(result))
     figure = plot(result)
     figure.savefig(out / "curves.png", dpi=130)
     plt.close(figure)
