@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -110,7 +110,7 @@ def inspect_models(
             key=key,
             of_adapters=source.of_adapters,
             records=[records[name] for name in source.weights],
-            notes=[*source.notes, *_without_base(source), *unmeasured(records.values())],
+            notes=[*source.notes, *unmeasured(records.values())],
             weighting=weighting,
             seconds=time.perf_counter() - started,
         )
@@ -156,14 +156,6 @@ def _key(
     parts += [source.models, source.identity(), [own.digest() for own in examples]]
     parts.append(shares)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-
-def _without_base(source: Source) -> Iterator[str]:
-    if not source.has_base:
-        yield (
-            "no base model was named (--base): R and I of the differences from it are left out, "
-            "and everything is told of the differences from the average"
-        )
 
 
 def _check_moved(source: Source, records: Mapping[str, Record]) -> None:

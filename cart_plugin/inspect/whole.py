@@ -76,9 +76,9 @@ class Whole:
                 raise CartError(f"{shapes}: models of different shapes cannot be merged")
             yield f"{shapes}: left out, as heads and vocabularies of different sizes have to be"
         if lacking:
+            what = "tensors are" if len(lacking) > 1 else "tensor is"
             yield (
-                f"{len(lacking):,} tensors are not in all of the models, such as {lacking[0]}: "
-                "left out"
+                f"{len(lacking):,} {what} not in all of the models, such as {lacking[0]}: left out"
             )
 
     @property

@@ -136,7 +136,7 @@ def test_without_a_base_there_is_no_uncentred_curve_and_the_page_says_so(
     text = run(*models, "--out", tmp_path / "out").output
     assert "the difference from the average" in text
     assert "with the base model (--base)" in text
-    assert "no base model was named (--base): R and I" in text
+    assert "no base model was named: R and I" in text
     assert "no base model was named" in (tmp_path / "out" / "report.html").read_text()
     found = report(tmp_path / "out")
     assert found["curves"]["from_base"] is None
