@@ -156,6 +156,18 @@ def _judged(kind: str, known: Sequence[Point], groups: Sequence[Sequence[Point]]
         for group in groups
         if len({one["share"] for one in group}) > 1
     ]
+    of_tools = [[one for one in group if one["method"] not in PAPERS] for group in groups]
+    return {
+        "all merges": float(every.statistic),
+        "all models": float(spearmanr(*zip(*single, strict=True)).statistic),
+        "methods": statistics.fmean(within) if within else float("nan"),
+        "pairs": _told(kind, groups),
+        "tools": _told(kind, of_tools),
+    }
+
+
+def _told(kind: str, groups: Sequence[Sequence[Point]]) -> tuple[int, int]:
+    """How many pairs of methods of one set are told right, and how many there are."""
     right = pairs = 0
     for group in groups:
         for one, other in itertools.combinations(group, 2):
@@ -164,13 +176,7 @@ def _judged(kind: str, known: Sequence[Point], groups: Sequence[Sequence[Point]]
                 pairs += 1
                 ahead = one["accuracy"] > other["accuracy"]
                 right += (value(one, kind) > value(other, kind)) == ahead
-    return {
-        "all merges": float(every.statistic),
-        "all models": float(spearmanr(*zip(*single, strict=True)).statistic),
-        "methods": statistics.fmean(within) if within else float("nan"),
-        "right": right,
-        "pairs": pairs,
-    }
+    return right, pairs
 
 
 def _layers(groups: Sequence[Sequence[Point]]) -> dict[str, float]:
@@ -208,7 +214,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     heading = [
         "measure",
         *("all merges", "all models of all merges", "methods of one set", "layers"),
-        "pairs of methods told right",
+        *("pairs of methods told right", "of the tools' methods"),
     ]
     parts = [
         "Spearman's rank correlation of measures of the weights with accuracy on the test split "
@@ -216,25 +222,47 @@ def markdown(result: Mapping[str, Any]) -> str:
         "to eight models of `make bench-auto`, subsets of tasks drawn for this, and the four of "
         "`make bench-llm`, by data-free methods. Layers: of what is told without data with the "
         "same on the inputs, over weights and models of one merge. Pairs of methods: of one set "
-        f"of models, whose accuracies differ by more than two standard errors. "
+        "of models, whose accuracies differ by more than two standard errors; the tools are "
+        "mergekit, FusionBench and this plugin, and the others are known from papers alone. "
         f"{made_by(TARGET, result['measured'])}"
     ]
     for suite, held in result["suites"].items():
         rows = [_row(kind, found, held["layers"]) for kind, found in held["kinds"].items()]
         parts.append(f"**{SUITES[suite]}, {held['merges']} merges of {held['groups']} sets**")
         parts.append(markdown_table(heading, rows, ["---", *["---:"] * (len(heading) - 1)]))
+    parts.append(_over_all(result["suites"]))
     parts.append(_advice(result["advice"]))
     return "\n\n".join(parts) + "\n"
 
 
+def _over_all(suites: Mapping[str, Any]) -> str:
+    """The pairs of all suites, of what is known without data."""
+    found = []
+    for kind in ("kept", "lost"):
+        sums = {
+            among: [
+                sum(held["kinds"][kind][among][place] for held in suites.values())
+                for place in (0, 1)
+            ]
+            for among in ("pairs", "tools")
+        }
+        found.append(
+            f"{kind} tells {_share(*sums['pairs'])}, of the tools' methods {_share(*sums['tools'])}"
+        )
+    return f"Over all suites, without data: {'; '.join(found)}."
+
+
 def _row(kind: str, found: Mapping[str, Any], layers: Mapping[str, float]) -> list[str]:
-    share = f" ({found['right'] / found['pairs']:.0%})" if found["pairs"] else ""
     return [
         LABELS[kind],
         *(f"{found[key]:.2f}" for key in ("all merges", "all models", "methods")),
         f"{layers[kind]:.2f}" if kind in layers else "",
-        f"{found['right']} of {found['pairs']}{share}",
+        *(_share(*found[among]) for among in ("pairs", "tools")),
     ]
+
+
+def _share(right: int, pairs: int) -> str:
+    return f"{right} of {pairs}" + (f" ({right / pairs:.0%})" if pairs else "")
 
 
 def _advice(advice: Sequence[Mapping[str, Any]]) -> str:
@@ -264,9 +292,7 @@ def _advice(advice: Sequence[Mapping[str, Any]]) -> str:
     words = (
         "What `mergekit-cart inspect` recommends, in points of accuracy behind the best method of "
         "the same set, which is known afterwards only (and partly best by chance: the last column "
-        "is the standard error of one difference, of its independent examples). The tools: "
-        "mergekit, FusionBench and this plugin; all: also methods known from papers alone. Held "
-        "out: sets of models of which nothing was looked at while `cart_auto` and the rule were "
-        "made."
+        "is the standard error of one difference, of its independent examples). Held out: sets of "
+        "models of which nothing was looked at while `cart_auto` and the rule were made."
     )
     return f"{words}\n\n" + markdown_table(heading, rows, ["---", *["---:"] * 7])

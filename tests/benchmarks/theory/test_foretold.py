@@ -67,14 +67,15 @@ def test_a_measure_that_orders_methods_as_accuracy_does_is_right(results: Any) -
     found = results(RIGHT)["suites"]["vision"]["kinds"]
     assert list(found) == ["kept", "lost"]  # nothing was measured on inputs
     for kind in found:
-        assert (found[kind]["right"], found[kind]["pairs"]) == (3, 3)
+        assert found[kind]["pairs"] == (3, 3)
+        assert found[kind]["tools"] == (1, 1)  # SWUDI is known from a paper alone
     assert found["kept"]["methods"] != found["kept"]["all models"]
 
 
 def test_a_measure_that_orders_them_the_other_way_is_wrong(results: Any) -> None:
     turned = dict(zip(RIGHT, reversed(RIGHT.values()), strict=True))
     found = results(turned)["suites"]["vision"]["kinds"]["kept"]
-    assert (found["right"], found["pairs"]) == (0, 3)
+    assert found["pairs"] == (0, 3)
 
 
 def test_what_the_recommendation_costs_is_counted_in_points(results: Any) -> None:
@@ -95,7 +96,7 @@ def test_the_average_is_recommended_where_nothing_loses_less(results: Any) -> No
 
 def test_methods_that_were_judged_alone_count_as_rivals_but_not_as_pairs(results: Any) -> None:
     found = results(RIGHT, judged=("TIES",))
-    assert found["suites"]["vision"]["kinds"]["kept"]["pairs"] == 3
+    assert found["suites"]["vision"]["kinds"]["kept"]["pairs"] == (3, 3)
     assert found["suites"]["vision"]["merges"] == 6
     assert found["advice"][0]["best"] == "TIES"
 
@@ -118,6 +119,7 @@ def test_the_tables_have_a_row_a_measure_and_a_row_for_the_recommendation(result
     text = foretold.markdown(results(RIGHT))
     assert "| kept, no data |" in text
     assert "3 of 3 (100%)" in text
+    assert "lost tells 3 of 3 (100%), of the tools' methods 1 of 1 (100%)" in text
     assert "on 64 inputs" not in text
     assert "| images, seen before | 2 | 0.0 | 0.0 |" in text
 
