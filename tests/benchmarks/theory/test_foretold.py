@@ -136,7 +136,8 @@ def test_the_rank_that_a_measure_names_is_beside_the_best_one(
     record = {"cases": {"vision": told}, "measured": MEASURED}
     (tmp_path / "ranks.json").write_text(json.dumps(record))
     falling = [1 - share for share in ranks.SHARES]
-    curves = {"average": {"R": falling, "I": [0.1] * len(falling), "whole": falling}}
+    rising = [share / 10 for share in ranks.SHARES]
+    curves = {"average": {"R": falling, "I": rising, "whole": falling}}
     (tmp_path / "curves").mkdir()
     (tmp_path / "curves" / "vision.json").write_text(json.dumps({"cases": {"8": {"w": curves}}}))
     found = ranks.results(tmp_path)

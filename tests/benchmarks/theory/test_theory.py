@@ -71,7 +71,7 @@ def test_centring_mixes_what_has_nothing_in_common(count: int) -> None:
 
 
 def test_centring_takes_off_what_models_have_in_common() -> None:
-    common = 10 * with_spectrum(torch.ones(1), 40, 50)[None]
+    common = torch.full((1, 40, 50), 10 / 2000**0.5)  # of norm 10 and rank 1
     found = in_common([one + common for one in apart(4)])
     assert found["average"] == pytest.approx(in_common(apart(4))["average"], abs=1e-4)
     assert found["average"] < 0.5 * found["base"]
