@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -90,6 +91,10 @@ class Whole:
     def has_base(self) -> bool:
         """Whether one is given."""
         return self.base is not None
+
+    def size(self, name: str) -> int:
+        """See `Source`."""
+        return math.prod(self.checkpoints[0].tensors[name].shape)
 
     def read(self, name: str, shares: Sequence[float] | None = None) -> Weight | Plain:
         """See `Source`."""
