@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 SERVERS := .venv-servers
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-all test-servers lint format demo bench-startup bench-memory bench-distributed bench-solvers bench-threads bench-merge bench-gpu bench-accuracy bench-profile bench-vision bench-text bench-llm bench-auto bench-compress bench-adapters bench-interference bench-architectures bench-paper-size bench-convolutions readme dist clean
+.PHONY: help venv test test-all test-servers lint format demo bench-startup bench-memory bench-distributed bench-solvers bench-threads bench-merge bench-gpu bench-accuracy bench-profile bench-vision bench-text bench-llm bench-auto bench-compress bench-adapters bench-theory bench-architectures bench-paper-size bench-convolutions readme dist clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -110,9 +110,12 @@ bench-adapters: $(STAMP) ## LoRA adapters merged into one: what is left of them,
 	$(BIN)/python -m benchmarks.adapters.speed
 	$(BIN)/python -m benchmarks.adapters.accuracy
 
-bench-interference: $(STAMP) ## the theory's curves on the suites' encoders, and whether measures of the weights foretell accuracy (hours)
-	$(BIN)/python -m benchmarks.interference.curves
-	$(BIN)/python -m benchmarks.interference.predict
+bench-theory: $(STAMP) ## the theory's curves on the suites' models, and whether measures of the weights foretell accuracy (hours; after bench-vision, -llm and -auto)
+	$(BIN)/python -m benchmarks.theory.curves
+	$(BIN)/python -m benchmarks.theory.subsets
+	$(BIN)/python -m benchmarks.theory.predict
+	$(BIN)/python -m benchmarks.theory.ranks
+	$(BIN)/python -m benchmarks.theory.cost
 
 bench-architectures: $(STAMP) ## which architectures merge whole, by mergekit-yaml and by mergekit-cart merge (ten minutes)
 	$(BIN)/python -m benchmarks.architectures

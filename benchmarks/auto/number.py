@@ -67,7 +67,14 @@ def members_of(suite: str) -> dict[str, list[tuple[Member, ...]]]:
     return sets | {OVERLAPPING: [((0, one), (1, one), (0, other)) for one, other in pairs]}
 
 
-def number(suite: str, seed: int, scales: Mapping[str, float], folder: Path) -> None:
+def number(
+    suite: str,
+    seed: int,
+    scales: Mapping[str, float],
+    folder: Path,
+    sets: Mapping[str, Sequence[tuple[Member, ...]]] | None = None,
+    methods: Sequence[str] = METHODS,
+) -> None:
     """Judge everything on one suite and seed; what is known is not done again.
 
     Args:
@@ -75,21 +82,25 @@ def number(suite: str, seed: int, scales: Mapping[str, float], folder: Path) -> 
         seed: of the fine-tuning; experts that overlap take the next one, too.
         scales: of task arithmetic, by number of models.
         folder: of the records.
+        sets: which models are merged, by how many they are; those of `members_of` if None.
+        methods: by name.
     """
+    chosen_sets = members_of(suite) if sets is None else sets
     spared = {"revisions": lambda key: key not in OF_MODELS}
     known = {"examples": EXAMPLES, "scales": dict(scales)}
     record = open_record(folder / f"{suite}-{seed}.json", PACKAGES, spared, known)
-    wanted = [method for method in METHODS if method not in record.cases]
+    wanted = [method for method in methods if method not in record.cases]
     if not wanted:
         return
-    seeds = (seed, (seed + 1) % len(SEEDS))
+    offsets = {offset for one in chosen_sets.values() for members in one for offset, _ in members}
+    seeds = [(seed + offset) % len(SEEDS) for offset in range(max(offsets) + 1)]
     held = [load_encoders(suite, one, "test", EXAMPLES, task_order(suite)) for one in seeds]
     base = held[0].base()
     alone: dict[Member, float] = {}
     for method in wanted:
         started = time.perf_counter()
         found: dict[str, list[dict[str, float]]] = {}
-        for count, chosen in members_of(suite).items():
+        for count, chosen in chosen_sets.items():
             found[count] = []
             for members in chosen:
                 if method == FINE_TUNED:

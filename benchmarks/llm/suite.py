@@ -25,7 +25,7 @@ from benchmarks.common.commands import out_option
 from benchmarks.common.comparison import Suite, share_cores, write_recipe, write_results
 from benchmarks.common.data_free import BESIDE_MERGEKIT, merged_models
 from benchmarks.llm.backbone import prepare_backbone
-from benchmarks.llm.finetune import FineTuning, finetune_all
+from benchmarks.llm.finetune import FineTuning, Tuned, finetune_all
 from benchmarks.llm.tasks import QUESTIONS, task_name, write_tasks
 
 EXAMPLES = {"validation": 100, "test": 300}
@@ -52,6 +52,18 @@ def evaluator(tasks: list[str], split: str, examples: int, batch: int = 32) -> l
     ]
 
 
+def work_folder(tasks: list[str], settings: FineTuning, examples: dict[str, int]) -> Path:
+    """The folder of all comparisons of a kind of fine-tuning."""
+    identity = settings_hash([tasks, asdict(settings), examples])
+    return cache_root() / "llm-suite" / identity
+
+
+def merged_beside(tuned: Mapping[str, Tuned], base: Path, work: Path) -> dict[str, Path]:
+    """The models that are merged by methods which mergekit has not, by method."""
+    folders = [one.model for one in tuned.values()]
+    return merged_models(BESIDE_MERGEKIT, folders, base, work / "beside")
+
+
 def suites(
     tasks: list[str],
     methods: list[str],
@@ -75,14 +87,13 @@ def suites(
     base = prepare_backbone()
     tuned = {seed: finetune_all(tasks, seed, settings, workers) for seed in seeds}
     first = tuned[seeds[0]]
-    work = cache_root() / "llm-suite" / settings_hash([tasks, asdict(settings), examples])
+    work = work_folder(tasks, settings, examples)
 
     def judge(split: str) -> list[str]:
         return evaluator(tasks, split, examples[split])
 
     def beside(seed: int) -> list[Path]:
-        folders = [one.model for one in tuned[seed].values()]
-        return list(merged_models(BESIDE_MERGEKIT, folders, base, work / "beside").values())
+        return list(merged_beside(tuned[seed], base, work).values())
 
     def recipe(models: Mapping[str, str | Path], folder: Path) -> Path:
         return write_recipe(models, base, folder)

@@ -74,6 +74,11 @@ class Adapters:
         held = [] if self._base is None else [*self._base.tensors]
         self.every = list(dict.fromkeys([*self.weights, *held]))
 
+    def size(self, name: str) -> int:
+        """See `Source`."""
+        shape = self.plan.shapes[self._modules[name]]
+        return shape.stack * shape.m * shape.n
+
     def read(self, name: str, shares: Sequence[float] | None = None) -> Weight | Plain:
         """See `Source`."""
         module = self._modules[name]

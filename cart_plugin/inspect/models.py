@@ -42,7 +42,9 @@ def open_models(
     paths = adapters if len(adapters) == len(named) else [str(model) for model in named]
     chosen = list(names) if names is not None else told_apart(paths)
     if len(chosen) != len(named):
-        raise CartError(f"{len(named)} models but {len(chosen)} names")
+        raise CartError(
+            f"{len(named)} models but {len(chosen)} names; give one a model, in their order"
+        )
     for name in chosen:
         if chosen.count(name) > 1:
             raise CartError(f"two models are called {name!r}; name each once, or give names")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cart_plugin.inspect.measures import Record
 from cart_plugin.inspect.summary import decomposed, entry_of, title
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 Table = tuple[str, list[str], list[list[str]]]
 """Heading of the first column, of the others, and rows."""
@@ -42,6 +46,7 @@ def html(found: Mapping[str, Any], tables: Sequence[Table], words: Sequence[str]
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["breakable"] = _breakable
     return environment.get_template("report.html.j2").render(
         found=found,
         tables=tables,
@@ -52,6 +57,13 @@ def html(found: Mapping[str, Any], tables: Sequence[Table], words: Sequence[str]
         from_base=found["base"] is not None or found["of_adapters"],
         data=_drawn(found),
     )
+
+
+def _breakable(name: str) -> Markup:
+    """A name that breaks where its parts end; copied, it is as it was."""
+    from markupsafe import Markup, escape
+
+    return Markup("<wbr>").join(escape(part) for part in re.split(r"(?<=[._])", name))
 
 
 def _drawn(found: Mapping[str, Any]) -> dict[str, Any]:

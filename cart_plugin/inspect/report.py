@@ -244,6 +244,11 @@ class Report:
             "at, that is in the merge's; lost: what the merge answers otherwise, squared, relative "
             "to the model's own answer",
         ]
+        if self.base is None and not self.of_adapters:
+            found.append(
+                "no base model was named: R and I of the differences from it are left out, and "
+                "everything is told of the differences from the average"
+            )
         if weights := self.weights():
             spans = (
                 f"{name} {least:.2g}" + (f" to {most:.2g}" if most - least > 0.01 else "")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,11 @@ from cart_plugin.inspect.sources import Named, Source
 from cart_plugin.inspect.summary import unmeasured
 from cart_plugin.inspect.weighting import Weighting
 from cart_plugin.inspect.weights import Plain, Weight
+from cart_plugin.linalg.threads import side_by_side
+
+_AT_ONCE = 2**25
+"""Numbers of all models of the weights that are in the works, unless a single one has more: a large
+one keeps several threads busy by itself."""
 
 Progress = Callable[[str, int, int], None]
 """Is told a step, how many of its tensors are done, and their number."""
@@ -41,8 +47,8 @@ def inspect_models(
 ) -> Report:
     """Measure what fine-tuning did to the weights of models, and what a merge will lose of it.
 
-    A tensor at a time is in memory, of all models. Of adapters the factors are, and no matrix of a
-    weight's size is formed.
+    A tensor at a time is in memory, of all models, or a few small ones: as many as torch has
+    threads. Of adapters the factors are, and no matrix of a weight's size is formed.
 
     Args:
         models: two or more: folders of whole models (or safetensors files), or of PEFT adapters,
@@ -93,15 +99,13 @@ def inspect_models(
                 file = Path(scratch) / f"{index}.safetensors"
                 step = f"running {subject.name}"
                 heard.append(activations.collect(subject, own, file, partial(tell, step)))
-        for number, name in enumerate(source.weights):
-            if name not in records:
-                weight = source.read(name, None if shares is None else shares[name])
-                found = record(weight, source.models, _inputs(weight, heard))
-                if journal is None:
-                    records[name] = found
-                else:
-                    journal.add(found)
-            tell("measuring", number + 1, len(source.weights))
+        todo = [name for name in source.weights if name not in records]
+        for found in _measured(source, todo, shares, heard):
+            if journal is None:
+                records[found["tensor"]] = found
+            else:
+                journal.add(found)
+            tell("measuring", len(records), len(source.weights))
         _check_moved(source, records)
         report = Report(
             models=dict(zip(source.models, source.paths, strict=True)),
@@ -134,6 +138,26 @@ def _examples(inputs: Sequence[str | Path], count: int) -> list[activations.Exam
         )
     found = [activations.Examples.read(Path(path)) for path in inputs]
     return found * count if len(found) == 1 else found
+
+
+def _measured(
+    source: Source,
+    names: Sequence[str],
+    shares: Mapping[str, Sequence[float]] | None,
+    heard: Sequence[activations.Activations],
+) -> Iterator[Record]:
+    """Records of weights in their order; small ones are measured side by side."""
+
+    def one(name: str) -> Record:
+        weight = source.read(name, None if shares is None else shares[name])
+        return record(weight, source.models, _inputs(weight, heard))
+
+    def at_once(name: str) -> int:
+        return _AT_ONCE // (len(source.models) * max(1, source.size(name)))
+
+    for is_small, group in itertools.groupby(names, key=lambda name: at_once(name) > 1):
+        held = list(group)
+        yield from side_by_side(one, held, min(map(at_once, held)) if is_small else 1)
 
 
 def _inputs(

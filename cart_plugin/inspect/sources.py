@@ -74,8 +74,11 @@ class Source(Protocol):
     def has_base(self) -> bool:
         """Whether differences are from a base model."""
 
+    def size(self, name: str) -> int:
+        """How many numbers a weight has."""
+
     def read(self, name: str, shares: Sequence[float] | None = None) -> Weight | Plain:
-        """What the models make of a weight.
+        """What the models make of a weight; several may be read at a time.
 
         Args:
             name: of the weight.

@@ -44,5 +44,7 @@ class Weighting:
         """
         found = self.of(every)
         if len(self.written) != count:
-            raise CartError(f"{count} models but {len(self.written)} weights")
+            raise CartError(
+                f"{count} models but {len(self.written)} weights; give one a model, in their order"
+            )
         return {name: normalised(found[name], count, f"tensor {name!r}") for name in names}

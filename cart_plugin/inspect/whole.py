@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -76,9 +77,9 @@ class Whole:
                 raise CartError(f"{shapes}: models of different shapes cannot be merged")
             yield f"{shapes}: left out, as heads and vocabularies of different sizes have to be"
         if lacking:
+            what = "tensors are" if len(lacking) > 1 else "tensor is"
             yield (
-                f"{len(lacking):,} tensors are not in all of the models, such as {lacking[0]}: "
-                "left out"
+                f"{len(lacking):,} {what} not in all of the models, such as {lacking[0]}: left out"
             )
 
     @property
@@ -90,6 +91,10 @@ class Whole:
     def has_base(self) -> bool:
         """Whether one is given."""
         return self.base is not None
+
+    def size(self, name: str) -> int:
+        """See `Source`."""
+        return math.prod(self.checkpoints[0].tensors[name].shape)
 
     def read(self, name: str, shares: Sequence[float] | None = None) -> Weight | Plain:
         """See `Source`."""

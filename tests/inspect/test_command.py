@@ -112,6 +112,14 @@ def test_names_with_signs_do_not_break_the_page(
     assert "a\\|b" in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_names_of_weights_break_where_their_parts_end(
+    run: Run, models: list[Path], tmp_path: Path
+) -> None:
+    run(*models, "--out", tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert re.search(r"<td>model\.<wbr>layers\.<wbr>\d\.<wbr>\w+\.<wbr>", page)
+
+
 def test_a_merged_model_is_a_line_of_its_own(
     run: Run, models: list[Path], base: Path, tmp_path: Path
 ) -> None:
@@ -128,6 +136,8 @@ def test_without_a_base_there_is_no_uncentred_curve_and_the_page_says_so(
     text = run(*models, "--out", tmp_path / "out").output
     assert "the difference from the average" in text
     assert "with the base model (--base)" in text
+    assert "no base model was named: R and I" in text
+    assert "no base model was named" in (tmp_path / "out" / "report.html").read_text()
     found = report(tmp_path / "out")
     assert found["curves"]["from_base"] is None
     assert found["curves"]["centred"] is not None

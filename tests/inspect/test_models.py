@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,32 @@ def test_a_run_that_was_cut_off_goes_on_where_it_stopped(
     assert len(measured) == len(set(measured)) == len(found.records)
     assert found.rows() == inspect_models(models, base=base).rows()
     assert not (out / ".measured.jsonl").exists()
+
+
+def test_weights_side_by_side_say_what_they_say_one_after_the_other(
+    models: list[Path], base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cart_plugin.inspect import run
+
+    working: set[int] = set()
+    whole = run.record
+    monkeypatch.setattr(
+        run, "record", lambda *given: (working.add(threading.get_ident()), whole(*given))[1]
+    )
+    alone = inspect_models(models, base=base).records
+    assert working == {threading.get_ident()}
+    working.clear()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert inspect_models(models, base=base).records == alone
+    finally:
+        torch.set_num_threads(threads)
+    assert threading.get_ident() not in working
+    working.clear()
+    monkeypatch.setattr(run, "_AT_ONCE", 1)  # all of them are large
+    inspect_models(models, base=base)
+    assert working == {threading.get_ident()}
 
 
 def test_other_models_are_measured_anew(
