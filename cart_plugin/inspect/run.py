@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
+
 from cart_plugin import linalg, merging
 from cart_plugin.errors import CartError
 from cart_plugin.inspect import activations
@@ -157,7 +159,8 @@ def _measured(
 
     for is_small, group in itertools.groupby(names, key=lambda name: at_once(name) > 1):
         held = list(group)
-        yield from side_by_side(one, held, min(map(at_once, held)) if is_small else 1)
+        most, threads = (min(map(at_once, held)), 1) if is_small else (1, torch.get_num_threads())
+        yield from side_by_side(one, held, most, threads)
 
 
 def _inputs(
