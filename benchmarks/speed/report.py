@@ -207,7 +207,8 @@ def markdown(conditions: dict[str, Any], measured: list[dict[str, Any]], cases: 
 
 
 def _models(cases: Cases) -> str:
-    size = next((case["size"] for case in cases.values() if "hidden" in case.get("size", {})), None)
+    compared = (case for case in cases.values() if case.get("series", "").startswith("methods on"))
+    size = next((case["size"] for case in compared if "hidden" in case["size"]), None)
     if size is None:
         return ""
     return (

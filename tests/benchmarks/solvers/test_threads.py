@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 
+from benchmarks.common.measure import RESULTS
 from benchmarks.solvers import threads
 from cart_plugin.merging import cart
 
@@ -39,3 +42,9 @@ def test_each_case_is_a_row_quiet_and_busy() -> None:
     assert "| 8x8 | `fast` | 4 | 3 | 0.75 | 4 | 9 | 2.25 |" in lines
     names = [name for name, _ in threads.cases(quick=True)]
     assert names == ["merge | 96x96", "fast | 96x96", "exact | 96x96", "merge | 4 of 96x96"]
+
+
+def test_the_saved_table_is_that_of_the_saved_figures() -> None:
+    saved = json.loads((RESULTS / "solvers" / "threads.json").read_text())
+    given = (saved["conditions"], saved["measured"], saved["cases"])
+    assert threads.markdown(*given) == (RESULTS / "solvers" / "threads.md").read_text()

@@ -85,6 +85,12 @@ def test_products_are_a_part_of_what_decompositions_take() -> None:
     assert 0 < found["products"] < found["decompositions"]
 
 
+def test_the_saved_table_is_that_of_the_saved_figures() -> None:
+    saved = json.loads((RESULTS / "speed" / "distributed.json").read_text())
+    given = (saved["conditions"], saved["measured"], saved["cases"])
+    assert markdown(*given) == (RESULTS / "speed" / "distributed.md").read_text()
+
+
 def test_the_saved_estimate_is_that_of_the_solvers_figures() -> None:
     solvers = json.loads((RESULTS / "solvers" / "results.json").read_text())
     seconds = estimate.core_seconds(solvers["cases"], cores=2)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from rich.progress import Progress
 
+from benchmarks.common.measure import RESULTS
 from benchmarks.common.record import Record
 from benchmarks.speed import merges as merge_speed
 from benchmarks.speed import report as merge_report
@@ -101,3 +102,15 @@ def test_the_quick_benchmark_writes_its_results(tmp_path: Path) -> None:
     assert "plain full SVD" in (tmp_path / "out" / "table.md").read_text()
     assert (tmp_path / "out" / "merge_speed.png").stat().st_size > 5_000
     assert not (tmp_path / "cache" / "merge-speed").exists()
+
+
+def test_the_saved_bars_are_those_of_the_saved_figures() -> None:
+    folder = RESULTS / "speed" / "merge_bars"
+    saved = json.loads((folder / "results.json").read_text())
+    cases = saved["cases"]
+    given = (saved["conditions"], saved["measured"], cases)
+    assert merge_report.markdown(*given) == (folder / "table.md").read_text()
+    assert {case["label"] for case in cases.values() if "label" in case} == {
+        *merge_speed.BARS,
+        "tiny",
+    }
