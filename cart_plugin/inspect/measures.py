@@ -234,7 +234,11 @@ def _energies(found: Differences, m: int, n: int) -> list[float | None]:
 
 
 def _curves(found: Differences, ranks: Sequence[int]) -> Record:
-    """R(k) as a share of the squared norms, and I(k) as a share of what equal models have."""
+    """R(k) as a share of the squared norms, and I(k) as the mean over the pairs of models.
+
+    A pair's is at most 1, of equal differences of one direction; equal ones of k directions of one
+    strength have ``1 / sqrt(k)``.
+    """
     total = float(found.energies.sum())
     pairs = max(len(found.parts) * (len(found.parts) - 1), 1)
     left = reconstruction_errors(found.parts, found.energies, ranks)
