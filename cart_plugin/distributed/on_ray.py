@@ -166,7 +166,9 @@ class _Crew:
         self._parts = parts
         self._workers = workers
         self._note = note
-        self._waiting = [_Attempt(number, part.memory) for number, part in enumerate(parts)]
+        # The largest first, so that nobody waits for one in the end.
+        order = sorted(range(len(parts)), key=lambda number: -parts[number].bytes)
+        self._waiting = [_Attempt(number, parts[number].memory) for number in order]
         self._running: dict[Any, _Attempt] = {}
         self._begun = time.monotonic()
         self._is_quiet = True  # no worker has begun, and nobody was told
