@@ -212,7 +212,7 @@ def write_models(kind: Kind, count: int, told: Callable[[int], None] = lambda _:
         OSError: the disk is full.
     """
     folder = folder_of(kind)
-    model = kind.build(seed=0)
+    model: Any = kind.build(seed=0)
     base = {name: value.clone() for name, value in model.state_dict().items()}
     for index in range(-1, count):
         place = folder / (BASE if index < 0 else f"task{index}")

@@ -98,12 +98,12 @@ def run_case(case: Case, kind: Kind, folder: Path, limit: float) -> dict[str, An
         config = work / "conf" / "modelpool" / "paper_size.yaml"
         config.parent.mkdir(parents=True)
         config.write_text(yaml.safe_dump(pool_config(kind, folder, case.count), sort_keys=False))
-        command = [Path(sys.executable).with_name("fusion_bench"), "--config-dir", work / "conf"]
+        program = Path(sys.executable).with_name("fusion_bench")
         memory = _available_memory()
         started = time.monotonic()
         try:
             needed = measure(
-                [*command, *case.overrides()],
+                [program, "--config-dir", work / "conf", *case.overrides()],
                 work / "log.txt",
                 {**os.environ, "HF_HUB_OFFLINE": "1"},
                 folder=work,

@@ -145,9 +145,9 @@ def merged(key: str, point: Point, config: Mapping[str, Any], folder: Path) -> P
         conf.parent.mkdir(parents=True)
         conf.write_text(yaml.safe_dump(dict(config), sort_keys=False))
         program = Path(sys.executable).with_name("fusion_bench")
-        command = [program, "--config-dir", work / "conf", *overrides, "modelpool=text"]
-        command += ["taskpool=dummy", "fabric.accelerator=cpu", "fabric.loggers=null", "seed=0"]
-        command += ["report_save_path=null", "print_config=false"]
+        command: list[str | Path] = [program, "--config-dir", work / "conf", *overrides]
+        command += ["modelpool=text", "taskpool=dummy", "fabric.accelerator=cpu", "seed=0"]
+        command += ["fabric.loggers=null", "report_save_path=null", "print_config=false"]
         command += [f"merged_model_save_path={target}"]
         try:
             measure(command, work / "log.txt", _environment(), folder=work)
