@@ -19,6 +19,7 @@ from cart_plugin.inspect.inputs import Inputs
 from cart_plugin.inspect.journal import Journal
 from cart_plugin.inspect.measures import REVISION, Record, record
 from cart_plugin.inspect.models import open_models
+from cart_plugin.inspect.places import places
 from cart_plugin.inspect.report import Report
 from cart_plugin.inspect.sources import Named, Source
 from cart_plugin.inspect.summary import unmeasured
@@ -100,7 +101,8 @@ def inspect_models(
                 step = f"running {subject.name}"
                 heard.append(activations.collect(subject, own, file, partial(tell, step)))
         todo = [name for name in source.weights if name not in records]
-        for found in _measured(source, todo, shares, heard):
+        held = len(named) + sum(other is not None for other in (source.start, merged))
+        for found in _measured(source, todo, shares, heard, held):
             if journal is None:
                 records[found["tensor"]] = found
             else:
@@ -145,19 +147,29 @@ def _measured(
     names: Sequence[str],
     shares: Mapping[str, Sequence[float]] | None,
     heard: Sequence[activations.Activations],
+    held: int,
 ) -> Iterator[Record]:
-    """Records of weights in their order; small ones are measured side by side."""
+    """Records of weights in their order; small ones are measured side by side.
+
+    Args:
+        source: of the models.
+        names: of the weights.
+        shares: how much each model counts, by weight; None for alike.
+        heard: what the models multiply them by.
+        held: the number of models, the base and a merged one among them, whose weights are read.
+    """
+    where = places(source.weights)
 
     def one(name: str) -> Record:
         weight = source.read(name, None if shares is None else shares[name])
-        return record(weight, source.models, _inputs(weight, heard))
+        return record(weight, source.models, _inputs(weight, heard), where[name])
 
     def at_once(name: str) -> int:
-        return _AT_ONCE // (len(source.models) * max(1, source.size(name)))
+        return _AT_ONCE // (held * max(1, source.size(name)))
 
     for is_small, group in itertools.groupby(names, key=lambda name: at_once(name) > 1):
-        held = list(group)
-        yield from side_by_side(one, held, min(map(at_once, held)) if is_small else 1)
+        own = list(group)
+        yield from side_by_side(one, own, min(map(at_once, own)) if is_small else 1)
 
 
 def _inputs(

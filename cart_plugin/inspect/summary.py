@@ -111,7 +111,8 @@ def _movement(records: Sequence[Record], index: int, model: str) -> Movement:
     size = math.fsum(norm[index] ** 2 for norm in known)
     by_module: dict[str, float] = defaultdict(float)
     layers = [record["layer"] for record in records if record["layer"] is not None]
-    count = max(layers, default=-1) + 1
+    is_one = all(record["stack"] is None for record in records)
+    count = max(layers, default=-1) + 1 if is_one else 0
     thirds = [0.0, 0.0, 0.0]
     for record, square in zip(records, squares, strict=True):
         by_module[record["module"]] += square

@@ -168,9 +168,16 @@ def test_weights_side_by_side_say_what_they_say_one_after_the_other(
     torch.set_num_threads(2)
     try:
         assert inspect_models(models, base=base).records == alone
+        assert threading.get_ident() not in working
+        working.clear()
+        largest = max(math.prod(record["shape"]) for record in alone)
+        monkeypatch.setattr(run, "_AT_ONCE", 2 * 3 * largest)
+        inspect_models(models)
+        assert threading.get_ident() not in working
+        inspect_models(models, base=base)  # which is read, too
+        assert threading.get_ident() in working
     finally:
         torch.set_num_threads(threads)
-    assert threading.get_ident() not in working
     working.clear()
     monkeypatch.setattr(run, "_AT_ONCE", 1)  # all of them are large
     inspect_models(models, base=base)
