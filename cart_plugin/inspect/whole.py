@@ -50,10 +50,11 @@ class Whole:
                 "saved with different classes"
             )
         self.every = list(first.tensors)
-        floating = [name for name, info in first.tensors.items() if info.is_floating]
         self.weights, lacking, unlike = [], [], []
-        for name in floating:
+        for name in dict.fromkeys(name for model in self.checkpoints for name in model.tensors):
             held = [model.tensors.get(name) for model in every]
+            if not any(info.is_floating for info in held if info is not None):
+                continue
             if any(info is None or not info.is_floating for info in held):
                 lacking.append(name)
             elif len({info.shape for info in held if info is not None}) > 1:

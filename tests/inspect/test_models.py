@@ -233,8 +233,9 @@ def test_heads_of_different_sizes_are_left_out_with_a_note(own: list[Path], base
     assert any("lm_head.weight" in note and "left out" in note for note in found.notes)
 
 
-def test_a_tensor_that_one_lacks_is_left_out_with_a_note(own: list[Path]) -> None:
-    file = own[2] / "model.safetensors"
+@pytest.mark.parametrize("which", [0, 2])
+def test_a_tensor_that_one_lacks_is_left_out_with_a_note(own: list[Path], which: int) -> None:
+    file = own[which] / "model.safetensors"
     tensors = load_file(file)
     del tensors[DOWN]
     save_file(tensors, file, {"format": "pt"})
