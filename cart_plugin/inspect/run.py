@@ -49,7 +49,8 @@ def inspect_models(
     """Measure what fine-tuning did to the weights of models, and what a merge will lose of it.
 
     A tensor at a time is in memory, of all models, or a few small ones: as many as torch has
-    threads. Of adapters the factors are, and no matrix of a weight's size is formed.
+    threads. Of adapters the factors are; with their base on the disk a weight of it is, for its
+    norm.
 
     Args:
         models: two or more: folders of whole models (or safetensors files), or of PEFT adapters,

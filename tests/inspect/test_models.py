@@ -17,7 +17,7 @@ from cart_plugin import CartError, merge_state_dicts
 from cart_plugin.adapters import merge_adapters
 from cart_plugin.inspect import inspect_models, inspect_state_dicts
 from cart_plugin.inspect.weights import MERGED
-from tests.adapters.lora import state
+from tests.adapters.lora import save_base, save_loras, state
 from tests.inspect.conftest import NAMES, break_tensor, numbers, report, tune
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -294,6 +294,35 @@ def test_a_base_that_is_not_here_is_told(adapters: list[Path]) -> None:
     assert inspect_models(adapters).notes == []
 
 
+def test_an_adapter_alone_and_with_its_base_would_count_twice(
+    adapters: list[Path], base: Path
+) -> None:
+    with pytest.raises(CartError, match="are one model, which would count twice"):
+        inspect_models([adapters[0], f"{base}+{adapters[0]}", adapters[1]], names=["a", "b", "c"])
+
+
+def test_a_base_of_other_adapters_is_refused_or_told(
+    adapters: list[Path], base: Path, tmp_path: Path
+) -> None:
+    other = save_base(tmp_path, num_hidden_layers=2, hidden_size=48)
+    with pytest.raises(CartError, match=r"is not that of the adapters.*32 x 32"):
+        inspect_models(adapters, base=other)
+    # Two weights whose names end alike: which of them is changed nobody knows.
+    tensors = load_file(base / "model.safetensors")
+    two = Path(shutil.copytree(base, tmp_path / "two"))
+    towers = {f"{tower}.{name}": own.clone() for tower in "ab" for name, own in tensors.items()}
+    save_file(towers, two / "model.safetensors", {"format": "pt"})
+    found = inspect_models(adapters, base=two)
+    assert found.movements()[0].share is None
+    assert any(note.startswith("4 of 4 weights that the adapters change") for note in found.notes)
+
+
+def test_biases_of_adapters_are_left_out_with_a_note(tmp_path: Path) -> None:
+    base = save_base(tmp_path, "qwen2")
+    folders = save_loras(tmp_path / "adapters", base, [{}, {}], lora_bias=True)
+    assert any("lora_bias" in note for note in inspect_models(folders, base=base).notes)
+
+
 def test_inputs_are_those_of_the_models_layers(
     models: list[Path], base: Path, tmp_path: Path
 ) -> None:
@@ -354,8 +383,6 @@ def test_a_model_without_tokenizer_is_named(models: list[Path], tmp_path: Path) 
 
 
 def test_what_adapters_lack_or_hold_whole_is_said(base: Path, tmp_path: Path) -> None:
-    from tests.adapters.lora import save_loras
-
     configs = [{"modules_to_save": ["lm_head"]}] * 3
     configs[1] = {**configs[1], "target_modules": ["q_proj"]}
     folders = save_loras(tmp_path / "adapters", base, configs)
