@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -88,7 +89,8 @@ def inspect_models(
     shares = None
     if weighting is not None:
         shares = weighting.checked(source.weights, len(named), source.every)
-    key = _key(source, examples, shares)
+    subjects = source.runnable() if examples else []
+    key = _key(source, subjects, examples, shares)
     with (
         nullcontext() if out is None else Journal(Path(out), key) as journal,
         TemporaryDirectory(prefix="mergekit-cart-inspect-") as scratch,
@@ -96,7 +98,6 @@ def inspect_models(
         records: dict[str, Record] = {} if journal is None else journal.records
         heard: list[activations.Activations] = []
         if examples and any(name not in records for name in source.weights):
-            subjects = source.runnable()
             for index, (subject, own) in enumerate(zip(subjects, examples, strict=True)):
                 file = Path(scratch) / f"{index}.safetensors"
                 step = f"running {subject.name}"
@@ -185,6 +186,7 @@ def _inputs(
 
 def _key(
     source: Source,
+    subjects: Sequence[activations.Subject],
     examples: Sequence[activations.Examples],
     shares: Mapping[str, Sequence[float]] | None,
 ) -> str:
@@ -192,6 +194,8 @@ def _key(
     parts: list[object] = [REVISION, linalg.REVISION, merging.REVISION]
     parts += [source.models, source.identity(), [own.digest() for own in examples]]
     parts.append(shares)
+    if subjects:  # what they make of the examples is transformers' doing, too
+        parts += [version("transformers"), [subject.digest() for subject in subjects]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
