@@ -103,7 +103,7 @@ def _choice(
     of_adapters: bool,
 ) -> Iterator[str]:
     if not methods:
-        yield "none of the weights is one that methods decompose: all of them average"
+        yield "none of the weights that moved is one that methods decompose: all of them average"
         return
     found, average = methods[method], methods[AVERAGE]
     if method == AVERAGE:
@@ -129,7 +129,7 @@ def _choice(
         yield f"of more than {MOST_INFORMED} models cart_auto leaves the base model out"
     # Around their average it keeps nothing of any models.
     says_little = base is None and not of_adapters and method == AVERAGE
-    if not says_little and (found.mean_kept < _LITTLE or min(found.kept) < _LITTLE / 2):
+    if not says_little and (found.mean_kept < _LITTLE or found.least_kept < _LITTLE / 2):
         yield (
             "no merge keeps most of all models: `mergekit-cart compress` keeps each of them, as "
             "one base and small adapters"

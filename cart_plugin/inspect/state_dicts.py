@@ -97,8 +97,9 @@ def rows_of(found: Record, models: Sequence[str]) -> list[dict[str, Any]]:
 
     `weight` is how much the model counts in merges, 1 on average. `moved` is the norm of the
     difference from the base (or the average), `moved_share` relative to the weight. `rank` has the
-    directions that no rounding explains, `numerical_rank` those that hold 99 %; None for more than
-    were solved for. `row_overlap` and `cosine` are the largest with another model. `kept METHOD`
+    directions of that difference that no rounding explains (from the average, the other models'
+    are among them), `numerical_rank` those that hold 99 %; None for more than were solved for.
+    `row_overlap` and `cosine` are the largest with another model. `kept METHOD`
     and `lost METHOD` are shares of the model's own answer on the inputs that its difference points
     at: 1 and 0 for all of it.
     """
