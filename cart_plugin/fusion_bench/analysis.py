@@ -91,6 +91,7 @@ class CartAnalysisAlgorithm(LightningFabricMixin, BaseAlgorithm):
             merged=None,
             key="",
             of_adapters=False,
+            of_pool=True,
             records=list(tqdm(records, desc="measuring", total=total, dynamic_ncols=True)),
             seconds=time.perf_counter() - started,
         )

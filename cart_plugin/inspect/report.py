@@ -39,6 +39,7 @@ class Report:
         records: one a weight, in the models' order.
         notes: what a user has to know.
         weighting: how much each model counts in merges; None for alike.
+        of_pool: the models are those of a pool of FusionBench.
         seconds: of the work.
     """
 
@@ -50,6 +51,7 @@ class Report:
     records: Sequence[Record]
     notes: list[str] = field(default_factory=list)
     weighting: Weighting | None = None
+    of_pool: bool = False
     seconds: float = 0.0
 
     @property
@@ -97,6 +99,7 @@ class Report:
             list(self.models.values()),
             self.base,
             of_adapters=self.of_adapters,
+            of_pool=self.of_pool,
             weighting=self.weighting if self.weights() else None,
         )
 

@@ -49,6 +49,13 @@ def test_the_report_says_what_the_models_state_dicts_say(
     }
     records = [record for record in found["records"] if record["decomposed"]]
     assert {record["tensor"]: record["moved"][0] for record in records} == moved
+    recipe = found["advice"]["recipe"]
+    chosen = "cart/auto" if found["advice"]["method"].startswith("cart_auto") else "simple_average"
+    assert recipe.startswith(f"fusion_bench method={chosen}  #")
+    reasons = "\n".join(found["advice"]["reasons"])
+    assert ("_pretrained_ in the pool" in reasons) is not has_pretrained
+    assert "mergekit-cart" not in (tmp_path / "report.md").read_text()
+    assert "--base" not in reasons
     assert (tmp_path / "report.html").exists()
     assert (tmp_path / "report.md").exists()
 
