@@ -71,7 +71,7 @@ class Weight:
 
     Attributes:
         name: of the tensor.
-        shape: as matrices, ``(stack, m, n)``.
+        shape: as matrices that are stored, ``(stack, m, n)``.
         shares: how much each model counts, which sums to 1.
         norms: of the models' weights, squared, ``(T,)``; None if they are not known.
         from_base: differences from the base; None without one.
