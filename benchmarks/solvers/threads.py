@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -54,7 +55,7 @@ def merges(tensors: list[Tensor]) -> Ways:
         return merge_tensors(tensors, CartSettings(rank_ratio=RATIO), name=_NAME)
 
     def one_after_the_other() -> object:
-        whole = {"SIDE_BY_SIDE": 1, "worth": lambda *_: torch.get_num_threads()}
+        whole: dict[str, Any] = {"SIDE_BY_SIDE": 1, "worth": lambda *_: torch.get_num_threads()}
         with patch.multiple(cart, **whole), patch.multiple(svd, **whole):
             return merged()
 
@@ -84,21 +85,24 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Ways]]]:
     def matrices(shape: tuple[int, int], count: int) -> list[Tensor]:
         return [MatrixMaker(*shape, seed=10 * seed).make(SPECTRUM) for seed in range(count)]  # type: ignore[misc]
 
+    def four(shape: tuple[int, int]) -> Ways:
+        return merges(matrices(shape, MODELS))
+
+    def single(shape: tuple[int, int], solver: str) -> Ways:
+        return decompositions(matrices(shape, 1)[0], solver)
+
     for shape in QUICK_SHAPES if quick else SHAPES:
         name = f"{shape[0]}x{shape[1]}"
-        yield f"merge | {name}", lambda shape=shape: merges(matrices(shape, MODELS))
+        yield f"merge | {name}", partial(four, shape)
         for solver in ("fast", "exact"):
-            yield (
-                f"{solver} | {name}",
-                lambda shape=shape, solver=solver: decompositions(matrices(shape, 1)[0], solver),
-            )
-    stack, *shape = (4, 96, 96) if quick else STACK
+            yield f"{solver} | {name}", partial(single, shape, solver)
+    stack, m, n = (4, 96, 96) if quick else STACK
 
     def stacks() -> Ways:
-        held = matrices((shape[0], shape[1]), MODELS * stack)
+        held = matrices((m, n), MODELS * stack)
         return merges([torch.stack(held[at::MODELS]) for at in range(MODELS)])
 
-    yield f"merge | {stack} of {shape[0]}x{shape[1]}", stacks
+    yield f"merge | {stack} of {m}x{n}", stacks
 
 
 @contextmanager
