@@ -61,9 +61,10 @@ class Examples:
         try:
             lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
+            reason = (error.strerror or "") if isinstance(error, OSError) else first_line(error)
             raise CartError(
-                f"--inputs {path} cannot be read: {first_line(error)}; name a text file with an "
-                "example a line, or a folder of images"
+                f"--inputs {path} cannot be read: {reason}; name a text file with an example a "
+                "line, or a folder of images"
             ) from None
         if not lines:
             raise CartError(f"--inputs {path} is empty: write an example a line")
@@ -284,7 +285,10 @@ def _feeder(subject: Subject, examples: Examples) -> Iterator[Mapping[str, Any]]
         except Exception as error:  # it has none: the next one may
             reason = reason or first_line(error)
     if processor is None:
-        raise CartError(f"{subject.name} has no {what} that transformers can load: {reason}")
+        raise CartError(
+            f"{subject.name} has no {what} that transformers can load; put its files into the "
+            f"model's folder ({reason.rstrip(':')})"
+        )
     if examples.texts:
         return (
             dict(processor(text, return_tensors="pt", truncation=True, max_length=_TOKENS))

@@ -242,8 +242,10 @@ class Report:
 
     def words(self) -> list[str]:
         """What the tables show, in sentences."""
+        known = all(entry.share is not None for entry in self.movements())
+        relative = "relative to the weights" if known else "its norm (with --base: of the weights')"
         found = [
-            f"moved: the difference from {self.centre}, relative to the weights; rank: of all "
+            f"moved: the difference from {self.centre}, {relative}; rank: of all "
             "changes where that is low, else (~) of as many equally strong directions at most; "
             "in 8 %: share of the squared difference that the default rank keeps",
             "kept: share of a model's own answer, on the inputs that its own difference points "

@@ -74,6 +74,7 @@ def test_adapters_of_a_recipe_are_read_by_their_factors(
 
 def test_adapters_alone_get_the_command_that_merges_them(run: Run, adapters: list[Path]) -> None:
     text = run(*adapters).output
+    assert "moved: the difference from the base, its norm" in text  # no share of what is not here
     assert "mergekit-cart merge-adapters" in text
     assert "--method auto --out merged" in text
 
