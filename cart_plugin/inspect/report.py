@@ -244,8 +244,8 @@ class Report:
         """What the tables show, in sentences."""
         found = [
             f"moved: the difference from {self.centre}, relative to the weights; rank: of all "
-            "changes where that is low, else (~) of as many equally strong directions at most; "
-            "in 8 %: share of the squared difference that the default rank keeps",
+            "changes where that is low, else (~) of as many equally strong directions; in 8 %: "
+            "share of the squared difference that the default rank keeps",
             "kept: share of a model's own answer, on the inputs that its own difference points "
             "at, that is in the merge's; lost: what the merge answers otherwise, squared, relative "
             "to the model's own answer (that of its difference); adds: what a weight adds to what "
