@@ -160,7 +160,7 @@ def parts(folder: Path, methods: Sequence[str]) -> dict[str, Callable[[], None]]
     found: dict[str, Callable[[], None]] = {}
     for suite, seed in subsets.SEEDS.items():
         told = folder / "subsets" / f"{suite}-{seed}.json"
-        if told.exists():
+        if told.exists() and AUTO in json.loads(told.read_text())["cases"]:
             name = f"subsets-{suite}-{seed}"
             file = folder / "predict" / f"{name}.json"
             sets = subsets.drawn(suite)
