@@ -99,7 +99,7 @@ def main(quick: bool, runs: int, workers: int, resume: bool) -> None:
     ways = cases(workers, cores)
     shape = SMALL if quick else LARGE
     out = cache_root() / "distributed-quick" if quick else RESULTS / "speed"
-    sizes = {"shape": asdict(shape), "models": TUNED, "workers": workers}
+    sizes: dict[str, Any] = {"shape": asdict(shape), "models": TUNED, "workers": workers}
     record = Record(
         out / "distributed.json", conditions(MERGES, PACKAGES, quick=quick, **sizes), resume
     )

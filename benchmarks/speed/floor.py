@@ -12,7 +12,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from cart_plugin import CartSettings, merge_tensors
+from cart_plugin import CartSettings, merge_tensors, truncated_svd
 from cart_plugin.checkpoints.reading import Checkpoint, open_folder
 from cart_plugin.checkpoints.writing import TensorFile
 from cart_plugin.linalg import krylov
@@ -78,7 +78,7 @@ def _merging(models: Sequence[Checkpoint]) -> dict[str, float]:
 
 def _one(tensors: list[Tensor], name: str) -> dict[str, float]:
     """Seconds to merge one tensor, and what of it are decompositions and their products."""
-    truncated, extend = cart.truncated_svd, krylov._extend
+    truncated, extend = truncated_svd, krylov._extend
     decompositions, products = 0.0, 0.0
     bases: list[tuple[int, int]] = []
 
