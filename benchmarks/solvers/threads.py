@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ MODELS = 4
 RATIO = 0.08
 SPECTRUM = "power law 0.5"
 SHAPES = ((768, 768), (1024, 1024), (1024, 2816), (2048, 2048))
-STACK = (8, 768, 768)  # experts of one layer
+STACK = (8, (768, 768))  # experts of one layer
 QUICK_SHAPES = ((96, 96),)
 _BUSY = "import torch; torch.set_num_threads(1); x = torch.rand(256, 256)\nwhile True: x @ x"
 _NAME = "model.layers.0.mlp.experts.up_proj"  # of stacks; what a matrix is called does not matter
@@ -55,8 +55,10 @@ def merges(tensors: list[Tensor]) -> Ways:
         return merge_tensors(tensors, CartSettings(rank_ratio=RATIO), name=_NAME)
 
     def one_after_the_other() -> object:
-        whole: dict[str, Any] = {"SIDE_BY_SIDE": 1, "worth": lambda *_: torch.get_num_threads()}
-        with patch.multiple(cart, **whole), patch.multiple(svd, **whole):
+        with ExitStack() as patched:
+            for module in (cart, svd):
+                patched.enter_context(patch.object(module, "SIDE_BY_SIDE", 1))
+                patched.enter_context(patch.object(module, "worth", _all_threads))
             return merged()
 
     return {"as it is": merged, "one after the other": one_after_the_other}
@@ -85,24 +87,27 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Ways]]]:
     def matrices(shape: tuple[int, int], count: int) -> list[Tensor]:
         return [MatrixMaker(*shape, seed=10 * seed).make(SPECTRUM) for seed in range(count)]  # type: ignore[misc]
 
-    def four(shape: tuple[int, int]) -> Ways:
+    def merge(shape: tuple[int, int]) -> Ways:
         return merges(matrices(shape, MODELS))
 
-    def single(shape: tuple[int, int], solver: str) -> Ways:
+    def decompose(shape: tuple[int, int], solver: str) -> Ways:
         return decompositions(matrices(shape, 1)[0], solver)
+
+    def merge_stacks(stack: int, shape: tuple[int, int]) -> Ways:
+        held = matrices(shape, MODELS * stack)
+        return merges([torch.stack(held[at::MODELS]) for at in range(MODELS)])
 
     for shape in QUICK_SHAPES if quick else SHAPES:
         name = f"{shape[0]}x{shape[1]}"
-        yield f"merge | {name}", partial(four, shape)
+        yield f"merge | {name}", partial(merge, shape)
         for solver in ("fast", "exact"):
-            yield f"{solver} | {name}", partial(single, shape, solver)
-    stack, m, n = (4, 96, 96) if quick else STACK
+            yield f"{solver} | {name}", partial(decompose, shape, solver)
+    stack, shape = (4, (96, 96)) if quick else STACK
+    yield f"merge | {stack} of {shape[0]}x{shape[1]}", partial(merge_stacks, stack, shape)
 
-    def stacks() -> Ways:
-        held = matrices((m, n), MODELS * stack)
-        return merges([torch.stack(held[at::MODELS]) for at in range(MODELS)])
 
-    yield f"merge | {stack} of {m}x{n}", stacks
+def _all_threads(_m: int, _n: int) -> int:
+    return torch.get_num_threads()
 
 
 @contextmanager

@@ -12,11 +12,10 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from cart_plugin import CartSettings, merge_tensors
+from cart_plugin import CartSettings, merge_tensors, truncated_svd
 from cart_plugin.checkpoints.reading import Checkpoint, open_folder
 from cart_plugin.checkpoints.writing import TensorFile
 from cart_plugin.linalg import krylov
-from cart_plugin.linalg.svd import truncated_svd
 from cart_plugin.merging import cart
 
 RATIO = 0.08
