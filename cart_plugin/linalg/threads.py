@@ -18,7 +18,7 @@ from functools import cache
 from typing import TypeVar
 
 import torch
-from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
+from threadpoolctl import ThreadpoolController
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
