@@ -166,10 +166,10 @@ def parts(folder: Path, methods: Sequence[str]) -> dict[str, Callable[[], None]]
             sets = subsets.drawn(suite)
             found[name] = partial(measured, suite, seed, told, sets, file, methods)
     for told in sorted(NUMBER.glob("*.json"), reverse=True):
-        suite, seed = told.stem.split("-")
+        suite, _, number = told.stem.partition("-")
         file = folder / "predict" / told.name
         sets = members_of(suite)
-        found[told.stem] = partial(measured, suite, int(seed), told, sets, file, methods)
+        found[told.stem] = partial(measured, suite, int(number), told, sets, file, methods)
     for start, told in (("one", LLM), ("own", LLM / "own_starts")):
         if (told / "results.json").exists():
             name = f"llm-{start}"
