@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 SERVERS := .venv-servers
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-all test-servers lint format demo bench-startup bench-memory bench-distributed bench-solvers bench-merge bench-gpu bench-accuracy bench-profile bench-vision bench-text bench-llm bench-auto bench-compress bench-adapters bench-theory bench-architectures readme dist clean
+.PHONY: help venv test test-all test-servers lint format demo bench-startup bench-memory bench-distributed bench-solvers bench-threads bench-merge bench-gpu bench-accuracy bench-profile bench-vision bench-text bench-llm bench-auto bench-compress bench-adapters bench-theory bench-architectures bench-paper-size bench-convolutions readme dist clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -66,8 +66,11 @@ bench-distributed: $(STAMP) ## merges by several workers beside mergekit-yaml, f
 	$(BIN)/python -m benchmarks.speed.distributed
 	$(BIN)/python -m benchmarks.speed.estimate
 
-bench-solvers: $(STAMP) ## truncated SVDs: time and error of cart's solvers and of others (40 min)
+bench-solvers: $(STAMP) ## truncated SVDs: time and error of cart's solvers and of others (25 min)
 	$(BIN)/python -m benchmarks.solvers
+
+bench-threads: $(STAMP) ## what threads do to merges of small matrices, on a quiet machine and a busy one (5 min)
+	$(BIN)/python -m benchmarks.solvers.threads
 
 bench-gpu: $(STAMP) ## the core's tests, solvers and merges on a CUDA GPU (8 min; needs a torch with CUDA in .venv)
 	$(BIN)/python -m benchmarks.gpu
@@ -116,6 +119,12 @@ bench-theory: $(STAMP) ## the theory's curves on the suites' models, and whether
 
 bench-architectures: $(STAMP) ## which architectures merge whole, by mergekit-yaml and by mergekit-cart merge (ten minutes)
 	$(BIN)/python -m benchmarks.architectures
+
+bench-paper-size: $(STAMP) ## merges of 8, 14 and 20 random models of the paper's size by FusionBench: time and memory (hours; 25 GB of disk)
+	$(BIN)/python -m benchmarks.paper_size
+
+bench-convolutions: $(STAMP) ## four EfficientNets merged, their kernels decomposed or averaged
+	$(BIN)/python -m benchmarks.convolutions
 
 readme: $(STAMP) ## copy result tables into README.md and docs/
 	$(BIN)/python -m benchmarks.readme

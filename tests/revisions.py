@@ -21,6 +21,8 @@ from cart_plugin import (
 )
 from cart_plugin.checkpoints.files import write_json
 from cart_plugin.compress import compress as compress_models
+from cart_plugin.inspect import measures
+from cart_plugin.inspect.state_dicts import records_of
 from cart_plugin.linalg.svd import SOLVERS
 from cart_plugin.merging.indexing import index_tensors
 from tests.compress.models import save_tasks
@@ -92,10 +94,37 @@ def compress_figures() -> dict[str, float]:
     return figures
 
 
+def inspect_figures() -> dict[str, float]:
+    """What is said of small and large (sketched) weights, around the average and from a base."""
+    figures = {}
+    sides = {"layers.0.up.weight": (24, 40), "layers.1.up.weight": (512, 576)}
+    base, *dicts = (
+        {
+            name: with_spectrum(power_law(min(m, n), 0.7), m, n, seed=10 * seed)
+            for name, (m, n) in sides.items()
+        }
+        for seed in range(4)
+    )
+    named = {str(number): own for number, own in enumerate(dicts)}
+    for found in records_of(named, base=base):
+        name = found["tensor"]
+        for kind in ("centred", "from_base"):
+            for curve in ("R", "I"):
+                figures[f"{name} {kind} {curve}"] = sum(found[kind][curve])
+        for key in ("effective_rank", "energy", "moved"):
+            figures[f"{name} {key}"] = sum(found[key])
+        for key in ("row_overlap", "column_overlap"):
+            figures[f"{name} {key}"] = found[key][0][1]
+        for method, judged in found["methods"].items():
+            figures[f"{name} {method}"] = judged["kept"][0] + 2 * judged["lost"][1]
+    return figures
+
+
 ROOMS = {
     "linalg": (linalg, linalg_figures),
     "merging": (merging, merging_figures),
     "compress": (compress, compress_figures),
+    "inspect": (measures, inspect_figures),
 }
 
 

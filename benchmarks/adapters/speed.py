@@ -1,7 +1,7 @@
 """`python -m benchmarks.adapters.speed` (`make bench-adapters`): merging adapters, beside PEFT.
 
 Eight random adapters of all matrices of Llama-3-8B by whole `mergekit-cart merge-adapters` runs,
-which need no base; and of one module, `merge_loaded` beside PEFT's `add_weighted_adapter` with
+which need no base; and of loaded modules, `merge_loaded` beside PEFT's `add_weighted_adapter` with
 `svd`, the one of its ways to a bounded rank that adds up the differences. That forms and decomposes
 the module's weight.
 """
@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -42,7 +42,12 @@ SHAPES = {  # (out, in) of Llama-3-8B
     "mlp.up_proj": (14336, 4096),
     "mlp.down_proj": (4096, 14336),
 }
-MODULES = ("self_attn.k_proj", "self_attn.q_proj")  # those that PEFT's way is timed on
+# What PEFT's way is timed on: modules alone, and those of a layer's attention together.
+TIMED: dict[str, Sequence[str]] = {
+    "self_attn.k_proj": ["self_attn.k_proj"],
+    "self_attn.q_proj": ["self_attn.q_proj"],
+    "self_attn": [name for name in SHAPES if name.startswith("self_attn")],
+}
 PACKAGES = ("torch", "peft", "safetensors")
 
 
@@ -87,21 +92,22 @@ def whole_run(rank: int, layers: int) -> dict[str, float]:
     return {"wall": found.wall, "cpu": found.cpu, "peak": found.peak / 2**20}
 
 
-def one_module(module: str, rank: int, runs: int) -> dict[str, float]:
-    """Seconds for one module of a loaded model: ours, medians, and PEFT's `svd`, once."""
+def in_memory(modules: Sequence[str], rank: int, runs: int) -> dict[str, float]:
+    """Seconds for modules of a loaded model: ours, medians, and PEFT's `svd`, once."""
     from peft import LoraConfig, get_peft_model
 
-    m, n = SHAPES[module]
     torch.manual_seed(0)
-    layer = torch.nn.ModuleDict({"proj": torch.nn.Linear(n, m, bias=False)})
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["proj"], init_lora_weights=False)
+    names = [module.rpartition(".")[2] for module in modules]
+    sizes = [SHAPES[module] for module in modules]
+    layers = [torch.nn.Linear(n, m, bias=False) for m, n in sizes]
+    layer = torch.nn.ModuleDict(dict(zip(names, layers, strict=True)))
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=names, init_lora_weights=False)
     model = get_peft_model(layer, config, adapter_name="0")
     for index in range(1, COUNT):
         model.add_adapter(str(index), config)
-    names = [str(index) for index in range(COUNT)]
-    ours = [_seconds(partial(merge_loaded, model, names, f"ours{run}")) for run in range(runs)]
-    shares = [1 / COUNT] * COUNT
-    add = partial(model.add_weighted_adapter, names, shares, "theirs")
+    adapters = [str(index) for index in range(COUNT)]
+    ours = [_seconds(partial(merge_loaded, model, adapters, f"ours{run}")) for run in range(runs)]
+    add = partial(model.add_weighted_adapter, adapters, [1 / COUNT] * COUNT, "theirs")
     theirs = _seconds(partial(add, combination_type="svd", svd_rank=rank))
     return {"ours": statistics.median(ours), "peft": theirs}
 
@@ -128,9 +134,9 @@ def main(runs: int, quick: bool, out: Path) -> None:
         if (key := f"whole, rank {rank}") not in record.cases:
             taken = [whole_run(rank, layers) for _ in range(runs)]
             record.put(key, {name: statistics.median(x[name] for x in taken) for name in taken[0]})
-        for module in MODULES[:1] if quick else MODULES:
-            if (key := f"{module}, rank {rank}") not in record.cases:
-                record.put(key, one_module(module, rank, runs))
+        for what in list(TIMED)[:1] if quick else TIMED:
+            if (key := f"{what}, rank {rank}") not in record.cases:
+                record.put(key, in_memory(TIMED[what], rank, runs))
     publish(markdown(record, runs, layers), out / "speed.md", console)
     shutil.rmtree(cache_root() / "adapter-speed", ignore_errors=True)
 
@@ -144,7 +150,8 @@ def markdown(record: Record, runs: int, layers: int) -> str:
         if what == "whole":
             whole.append([rank, f"{case['wall']:.0f}", f"{case['cpu']:.0f}", f"{case['peak']:.0f}"])
         else:
-            size = " x ".join(map(str, SHAPES[what]))
+            one = what in SHAPES
+            size = " x ".join(map(str, SHAPES[what])) if one else "all four side by side"
             ratio = f"{case['peft'] / case['ours']:.0f}"
             row = [f"{what}, {size}", rank, f"{case['ours']:.2f}", f"{case['peft']:.1f}", ratio]
             modules.append(row)
@@ -162,7 +169,7 @@ def markdown(record: Record, runs: int, layers: int) -> str:
     return (
         f"{COUNT} random adapters into one of their rank, on {machine['processor']}, "
         f"{machine['cores']} cores. Above: all matrices of {layers} layers of Llama-3-8B by "
-        f"`mergekit-cart merge-adapters`, medians of {runs}, start-up included. Below: one module "
+        f"`mergekit-cart merge-adapters`, medians of {runs}, start-up included. Below: modules "
         "of a loaded model, and PEFT's `add_weighted_adapter` by `svd` on the same model, once. "
         f"{made_by('bench-adapters', record.measured)}\n\n{first}\n\n{second}\n"
     )

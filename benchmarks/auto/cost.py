@@ -1,11 +1,14 @@
 """`python -m benchmarks.auto.cost`: what CART without hyperparameters costs beside plain CART.
 
 Whole `mergekit-yaml` runs on the models of `make bench-merge`, in turns: with a base model, too.
+Four models with a base are merged by two forms, three by one.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -17,8 +20,9 @@ from benchmarks.common.provenance import made_by
 from benchmarks.common.record import MERGES, Record, conditions
 from benchmarks.common.tables import markdown_table
 from benchmarks.speed import report
-from benchmarks.speed.merges import METHODS, PACKAGES, Case, model_sets, run_all
+from benchmarks.speed.merges import METHODS, PACKAGES, Case, Models, model_sets, run_all
 
+COUNTS = (3, 4)
 TITLES = {
     "cart, auto": "cart, rank_ratio 0.08",
     "cart_auto": "cart_auto",
@@ -26,8 +30,18 @@ TITLES = {
 }
 
 
+def of_counts(
+    models: Models | tuple[Path, ...], counts: Sequence[int]
+) -> dict[int, Models | tuple[Path, ...]]:
+    """Fewer of the models, by how many fine-tuned ones."""
+    return {
+        count: replace(models, tuned=count) if isinstance(models, Models) else models[: count + 1]
+        for count in counts
+    }
+
+
 @click.command()
-@runs_option(5)
+@runs_option(3)
 @quick_option
 @out_option("auto")
 def main(runs: int, quick: bool, out: Path) -> None:
@@ -35,8 +49,9 @@ def main(runs: int, quick: bool, out: Path) -> None:
     console = Console()
     record = Record(out / "cost.json", conditions(MERGES, PACKAGES, quick=quick))
     cases = [
-        Case(f"methods on {name}", label, METHODS[label], models)
+        Case(f"methods on {count} {name}", label, METHODS[label], fewer)
         for name, models in model_sets(console, quick).items()
+        for count, fewer in of_counts(models, COUNTS).items()
         for label in TITLES
     ]
     with progress(console) as bar:
@@ -60,8 +75,8 @@ def markdown(record: Record, runs: int) -> str:
     machine = record.conditions["machine"]
     return (
         f"Whole `mergekit-yaml` runs, medians of {runs}, the methods in turns, on "
-        f"{machine['processor']}, {machine['cores']} cores: four Llama-shaped models of 1024 "
-        "hidden and 8 layers in bf16, and the four encoders of `make demo`. "
+        f"{machine['processor']}, {machine['cores']} cores: Llama-shaped models of 1024 hidden "
+        "and 8 layers in bf16, and the encoders of `make demo`, three and four of each. "
         f"{made_by('bench-auto', record.measured)}\n\n{table}\n"
     )
 

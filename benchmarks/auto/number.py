@@ -161,7 +161,10 @@ def scales_of(suite: str, folder: Path) -> dict[str, float]:
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """What the records say: by suite, mean accuracies by method, number of models and seed."""
+    """What the records say: by suite, mean accuracies by method, number of models and seed.
+
+    A method that costs too much for all seeds has those of fewer.
+    """
     found: dict[str, Any] = {}
     measured: list[dict[str, Any]] = []
     for suite in SUITES:
@@ -172,11 +175,15 @@ def results(folder: Path) -> dict[str, Any]:
         measured += [one for record in records for one in record["measured"]]
         methods = {
             method: {
-                count: [mean(record["cases"][method][count]) for record in records]
+                count: [
+                    mean(record["cases"][method][count])
+                    for record in records
+                    if method in record["cases"]
+                ]
                 for count in members_of(suite)
             }
             for method in METHODS
-            if all(method in record["cases"] for record in records)
+            if any(method in record["cases"] for record in records)
         }
         found[suite] = {"seeds": len(records), "methods": methods}
     return {"suites": found, "measured": measured}
@@ -188,19 +195,26 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"Test accuracy in per cent ({EXAMPLES} examples a task), mean over fine-tuning seeds ± "
         "standard error, by the number of merged models (four pairs, two triples, and the first "
         "4, 6 and 8 tasks; overlapping: two models of one task and one of another, four times). "
-        "Nothing is tuned but the scale of task arithmetic, on a validation "
-        f"split. {made_by('bench-auto', result['measured'])}"
+        "Nothing is tuned but the scale of task arithmetic, on a validation split. Bold: the best "
+        f"of those with all seeds. {made_by('bench-auto', result['measured'])}"
     ]
     for suite, held in result["suites"].items():
         methods = held["methods"]
         counts = list(methods[AUTO])
-        merged = [title for title in methods if title != FINE_TUNED]
+        merged = [
+            title
+            for title, means in methods.items()
+            if title != FINE_TUNED and len(means[counts[0]]) == held["seeds"]
+        ]
         best = {
             count: max(merged, key=lambda title: statistics.fmean(methods[title][count]))
             for count in counts
         }
         rows = [
-            [title, *(percent_cell(means[count], bold=best[count] == title) for count in counts)]
+            [
+                _of_seeds(title, len(means[counts[0]]), held["seeds"]),
+                *(percent_cell(means[count], bold=best[count] == title) for count in counts),
+            ]
             for title, means in methods.items()
         ]
         heading = [_title(suite, held), *(_heading(count) for count in counts)]
@@ -211,6 +225,11 @@ def markdown(result: Mapping[str, Any]) -> str:
 def _title(suite: str, held: Mapping[str, Any]) -> str:
     seeds = held["seeds"]
     return f"{suite}, {seeds} seed" + ("s" if seeds > 1 else "")
+
+
+def _of_seeds(title: str, found: int, seeds: int) -> str:
+    """A row's name, which says where fewer seeds than the suite has are behind it."""
+    return title if found == seeds else f"{title} ({found} of {seeds} seeds)"
 
 
 def _heading(count: str) -> str:

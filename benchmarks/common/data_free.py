@@ -85,18 +85,33 @@ def iso_cts(taus: Sequence[Tensor]) -> Tensor:
     return _by_fusion_bench(merge, exact, common_space_fraction=0.8).to(taus[0].dtype)
 
 
-def wudi(taus: Sequence[Tensor]) -> Tensor:
-    """FusionBench's WUDI (arXiv 2503.08099) of matrices, with its 300 steps.
+def wudi(taus: Sequence[Tensor], steps: int = 300, rate: float = 1e-5) -> Tensor:
+    """WUDI (arXiv 2503.08099) of matrices, step by step what FusionBench's does; 300 by default.
 
-    It divides by the norms, so that a model that left a matrix at its base is kept from it.
+    The gradient of ``sum_t ||(M - tau_t) tau_t'||^2 / ||tau_t||^2`` comes from the sums of ``C_t =
+    tau_t'tau_t / ||tau_t||^2`` and of ``tau_t C_t``, so that a step costs one product of matrices
+    and not four a model. A model that left a matrix at its base has no part in its sums.
+
+    Args:
+        taus: task vectors, (m, n) each.
+        steps: of Adam, from the sum of the task vectors.
+        rate: its learning rate.
+
+    Returns:
+        The merged task vector, (m, n).
     """
-    from fusion_bench.method.wudi.wudi import wudi_merging
-
     moved = [tau for tau in taus if tau.any()]
     if not moved:
         return torch.zeros_like(taus[0])
-    with torch.enable_grad():
-        return _by_fusion_bench(wudi_merging, moved, iter_num=300)
+    grams = [tau.mT @ tau / tau.square().sum() for tau in moved]
+    gram = torch.stack(grams).sum(dim=0)
+    target = torch.stack([tau @ own for tau, own in zip(moved, grams, strict=True)]).sum(dim=0)
+    merged = torch.nn.Parameter(torch.stack(moved).sum(dim=0))
+    optimizer = torch.optim.Adam([merged], lr=rate)
+    for _ in range(steps):
+        merged.grad = 2 * (merged.detach() @ gram - target)
+        optimizer.step()
+    return merged.detach()
 
 
 def scaled_sum(taus: Sequence[Tensor], scale: float) -> Tensor:

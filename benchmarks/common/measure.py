@@ -1,8 +1,8 @@
 """Running a command and measuring it, and the models that merging is measured on.
 
 Run as a script, this file is the small process that `measure` puts between itself and the command:
-`python -S benchmarks/common/measure.py LOG COMMAND...` prints what COMMAND needed, as one line of
-JSON.
+`python -S benchmarks/common/measure.py LOG LIMIT MEMORY COMMAND...` prints what COMMAND needed, as
+one line of JSON; LIMIT is in seconds, MEMORY in bytes, both empty for none.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
+import signal
 import subprocess
 import sys
 import time
@@ -20,10 +22,15 @@ from typing import Any
 
 RESULTS = Path(__file__).parent.parent / "results"
 _BYTES_PER_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+_TOO_LONG = 124  # this script's exit code then, as `timeout` has it
 
 
 class CommandError(RuntimeError):
     """A measured command failed; the message ends with the last lines that it printed."""
+
+
+class TooLongError(CommandError):
+    """A measured command was ended because it took longer than it may."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +48,22 @@ class Measurement:
     peak: int
 
 
-def run(command: Sequence[str], log: str, environment: Mapping[str, str]) -> Measurement:
+def run(
+    command: Sequence[str], log: str, environment: Mapping[str, str], limit: float | None = None
+) -> Measurement:
     """Run a command from this process and measure it.
 
     Linux counts the parent's memory at the start into the child's peak, so `peak` is at least this
     process's own size: use `measure` where that matters.
 
+    Args:
+        command: program and arguments.
+        log: file that gets what the command prints.
+        environment: all environment variables of the command.
+        limit: seconds after which the command is ended; only in a process's main thread.
+
     Raises:
+        TooLongError: the limit is reached.
         CommandError: the command's exit code is not 0.
     """
     output = [
@@ -56,8 +72,23 @@ def run(command: Sequence[str], log: str, environment: Mapping[str, str]) -> Mea
     ]
     started = time.perf_counter()
     process = os.posix_spawnp(command[0], list(command), environment, file_actions=output)
+    late = False
+
+    def end(*_: Any) -> None:
+        nonlocal late
+        late = True
+        os.kill(process, signal.SIGKILL)  # not reaped yet: the process is still ours
+
+    if limit is not None:
+        signal.signal(signal.SIGALRM, end)
+        signal.setitimer(signal.ITIMER_REAL, limit)
+    os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
+    if limit is not None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
     _, status, usage = os.wait4(process, 0)
     wall = time.perf_counter() - started
+    if late:
+        raise TooLongError(f"{' '.join(command)} took more than {limit:g} s")
     if code := os.waitstatus_to_exitcode(status):
         with open(log, errors="replace") as file:
             tail = "".join(file.readlines()[-20:])
@@ -67,7 +98,13 @@ def run(command: Sequence[str], log: str, environment: Mapping[str, str]) -> Mea
 
 
 def measure(
-    command: Sequence[str | Path], log: Path, environment: Mapping[str, str] | None = None
+    command: Sequence[str | Path],
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    *,
+    folder: Path | None = None,
+    limit: float | None = None,
+    memory: int | None = None,
 ) -> Measurement:
     """Run a command and measure it, whatever the size of this process.
 
@@ -75,18 +112,27 @@ def measure(
         command: program and arguments.
         log: file that gets what the command prints.
         environment: all environment variables of the command; by default this process's.
+        folder: where the command runs; by default this process's.
+        limit: seconds after which the command is ended.
+        memory: bytes that it may have; asking for more fails then, where the system (Linux) counts.
+            Without, the system ends whichever process it likes when there is none left.
 
     Raises:
+        TooLongError: the limit is reached.
         CommandError: the command's exit code is not 0.
     """
+    limits = ["" if given is None else str(given) for given in (limit, memory)]
     done = subprocess.run(
-        [sys.executable, "-S", __file__, str(log), *map(str, command)],
+        [sys.executable, "-S", __file__, str(log.resolve()), *limits, *map(str, command)],
         capture_output=True,
         text=True,
         env=environment,
+        cwd=folder,
     )
     if done.returncode:
         told = done.stderr.strip()
+        if done.returncode == _TOO_LONG:
+            raise TooLongError(told)
         # Empty if a signal ended the process in between: the exit code is its number, negative.
         raise CommandError(told or f"{command[0]} was not measured: exit code {done.returncode}")
     return Measurement(**json.loads(done.stdout))
@@ -187,7 +233,14 @@ def write_llama_models(
 
 
 if __name__ == "__main__":
+    log, seconds, memory, *command = sys.argv[1:]
+    if memory:
+        resource.setrlimit(resource.RLIMIT_DATA, (int(memory), int(memory)))
     try:
-        print(json.dumps(asdict(run(sys.argv[2:], sys.argv[1], os.environ))))
+        limit = float(seconds) if seconds else None
+        print(json.dumps(asdict(run(command, log, os.environ, limit))))
+    except TooLongError as error:
+        print(error, file=sys.stderr)
+        sys.exit(_TOO_LONG)
     except (CommandError, OSError) as error:
         sys.exit(str(error))

@@ -1,7 +1,8 @@
 """Where the time of the `fast` solver goes, and what it cannot go below: `make bench-profile`.
 
-The floor is the products with the matrix itself, two a block of the Krylov basis, timed alone in
-the block size that the solver takes. Shares come from torch's profiler.
+The floor of `fast` is the products with the matrix itself, two a block of the Krylov basis, timed
+alone in the block size that the solver takes; that of `exact` the triangle of the Gram matrix, and
+its eigenvalues without a vector. Shares come from torch's profiler.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from benchmarks.common.provenance import made_by, provenance
 from benchmarks.common.record import conditions
 from benchmarks.common.tables import markdown_table
 from benchmarks.solvers.matrices import MatrixMaker
-from benchmarks.solvers.report import BAR_SHAPES, RATIO
+from benchmarks.solvers.report import BAR_SHAPES, RATIO, SPEED_BARS
 from cart_plugin import RankRule, truncated_svd
 from cart_plugin.linalg import krylov
 
@@ -40,10 +41,10 @@ KINDS = {
 }
 
 
-def median(work: Callable[[], object]) -> float:
+def median(work: Callable[[], object], runs: int = RUNS) -> float:
     """Median time of some runs, in milliseconds."""
     times = []
-    for _ in range(RUNS):
+    for _ in range(runs):
         start = time.perf_counter()
         work()
         times.append(time.perf_counter() - start)
@@ -65,7 +66,10 @@ def measured(x: Tensor) -> dict[str, Any]:
         truncated_svd(x, rule, svd="fast")
     basis, block = bases[-1]
     fast = median(lambda: truncated_svd(x, rule, svd="fast"))
+    exact = median(lambda: truncated_svd(x, rule, svd="exact"), 3)
+    full = median(lambda: torch.linalg.svd(x, full_matrices=False), 3)
     rows = torch.randn(block, x.shape[0])
+    gram = x @ x.mT
     one = median(lambda: krylov.times_transposed(rows @ x, x))
     with profile(activities=[ProfilerActivity.CPU]) as events:
         truncated_svd(x, rule, svd="fast")
@@ -81,6 +85,9 @@ def measured(x: Tensor) -> dict[str, Any]:
         "fast_ms": round(fast, 2),
         "floor_ms": round(one * basis / block, 2),
         "gram_ms": round(median(lambda: x @ x.mT), 2),
+        "exact_ms": round(exact, 2),
+        "eigenvalues_ms": round(median(lambda: torch.linalg.eigvalsh(gram), 3), 2),
+        "full_ms": round(full, 2),
         "shares": {kind: round(share, 3) for kind, share in shares.items()}
         | {"other": round(1 - sum(shares.values()), 3)},
     }
@@ -103,14 +110,38 @@ def rows_of(cases: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     ]
 
 
+# `exact` forms 5/8 of the Gram matrix.
+_TRIANGLE = 5 / 8
+
+
+def bar_rows(cases: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Each bar on speed, what there is, and what there would be at the floor."""
+    rows = []
+    for solver, bars in SPEED_BARS.items():
+        for case in cases:
+            name = "x".join(map(str, case["shape"]))
+            lowest = case["floor_ms"]
+            if solver == "exact":
+                lowest = _TRIANGLE * case["gram_ms"] + case["eigenvalues_ms"]
+            full, own = case["full_ms"], case[f"{solver}_ms"]
+            times = (f"{it:.1f}" for it in (full, own, lowest))
+            ups = (f"{full / it:.1f}" for it in (own, lowest))
+            rows.append([name, f"`{solver}`", *times, f"{bars[name]:g}", *ups])
+    heading = ["matrix", "solver", "full SVD ms", "solver ms", "floor ms"]
+    return [*heading, "bar: times as fast", "measured", "at the floor"], rows
+
+
 def markdown(result: dict[str, Any]) -> str:
     """The table with its caption."""
     threads = result["conditions"]["threads"]
+    where = f"on {result['conditions']['machine']['processor']}"
     return (
-        f"`fast` at ratio {RATIO:g}, {SPECTRUM}, on {threads} threads. Floor: the products with "
-        "the matrix alone, two a block of the basis. Shares of the time by torch's profiler. "
-        f"{made_by('bench-profile', result['measured'])}\n\n"
-        f"{markdown_table(*rows_of(result['cases']))}\n"
+        f"`fast` at ratio {RATIO:g}, {SPECTRUM}, on {threads} threads. Floor of `fast`: the "
+        "products with the matrix alone, two a block of the basis; of `exact`: a triangle of "
+        "x xᵀ, and its eigenvalues without vectors. Shares of the time by torch's profiler. "
+        f"{made_by('bench-profile', result['measured'], where)}\n\n"
+        f"{markdown_table(*rows_of(result['cases']))}\n\n"
+        f"{markdown_table(*bar_rows(result['cases']))}\n"
     )
 
 

@@ -53,10 +53,9 @@ SHAPES = (
     (2048, 2048),
     (2048, 8192),
     (4096, 4096),
-    (4096, 14336),
 )
 REAL_SHAPES = ((384, 384), (384, 1536))
-RATIOS = (0.01, 0.08, 0.16, 0.32)
+RATIOS = (0.08, 0.16)
 QUICK_SHAPES = ((384, 384), (384, 1536), (768, 768))
 QUICK_RATIOS = (0.08, 0.32)
 # Squares, and the other matrices of a layer of Llama 3 8B.

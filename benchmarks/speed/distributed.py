@@ -1,9 +1,9 @@
 """Merges by several workers beside `mergekit-yaml` on the same cores: `make bench-distributed`.
 
-Four Llama-shaped models of 1.2 B parameters in bf16. Wall time and memory are of a command with all
-of its processes, from start to exit; the bytes of both sides are compared at the same number of
-threads, by which products round. The floor is what no program can do without: reading all inputs,
-writing the result, and the products, each alone on this machine.
+Four models of the shape of Llama 3.2 1B in bf16. Wall time and memory are of a command with all of
+its processes, from start to exit; the bytes of both sides are compared at the same number of
+threads, by which products round. Beside them is what no program can do without
+(`benchmarks.speed.floor`). What is measured stays, and the same command goes on.
 """
 
 from __future__ import annotations
@@ -11,35 +11,34 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 import psutil  # type: ignore[import-untyped]
-import torch
 import yaml
 from rich.console import Console
 
 from benchmarks.common.cache import MANIFEST, cache_root, new_folder, read_manifest, write_json
-from benchmarks.common.commands import publish, quick_option, runs_option
-from benchmarks.common.measure import RESULTS, LlamaShape, machine, write_llama_models
-from benchmarks.common.provenance import made_by, provenance
+from benchmarks.common.commands import publish, quick_option, resume_option, runs_option
+from benchmarks.common.measure import RESULTS, LlamaShape, write_llama_models
+from benchmarks.common.provenance import made_by
+from benchmarks.common.record import MERGES, Record, conditions
 from benchmarks.common.tables import markdown_table
-from cart_plugin import CartSettings, merge_tensors
-from cart_plugin.checkpoints.reading import Checkpoint, open_folder
-from cart_plugin.checkpoints.writing import TensorFile
+from benchmarks.speed.floor import RATIO, floor
 
 TUNED = 4
-LARGE = LlamaShape(hidden=2048, intermediate=5632, layers=22, heads=16)
+LARGE = LlamaShape(2048, 8192, 16, 32, 128256, shared=4)  # Llama 3.2 1B
 SMALL = LlamaShape(hidden=64, intermediate=160, layers=3, heads=4, vocabulary=512)
-RATIO = 0.08
+FLOOR = "floor"
+PACKAGES = ("mergekit", "torch", "scipy", "ray", "transformers", "safetensors")
 _EVERY = 0.1  # seconds between two looks at a command's memory
 
 
@@ -64,10 +63,14 @@ class Case:
     Attributes:
         program: the command, without recipe and folder.
         options: behind recipe and folder.
+        method: mergekit's name of it.
+        is_for_bytes: whether it is run once, to be compared with, and not for its time.
     """
 
     program: Sequence[str]
     options: Sequence[str] = ()
+    method: str = "cart"
+    is_for_bytes: bool = False
 
 
 def cases(workers: int, cores: int) -> dict[str, Case]:
@@ -75,12 +78,13 @@ def cases(workers: int, cores: int) -> dict[str, Case]:
     here = Path(sys.executable)
     theirs = [str(here.with_name("mergekit-yaml"))]
     ours = [str(here), "-m", "cart_plugin", "merge"]
-    share = max(1, cores // workers)
+    share = str(max(1, cores // workers))
     return {
+        "linear": Case(theirs, method="linear"),
         "mergekit-yaml": Case(theirs),
-        f"mergekit-yaml -j {share}": Case(theirs, ["-j", str(share)]),
+        "mergekit-yaml -j": Case(theirs, ["-j", share], is_for_bytes=True),
         "--workers 1": Case(ours, ["--workers", "1"]),
-        f"--workers {workers}": Case(ours, ["--workers", str(workers), "-j", str(share)]),
+        f"--workers {workers}": Case(ours, ["--workers", str(workers), "-j", share]),
     }
 
 
@@ -88,42 +92,59 @@ def cases(workers: int, cores: int) -> dict[str, Case]:
 @quick_option
 @runs_option(3)
 @click.option("--workers", default=2, show_default=True, help="Of the parallel merge.")
-def main(quick: bool, runs: int, workers: int) -> None:
+@resume_option
+def main(quick: bool, runs: int, workers: int, resume: bool) -> None:
     """Merge in every way in turn; the exit code is 1 if bytes differ."""
     console, cores = Console(), os.cpu_count() or 1
     ways = cases(workers, cores)
-    models = _models(SMALL if quick else LARGE, "llama-tiny" if quick else "llama-1b", console)
-    found: dict[str, list[Cost]] = {name: [] for name in ways}
-    digests: dict[str, str] = {}
+    shape = SMALL if quick else LARGE
+    out = cache_root() / "distributed-quick" if quick else RESULTS / "speed"
+    sizes: dict[str, Any] = {"shape": asdict(shape), "models": TUNED, "workers": workers}
+    record = Record(
+        out / "distributed.json", conditions(MERGES, PACKAGES, quick=quick, **sizes), resume
+    )
+    if record.discarded:
+        console.print(f"Starting anew: {out / 'distributed.json'} was {record.discarded}")
+    models = _models(shape, "llama-tiny" if quick else "llama-1b", console)
     with tempfile.TemporaryDirectory(dir=models[0].parent) as scratch:
-        recipe = _recipe(Path(scratch), models)
         for run in range(runs):
             for name, case in ways.items():
+                known = record.cases.get(name, {"runs": []})["runs"]
+                if len(known) > run or (run and case.is_for_bytes):
+                    continue
                 console.print(f"{name}, {run + 1} of {runs}", style="dim")
-                out = Path(scratch) / "out"
-                command = [*case.program, str(recipe), str(out), *case.options]
-                command.append("--no-write-model-card")
-                found[name].append(watch(command, Path(scratch) / "log"))
-                digests[name] = digest(out)
-                shutil.rmtree(out)
-        lowest = floor(models, Path(scratch), workers)
-    yaml_, yaml_share, one, several = digests.values()
-    result = {
-        "machine": machine(),
-        "measured": [provenance()],
-        "workers": workers,
-        "runs": runs,
-        "cases": {name: [asdict(cost) for cost in costs] for name, costs in found.items()},
-        "equal": {"--workers 1": one == yaml_, f"--workers {workers}": several == yaml_share},
-        "floor": lowest,
-    }
-    if quick:
-        console.print(markdown(result), markup=False)
-    else:
-        write_json(RESULTS / "speed" / "distributed.json", result)
-        publish(markdown(result), RESULTS / "speed" / "distributed.md", console)
-    if not all(result["equal"].values()):  # type: ignore[attr-defined]
+                cost, bytes_ = _run(case, models, Path(scratch))
+                record.put(name, {"digest": bytes_, "runs": [*known, cost]}, adds=True)
+        if FLOOR not in record.cases:
+            console.print(FLOOR, style="dim")
+            record.put(FLOOR, floor(models, Path(scratch)))
+    text = markdown(record.conditions, record.measured, record.cases)
+    publish(text, out / "distributed.md", console)
+    if not all(equal(record.cases, workers).values()):
         sys.exit(1)
+
+
+def _run(case: Case, models: Sequence[Path], scratch: Path) -> tuple[dict[str, Any], str]:
+    """Merge: what it took, and a hash of what came of it."""
+    out, recipe = scratch / "out", scratch / "recipe.yaml"
+    settings = {"rank_ratio": RATIO} if case.method == "cart" else {"weight": 1.0}
+    listed = [{"model": str(model)} for model in models]
+    content = {"merge_method": case.method, "models": listed, "parameters": settings}
+    recipe.write_text(yaml.safe_dump(content))
+    load = round(os.getloadavg()[0], 1)
+    command = [*case.program, str(recipe), str(out), *case.options, "--no-write-model-card"]
+    cost = {**asdict(watch(command, scratch / "log")), "load_before": load}
+    found = digest(out)
+    shutil.rmtree(out)
+    return cost, found
+
+
+def equal(found: Mapping[str, Any], workers: int) -> dict[str, bool]:
+    """Whether each of ours gives the bytes of `mergekit-yaml` with as many threads."""
+    theirs, theirs_alone, one, several = (
+        found[name]["digest"] for name, case in cases(workers, 1).items() if case.method == "cart"
+    )
+    return {"--workers 1": one == theirs, f"--workers {workers}": several == theirs_alone}
 
 
 def watch(command: Sequence[str], log: Path) -> Cost:
@@ -172,95 +193,79 @@ def digest(folder: Path) -> str:
     return found.hexdigest()
 
 
-def floor(models: Sequence[Path], scratch: Path, workers: int) -> dict[str, float]:
-    """Seconds of reading, writing and products, each alone; the products shared by the workers."""
-    opened = [open_folder(model, model.name) for model in models]
-    begun = time.perf_counter()
-    for model in opened:
-        for name in model.tensors:
-            model.read(name)
-    reading = time.perf_counter() - begun
-    first = opened[0]
-    held = {name: first.read(name) for name in first.tensors}
-    begun = time.perf_counter()
-    with TensorFile(scratch / "floor.safetensors", first.layout) as file:
-        for name, tensor in held.items():
-            file.write(name, tensor)
-    writing = time.perf_counter() - begun
-    (scratch / "floor.safetensors").unlink()
-    return {"reading": reading, "writing": writing, "products": _products(opened) / workers}
-
-
-def _products(models: Sequence[Checkpoint]) -> float:
-    """Seconds of one thread to merge all tensors; of a shape that comes again, one is merged."""
-    shapes = Counter(info.shape for info in models[0].tensors.values())
-    example = {info.shape: name for name, info in models[0].tensors.items()}
-    threads, total = torch.get_num_threads(), 0.0
-    torch.set_num_threads(1)
-    try:
-        for shape, count in shapes.items():
-            name = example[shape]
-            tensors = [model.read(name) for model in models]
-            begun = time.perf_counter()
-            decompose = False if is_table(name) else None
-            merge_tensors(tensors, CartSettings(rank_ratio=RATIO), name=name, decompose=decompose)
-            total += count * (time.perf_counter() - begun)
-    finally:
-        torch.set_num_threads(threads)
-    return total
-
-
-def is_table(name: str) -> bool:
-    """Whether a Llama's tensor has a row for each token, and is averaged."""
-    return "embed_tokens" in name or "lm_head" in name
-
-
 def _models(shape: LlamaShape, name: str, console: Console) -> list[Path]:
     folder = cache_root() / name
     if read_manifest(folder) is None:
         console.print(f"making the models in {folder}")
         with new_folder(folder) as temporary:
-            write_llama_models(temporary, TUNED, shape=shape)
+            # As fine-tuning of the demo's encoders leaves them; rounding to bf16 adds noise.
+            write_llama_models(temporary, TUNED, shape=shape, directions=512, decay=0.6, noise=0)
+            shutil.rmtree(temporary / "base")  # `cart` has no use for it
             write_json(temporary / MANIFEST, {"tuned": TUNED})
     return [folder / f"tuned-{index}" for index in range(TUNED)]
 
 
-def _recipe(folder: Path, models: Sequence[Path]) -> Path:
-    recipe = {
-        "merge_method": "cart",
-        "models": [{"model": str(model)} for model in models],
-        "parameters": {"rank_ratio": RATIO},
-    }
-    file = folder / "recipe.yaml"
-    file.write_text(yaml.safe_dump(recipe))
-    return file
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The result as a Markdown table, with a line that says what was merged and where."""
-    where, lowest = result["machine"], result["floor"]
-    medians = {
-        name: {key: sorted(run[key] for run in runs)[len(runs) // 2] for key in ("wall", "peak")}
-        for name, runs in result["cases"].items()
-    }
-    usual = medians["mergekit-yaml"]["wall"]
+def markdown(
+    conditions: Mapping[str, Any], measured: list[dict[str, Any]], found: Mapping[str, Any]
+) -> str:
+    """Both tables: the ways beside each other, and where the time goes."""
+    where, workers = conditions["machine"], conditions["workers"]
+    ways = {name: it for name, it in cases(workers, where["cores"]).items() if name in found}
+    medians = {name: _median(found[name]["runs"]) for name in ways}
+    usual, same = medians["mergekit-yaml"]["wall"], equal(found, workers)
     rows = [
         [
-            name,
+            f"`{name}`",
             f"{row['wall']:.1f}",
-            f"{usual / row['wall']:.2f}",
+            f"{usual / row['wall']:.2f}" if ways[name].method == "cart" else "",
             f"{row['peak'] / 1e6:,.0f}",
-            {True: "equal", False: "DIFFERENT", None: ""}[result["equal"].get(name)],
+            {True: "equal", False: "DIFFERENT", None: ""}[same.get(name)],
         ]
         for name, row in medians.items()
     ]
-    parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in lowest.items())
     heading = ["way", "wall s", "times as fast", "peak MB", "bytes"]
-    table = markdown_table(heading, rows, ["---", "---:", "---:", "---:", "---"])
+    ways_table = markdown_table(heading, rows, ["---", "---:", "---:", "---:", "---"])
+    counts = sorted({len(found[name]["runs"]) for name, it in ways.items() if not it.is_for_bytes})
+    runs = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+    shape = conditions["shape"]
     return (
-        f"`cart` of {TUNED} Llama-shaped models, medians of {result['runs']}, {where['cores']} "
-        f"cores ({where['processor']}), load {where['load_average']} before. Floor: {parts}. "
-        f"{made_by('bench-distributed', result['measured'])}\n\n{table}\n"
+        f"`cart` of {TUNED} Llama-shaped models in bf16 ({shape['hidden']} hidden, "
+        f"{shape['layers']} layers, {shape['vocabulary']:,} tokens), medians of {runs} processes, "
+        f"in turns, from start to exit. {made_by('bench-distributed', measured, _place(where))} "
+        "Bytes are compared with those of `mergekit-yaml` by as many threads as a worker has.\n\n"
+        f"{ways_table}\n\n{_floor_table(found[FLOOR], medians, workers)}\n"
+    )
+
+
+def _place(machine: Mapping[str, Any]) -> str:
+    return f"on {machine['processor']}, {machine['cores']} cores"
+
+
+def _median(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(run[key] for run in runs) for key in ("wall", "peak")}
+
+
+def _floor_table(
+    parts: Mapping[str, float], medians: Mapping[str, Mapping[str, float]], workers: int
+) -> str:
+    """Where the time goes: parts timed alone, and shared by all workers where they can be."""
+    shared = {name: parts[name] / workers for name in ("products", "decompositions", "merging")}
+    transfers = parts["reading"] + parts["writing"]
+    lowest = transfers + shared["products"]
+    beyond = {name: medians[name]["wall"] for name in ("mergekit-yaml", f"--workers {workers}")}
+    rows = [
+        ["reading all inputs once", f"{parts['reading']:.1f}"],
+        ["writing the result once", f"{parts['writing']:.1f}"],
+        ["products with the matrices", f"{shared['products']:.1f}"],
+        ["floor: these three", f"{lowest:.1f}"],
+        ["decompositions, with their products", f"{shared['decompositions']:.1f}"],
+        ["means, differences, checks and sums", f"{shared['merging']:.1f}"],
+        ["`linear`, a whole process", f"{medians['linear']['wall']:.1f}"],
+        *([f"`{name}`, a whole process", f"{wall:.1f}"] for name, wall in beyond.items()),
+    ]
+    return (
+        f"Where the time goes, each part alone; all but reading and writing by one thread, divided "
+        f"by {workers}:\n\n{markdown_table(['part', 's'], rows, ['---', '---:'])}"
     )
 
 

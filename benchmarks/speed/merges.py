@@ -29,6 +29,7 @@ from benchmarks.common.measure import RESULTS, LlamaShape, measure
 from benchmarks.common.record import MERGES, Record, conditions
 from benchmarks.demo.models import MISSING, find_demo_models
 from benchmarks.speed import report
+from benchmarks.speed.floor import floor
 
 PACKAGES = ("mergekit", "torch", "scipy", "transformers", "safetensors")
 TUNED = 4
@@ -162,6 +163,8 @@ def model_sets(console: Console, quick: bool) -> dict[str, Models | tuple[Path, 
     return sets
 
 
+BARS = ("linear", "ties", "dare_ties", "cart, auto", "cart_auto", "cart_auto, base")
+
 # A layer of Llama 3 8B, with few rows in its tables.
 LAYER = Models(LlamaShape(4096, 14336, 1, 32, 1024, shared=4), noise=0.1, directions=64)
 CUDA = ("linear", "ties", "cart, auto", "cart_auto", "cart_auto, base")
@@ -182,7 +185,7 @@ def cuda_cases(quick: bool) -> list[Case]:
 
 
 def growth_cases(quick: bool) -> list[Case]:
-    """Cart on more models, wider ones and deeper ones, and on next to nothing."""
+    """Cart on more models and wider ones, and on next to nothing."""
     cart = METHODS["cart, auto"]
     start = Case("start", "tiny", cart, Models(llama(64, 1, 256), 3))
     if quick:
@@ -192,7 +195,6 @@ def growth_cases(quick: bool) -> list[Case]:
         start,
         *(Case("models", str(n), cart, Models(llama(1024, 4), n)) for n in (3, 4, 8, 16)),
         *(Case("hidden", str(n), cart, Models(llama(n, 4))) for n in (512, 1024, 2048)),
-        *(Case("layers", str(n), cart, Models(llama(1024, n))) for n in (4, 8, 16)),
     ]
 
 
@@ -200,6 +202,7 @@ def growth_cases(quick: bool) -> list[Case]:
 @click.option("--runs", type=int, help="Of each case; default 3, with --quick 1.")
 @quick_option
 @click.option("--growth/--no-growth", default=True, help="Measure how cart's time grows.")
+@click.option("--bars", is_flag=True, help="Only what the bars against others rest on: 7 min.")
 @click.option("--cuda", is_flag=True, help="On the GPU: a layer of Llama 3 8B, one run.")
 @resume_option
 @click.option("--keep-models", is_flag=True, help="Leave the models in the cache.")
@@ -208,6 +211,7 @@ def main(
     runs: int | None,
     quick: bool,
     growth: bool,
+    bars: bool,
     cuda: bool,
     resume: bool,
     keep_models: bool,
@@ -216,7 +220,8 @@ def main(
     """Measure merges; results go to benchmarks/results, or with --quick to the cache."""
     console = Console()
     runs = runs or (1 if quick or cuda else 3)
-    place = gpu_results() / "merges" if cuda else RESULTS / "speed" / "merge_speed"
+    place = RESULTS / "speed" / ("merge_bars" if bars else "merge_speed")
+    place = gpu_results() / "merges" if cuda else place
     out = out or (cache_root() / "merge-speed-quick" if quick else place)
     gpu: dict[str, Any] = {"gpu": card()} if cuda else {}
     record = Record(out / "results.json", conditions(MERGES, PACKAGES, quick=quick, **gpu), resume)
@@ -231,6 +236,9 @@ def main(
     ]
     if cuda:
         cases = cuda_cases(quick)
+    elif bars:
+        llamas = [case for case in cases if case.series.endswith("Llama") and case.label in BARS]
+        cases, sets = [*llamas, *growth_cases(quick)[:1]], {}
     elif growth:
         cases += growth_cases(quick)
     # On a GPU that is lent for minutes what is measured when the time is over counts.
@@ -238,6 +246,8 @@ def main(
         run_all(cases, runs, record, bar)
         for name, models in sets.items():
             _compare_solvers(name, models, record, bar)
+        if not cuda and report.FLOOR not in record.cases:
+            _measure_floor(cases, record, bar)
     (out / "table.md").write_text(report.markdown(record.conditions, record.measured, record.cases))
     report.save_plot(record.cases, out / "merge_speed.png")
     for table in report.console_tables(record.conditions, record.cases):
@@ -245,6 +255,15 @@ def main(
     console.print(f"Saved to {out}: results.json, table.md, merge_speed.png")
     if not keep_models:
         shutil.rmtree(cache_root() / "merge-speed", ignore_errors=True)
+
+
+def _measure_floor(cases: Sequence[Case], record: Record, bar: Progress) -> None:
+    """The floor of the Llamas that methods are compared on."""
+    models = next(case.models for case in cases if case.series == "methods on Llama")
+    assert isinstance(models, Models)
+    _write_models([models], bar)
+    parts = floor(models.paths()[1:], models.folder)
+    record.put(report.FLOOR, {**parts, "cores": os.cpu_count() or 1})
 
 
 def run_all(cases: Sequence[Case], runs: int, record: Record, bar: Progress) -> None:

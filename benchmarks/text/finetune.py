@@ -54,10 +54,12 @@ def _identity(name: str, seed: int, settings: FineTuning) -> dict[str, object]:
 
 
 def task_head(name: str, settings: FineTuning) -> Head:
-    """The frozen head of a task: prototypes of its first training texts, the same for all seeds.
+    """The frozen head of a task: prototypes of its first training texts, the same for all seeds."""
+    return Head.load(task_head_folder(name, settings))
 
-    Made once, then found again: every evaluation needs all of them.
-    """
+
+def task_head_folder(name: str, settings: FineTuning) -> Path:
+    """The folder of a task's head; made once, then found again: every evaluation needs them all."""
     identity = {"shots": settings.shots} | {
         key: value
         for key, value in _identity(name, 0, settings).items()
@@ -68,7 +70,7 @@ def task_head(name: str, settings: FineTuning) -> Head:
         with new_folder(folder) as target:
             _prototype_head(name, settings.shots).save(target)
             write_json(target / MANIFEST, identity)
-    return Head.load(folder)
+    return folder
 
 
 def _prototype_head(name: str, shots: int) -> Head:

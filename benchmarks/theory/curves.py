@@ -147,11 +147,12 @@ def results(folder: Path) -> dict[str, Any]:
 def markdown(result: Mapping[str, Any]) -> str:
     """A table a suite and number of tasks."""
     parts = [
-        "R(k), the share of the squared differences that rank k leaves out, and I(k), relative to "
-        "equal models, around the average and from the base: means over the matrices of the "
-        "suite's models (first seed). `below`: matrices of which I(k) is lower around the "
-        "average. `of the whole`: I(k) with singular values relative to the whole difference, "
-        f"which cannot fall. {made_by('bench-theory', result['measured'])}"
+        "R(k), the share of the squared differences that rank k leaves out, and I(k), the "
+        "mean of the pairs of models (1 for equal differences of one direction, ``1 / sqrt(k)`` "
+        "for equal ones of k of one strength), around the average and from the base: means over "
+        "the matrices of the suite's models (first seed). `below`: matrices of which I(k) is "
+        "lower around the average. `of the whole`: I(k) with singular values relative to the "
+        f"whole difference, which cannot fall. {made_by('bench-theory', result['measured'])}"
     ]
     for suite, cases in result["suites"].items():
         for count, matrices in _curves_in(cases):
@@ -244,7 +245,7 @@ def plot(result: Mapping[str, Any]) -> Any:
         for suite, found in result["suites"].items()
         for count, matrices in _curves_in(found)
     ]
-    titles = {"R": "R(k), of all", "I": "I(k), of equal models", "whole": "I(k) of the whole"}
+    titles = {"R": "R(k), of all", "I": "I(k), mean of the pairs", "whole": "I(k) of the whole"}
     figure, panels = plt.subplots(
         len(cases), 3, figsize=(11, 2.9 * len(cases)), layout="constrained", squeeze=False
     )

@@ -30,7 +30,7 @@ def of_matrices(differences: Sequence[Tensor]) -> Factors:
 
 
 def curves_of(factors: Factors, full: int | None = None) -> dict[str, list[float]]:
-    """R, I and I of the whole difference, at `SHARES`, each as a share of what it can be.
+    """R as a share of the squares, I and I of the whole difference by pair, at `SHARES`.
 
     Args:
         factors: the differences.

@@ -166,7 +166,7 @@ def parts(folder: Path, methods: Sequence[str]) -> dict[str, Callable[[], None]]
             sets = subsets.drawn(suite)
             found[name] = partial(measured, suite, seed, told, sets, file, methods)
     for told in sorted(NUMBER.glob("*.json"), reverse=True):
-        suite, _, number = told.stem.partition("-")
+        suite, number = told.stem.split("-")
         file = folder / "predict" / told.name
         sets = members_of(suite)
         found[told.stem] = partial(measured, suite, int(number), told, sets, file, methods)

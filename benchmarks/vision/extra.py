@@ -20,6 +20,7 @@ from fusion_bench.utils import instantiate
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from benchmarks.common.algorithms import GramWUDI, added, merged  # noqa: F401 - commands name it
 from benchmarks.common.peers import ace, aswudi, dc_merge, svc, swudi
 from cart_plugin.fusion_bench.taskpool import ImageClassificationTaskPool
 
@@ -72,7 +73,7 @@ class ImageRegMean(RegMeanAlgorithm):
         """Mean of x x^T over the inputs x of each linear layer, by layer name."""
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
-        with _inputs_added(linear_modules_to_merge, sums, counts):
+        with _inputsadded(linear_modules_to_merge, sums, counts):
             for images, _ in self._batches(train_dataset):
                 model(images)
         return {name: total / counts[name] for name, total in sums.items()}
@@ -87,7 +88,7 @@ class ImageRegMean(RegMeanAlgorithm):
 
 
 @contextmanager
-def _inputs_added(
+def _inputsadded(
     layers: Mapping[str, nn.Module], sums: dict[str, Tensor], counts: dict[str, int]
 ) -> Iterator[None]:
     """While open, every pass through a layer adds its inputs' outer products and their number."""
@@ -106,38 +107,6 @@ def _inputs_added(
     finally:
         for handle in handles:
             handle.remove()
-
-
-class GramWUDI(BaseAlgorithm):
-    """WUDI (arXiv 2503.08099) as FusionBench configures it, a hundred times faster.
-
-    Its loss for a matrix M and task vectors D_t, sum_t ||(M - D_t) D_t^T||^2 / ||D_t||^2, is
-    quadratic: with G_t = D_t^T D_t / ||D_t||^2 the gradient is 2 (M sum_t G_t - sum_t D_t G_t).
-    The sums are made once, so a step of Adam is one product; FusionBench's steps make two for each
-    task, and the larger one for tall matrices. The steps themselves (Adam, learning rate 1e-5, from
-    the sum of the task vectors) are the same, and so is what is merged.
-
-    Args:
-        iter_num: steps.
-        exclude_keys: names of matrices to average instead.
-    """
-
-    _config_mapping = BaseAlgorithm._config_mapping | {
-        "iter_num": "iter_num",
-        "exclude_keys": "exclude_keys",
-    }
-
-    def __init__(self, iter_num: int, exclude_keys: list[str] | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.iter_num, self.exclude_keys = iter_num, exclude_keys
-
-    def run(self, modelpool: BaseModelPool) -> nn.Module:
-        """Merge the pool's models."""
-
-        def merge(vectors: Sequence[Tensor]) -> Tensor:
-            return wudi(torch.stack(list(vectors)), self.iter_num)
-
-        return _merged(modelpool, merge, excluded=self.exclude_keys or ())
 
 
 class Peer(BaseAlgorithm):
@@ -166,7 +135,7 @@ class Peer(BaseAlgorithm):
 
     def run(self, modelpool: BaseModelPool) -> nn.Module:
         """Merge the pool's models."""
-        return _merged(modelpool, self.merge, self.scaling_factor)
+        return merged(modelpool, self.merge, self.scaling_factor)
 
 
 class Calibrated(BaseAlgorithm):
@@ -192,7 +161,7 @@ class Calibrated(BaseAlgorithm):
             merged = before[name] - base
             return svc(merged, vectors, self.alpha) if base.dim() == 2 else merged
 
-        return _added(modelpool, calibrate)
+        return added(modelpool, calibrate)
 
 
 class MatrixDOGE(DOGE_TA_Algorithm):
@@ -229,59 +198,3 @@ class MatrixDOGE(DOGE_TA_Algorithm):
                 delta.grad = slope - self.projection[name] @ slope
                 optimizer.step()
             self.delta[name] = delta
-
-
-def _merged(
-    modelpool: BaseModelPool,
-    merge: Callable[[Sequence[Tensor]], Tensor],
-    scale: float = 1.0,
-    excluded: Sequence[str] = (),
-) -> nn.Module:
-    """The pretrained model plus merged task vectors: by `merge` for matrices, else their mean."""
-
-    def delta(name: str, base: Tensor, vectors: Sequence[Tensor]) -> Tensor:
-        matrix = base.dim() == 2 and name not in excluded
-        return scale * (merge(vectors) if matrix else torch.stack(list(vectors)).mean(dim=0))
-
-    return _added(modelpool, delta)
-
-
-@torch.no_grad()
-def _added(
-    modelpool: BaseModelPool, delta: Callable[[str, Tensor, Sequence[Tensor]], Tensor]
-) -> nn.Module:
-    """The pretrained model plus, for each tensor, `delta` of its name, itself and task vectors."""
-    pretrained = modelpool.load_pretrained_model()
-    tuned = [model.state_dict() for model in modelpool.models()]
-    merged = {
-        name: tensor + delta(name, tensor, [state[name] - tensor for state in tuned])
-        for name, tensor in pretrained.state_dict().items()
-    }
-    pretrained.load_state_dict(merged)
-    return pretrained
-
-
-def wudi(vectors: Tensor, steps: int, rate: float = 1e-5) -> Tensor:
-    """The merged task vector of one matrix.
-
-    Args:
-        vectors: task vectors, (tasks, rows, columns).
-        steps: of Adam.
-        rate: its learning rate.
-
-    Returns:
-        (rows, columns).
-    """
-    norms = vectors.square().sum(dim=(1, 2)).clamp_min(1e-30)  # untrained: no task vector
-    gram = torch.zeros(vectors.shape[2], vectors.shape[2])
-    target = torch.zeros_like(vectors[0])
-    for vector, norm in zip(vectors, norms, strict=True):
-        own = vector.T @ vector / norm
-        gram += own
-        target += vector @ own
-    merged = nn.Parameter(vectors.sum(dim=0))
-    optimizer = torch.optim.Adam([merged], lr=rate)
-    for _ in range(steps):
-        merged.grad = 2 * (merged @ gram - target)
-        optimizer.step()
-    return merged.detach()

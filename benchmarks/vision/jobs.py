@@ -12,8 +12,8 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.common.fusion import Method, Point
 from benchmarks.common.training import one_thread
-from benchmarks.vision.methods import Method, Point
 from benchmarks.vision.program import between, command, evaluate, merge
 
 Case = dict[str, Any]

@@ -6,57 +6,9 @@ the names of its configs; what it lacks for image encoders is in `extra`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import product
-from typing import Any
+from benchmarks.common.fusion import Method
 
 MOST_POINTS = 12
-
-Point = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Method:
-    """A method, and what of it is tuned.
-
-    Args:
-        title: its name in tables.
-        choice: its config in FusionBench: `method=<choice>`.
-        options: settings that stay as they are, as Hydra overrides.
-        grid: settings to choose from, by option.
-        scale: the option in `grid` in which the merged weights are affine: values in between are
-            computed from two merges, and only the chosen one is merged on its own.
-        data: what images it needs, in words; empty for none.
-        keeps: what it stores besides one model, in words; empty for nothing.
-    """
-
-    title: str
-    choice: str
-    options: tuple[str, ...] = ()
-    grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    scale: str | None = None
-    data: str = ""
-    keeps: str = ""
-
-    def points(self) -> list[Point]:
-        """All settings of the grid."""
-        return [
-            dict(zip(self.grid, values, strict=True)) for values in product(*self.grid.values())
-        ]
-
-    def groups(self) -> Iterator[tuple[Point, list[Any]]]:
-        """The grid by merge: settings without the scale, and the scales to try with them."""
-        rest = [name for name in self.grid if name != self.scale]
-        scales = list(self.grid[self.scale]) if self.scale else []
-        for values in product(*(self.grid[name] for name in rest)):
-            yield dict(zip(rest, values, strict=True)), scales
-
-    def overrides(self, point: Mapping[str, Any]) -> list[str]:
-        """The method's part of the command line for one setting."""
-        chosen = [f"method.{name}={value}" for name, value in point.items()]
-        return [f"method={self.choice}", *self.options, *chosen]
-
 
 _SCALES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3)
 _LARGE_SCALES = (0.3, 0.5, 0.7, 0.85, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5, 3.0)

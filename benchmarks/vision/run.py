@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
+from benchmarks.common.fusion import Method, Point
 from benchmarks.common.record import Record
 from benchmarks.vision.jobs import Case, Job, mean, run_all
 from benchmarks.vision.methods import (
@@ -22,8 +23,6 @@ from benchmarks.vision.methods import (
     METHODS,
     PEER,
     PRETRAINED,
-    Method,
-    Point,
 )
 from benchmarks.vision.program import command
 from benchmarks.vision.tasks import SUITE

@@ -8,8 +8,9 @@
     merge_loaded(model, ["math", "code"], "both")               # of a loaded PeftModel
 
 Modules, from the bottom: `kinds` (what an adapter's config says), `inputs` (one adapter),
-`agreement` (all of them), `settings` (the options), `work` (the merge), `report`, `peft_files` (how
-PEFT wants it), `run` and `loaded` (all of it), `recipes` (the options from a file).
+`agreement` (all of them), `settings` (the options), `work` (the merge), `servers` (who loads it),
+`report`, `peft_files` (how PEFT wants it), `run` and `loaded` (all of it), `recipes` (the options
+from a file).
 """
 
 from cart_plugin.adapters.loaded import merge_loaded

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +15,16 @@ from cart_plugin.errors import CartError
 
 _BASE = "base_model_name_or_path"
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+_BASES_TABLE = ".base_layer.weight"
+_WHOLE_MODELS = (
+    "merge each into its base (PEFT's merge_and_unload, then save_pretrained) and the whole models "
+    "with `mergekit-cart merge`"
+)
 
 _OTHERS = {
     "embedding": "tables of tokens",
     "convolution": "convolutions",
-    "experts": "stacked experts",
+    "experts": "parameters, such as stacked experts,",
 }
 # Of these kinds PEFT knows no bias of B, and refuses lora_bias for the whole adapter.
 _WITHOUT_BIAS = {"experts": "target_parameters", "embedding": "LoRA of embeddings"}
@@ -33,14 +38,15 @@ class Plan:
         adapters: in order of their names, so that the order in which they are given does not
             matter.
         shapes: of the weights that any of them changes, by PEFT's names of modules, in order.
-        whole: names of tensors that take the place of the base's.
+        whole: names of tensors that take the place of the base's, in the merged adapter, by what
+            adapters call them (`Adapter.whole`).
         common: keys and values of the merged adapter's config that are theirs.
         notes: what a user has to know.
     """
 
     adapters: list[Adapter]
     shapes: dict[str, Shape]
-    whole: list[str]
+    whole: dict[str, str]
     common: dict[str, Any]
     notes: list[str] = field(default_factory=list)
 
@@ -68,11 +74,11 @@ class Plan:
             for layer in adapter.layers.values()
         )
 
-    def holders(self, name: str) -> list[Adapter]:
+    def holders(self, key: str) -> list[Adapter]:
         """The adapters that hold a tensor in the place of the base's."""
-        return [adapter for adapter in self.adapters if name in adapter.whole]
+        return [adapter for adapter in self.adapters if key in adapter.whole]
 
-    def dtype(self, names: Callable[[Adapter], Iterator[str]]) -> torch.dtype:
+    def dtype(self, names: Callable[[Adapter], Iterable[str]]) -> torch.dtype:
         """The dtype to which tensors of all adapters promote."""
         found = None
         for adapter in self.adapters:
@@ -95,6 +101,7 @@ def agree(adapters: Sequence[Adapter], base: str | None) -> Plan:
             base.
     """
     ordered = sorted(adapters, key=lambda adapter: adapter.name)
+    common = _common(ordered, base)
     shapes: dict[str, Shape] = {}
     for adapter in ordered:
         for module, layer in adapter.layers.items():
@@ -107,13 +114,12 @@ def agree(adapters: Sequence[Adapter], base: str | None) -> Plan:
                     "base"
                 )
     _check_names(ordered)
-    plan = Plan(ordered, dict(sorted(shapes.items())), _whole(ordered), _common(ordered, base))
+    plan = Plan(ordered, dict(sorted(shapes.items())), _whole(ordered), common)
     for module, shape in plan.shapes.items():
         if plan.has_bias and shape.kind in _WITHOUT_BIAS:
             raise CartError(
                 f"some adapters have biases (lora_bias) and some {_WITHOUT_BIAS[shape.kind]} "
-                f"({module}), and PEFT holds no adapter with both; merge each into its base and "
-                "the whole models with `mergekit-cart merge`"
+                f"({module}), and PEFT holds no adapter with both; {_WHOLE_MODELS}"
             )
     plan.notes += _notes(plan)
     return plan
@@ -152,41 +158,41 @@ def _split(module: str) -> tuple[frozenset[str], str]:
     return frozenset(parts[:start]), ".".join(parts[start:])
 
 
-def _whole(adapters: Sequence[Adapter]) -> list[str]:
+def _whole(adapters: Sequence[Adapter]) -> dict[str, str]:
     """The tensors that take the place of the base's, of the same names and shapes in all.
 
     PEFT saves the base's own table beside LoRA of it: that may be lacking where there is none. The
     bias of a module with LoRA has such a name, too, and is trained.
     """
-    names = sorted(set().union(*(adapter.whole for adapter in adapters)))
-    for name in names:
-        holders = [adapter for adapter in adapters if name in adapter.whole]
+    found = {}
+    for key in sorted(set().union(*(adapter.whole for adapter in adapters))):
+        holders = [adapter for adapter in adapters if key in adapter.whole]
         first = holders[0]
-        if name.endswith(".base_layer.weight") and _are_one(name, holders):
+        # With LoRA wherever any of them has it.
+        name = found[key] = max((adapter.whole[key] for adapter in holders), key=len)
+        if name.endswith(_BASES_TABLE) and _are_one(key, holders):
             continue
         for adapter in adapters:
             if adapter not in holders:
                 raise CartError(
                     f"adapter {first.name} holds {name} whole (modules_to_save, trained biases, "
                     f"resized embeddings) and {adapter.name} does not, or by another name: what "
-                    "that has there is the base's, which is not read here; merge each into its "
-                    "base (PEFT's merge_and_unload) and the whole models with `mergekit-cart merge`"
+                    f"that has there is the base's, which is not read here; {_WHOLE_MODELS}"
                 )
-            shape = adapter.checkpoint.tensors[name].shape
-            if shape != first.checkpoint.tensors[name].shape:
+            one, other = first.held(key).shape, adapter.held(key).shape
+            if one != other:
                 raise CartError(
-                    f"{name} is {tuple(first.checkpoint.tensors[name].shape)} in adapter "
-                    f"{first.name} and {tuple(shape)} in {adapter.name}: heads or vocabularies of "
-                    "different sizes cannot be merged"
+                    f"{name} is {one} in adapter {first.name} and {other} in {adapter.name}: heads "
+                    "or vocabularies of different sizes cannot be merged"
                 )
-    return names
+    return found
 
 
-def _are_one(name: str, holders: Sequence[Adapter]) -> bool:
-    first = holders[0].checkpoint
+def _are_one(key: str, holders: Sequence[Adapter]) -> bool:
+    first = holders[0]
     return all(
-        other.checkpoint.tensors[name].shape == first.tensors[name].shape
-        and torch.equal(other.checkpoint.read(name), first.read(name))
+        other.held(key).shape == first.held(key).shape
+        and torch.equal(other.read(other.whole[key]), first.read(first.whole[key]))
         for other in holders[1:]
     )
 
@@ -204,17 +210,13 @@ def _common(adapters: Sequence[Adapter], base: str | None) -> dict[str, Any]:
     # Of classes without a task type: PEFT's automatic classes load them by it.
     classes = [config.get("auto_mapping") for config in configs.values()]
     found["auto_mapping"] = classes[0] if all(one == classes[0] for one in classes) else None
-    found["bias"] = _agreed(configs, "bias", "train them alike") or "none"
+    found["bias"] = _agreed(configs, "bias", _WHOLE_MODELS) or "none"
     parameters = {
         name: {"target_parameters": sorted(config.get("target_parameters") or ())}
         for name, config in configs.items()
     }
     # PEFT does not name these in the file: of different ones nobody knows which is which.
-    found["target_parameters"] = _agreed(
-        parameters,
-        "target_parameters",
-        "merge each into its base and the whole models with `mergekit-cart merge`",
-    )
+    found["target_parameters"] = _agreed(parameters, "target_parameters", _WHOLE_MODELS)
     saved = [name for config in configs.values() for name in config.get("modules_to_save") or ()]
     found["modules_to_save"] = sorted(set(saved)) or None
     # PEFT corrects it where a module is of the other kind, but takes it beside no parameters.
@@ -294,11 +296,19 @@ def lacking_notes(plan: Plan) -> Iterator[str]:
 
 def _notes(plan: Plan) -> Iterator[str]:
     yield from lacking_notes(plan)
-    if plan.whole:
+    tables = [key for key in plan.whole if key.endswith(_BASES_TABLE)]
+    tables = [key for key in tables if _are_one(key, plan.holders(key))]
+    averaged = [name for key, name in plan.whole.items() if key not in tables]
+    if averaged and len(plan.adapters) > 1:
         yield (
-            f"{len(plan.whole):,} tensors that the adapters hold whole, such as {plan.whole[0]}, "
-            "are averaged: whatever the method, the base's values are not known here. PEFT loads "
+            f"{len(averaged):,} tensors that the adapters hold whole, such as {averaged[0]}, are "
+            "averaged: whatever the method, the base's values are not known here. PEFT loads "
             "them; vLLM, llama.cpp and SGLang do not"
+        )
+    if tables:
+        yield (
+            f"the base's own {tables[0]} is kept, which PEFT has saved beside its LoRA "
+            "(save_embedding_layers=False saves none)"
         )
     others = [module for module, shape in plan.shapes.items() if shape.kind in _OTHERS]
     if others:

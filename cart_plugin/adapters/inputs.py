@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cart_plugin.adapters import kinds
 from cart_plugin.checkpoints import adapters as tensors
+from cart_plugin.checkpoints.headers import TensorInfo
 from cart_plugin.checkpoints.reading import (
     ADAPTER_CONFIG,
     CONFIG,
@@ -96,17 +97,22 @@ class Adapter:
     Attributes:
         checkpoint: its config, and its tensors.
         layers: what it changes, by PEFT's names of modules.
-        whole: names of tensors that take the place of the base's.
+        whole: names in its file of tensors that take the place of the base's, by what is one in all
+            adapters: PEFT calls a bias otherwise where its module has LoRA.
     """
 
     checkpoint: Checkpoint
     layers: dict[str, Layer] = field(default_factory=dict)
-    whole: list[str] = field(default_factory=list)
+    whole: dict[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """What errors and reports call it."""
         return self.checkpoint.name
+
+    def held(self, key: str) -> TensorInfo:
+        """What is said in its file of a tensor that takes the place of the base's."""
+        return self.checkpoint.tensors[self.whole[key]]
 
     def read(self, tensor: str) -> Tensor:
         """A tensor, checked to be finite, in fp32 or better.
@@ -118,8 +124,10 @@ class Adapter:
         check_finite(found, [f"adapter {self.name}"], [found], f"tensor {tensor!r}")
         return found.to(torch.promote_types(found.dtype, torch.float32))
 
-    def difference(self, module: str, shape: Shape, dtype: torch.dtype) -> Difference:
-        """What it changes of a weight; of rank 0 where it does not.
+    def difference(
+        self, module: str, shape: Shape, dtype: torch.dtype, scale: float = 1.0
+    ) -> Difference:
+        """What it changes of a weight, over a scale; of rank 0 where it does not.
 
         Raises:
             CartError: as `read`.
@@ -129,11 +137,11 @@ class Adapter:
             empty = torch.empty(shape.stack, shape.m, 0, dtype=dtype)
             return Difference(empty, empty.new_empty(shape.stack, 0, shape.n))
         a, b = (self.read(name).to(dtype) for name in (layer.factors.a, layer.factors.b))
-        left = b.reshape(shape.m, layer.rank, shape.stack).permute(2, 0, 1) * layer.scale
+        left = b.reshape(shape.m, layer.rank, shape.stack).permute(2, 0, 1) * (layer.scale / scale)
         return Difference(left, a.reshape(shape.stack, layer.rank, shape.n))
 
-    def bias(self, module: str, shape: Shape) -> Tensor | None:
-        """What it adds to a layer's bias; None for nothing.
+    def bias(self, module: str, shape: Shape, scale: float = 1.0) -> Tensor | None:
+        """What it adds to a layer's bias, over a scale; None for nothing.
 
         Raises:
             CartError: as `read`.
@@ -141,7 +149,7 @@ class Adapter:
         layer = self.layers.get(module)
         if layer is None or layer.factors.bias is None:
             return None
-        return self.read(layer.factors.bias).reshape(shape.m) * layer.scale
+        return self.read(layer.factors.bias).reshape(shape.m) * (layer.scale / scale)
 
 
 def find(paths: Sequence[str | Path]) -> list[Path]:
@@ -171,7 +179,13 @@ def _folder(path: str | Path) -> Path:
                 f"{path} is a whole model and no adapter: it has {CONFIG} and no {ADAPTER_CONFIG}; "
                 "merge whole models with `mergekit-cart merge`"
             )
+        inside = sorted(folder.glob(f"*/{ADAPTER_CONFIG}"))
+        if inside and not (folder / ADAPTER_CONFIG).exists():
+            held = ", ".join(str(file.parent) for file in inside[:3])
+            raise CartError(f"{path} is no adapter, but holds some; name {held}")
         return folder
+    if folder.exists() and folder.suffix in (".yaml", ".yml"):
+        raise CartError(f"{path} is a recipe, which lists all adapters; name it alone")
     if folder.exists():
         raise CartError(f"{path} is a file; name the folder that holds it")
     from huggingface_hub import snapshot_download
@@ -247,10 +261,14 @@ def sorted_adapter(checkpoint: Checkpoint) -> Adapter:
             f"adapter {name}: PEFT does not load {strange[0]}, whose name does not start with "
             f"{tensors.PREFIX}; {_AGAIN}"
         )
-    adapter = Adapter(checkpoint, whole=found.whole)
+    adapter = Adapter(checkpoint, whole={_key(tensor): tensor for tensor in found.whole})
     for factors in found.factors:
         adapter.layers[factors.module] = _layer(checkpoint, factors)
     return adapter
+
+
+def _key(tensor: str) -> str:
+    return tensors.plain_name(tensor) if tensor.endswith(".bias") else tensor
 
 
 def _layer(checkpoint: Checkpoint, factors: tensors.Factors) -> Layer:

@@ -72,8 +72,6 @@ def merge_loaded(
         CartError: adapters that cannot be merged, or that PEFT does not hold beside each other; the
             model is then as it was.
     """
-    from peft import set_peft_model_state_dict
-
     started = time.perf_counter()
     request = settings.request(
         method=method, rank=rank, lambda_=lambda_, rank_ratio=rank_ratio, keep=keep
@@ -103,27 +101,45 @@ def merge_loaded(
     state.update(merge.whole())
     sums.fill(report)
     report.bytes = sum(tensor.nbytes for tensor in state.values())
+    _add(model, name, merge, state)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def _add(model: Any, name: str, merge: Merge, state: dict[str, Tensor]) -> None:
+    """Give a model an adapter, or leave it as it is.
+
+    Raises:
+        CartError: PEFT does not take it.
+    """
+    from peft import set_peft_model_state_dict
+
+    config = peft_files.lora_config(merge)
     active = model.active_adapters if hasattr(model, "active_adapters") else [model.active_adapter]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         # PEFT makes it of the base's dtype, or of fp32.
         in_fp32 = merge.dtype == torch.float32
-        model.add_adapter(name, peft_files.lora_config(merge), autocast_adapter_dtype=in_fp32)
+        model.add_adapter(name, config, autocast_adapter_dtype=in_fp32)
         found: Any = set_peft_model_state_dict(model, state, adapter_name=name)
         lost = [key for key in found.unexpected_keys if f".{name}" in key]
         lost += [key for key in found.missing_keys if f".{name}." in key]
         if lost:
             raise CartError(f"PEFT has no place for {lost[0]}")
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        if name in model.peft_config:
-            model.delete_adapter(name)
-            model.base_model.set_adapter(list(active))
+    except BaseException as error:
+        # PEFT 0.21.2 forgets the config of an adapter that it could not add, and leaves layers.
+        model.peft_config.setdefault(name, config)
+        model.delete_adapter(name)
+        model.base_model.set_adapter(list(active))
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+        if not isinstance(error, (ValueError, TypeError, KeyError, RuntimeError)):
+            raise
         raise CartError(
             f"PEFT does not hold this merge beside the model's other adapters: "
             f"{error if isinstance(error, CartError) else first_line(error)}; merge the adapters' "
             "folders (merge_adapters) and load the result by itself"
         ) from error
-    report.seconds = time.perf_counter() - started
-    return report
 
 
 def _opened(model: Any, name: str) -> inputs.Adapter:

@@ -18,7 +18,7 @@ _REPORT = "report.json"  # of another merge
 
 
 def lora_config(merge: Merge) -> Any:
-    """PEFT's config of the merged adapter: one rank for all modules, and a scale of 1.
+    """PEFT's config of the merged adapter: one rank for all modules, and one scale.
 
     That is what PEFT, vLLM, SGLang and llama.cpp read alike.
 
@@ -30,7 +30,7 @@ def lora_config(merge: Merge) -> Any:
     try:
         config = LoraConfig(
             r=merge.rank,
-            lora_alpha=merge.rank,
+            lora_alpha=round(merge.scale * merge.rank),
             lora_dropout=0.0,
             lora_bias=merge.plan.has_bias,
             **merge.plan.common,

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from cart_plugin.adapters import servers
 from cart_plugin.adapters.work import Done, Merge
 from cart_plugin.checkpoints.files import write_json
+from cart_plugin.checkpoints.servers import Loader
 from cart_plugin.merging.span_measures import Answers
 
 if TYPE_CHECKING:
@@ -23,7 +25,10 @@ _WORST = 10
 _WELL_KEPT = 0.99
 _ALIKE = 0.95  # cosine of two adapters' differences
 _LARGE = 5.0  # one adapter's difference against the next largest one's
-_ONE_START = 0.5  # share of the row spaces that two adapters have in common
+_SMALL = 1e-3  # one adapter's difference against the largest one
+_ONE_START = 0.5  # share of the row spaces that two adapters have in common, beyond chance
+_CANCELLED = 0.5  # share of squares in the average, of those of unrelated differences
+_MOST_SHOWN = 10.0  # larger shares are of adapters that changed next to nothing
 
 
 @dataclass
@@ -91,12 +96,18 @@ class Report:
         """Of the merged adapter."""
         return self.merge.rank
 
+    @property
+    def loaders(self) -> list[Loader]:
+        """What loads the merged adapter, and what does not."""
+        return servers.loaders(self.merge)
+
     def worst(self) -> list[tuple[str, str, Kept]]:
-        """The modules that keep least of an adapter: module, adapter, what is kept."""
+        """The modules that keep least of an adapter that counts: module, adapter, what is kept."""
         found = [
             (module, name, kept)
             for module, row in self.modules.items()
-            for name, kept in zip(self.names, row, strict=True)
+            for name, share, kept in zip(self.names, self.merge.shares, row, strict=True)
+            if share > 0
         ]
         return sorted(found, key=lambda entry: entry[2].kept)[:_WORST]
 
@@ -108,6 +119,7 @@ class Report:
             "method": request.method,
             "rank": self.rank,
             "exact_rank": plan.full_rank,
+            "loaded_by": {loader.name: loader.document() for loader in self.loaders},
             "bytes": self.bytes,
             "seconds": self.seconds,
             "notes": self.notes,
@@ -172,11 +184,11 @@ class Report:
             row = [
                 f"{self.merge.shares[index]:.3g}",
                 str(_rank(self.merge, index)),
-                f"{self.cut[index].kept:.1%}",
-                f"{self.cut[index].error:.1%}",
+                _percent(self.cut[index].kept),
+                _percent(self.cut[index].error),
             ]
             found.add_row(
-                escape(name), *row, *([f"{self.exact[index].kept:.1%}"] if is_cut else [])
+                escape(name), *row, *([_percent(self.exact[index].kept)] if is_cut else [])
             )
         worst = Table(box=None, pad_edge=False, header_style="bold")
         worst.add_column("modules that keep least", overflow="fold")
@@ -184,8 +196,12 @@ class Report:
         worst.add_column("kept", justify="right")
         for module, name, kept in self.worst()[:3]:
             if kept.kept < _WELL_KEPT:
-                worst.add_row(escape(module), escape(name), f"{kept.kept:.1%}")
+                worst.add_row(escape(module), escape(name), _percent(kept.kept))
         return [found, worst] if worst.row_count else [found]
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}" if abs(share) < _MOST_SHOWN else f"> {_MOST_SHOWN:.0%}"
 
 
 def _rank(merge: Merge, index: int) -> int:
@@ -229,6 +245,11 @@ class Sums:
         report.outputs, report.inputs = self._outputs / both, self._inputs / both
         report.notes += self.merge.plan.notes
         report.notes += _notes(report, norms.tolist(), self._averaged)
+        report.notes += [
+            f"give this adapter not to {loader.name}: {'; '.join(loader.reasons)}"
+            for loader in report.loaders
+            if loader.silent
+        ]
 
 
 def _notes(report: Report, norms: Sequence[float], averaged: Sequence[str]) -> Iterator[str]:
@@ -250,6 +271,15 @@ def _notes(report: Report, norms: Sequence[float], averaged: Sequence[str]) -> I
             "which sum to zero: the result is nearly the plain average; keep less (--keep, half "
             "of their rank or less), or use auto"
         )
+    sizes = torch.tensor([merge.shares, norms], dtype=torch.float64).prod(dim=0)
+    left = float(sizes @ report.cosines @ sizes / sizes.square().sum())
+    if min(merge.shares) >= 0 and len(counting) > 1 and left < _CANCELLED:
+        yield (
+            f"the adapters' differences cancel: their average has {max(left, 0):.0%} of the "
+            "squares that it would have if they had nothing to do with each other, as of adapters "
+            "that `mergekit-cart compress` made around the average of models; merge those models "
+            "whole (`mergekit-cart merge`)"
+        )
     for i in counting:
         for j in counting[: counting.index(i)]:
             cosine, start = float(report.cosines[i, j]), float(report.inputs[i, j])
@@ -258,15 +288,33 @@ def _notes(report: Report, norms: Sequence[float], averaged: Sequence[str]) -> I
                     f"{names[j]} and {names[i]} are nearly the same (cosine {cosine:.2f}): what "
                     "they have in common counts twice"
                 )
-            elif start > _ONE_START:
+            elif start > _ONE_START + (1 - _ONE_START) * _by_chance(merge, i, j):
                 yield (
                     f"{names[j]} and {names[i]} were trained from one start: {start:.0%} of the "
                     "space of their A is common, so that A tells less of what each was trained on"
                 )
-    sizes = sorted(((abs(merge.shares[i]) * norms[i], names[i]) for i in counting), reverse=True)
-    if len(sizes) > 1 and sizes[0][0] > _LARGE * sizes[1][0]:
-        ratio = sizes[0][0] / sizes[1][0]
+    ranked = sorted(((abs(merge.shares[i]) * norms[i], names[i]) for i in counting), reverse=True)
+    largest, dominating = ranked[0]
+    for size, name in ranked:
+        if size < _SMALL * largest:
+            yield (
+                f"{name} changes next to nothing: its difference is {largest / size:.0e} times "
+                f"smaller than that of {dominating}; was it trained?"
+            )
+    others = [size for size, _ in ranked[1:] if size >= _SMALL * largest]
+    if others and largest > _LARGE * others[0]:
         yield (
-            f"{sizes[0][1]} dominates: its difference is {ratio:.1f} times as large as the next "
-            "largest one; --weights can balance that"
+            f"{dominating} dominates: its difference is {largest / others[0]:.1f} times as large "
+            "as the next largest one; --weights can balance that"
         )
+
+
+def _by_chance(merge: Merge, i: int, j: int) -> float:
+    """The share of the row spaces that two adapters of A drawn apart have in common, on average."""
+    plan = merge.plan
+    one, other = plan.adapters[i].layers, plan.adapters[j].layers
+    shares = [
+        min(1.0, max(one[module].rank, other[module].rank) / plan.shapes[module].n)
+        for module in one.keys() & other.keys()
+    ]
+    return sum(shares) / max(len(shares), 1)

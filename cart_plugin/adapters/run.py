@@ -14,6 +14,7 @@ from cart_plugin.adapters.work import Done, Merge
 from cart_plugin.checkpoints import writing
 from cart_plugin.checkpoints.files import check_space, unfinished, write_text
 from cart_plugin.checkpoints.reading import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from cart_plugin.errors import CartError
 
 Progress = Callable[[str, int, int], None]
 """Is told a step, how many of its weights are done, and their number."""
@@ -72,6 +73,8 @@ def merge_adapters(
         method=method, rank=rank, lambda_=lambda_, rank_ratio=rank_ratio, keep=keep, dtype=dtype
     )
     shares = settings.shares_of(weights, len(adapters)) if adapters else []
+    if base is not None and (not isinstance(base, str) or not base.strip()):
+        raise CartError(f"base must be the name or folder of a model, got {base!r}")
     folders = inputs.find(adapters)
     chosen = settings.names_of(adapters, names)
     by_name = dict(zip(chosen, shares, strict=True))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from cart_plugin.adapters.agreement import Plan
-from cart_plugin.adapters.inputs import Shape
+from cart_plugin.adapters.inputs import Adapter, Shape
 from cart_plugin.adapters.settings import Request
 from cart_plugin.checkpoints import adapters as tensors
 from cart_plugin.errors import CartError
@@ -47,7 +49,13 @@ class Done:
 
 
 class Merge:
-    """A merge of adapters whose plan is made."""
+    """A merge of adapters whose plan is made.
+
+    Attributes:
+        rank: of the merged adapter.
+        scale: what PEFT multiplies its ``B A`` by.
+        dtype: of its A and B.
+    """
 
     def __init__(self, plan: Plan, request: Request, shares: Sequence[float]) -> None:
         """Choose rank and dtype.
@@ -64,9 +72,13 @@ class Merge:
         else:
             self.rank = plan.full_rank if request.rank == "full" else request.rank
         self.dtype = request.dtype or plan.dtype(
-            lambda adapter: (layer.factors.a for layer in adapter.layers.values())
+            lambda adapter: chain.from_iterable(
+                (layer.factors.a, layer.factors.b) for layer in adapter.layers.values()
+            )
         )
         self.work_dtype = torch.promote_types(self.dtype, torch.float32)
+        self._only = self._kept_as_it_is()
+        self.scale = 1.0 if self._only is None else self._scale_of(self._only)
 
     @property
     def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -78,10 +90,28 @@ class Merge:
                 found[name] = (self.dtype, side)
             if bias is not None:
                 found[bias] = (self.dtype, (shape.m,))
-        for name in self.plan.whole:
-            info = self.plan.holders(name)[0].checkpoint.tensors[name]
-            found[name] = (self._whole_dtype(name), info.shape)
+        for key, name in self.plan.whole.items():
+            found[name] = (self._whole_dtype(key), self.plan.holders(key)[0].held(key).shape)
         return found
+
+    def _kept_as_it_is(self) -> Adapter | None:
+        """The one adapter that counts, if the rank leaves room for it."""
+        adapters = zip(self.plan.adapters, self.shares, strict=True)
+        first, *others = [adapter for adapter, share in adapters if share]
+        room = max(layer.rank for layer in first.layers.values()) <= self.rank
+        return first if room and not others else None
+
+    def _scale_of(self, adapter: Adapter) -> float:
+        """That of all its layers; 1 if they differ, or no whole lora_alpha gives it."""
+        scales = {layer.scale for layer in adapter.layers.values()}
+        alpha = self.rank * max(scales)
+        is_whole = alpha >= 1 and math.isclose(alpha, round(alpha), rel_tol=1e-9)
+        return max(scales) if len(scales) == 1 and is_whole else 1.0
+
+    def is_decomposed(self, module: str) -> bool:
+        """Whether the method decides of a weight; tables of tokens are averaged."""
+        shape, name = self.plan.shapes[module], f"{tensors.plain_name(module)}.weight"
+        return shape.kind != "embedding" and is_decomposed(name, shape.of_weight)
 
     def _names(self, module: str) -> tuple[str, str, str | None]:
         """The names in the file of a module's A and B, and of B's bias."""
@@ -94,9 +124,9 @@ class Merge:
         bias = f"{factors.b.removesuffix('.weight')}.bias" if can else None
         return factors.a, factors.b, bias
 
-    def _whole_dtype(self, name: str) -> torch.dtype:
+    def _whole_dtype(self, key: str) -> torch.dtype:
         return self.request.dtype or self.plan.dtype(
-            lambda adapter: iter([name] if name in adapter.whole else [])
+            lambda adapter: [adapter.whole[key]] if key in adapter.whole else []
         )
 
     def weights(self, take: Callable[[Done], None]) -> None:
@@ -129,14 +159,16 @@ class Merge:
         span = Span(
             [adapter.difference(module, shape, self.work_dtype) for adapter in self.plan.adapters]
         )
-        decomposed = shape.kind != "embedding" and is_decomposed(
-            f"{tensors.plain_name(module)}.weight", shape.of_weight
-        )
+        decomposed = self.is_decomposed(module)
         settings = self.request.settings if decomposed else None
         merged = merge_in_span(span, shares, settings, name=module, kept=self.kept)
         found = of_rank(merged, self.rank)
+        if self._only is None:
+            factors = span.lifted(found)
+        else:
+            factors = self._only.difference(module, shape, self.work_dtype, self.scale)
         a, b, bias = self._names(module)
-        held = dict(zip((a, b), shape.to_lora(span.lifted(found), self.rank), strict=True))
+        held = dict(zip((a, b), shape.to_lora(factors, self.rank), strict=True))
         if bias is not None:
             held[bias] = self._bias(module, shape)
         return Done(
@@ -152,7 +184,7 @@ class Merge:
     def _bias(self, module: str, shape: Shape) -> Tensor:
         total = torch.zeros(shape.m, dtype=self.work_dtype)
         for adapter, share in zip(self.plan.adapters, self.shares, strict=True):
-            found = adapter.bias(module, shape)
+            found = adapter.bias(module, shape, self.scale)
             if found is not None:
                 total.add_(found, alpha=share)
         return total
@@ -167,15 +199,14 @@ class Merge:
             adapter.name: share
             for adapter, share in zip(self.plan.adapters, self.shares, strict=True)
         }
-        for name in self.plan.whole:
-            holders = self.plan.holders(name)
-            if len(holders) < len(shares):  # one table, wherever it is
-                yield name, self._stored(name, holders[0].read(name), self._whole_dtype(name))
-                continue
-            total = holders[0].read(name) * shares[holders[0].name]
-            for adapter in holders[1:]:
-                total.add_(adapter.read(name), alpha=shares[adapter.name])
-            yield name, self._stored(name, total, self._whole_dtype(name))
+        for key, name in self.plan.whole.items():
+            first, *others = self.plan.holders(key)
+            total = first.read(first.whole[key])
+            if len(others) + 1 == len(shares):  # else one table, wherever it is
+                total = total * shares[first.name]
+                for adapter in others:
+                    total.add_(adapter.read(adapter.whole[key]), alpha=shares[adapter.name])
+            yield name, self._stored(name, total, self._whole_dtype(key))
 
     def _stored(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         found = tensor.to(dtype).contiguous()

@@ -21,7 +21,10 @@ BASE_RECORD = "base.json"
 
 _FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?$")
 _WRAPPING = re.compile(r"\.(?:modules_to_save|base_layer)(?:\.default)?(?=\.|$)")
-_PEFT_OTHERS = re.compile(r"\.lora_|\.original_module\.|\.token_adapter\.|\.trainable_tokens_")
+_PEFT_OTHERS = re.compile(r"\.lora_|\.token_adapter\.|\.trainable_tokens_")
+# Beside trained biases PEFT 0.21.2 saves those of a module in modules_to_save three times: as what
+# they are, as this, and as what the base has.
+_AGAIN = re.compile(r"\.(?:modules_to_save|original_module)\.")
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ def sort(names: Collection[str]) -> Sorted:
     found = Sorted()
     biases: set[str] = set()
     for name in names:
+        if _AGAIN.sub(".", name) != name and _AGAIN.sub(".", name) in names:
+            continue
         factor = _FACTOR.match(name)
         if factor is None:
             (found.others if _PEFT_OTHERS.search(name) else found.whole).append(name)

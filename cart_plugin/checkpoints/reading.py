@@ -297,6 +297,11 @@ def open_adapter(path: Path, name: str) -> Checkpoint:
             f"{who} has its weights in .bin files, which are not read (loading them may run code)",
             "load it with PEFT and save it with save_pretrained",
         )
+    if not weights.exists() and any(path.glob("adapter_model-*.safetensors")):
+        raise CheckpointError(
+            f"{who} has its weights in several files, which PEFT does not load either",
+            f"put them into one, {ADAPTER_WEIGHTS}",
+        )
     tensors = read_header(weights, who)
     for tensor, info in tensors.items():
         if info.dtype is None:

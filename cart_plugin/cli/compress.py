@@ -103,8 +103,8 @@ def compress(
     ordinary PEFT LoRA, loaded with PeftModel.from_pretrained(base, adapter). `mergekit-cart expand`
     gives full models back. Nothing appears under OUT before all is done.
     """
+    from cart_plugin.checkpoints.servers import summary
     from cart_plugin.compress import compress as run
-    from cart_plugin.compress.servers import summary
 
     terminal = console()
     try:

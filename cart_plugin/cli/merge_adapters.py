@@ -86,17 +86,20 @@ def merge_adapters(adapters: tuple[str, ...], out: Path, **options: Any) -> None
     ADAPTERs are PEFT folders, or names on the hub of what is in its local cache; or one YAML file
     that lists them, with the same words as these options, which go before the file's. The base
     itself is not read. PEFT loads the result, and so do vLLM, SGLang and llama.cpp if it is of
-    linear layers alone; else a note says so. Nothing appears under OUT before all is done.
+    linear layers alone; the last line says so. Nothing appears under OUT before all is done.
     """
     from cart_plugin.adapters import merge_adapters as run
     from cart_plugin.adapters.recipes import read_recipe
+    from cart_plugin.adapters.servers import CONDITION
+    from cart_plugin.checkpoints.servers import summary
 
     terminal = console()
     given = {name: value for name, value in options.items() if value is not None}
     try:
         arguments: dict[str, Any] = {"adapters": adapters}
-        if len(adapters) == 1 and adapters[0].endswith((".yaml", ".yml")):
-            arguments = read_recipe(Path(adapters[0]))
+        recipe = Path(adapters[0])
+        if len(adapters) == 1 and recipe.suffix in (".yaml", ".yml") and not recipe.is_dir():
+            arguments = read_recipe(recipe)
         with progress() as tell:
             report = run(out=out, progress=tell, **{**arguments, **given})
     except CartError as error:
@@ -110,3 +113,4 @@ def merge_adapters(adapters: tuple[str, ...], out: Path, **options: Any) -> None
         soft_wrap=True,
         markup=False,
     )
+    terminal.print(summary(report.loaders, CONDITION), soft_wrap=True, markup=False)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cart_plugin.checkpoints.files import write_json
-from cart_plugin.compress.servers import Layout, Loader
+from cart_plugin.checkpoints.servers import Loader
+from cart_plugin.compress.servers import Layout
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -184,7 +185,7 @@ class Report:
         return {
             "center": self.center,
             "layout": self.layout,
-            "loaded_by": {loader.name: _loader(loader) for loader in self.loaders},
+            "loaded_by": {loader.name: loader.document() for loader in self.loaders},
             "bytes": self.bytes,
             "share": self.share,
             "models_bytes": self.models_bytes,
@@ -262,13 +263,3 @@ class Report:
 
 def _bytes(count: int, of: int) -> tuple[str, str]:
     return f"{count:,}", f"{count / of:.1%}"
-
-
-def _loader(loader: Loader) -> dict[str, Any]:
-    """For JSON: `loads` is null where that has not been tried."""
-    found: dict[str, Any] = {"loads": loader.loads}
-    if loader.hint:
-        found["with"] = loader.hint
-    if loader.reasons:
-        found["why"] = list(loader.reasons)
-    return found

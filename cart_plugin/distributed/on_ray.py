@@ -106,6 +106,8 @@ def make(
 def _start(ray: Any, workers: Workers) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent home
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what later releases do
+    # Of the lowest priority, as Ray has it, workers stand still beside programs that compute.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     common = {"log_to_driver": workers.logs, "logging_level": "ERROR"}
     try:
         if workers.address is not None:
@@ -164,7 +166,9 @@ class _Crew:
         self._parts = parts
         self._workers = workers
         self._note = note
-        self._waiting = [_Attempt(number, part.memory) for number, part in enumerate(parts)]
+        # The largest first, so that nobody waits for one in the end.
+        order = sorted(range(len(parts)), key=lambda number: -parts[number].bytes)
+        self._waiting = [_Attempt(number, parts[number].memory) for number in order]
         self._running: dict[Any, _Attempt] = {}
         self._begun = time.monotonic()
         self._is_quiet = True  # no worker has begun, and nobody was told

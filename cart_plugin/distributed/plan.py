@@ -35,7 +35,7 @@ from cart_plugin.execution import outlook, tensorwise
 from cart_plugin.execution.inputs import Inputs
 from cart_plugin.execution.tensorwise import SaveUnit
 
-_PIECE = 128_000_000  # bytes of a piece: seconds of work, and a small loss when it is lost
+_PIECE = 64_000_000  # bytes of a piece: seconds of work, and a small loss when it is lost
 
 
 @dataclass(frozen=True)

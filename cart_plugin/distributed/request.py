@@ -114,6 +114,8 @@ def run(
             if isinstance(error, OSError):
                 reason = f"cannot write {out}: {explain(error)}"
             raise CartError(f"{reason}{_left(work)}") from error
+        except KeyboardInterrupt:
+            raise CartError(f"interrupted{_left(work)}") from None
         finally:
             if work.keep:
                 _left(work)

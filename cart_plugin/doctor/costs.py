@@ -17,8 +17,7 @@ from cart_plugin.doctor.findings import Finding, ok, problem, warning
 from cart_plugin.doctor.layout import Recipe, references
 from cart_plugin.doctor.machine import available_memory, size
 from cart_plugin.doctor.merges import Merge
-from cart_plugin.linalg.threads import at_a_time
-from cart_plugin.merging.cart import SIDE_BY_SIDE
+from cart_plugin.linalg.threads import SIDE_BY_SIDE, at_a_time
 from cart_plugin.merging.informed import MOST_INFORMED
 from cart_plugin.merging.tensors import matrix_shape
 
@@ -112,20 +111,22 @@ def peak(merge: Merge, config: Recipe) -> float:
     inputs = len(merge.inputs) * elements * merge_dtype(merge, config).itemsize
     if config.merge_method not in _OURS:
         return (1 + _INPUTS_OTHERS) * inputs + _COPIES_OTHERS * 4 * elements
-    copies = _COPIES_AVERAGED
+    copies: float = _COPIES_AVERAGED
     if merge.is_decomposed:
+        stack, m, n = matrix_shape(merge.planned.name, merge.shape)
         share = merge.rank_share
         few = share is not None and share <= _FEW_DIRECTIONS
         copies = _COPIES_FEW_DIRECTIONS if few else _COPIES_MANY_DIRECTIONS
         if config.merge_method == "cart_auto":
-            stack, m, n = matrix_shape(merge.planned.name, merge.shape)
             rank = min(m, n) if share is None else round(share * min(m, n))
             ranks = min(n, len(merge.inputs) * rank)
             inputs += 4 * stack * _COPIES_SYSTEM * (ranks * (m + n) + ranks**2)
             if merge.takes_base:  # the mean of what the models changed; of four both forms' results
                 copies += 2 if len(merge.counting) == MOST_INFORMED else 1
-        # Small differences are decomposed side by side.
-        copies *= at_a_time(len(merge.inputs), SIDE_BY_SIDE // max(1, elements))
+        # Small differences are decomposed side by side, and so are small matrices of a large one.
+        together = at_a_time(len(merge.inputs), SIDE_BY_SIDE // max(1, elements))
+        within = at_a_time(stack, SIDE_BY_SIDE // max(1, m * n))
+        copies *= max(together, 1 + (within - 1) / stack)
     return inputs + copies * 4 * elements
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cart_plugin.errors import CartError
+from cart_plugin.inspect.orientation import turned_parameters
 from cart_plugin.inspect.report import Report
 from cart_plugin.inspect.state_dicts import records_of
 
@@ -78,13 +79,19 @@ class CartAnalysisAlgorithm(LightningFabricMixin, BaseAlgorithm):
         named = {name: _OnDevice(model, device) for name, model in models.items()}
         # An empty pool is refused below.
         total = len(next(iter(named.values()), ()))
-        records = records_of(named, base=None if base is None else _OnDevice(base, device))
+        modules = [model for model in (*models.values(), base) if isinstance(model, nn.Module)]
+        records = records_of(
+            named,
+            base=None if base is None else _OnDevice(base, device),
+            turned=turned_parameters(modules[0]) if modules else (),
+        )
         report = Report(
             models=dict(zip(named, named, strict=True)),
             base=None if base is None else "_pretrained_",
             merged=None,
             key="",
             of_adapters=False,
+            of_pool=True,
             records=list(tqdm(records, desc="measuring", total=total, dynamic_ncols=True)),
             seconds=time.perf_counter() - started,
         )

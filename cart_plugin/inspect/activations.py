@@ -15,7 +15,8 @@ from torch import Tensor
 
 from cart_plugin.checkpoints import names
 from cart_plugin.checkpoints.headers import read_header
-from cart_plugin.checkpoints.reading import Checkpoint, open_folder
+from cart_plugin.checkpoints.reading import CONFIG, Checkpoint, open_folder
+from cart_plugin.checkpoints.side_files import side_files
 from cart_plugin.checkpoints.writing import TensorFile
 from cart_plugin.errors import CartError, first_line
 from cart_plugin.inspect import watching
@@ -102,6 +103,17 @@ class Subject:
     by_model: bool
     side: Sequence[Path]
 
+    def digest(self) -> str:
+        """Of the files beside the weights that decide what it makes of inputs."""
+        found = hashlib.blake2b(digest_size=16)
+        for folder in dict.fromkeys([self.model, *self.side]):
+            files = side_files(folder) | {CONFIG: folder / CONFIG}
+            for name, file in sorted(files.items()):
+                if file.is_file():
+                    found.update(f"{name} {file.stat().st_size}\n".encode() + file.read_bytes())
+            found.update(b"\n\n")
+        return found.hexdigest()
+
 
 class Activations(NamedTuple):
     """What a model's weights are multiplied by.
@@ -171,7 +183,7 @@ def collect(
             raise CartError(
                 f"{subject.name} cannot be run on {examples.path}: {first_line(error)}"
             ) from None
-    rows = {where: torch.cat(parts)[:_VECTORS] for where, parts in kept.items()}
+    rows = {where: _sample(torch.cat(parts), generator) for where, parts in kept.items()}
     parameters = dict(model.named_parameters())
     held = {}
     for name, place in found.items():
@@ -200,6 +212,13 @@ def collect(
     )
 
 
+def _sample(rows: Tensor, generator: torch.Generator) -> Tensor:
+    """As many as are kept of a layer, of all examples and of all uses of one that is shared."""
+    if len(rows) <= _VECTORS:
+        return rows
+    return rows[torch.randperm(len(rows), generator=generator)[:_VECTORS].sort().values]
+
+
 def _rows(
     kept: Mapping[tuple[str, int | None], Tensor], place: watching.Place, stack: int
 ) -> Tensor | None:
@@ -223,7 +242,19 @@ def _load(subject: Subject) -> tuple[Any, Mapping[str, watching.Place]]:
     checkpoint = open_folder(subject.model, subject.name)
     kind = names.model_class(checkpoint.config, subject.name)
     try:
-        model = kind.from_pretrained(subject.model, dtype="auto", local_files_only=True)
+        model, loading = kind.from_pretrained(
+            subject.model, dtype="auto", local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:
+        raise CartError(f"{subject.name} cannot be loaded: {first_line(error)}") from None
+    if missing := sorted(loading["missing_keys"]):
+        more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
+        raise CartError(
+            f"{subject.name} lacks {missing[0]}{more} of {kind.__name__}, which its config.json "
+            "names, so that it would be run with random weights there; correct `architectures`, or "
+            "save the model with that class"
+        )
+    try:
         if subject.adapter is not None:
             from peft import PeftModel
 

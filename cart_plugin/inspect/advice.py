@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import yaml
@@ -24,6 +24,30 @@ _ALIKE = 0.3  # difference of two models, relative to what they moved: one is ne
 _GAIN = 0.02  # of what is lost: less than that is no reason for another method than the average
 _LITTLE = 0.5  # kept of a model: below, a merge is hardly that model
 _LARGE = 3.0  # how much farther one model moved than the median
+
+
+@dataclass(frozen=True)
+class Hints:
+    """How a tool's users do what advice asks for.
+
+    Attributes:
+        base: name the base model.
+        judge: judge two merges.
+        keep: keep all models.
+    """
+
+    base: str
+    judge: str
+    keep: str
+
+
+_MERGEKIT = Hints("(--base)", "(`mergekit-cart compare`)", "`mergekit-cart compress` keeps each")
+_FUSION_BENCH = Hints(
+    "(_pretrained_ in the pool)",
+    "(with their taskpool)",
+    "`fusion_bench method=cart/indexing` keeps each",
+)
+_METHODS = {AVERAGE: "simple_average", CART: "cart"}  # FusionBench's; others are cart/auto
 
 
 @dataclass(frozen=True)
@@ -49,6 +73,7 @@ def advise(
     base: str | None,
     *,
     of_adapters: bool,
+    of_pool: bool = False,
     weighting: Weighting | None = None,
 ) -> Advice:
     """Choose a method by what it loses: `cart_auto`, unless the average loses as little.
@@ -63,20 +88,25 @@ def advise(
         paths: the models', as they are written.
         base: the base's, if there is one.
         of_adapters: the models are adapters, from which one adapter can be made.
+        of_pool: they are of a pool of FusionBench, whose command is told in place of a recipe.
         weighting: how much each model counts, unless all count alike.
     """
+    hints = _FUSION_BENCH if of_pool else _MERGEKIT
     methods = {name: found for name, found in judged.items() if name != MERGED}
     method = least_loss({name: found.mean_lost for name, found in methods.items()})
     is_low = all(movement.rank is not None for movement in movements)
     reasons = [
-        *_choice(method, methods, len(movements), base, of_adapters=of_adapters),
-        *_others(method, methods, is_low=is_low),
+        *_choice(method, methods, len(movements), base, hints, of_adapters=of_adapters),
+        *_others(method, methods, hints, is_low=is_low),
         *_ranks(movements),
         *_pairs(pairs),
         *_sizes(movements),
     ]
     alone = of_adapters and not any("+" in path for path in paths)
-    if alone:
+    if of_pool:
+        chosen = _METHODS.get(method, "cart/auto")
+        recipe = f"fusion_bench method={chosen}  # and this run's modelpool and taskpool"
+    elif alone:
         recipe = _command(method, paths, weighting)
         reasons += _unlike_tensors(weighting)
     else:
@@ -90,8 +120,12 @@ def least_loss(lost: Mapping[str, float]) -> str:
     Args:
         lost: by method, what it loses of the models' own answers, the mean over models.
     """
-    method = next((name for name in (AUTO_WITH_BASE, AUTO, CART) if name in lost), AVERAGE)
+    method = _preferred(lost)
     return method if lost and lost[AVERAGE] - lost[method] >= _GAIN else AVERAGE
+
+
+def _preferred(methods: Collection[str]) -> str:
+    return next((name for name in (AUTO_WITH_BASE, AUTO, CART) if name in methods), AVERAGE)
 
 
 def _choice(
@@ -99,16 +133,19 @@ def _choice(
     methods: Mapping[str, Judgement],
     count: int,
     base: str | None,
+    hints: Hints,
     *,
     of_adapters: bool,
 ) -> Iterator[str]:
     if not methods:
-        yield "none of the weights is one that methods decompose: all of them average"
+        yield "none of the weights that moved is one that methods decompose: all of them average"
         return
     found, average = methods[method], methods[AVERAGE]
     if method == AVERAGE:
         kept = f", which keeps {average.mean_kept:.0%}" if base is not None or of_adapters else ""
-        yield f"no method loses clearly less than the average{kept}"
+        ahead = _ahead(method, methods)
+        who = f"{title(_preferred(methods))} does not lose" if ahead else "no method loses"
+        yield f"{who} clearly less than the average{kept}"
     else:
         what = "what sets the models apart" if base is None and not of_adapters else "the changes"
         yield (
@@ -120,7 +157,7 @@ def _choice(
         yield "a weight is below 0, which cart_auto does not take: it is left out"
     elif base is None and not of_adapters and count <= MOST_INFORMED:
         yield (
-            f"with the base model (--base) up to {MOST_INFORMED} models can be merged by "
+            f"with the base model {hints.base} up to {MOST_INFORMED} models can be merged by "
             "cart_auto with it, which loses less"
         )
         if count == 2:
@@ -129,29 +166,35 @@ def _choice(
         yield f"of more than {MOST_INFORMED} models cart_auto leaves the base model out"
     # Around their average it keeps nothing of any models.
     says_little = base is None and not of_adapters and method == AVERAGE
-    if not says_little and (found.mean_kept < _LITTLE or min(found.kept) < _LITTLE / 2):
+    if not says_little and (found.mean_kept < _LITTLE or found.least_kept < _LITTLE / 2):
         yield (
-            "no merge keeps most of all models: `mergekit-cart compress` keeps each of them, as "
-            "one base and small adapters"
+            f"no merge keeps most of all models: {hints.keep} of them, as one base and small "
+            "differences"
         )
 
 
-def _others(method: str, methods: Mapping[str, Judgement], *, is_low: bool) -> Iterator[str]:
+def _others(
+    method: str, methods: Mapping[str, Judgement], hints: Hints, *, is_low: bool
+) -> Iterator[str]:
     """What the measure has ahead of the choice."""
-    ahead = [
-        name
-        for name in methods
-        if methods[name].mean_lost < methods[method].mean_lost - _GAIN and name != method
-    ]
-    if not ahead or method == AVERAGE:
+    ahead = _ahead(method, methods)
+    if not ahead:
         return
     best = min(ahead, key=lambda name: methods[name].mean_lost)
     yield f"{title(best)} loses less by this measure ({methods[best].mean_lost:.0%})" + (
         ", but the rows of LoRA are drawn at random and tell little of the inputs: judge both "
-        "(`mergekit-cart compare`)"
+        f"{hints.judge}"
         if is_low
-        else ": judge both (`mergekit-cart compare`)"
+        else f": judge both {hints.judge}"
     )
+
+
+def _ahead(method: str, methods: Mapping[str, Judgement]) -> list[str]:
+    """The methods that lose clearly less than one."""
+    if not methods:
+        return []
+    own = methods[method].mean_lost
+    return [name for name, found in methods.items() if found.mean_lost <= own - _GAIN]
 
 
 def _ranks(movements: Sequence[Movement]) -> Iterator[str]:

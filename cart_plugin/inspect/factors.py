@@ -12,6 +12,7 @@ from cart_plugin.adapters.agreement import Plan, agree, lacking_notes
 from cart_plugin.adapters.inputs import find, open_adapters
 from cart_plugin.checkpoints import adapters as tensors
 from cart_plugin.checkpoints.digests import digest
+from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.errors import CartError
 from cart_plugin.inspect.activations import Subject
 from cart_plugin.inspect.sources import cached, open_model
@@ -56,7 +57,8 @@ class Adapters:
         self.notes = list(lacking_notes(own))
         if own.whole:
             self.notes.append(
-                f"{len(own.whole):,} tensors that the adapters hold whole, such as {own.whole[0]}: "
+                f"{len(own.whole):,} tensors that the adapters hold whole, such as "
+                f"{next(iter(own.whole.values()))}: "
                 "left out, since the base's are not compared"
             )
         self._base = None
@@ -67,10 +69,17 @@ class Adapters:
                 f"the base {base} is not here: how large its weights are, of which the adapters "
                 "moved a share, is not known"
             )
+        if own.has_bias:
+            self.notes.append(
+                "biases that the adapters add (lora_bias) are left out: weights alone are measured"
+            )
         self._modules = {
             f"{tensors.plain_name(module)}.weight": module for module in self.plan.shapes
         }
         self.weights = list(self._modules)
+        self._stored: dict[str, str] = {}
+        if self._base is not None:
+            self._find(self._base)
         held = [] if self._base is None else [*self._base.tensors]
         self.every = list(dict.fromkeys([*self.weights, *held]))
 
@@ -107,18 +116,38 @@ class Adapters:
         """What adapters hold is the difference from it, wherever it is."""
         return True
 
+    def _find(self, base: Checkpoint) -> None:
+        """Find the weights in the base, by their names or such as end in them.
+
+        Raises:
+            CartError: one is there in another shape: it is another base.
+        """
+        for name, module in self._modules.items():
+            held = [name] if name in base.tensors else _ending(base, name)
+            fitting = [own for own in held if _fits(base.tensors[own].shape, self.plan, module)]
+            if held and not fitting:
+                raise CartError(
+                    f"the base {self.start} is not that of the adapters: {held[0]} is "
+                    f"{base.tensors[held[0]].shape} there, and they change "
+                    f"{self.plan.shapes[module]}; name the base that they were trained on"
+                )
+            if len(fitting) == 1:
+                self._stored[name] = fitting[0]
+        lacking = [name for name in self.weights if name not in self._stored]
+        if lacking:
+            self.notes.append(
+                f"{len(lacking):,} of {len(self.weights):,} weights that the adapters change, such "
+                f"as {lacking[0]}, are not told apart by their names in the base {self.start}: how "
+                "large its weights are, of which the adapters moved a share, is not known"
+            )
+
     def _norm(self, name: str) -> Tensor | None:
         """The squared norm of the base's weight; None where it is not known."""
-        if self._base is None:
-            return None
-        held = [name, *(own for own in self._base.tensors if own.endswith(f".{name}"))]
-        found = next((own for own in held if own in self._base.tensors), None)
-        if found is None:
+        found = self._stored.get(name)
+        if self._base is None or found is None:
             return None
         weight = self._base.read(found)
-        flat = (
-            weight.reshape(1, 1, -1) if weight.ndim < 2 else weight.reshape(1, weight.shape[0], -1)
-        )
+        flat = weight.reshape(1, weight.shape[0], -1)
         norm = float(total_energy(flat.float())[0])
         if not math.isfinite(norm):
             raise CartError(f"the base model: tensor {found!r} holds NaN or infinite values")
@@ -150,3 +179,15 @@ class Adapters:
             str(self._merged is not None),
             "" if self._base is None else digest(self._base),
         ]
+
+
+def _ending(base: Checkpoint, name: str) -> list[str]:
+    return [own for own in base.tensors if own.endswith(f".{name}")]
+
+
+def _fits(shape: Sequence[int], plan: Plan, module: str) -> bool:
+    """Whether a base's weight may be one that is changed, however it is turned."""
+    own = plan.shapes[module]
+    if own.stack > 1:
+        return math.prod(shape) == own.stack * own.m * own.n
+    return len(shape) > 1 and sorted((shape[0], math.prod(shape[1:]))) == sorted((own.m, own.n))

@@ -64,7 +64,7 @@ class Fused(Checkpoint):
         self._turned = {
             path for path, module in model.named_modules() if isinstance(module, Conv1D)
         }
-        for whole in self.adapter.whole:
+        for whole in self.adapter.whole.values():
             self.tensors[self._stored(plain_name(whole))] = self.adapter.checkpoint.tensors[whole]
         self._places: dict[str, _Place] = {}
         self._biases: dict[str, _Place] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cart_plugin.inspect.inputs import Heard, Inputs
+from cart_plugin.inspect.places import Place, place
 from cart_plugin.inspect.weights import Differences, Plain, Weight, leading
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.rounding import edge_within
@@ -24,7 +24,7 @@ from cart_plugin.merging.interference import (
 )
 from cart_plugin.merging.span_measures import Answers, answers, overlaps
 
-REVISION = 2
+REVISION = 3
 """Raised when the records of the same models come to be others."""
 
 RATIOS = (0.01, 0.02, 0.04, 0.08, 0.12, 0.16)
@@ -34,23 +34,14 @@ _SPECTRUM = 48  # singular values a model that are drawn
 _EXACT = 1e-5  # of the largest singular value: what fp32 factors of fp32 products are sure of
 _EDGES = 2.0  # rounding's largest singular value, times this, is no rounding
 
-_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
-_NUMBER = re.compile(r"\.\d+(?=\.)")
-
 Record = dict[str, Any]
 
 
-def place(name: str) -> tuple[int | None, str]:
-    """The layer and the kind of module that a tensor's name says, such as 3 and mlp.down_proj."""
-    found = _LAYER.search(name)
-    own = name.removesuffix(".weight")
-    if found is None:
-        return None, own
-    return int(found[1]), _NUMBER.sub("", own[found.end() :]) or "weight"
-
-
 def record(
-    weight: Weight | Plain, models: Sequence[str], inputs: Mapping[int, Inputs] | None = None
+    weight: Weight | Plain,
+    models: Sequence[str],
+    inputs: Mapping[int, Inputs] | None = None,
+    where: Place | None = None,
 ) -> Record:
     """All that is measured of a weight.
 
@@ -58,13 +49,15 @@ def record(
         weight: of T models.
         models: their names.
         inputs: activations of some of them, by number; None where none are measured.
+        where: the weight is in the model; what its own name says if None.
 
     Returns:
         Plain numbers, lists in the order of the models, and None for what is not known.
     """
     with torch.no_grad():
         found: Record = _rounded(_record(weight, models, inputs))
-    return found
+    own = where or place(weight.name)
+    return {"tensor": weight.name, **own._asdict(), **found}
 
 
 def _rounded(value: Any) -> Any:
@@ -79,13 +72,9 @@ def _rounded(value: Any) -> Any:
 def _record(
     weight: Weight | Plain, models: Sequence[str], inputs: Mapping[int, Inputs] | None
 ) -> Record:
-    layer, module = place(weight.name)
     inner = weight.inner if isinstance(weight, Plain) else weight.around.inner
     moved = inner.diagonal().clamp_min(0).sqrt()
     found: Record = {
-        "tensor": weight.name,
-        "layer": layer,
-        "module": module,
         "shape": list(weight.shape),
         "decomposed": isinstance(weight, Weight),
         "norm": None if weight.norms is None else weight.norms.sqrt().tolist(),
@@ -234,7 +223,11 @@ def _energies(found: Differences, m: int, n: int) -> list[float | None]:
 
 
 def _curves(found: Differences, ranks: Sequence[int]) -> Record:
-    """R(k) as a share of the squared norms, and I(k) as a share of what equal models have."""
+    """R(k) as a share of the squared norms, and I(k) as the mean over the pairs of models.
+
+    A pair's is at most 1, of equal differences of one direction; equal ones of k directions of one
+    strength have ``1 / sqrt(k)``.
+    """
     total = float(found.energies.sum())
     pairs = max(len(found.parts) * (len(found.parts) - 1), 1)
     left = reconstruction_errors(found.parts, found.energies, ranks)

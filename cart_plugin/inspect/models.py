@@ -37,7 +37,9 @@ def open_models(
         raise CartError(
             f"inspect compares two models or more, got {len(named)}; name the others, too"
         )
-    _check_places(named)
+    result = None if merged is None else Named.parse(merged)
+    start = _start([*named, *([] if result is None else [result])], base)
+    _check_places(named, start)
     adapters = [model.adapter for model in named if model.adapter is not None]
     paths = adapters if len(adapters) == len(named) else [str(model) for model in named]
     chosen = list(names) if names is not None else told_apart(paths)
@@ -48,8 +50,6 @@ def open_models(
     for name in chosen:
         if chosen.count(name) > 1:
             raise CartError(f"two models are called {name!r}; name each once, or give names")
-    result = None if merged is None else Named.parse(merged)
-    start = _start([*named, *([] if result is None else [result])], base)
     one_base = all(_is(model.path, start) for model in named if model.path is not None)
     is_adapter = result is None or (
         result.adapter is not None and (result.path is None or _is(result.path, start))
@@ -70,15 +70,16 @@ def open_models(
     )
 
 
-def _check_places(named: Sequence[Named]) -> None:
-    """Refuse one model under two paths.
+def _check_places(named: Sequence[Named], start: str | None) -> None:
+    """Refuse one model under two paths; an adapter alone is one of the base ``start``.
 
     Raises:
         CartError: it would count twice.
     """
     seen: dict[tuple[str | None, str | None], Named] = {}
     for model in named:
-        place = (_place(model.path), _place(model.adapter))
+        path = start if model.path is None else model.path
+        place = (_place(path), _place(model.adapter))
         other = seen.setdefault(place, model)
         if other is not model:
             raise CartError(

@@ -39,6 +39,7 @@ class Report:
         records: one a weight, in the models' order.
         notes: what a user has to know.
         weighting: how much each model counts in merges; None for alike.
+        of_pool: the models are those of a pool of FusionBench.
         seconds: of the work.
     """
 
@@ -50,6 +51,7 @@ class Report:
     records: Sequence[Record]
     notes: list[str] = field(default_factory=list)
     weighting: Weighting | None = None
+    of_pool: bool = False
     seconds: float = 0.0
 
     @property
@@ -81,7 +83,7 @@ class Report:
         return summary.judgements(self.records, kind)
 
     def worst(self) -> tuple[str, list[summary.Worst]]:
-        """The method that is looked at, and the weights that it keeps least of.
+        """The method that is looked at, and the weights in which it loses most.
 
         The merged model if there is one, else the recommended method.
         """
@@ -97,6 +99,7 @@ class Report:
             list(self.models.values()),
             self.base,
             of_adapters=self.of_adapters,
+            of_pool=self.of_pool,
             weighting=self.weighting if self.weights() else None,
         )
 
@@ -176,10 +179,13 @@ class Report:
         method, losses = self.worst()
         if losses:
             yield (
-                f"least kept by {summary.title(method)}",
-                ["of", "kept", "lost"],
+                f"most lost by {summary.title(method)}",
+                ["of", "kept", "lost", "adds"],
                 [
-                    [entry.tensor, entry.model, _signed(entry.kept), f"{entry.lost:.0%}"]
+                    [
+                        *(entry.tensor, entry.model, _signed(entry.kept)),
+                        *(f"{entry.lost:.0%}", f"{entry.adds:.1%}"),
+                    ]
                     for entry in losses[: _ON_PAGE if on_page else _WORST]
                 ],
             )
@@ -221,9 +227,9 @@ class Report:
 
         def cells(found: summary.Judgement) -> list[str]:
             if not narrow:
-                return [_signed(share) for share in found.kept]
-            least, name = min(zip(found.kept, self.names, strict=True))
-            return [_signed(found.mean_kept), _signed(least), name]
+                return ["-" if share is None else _signed(share) for share in found.kept]
+            name = self.names[found.kept.index(found.least_kept)]
+            return [_signed(found.mean_kept), _signed(found.least_kept), name]
 
         return (
             words,
@@ -240,11 +246,12 @@ class Report:
         relative = "relative to the weights" if known else "its norm (with --base: of the weights')"
         found = [
             f"moved: the difference from {self.centre}, {relative}; rank: of all "
-            "changes where that is low, else (~) of as many equally strong directions; in 8 %: "
-            "share of the squared difference that the default rank keeps",
+            "changes where that is low, else (~) of as many equally strong directions at most; "
+            "in 8 %: share of the squared difference that the default rank keeps",
             "kept: share of a model's own answer, on the inputs that its own difference points "
             "at, that is in the merge's; lost: what the merge answers otherwise, squared, relative "
-            "to the model's own answer",
+            "to the model's own answer (that of its difference); adds: what a weight adds to what "
+            "the model loses",
         ]
         if self.base is None and not self.of_adapters:
             found.append(

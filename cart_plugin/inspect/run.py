@@ -9,8 +9,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+import torch
 
 from cart_plugin import linalg, merging
 from cart_plugin.errors import CartError
@@ -19,6 +22,7 @@ from cart_plugin.inspect.inputs import Inputs
 from cart_plugin.inspect.journal import Journal
 from cart_plugin.inspect.measures import REVISION, Record, record
 from cart_plugin.inspect.models import open_models
+from cart_plugin.inspect.places import places
 from cart_plugin.inspect.report import Report
 from cart_plugin.inspect.sources import Named, Source
 from cart_plugin.inspect.summary import unmeasured
@@ -48,7 +52,8 @@ def inspect_models(
     """Measure what fine-tuning did to the weights of models, and what a merge will lose of it.
 
     A tensor at a time is in memory, of all models, or a few small ones: as many as torch has
-    threads. Of adapters the factors are, and no matrix of a weight's size is formed.
+    threads. Of adapters the factors are; with their base on the disk a weight of it is, for its
+    norm.
 
     Args:
         models: two or more: folders of whole models (or safetensors files), or of PEFT adapters,
@@ -86,7 +91,8 @@ def inspect_models(
     shares = None
     if weighting is not None:
         shares = weighting.checked(source.weights, len(named), source.every)
-    key = _key(source, examples, shares)
+    subjects = source.runnable() if examples else []
+    key = _key(source, subjects, examples, shares)
     with (
         nullcontext() if out is None else Journal(Path(out), key) as journal,
         TemporaryDirectory(prefix="mergekit-cart-inspect-") as scratch,
@@ -94,13 +100,13 @@ def inspect_models(
         records: dict[str, Record] = {} if journal is None else journal.records
         heard: list[activations.Activations] = []
         if examples and any(name not in records for name in source.weights):
-            subjects = source.runnable()
             for index, (subject, own) in enumerate(zip(subjects, examples, strict=True)):
                 file = Path(scratch) / f"{index}.safetensors"
                 step = f"running {subject.name}"
                 heard.append(activations.collect(subject, own, file, partial(tell, step)))
         todo = [name for name in source.weights if name not in records]
-        for found in _measured(source, todo, shares, heard):
+        held = len(named) + sum(other is not None for other in (source.start, merged))
+        for found in _measured(source, todo, shares, heard, held):
             if journal is None:
                 records[found["tensor"]] = found
             else:
@@ -145,19 +151,30 @@ def _measured(
     names: Sequence[str],
     shares: Mapping[str, Sequence[float]] | None,
     heard: Sequence[activations.Activations],
+    held: int,
 ) -> Iterator[Record]:
-    """Records of weights in their order; small ones are measured side by side."""
+    """Records of weights in their order; small ones are measured side by side.
+
+    Args:
+        source: of the models.
+        names: of the weights.
+        shares: how much each model counts, by weight; None for alike.
+        heard: what the models multiply them by.
+        held: the number of models, the base and a merged one among them, whose weights are read.
+    """
+    where = places(source.weights)
 
     def one(name: str) -> Record:
         weight = source.read(name, None if shares is None else shares[name])
-        return record(weight, source.models, _inputs(weight, heard))
+        return record(weight, source.models, _inputs(weight, heard), where[name])
 
     def at_once(name: str) -> int:
-        return _AT_ONCE // (len(source.models) * max(1, source.size(name)))
+        return _AT_ONCE // (held * max(1, source.size(name)))
 
     for is_small, group in itertools.groupby(names, key=lambda name: at_once(name) > 1):
-        held = list(group)
-        yield from side_by_side(one, held, min(map(at_once, held)) if is_small else 1)
+        own = list(group)
+        most, threads = (min(map(at_once, own)), 1) if is_small else (1, torch.get_num_threads())
+        yield from side_by_side(one, own, most, threads)
 
 
 def _inputs(
@@ -172,6 +189,7 @@ def _inputs(
 
 def _key(
     source: Source,
+    subjects: Sequence[activations.Subject],
     examples: Sequence[activations.Examples],
     shares: Mapping[str, Sequence[float]] | None,
 ) -> str:
@@ -179,6 +197,8 @@ def _key(
     parts: list[object] = [REVISION, linalg.REVISION, merging.REVISION]
     parts += [source.models, source.identity(), [own.digest() for own in examples]]
     parts.append(shares)
+    if subjects:  # what they make of the examples is transformers' doing, too
+        parts += [version("transformers"), [subject.digest() for subject in subjects]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from cart_plugin.errors import CartError
 from cart_plugin.inspect.measures import Record, record
+from cart_plugin.inspect.orientation import as_multiplied
+from cart_plugin.inspect.places import places
 from cart_plugin.inspect.weights import of_tensors
 from cart_plugin.merging.inputs import check_same_tensors
 
@@ -19,6 +21,7 @@ def inspect_state_dicts(
     base: Mapping[str, Tensor] | None = None,
     merged: Mapping[str, Tensor] | None = None,
     weights: Sequence[float] | None = None,
+    turned: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """What fine-tuning did to the weights, and what each merge method would lose of it.
 
@@ -28,6 +31,8 @@ def inspect_state_dicts(
         base: the base model's; differences are from the average without one.
         merged: of a merged model, which is judged beside the methods.
         weights: how much each model counts in merges, in their order; None for alike.
+        turned: names of the weights that are stored as (inputs, outputs), such as GPT-2's
+            (`cart_plugin.inspect.turned_parameters` tells them of a model).
 
     Returns:
         A row for each weight that methods decompose and each model, as `rows_of` has them: what
@@ -42,7 +47,7 @@ def inspect_state_dicts(
         if isinstance(state_dicts, Mapping)
         else {str(index): held for index, held in enumerate(state_dicts)}
     )
-    records = records_of(named, base=base, merged=merged, weights=weights)
+    records = records_of(named, base=base, merged=merged, weights=weights, turned=turned)
     return [row for found in records for row in rows_of(found, list(named))]
 
 
@@ -52,6 +57,7 @@ def records_of(
     base: Mapping[str, Tensor] | None = None,
     merged: Mapping[str, Tensor] | None = None,
     weights: Sequence[float] | None = None,
+    turned: Collection[str] = (),
 ) -> Iterator[Record]:
     """Records of all floating-point tensors, one after the other; see `inspect_state_dicts`.
 
@@ -69,6 +75,7 @@ def records_of(
                 f"{who} lacks {len(missing)} tensors that the models have, such as {missing[0]}; "
                 "give the one that they were made from"
             )
+    where = places(list(named[models[0]]))
     for name in named[models[0]]:
         tensors = [named[model][name] for model in models]
         if not all(tensor.is_floating_point() for tensor in tensors):
@@ -81,7 +88,8 @@ def records_of(
             None if merged is None else merged[name],
             weights,
         )
-        yield record(weight, models)
+        weight = as_multiplied(weight) if name in turned else weight
+        yield record(weight, models, where=where[name])
 
 
 def rows_of(found: Record, models: Sequence[str]) -> list[dict[str, Any]]:
@@ -89,8 +97,9 @@ def rows_of(found: Record, models: Sequence[str]) -> list[dict[str, Any]]:
 
     `weight` is how much the model counts in merges, 1 on average. `moved` is the norm of the
     difference from the base (or the average), `moved_share` relative to the weight. `rank` has the
-    directions that no rounding explains, `numerical_rank` those that hold 99 %; None for more than
-    were solved for. `row_overlap` and `cosine` are the largest with another model. `kept METHOD`
+    directions of that difference that no rounding explains (from the average, the other models'
+    are among them), `numerical_rank` those that hold 99 %; None for more than were solved for.
+    `row_overlap` and `cosine` are the largest with another model. `kept METHOD`
     and `lost METHOD` are shares of the model's own answer on the inputs that its difference points
     at: 1 and 0 for all of it.
     """

@@ -13,6 +13,7 @@ from cart_plugin.inspect.weights import AUTO, AUTO_WITH_BASE, TASK_ARITHMETIC
 _LOW_RANK = 0.25  # share of the full rank: a change of more is none of LoRA
 _MOST = 0.9  # share of the weights that a statement about all of them has to hold for
 _EQUAL = 1e-6  # of weights, 1 on average
+_STILL = 1e-12  # of the squared weights: fp32 means of equal weights are not quite these
 _OUTSTANDING = 1.3 / 3  # share of a third of the layers that is told
 
 
@@ -26,8 +27,9 @@ class Movement:
         share: relative to its weights; None if these are not known.
         modules: share of the squared norm by kind of module, largest first.
         depths: share of it in the first, middle and last third of the layers; none if it has fewer
-            than three.
-        rank: the rank of all its changes, where it is low; None for others.
+            than three, or several stacks of them.
+        rank: the rank of all its changes of the base, where it is low; None for others, and without
+            a base: differences from the average are of all models' ranks together.
         effective_rank: mean over the decomposed weights, weighted by how far each moved.
         energy: share of the squared norm that the default rank keeps.
     """
@@ -66,32 +68,56 @@ class Judgement:
     """What a method keeps of each model on the inputs that its own difference points at.
 
     Attributes:
-        kept: share of the model's own answer in the merge's, one a model.
-        lost: squared norm of what the merge answers otherwise, relative to its own answer.
+        kept: share of the model's own answer in the merge's, one a model; None for one that did not
+            move, or was not measured. At least one is known.
+        lost: the same of the squared norm of what the merge answers otherwise, relative to its own
+            answer.
     """
 
-    kept: Sequence[float]
-    lost: Sequence[float]
+    kept: Sequence[float | None]
+    lost: Sequence[float | None]
+
+    @property
+    def least_kept(self) -> float:
+        """By the models that moved."""
+        return min(_known(self.kept))
 
     @property
     def mean_kept(self) -> float:
-        """Over the models."""
-        return math.fsum(self.kept) / len(self.kept)
+        """Over the models that moved."""
+        return _plain_mean(_known(self.kept))
 
     @property
     def mean_lost(self) -> float:
-        """Over the models."""
-        return math.fsum(self.lost) / len(self.lost)
+        """Over the models that moved."""
+        return _plain_mean(_known(self.lost))
+
+
+def _known(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def _plain_mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
 
 
 @dataclass(frozen=True)
 class Worst:
-    """A weight of which a merge keeps little of a model."""
+    """A weight in which a merge loses much of a model.
+
+    Attributes:
+        tensor: its name.
+        model: the model's.
+        kept: share of the model's own answer of this weight.
+        lost: the same of what the merge answers otherwise.
+        adds: what of the model's `lost` (of `Judgement`) is this weight's: they sum to it.
+    """
 
     tensor: str
     model: str
     kept: float
     lost: float
+    adds: float
 
 
 def decomposed(records: Iterable[Record]) -> list[Record]:
@@ -111,7 +137,8 @@ def _movement(records: Sequence[Record], index: int, model: str) -> Movement:
     size = math.fsum(norm[index] ** 2 for norm in known)
     by_module: dict[str, float] = defaultdict(float)
     layers = [record["layer"] for record in records if record["layer"] is not None]
-    count = max(layers, default=-1) + 1
+    is_one = all(record["stack"] is None for record in records)
+    count = max(layers, default=-1) + 1 if is_one else 0
     thirds = [0.0, 0.0, 0.0]
     for record, square in zip(records, squares, strict=True):
         by_module[record["module"]] += square
@@ -134,7 +161,9 @@ def _movement(records: Sequence[Record], index: int, model: str) -> Movement:
 
 
 def _low_rank(matrices: Sequence[Record], index: int) -> int | None:
-    """The rank that nearly all changes stay within, if it is low."""
+    """The rank that nearly all changes of a base stay within, if it is low."""
+    if any(record["from_base"] is None for record in matrices):
+        return None
     ranks = sorted(
         math.inf if record["rank"][index] is None else record["rank"][index]
         for record in matrices
@@ -190,7 +219,8 @@ def _overlap(records: Sequence[Record], key: str, i: int, j: int) -> float:
 def judgements(records: Sequence[Record], kind: str | None = None) -> dict[str, Judgement]:
     """By method, over all weights: each counts as much as its own answer is large.
 
-    Methods that can merge all of them: `cart_auto` takes no negative weights.
+    Methods that can merge all of them: `cart_auto` takes no negative weights. None where no model
+    moved a weight.
 
     Args:
         records: of all weights.
@@ -214,10 +244,11 @@ def judgements(records: Sequence[Record], kind: str | None = None) -> dict[str, 
                     beside[index] += size * judged["lost"][index]
     return {
         method: Judgement(
-            [a / o if o else 1.0 for a, o in zip(along, own, strict=True)],
-            [b / o if o else 0.0 for b, o in zip(beside, own, strict=True)],
+            [a / o if o else None for a, o in zip(along, own, strict=True)],
+            [b / o if o else None for b, o in zip(beside, own, strict=True)],
         )
         for method, (own, along, beside) in sums.items()
+        if any(own)
     }
 
 
@@ -254,20 +285,25 @@ def weights(records: Sequence[Record], models: Sequence[str]) -> dict[str, tuple
 
 
 def worst(records: Sequence[Record], models: Sequence[str], method: str) -> list[Worst]:
-    """The weights and models that lose most by a method, the worst first."""
+    """The weights and models that lose most by a method, the worst first.
+
+    By how much they add to what a model loses: of a weight that hardly moved little is at stake.
+    """
     found = list(_losses(records, models, method))
-    return sorted(found, key=lambda entry: -entry.lost)
+    return sorted(found, key=lambda entry: -entry.adds)
 
 
 def _losses(records: Sequence[Record], models: Sequence[str], method: str) -> Iterator[Worst]:
     matrices = decomposed(records)
     if method not in methods_of(matrices):
         return
-    for record in matrices:
-        entry = entry_of(record, method)
-        for index, model in enumerate(models):
-            if entry["own"][index]:
-                yield Worst(record["tensor"], model, entry["kept"][index], entry["lost"][index])
+    entries = [(record["tensor"], entry_of(record, method)) for record in matrices]
+    for index, model in enumerate(models):
+        total = math.fsum(entry["own"][index] for _, entry in entries)
+        for name, entry in entries:
+            if own := entry["own"][index]:
+                kept, lost = entry["kept"][index], entry["lost"][index]
+                yield Worst(name, model, kept, lost, lost * own / total)
 
 
 def unmeasured(records: Iterable[Record]) -> Iterator[str]:
@@ -296,6 +332,8 @@ def _some(names: Sequence[str]) -> str:
 def curves(records: Sequence[Record], kind: str) -> dict[str, list[float]] | None:
     """R and I at the shares of rank `RATIOS`: means over the weights, which have other ranks.
 
+    Those that no model moved have no curves.
+
     Args:
         records: of all weights.
         kind: "centred" or "from_base".
@@ -303,7 +341,8 @@ def curves(records: Sequence[Record], kind: str) -> dict[str, list[float]] | Non
     Returns:
         None without a base.
     """
-    found = [(record, record[kind]) for record in decomposed(records) if record[kind] is not None]
+    held = [(record, record[kind]) for record in decomposed(records) if record[kind] is not None]
+    found = [(record, entry) for record, entry in held if entry["energy"] > _least(record)]
     if not found:
         return None
     result: dict[str, list[float]] = {}
@@ -317,6 +356,11 @@ def curves(records: Sequence[Record], kind: str) -> dict[str, list[float]] | Non
             for ratio in RATIOS
         ]
     return result
+
+
+def _least(record: Record) -> float:
+    """What squared differences from an average have of rounding, where models are equal."""
+    return _STILL * math.fsum(norm**2 for norm in record["norm"] or ())
 
 
 def where(movement: Movement) -> str:

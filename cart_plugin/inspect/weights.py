@@ -8,6 +8,7 @@ relative to a centre: the base model where it is known, else the average.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -41,9 +42,10 @@ SCALE = 0.3
 
 _CHUNK = 2**16  # numbers: their copies in fp64 stay in the cache
 _AUTO = CartSettings(lambda_="auto", center="average")
-# From this side on differences from the average are sketched, as those from a base are: that moves
-# R by a thousandth at most (Llama-shaped models), and halves the time. Smaller ones are solved.
+# From this side on differences from the average are sketched, as those from a base are, in half the
+# time. Of a sketch the last directions are the poorest: a quarter more are asked for.
 _SKETCHED = 512
+_MARGIN = 1.25
 _INFORMED = CartSettings(lambda_="auto")
 
 
@@ -71,7 +73,7 @@ class Weight:
 
     Attributes:
         name: of the tensor.
-        shape: as matrices, ``(stack, m, n)``.
+        shape: as matrices that are stored, ``(stack, m, n)``.
         shares: how much each model counts, which sums to 1.
         norms: of the models' weights, squared, ``(T,)``; None if they are not known.
         from_base: differences from the base; None without one.
@@ -238,7 +240,11 @@ def _differences(
     exact: Mapping[int, Difference],
 ) -> Differences:
     parts, energies = [], []
-    svd = "sketch" if min(shape[1:]) >= _SKETCHED else settings.solver
+    svd, rule = settings.solver, settings.rule
+    if min(shape[1:]) >= _SKETCHED:
+        # From a base `cart_auto` takes more of them than anything is said of, anyway.
+        svd, rank = "sketch", _rank(settings, shape)
+        rule = RankRule(rank=max(rank, math.ceil(_MARGIN * _rank(_AUTO, shape))))
     for index, tensor in enumerate(tensors):
         if index in exact:
             left, right = (one.to(centre) for one in exact[index])
@@ -248,7 +254,7 @@ def _differences(
             continue
         delta = (tensor - centre).reshape(shape)
         seed = tensor_seed(settings.seed, name)
-        parts.append(truncated_svd(delta, settings.rule, svd=svd, seed=seed))
+        parts.append(truncated_svd(delta, rule, svd=svd, seed=seed))
         energies.append(total_energy(delta).cpu())
     return Differences(parts, torch.stack(energies), torch.stack(list(rounding)), inner)
 
@@ -261,7 +267,7 @@ def _merges(
     Args:
         offset: the average less the base, ``(stack, m, n)``; zero without one.
         shares: of the models.
-        centred: of the rank that `cart_auto` keeps; `cart` keeps fewer.
+        centred: of the rank that `cart_auto` keeps, or more; `cart` keeps fewer.
         from_base: of the rank that it keeps with a base model, or more.
     """
     count = len(shares)
@@ -275,7 +281,8 @@ def _merges(
         return
 
     def disturbing_least() -> Tensor:
-        parts = ((centred.parts[index], weight) for index, weight in counting)
+        rank = _rank(_AUTO, offset.shape)
+        parts = ((leading(centred.parts[index], rank), weight) for index, weight in counting)
         return least_interference(parts).to(offset.device)
 
     others = functools.cache(disturbing_least)
@@ -290,7 +297,7 @@ def _changes(
     offset: Tensor, counting: Iterable[tuple[int, float]], from_base: Differences
 ) -> Iterator[Change]:
     """What `cart_auto` takes of the changes: of those that are factors perhaps not all."""
-    rank = _INFORMED.informed.rule.fixed_rank(*offset.shape[1:]) or 0
+    rank = _rank(_INFORMED.informed, offset.shape)
     for index, weight in counting:
         part = from_base.parts[index]
         energy = from_base.energies[index].to(part.S.device)
@@ -301,7 +308,7 @@ def _changes(
 def _cart(offset: Tensor, counting: Iterable[tuple[int, float]], centred: Differences) -> Tensor:
     """What `cart` adds, at its defaults, from parts that hold more."""
     total = offset.clone()
-    rank = CartSettings().rule.fixed_rank(*offset.shape[1:]) or 0
+    rank = _rank(CartSettings(), offset.shape)
     for index, weight in counting:
         first = leading(centred.parts[index], rank)
         energy, rounding = (
@@ -309,6 +316,11 @@ def _cart(offset: Tensor, counting: Iterable[tuple[int, float]], centred: Differ
         )
         share_of_rank(first, energy, rounding).add_to_(total, weight)
     return total
+
+
+def _rank(settings: CartSettings, shape: Sequence[int]) -> int:
+    """The fixed rank of settings, of matrices ``(stack, m, n)``."""
+    return settings.rule.fixed_rank(*shape[1:]) or 0
 
 
 def leading(part: LowRank, rank: int) -> LowRank:

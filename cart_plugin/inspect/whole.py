@@ -13,7 +13,8 @@ from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.errors import CartError
 from cart_plugin.inspect.activations import Subject
 from cart_plugin.inspect.fused import Fused
-from cart_plugin.inspect.measures import place
+from cart_plugin.inspect.orientation import as_multiplied, turned_weights
+from cart_plugin.inspect.places import place
 from cart_plugin.inspect.weights import Plain, Weight, of_tensors
 from cart_plugin.merging.spans import Difference
 
@@ -49,10 +50,11 @@ class Whole:
                 "saved with different classes"
             )
         self.every = list(first.tensors)
-        floating = [name for name, info in first.tensors.items() if info.is_floating]
         self.weights, lacking, unlike = [], [], []
-        for name in floating:
+        for name in dict.fromkeys(name for model in self.checkpoints for name in model.tensors):
             held = [model.tensors.get(name) for model in every]
+            if not any(info.is_floating for info in held if info is not None):
+                continue
             if any(info is None or not info.is_floating for info in held):
                 lacking.append(name)
             elif len({info.shape for info in held if info is not None}) > 1:
@@ -62,6 +64,14 @@ class Whole:
         self.notes = list(self._left_out(every, lacking, unlike))
         if not self.weights:
             raise CartError("the models have no tensor in common")
+        self._turned: set[str] = set()
+        try:
+            self._turned = turned_weights(first)
+        except CartError as error:
+            self.notes.append(
+                "weights are taken to be stored as (outputs, inputs), as torch's linear layers "
+                f"store them: {error}"
+            )
 
     def _left_out(
         self, every: Sequence[Checkpoint], lacking: Sequence[str], unlike: Sequence[str]
@@ -73,7 +83,7 @@ class Whole:
                 f"{name} is {tuple(first.tensors[name].shape)} in {first.name} and "
                 f"{tuple(other.tensors[name].shape)} in {other.name}"
             )
-            if place(name)[0] is not None:
+            if place(name).layer is not None:
                 raise CartError(f"{shapes}: models of different shapes cannot be merged")
             yield f"{shapes}: left out, as heads and vocabularies of different sizes have to be"
         if lacking:
@@ -98,7 +108,7 @@ class Whole:
 
     def read(self, name: str, shares: Sequence[float] | None = None) -> Weight | Plain:
         """See `Source`."""
-        return of_tensors(
+        weight = of_tensors(
             name,
             [model.read(name) for model in self.checkpoints],
             self.models,
@@ -107,6 +117,7 @@ class Whole:
             shares,
             dict(self._differences(name)),
         )
+        return as_multiplied(weight) if name in self._turned else weight
 
     def _differences(self, name: str) -> Iterator[tuple[int, Difference]]:
         """What is known by factors, by the models' numbers: adapters of the very base."""

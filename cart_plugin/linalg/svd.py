@@ -27,6 +27,7 @@ from cart_plugin.linalg.precision import full_precision
 from cart_plugin.linalg.rules import SHARE_OF_NUMERICAL_RANK, RankRule, numerical_ranks
 from cart_plugin.linalg.spectra import energy_rank_of
 from cart_plugin.linalg.subspace import GAIN, SKETCH_GAIN, near_subspace, oversampled
+from cart_plugin.linalg.threads import SIDE_BY_SIDE, side_by_side, worth
 
 # Relative errors (Frobenius) of the truncated matrix in fp32: what `exact` promises, and what
 # `fast` stops at, half of the 1e-3 that it promises.
@@ -192,7 +193,7 @@ def _auto(x: Tensor, k: int, seed: int) -> LowRank:
 def _fast(x: Tensor, k: int, seed: int) -> LowRank:
     """Relative error at most 1e-3 for ``x`` ``(stack, m, n)``, ``m <= n``, or what `exact` gives.
 
-    On CPUs the matrices of a stack are solved one by one, since batched products gain nothing
+    On CPUs the matrices of a stack are solved by themselves, since batched products gain nothing
     there; on accelerators all at once.
     """
     stack = x.shape[0]
@@ -203,7 +204,7 @@ def _fast(x: Tensor, k: int, seed: int) -> LowRank:
         if stack == 1:
             return _exact(x, k, seed)
     # Also where one matrix of a stack keeps all others from being solved together.
-    return _stacked([_fast(part, k, seed) for part in x.split(1)])
+    return _by_themselves(lambda part: _fast(part, k, seed), x)
 
 
 def _subspace(x: Tensor, k: int, seed: int) -> LowRank:
@@ -226,7 +227,7 @@ def _iterated(x: Tensor, k: int, seed: int, gain: float) -> LowRank:
     if oversampled(k) > _SUBSPACE_SHARE * m:
         return _by_gram(x, k, FAST_TOLERANCE)
     if stack > 1 and x.device.type == "cpu":
-        return _stacked([_iterated(part, k, seed, gain) for part in x.split(1)])
+        return _by_themselves(lambda part: _iterated(part, k, seed, gain), x)
     found = near_subspace(x, k, seed=seed, gain=gain)
     return _from_left(found.left, found.right, found.error)
 
@@ -252,12 +253,12 @@ def _by_gram(x: Tensor, k: int, tolerance: float) -> LowRank:
     if k > _GRAM_SHARE * m:
         u, s, vh = torch.linalg.svd(x, full_matrices=False)
         return LowRank(u[..., :k].contiguous(), s[:, :k], vh[:, :k].contiguous(), rounding)
-    parts = [leading_left(part, k, tolerance=tolerance) for part in x.split(1)]
-    solved = [
-        _from_left(part.vectors, part.vectors.mT @ matrix, max(part.error, rounding))
-        for matrix, part in zip(x.split(1), parts, strict=True)
-    ]
-    return solved[0] if len(solved) == 1 else _stacked(solved)
+
+    def solve(matrix: Tensor) -> LowRank:
+        found = leading_left(matrix, k, tolerance=tolerance)
+        return _from_left(found.vectors, found.vectors.mT @ matrix, max(found.error, rounding))
+
+    return solve(x) if len(x) == 1 else _by_themselves(solve, x)
 
 
 def _from_left(left: Tensor, right: Tensor, error: float) -> LowRank:
@@ -266,7 +267,13 @@ def _from_left(left: Tensor, right: Tensor, error: float) -> LowRank:
     return LowRank(left, s, right / s.clamp_min(torch.finfo(s.dtype).tiny)[..., None], error)
 
 
-def _stacked(parts: list[LowRank]) -> LowRank:
+def _by_themselves(solve: Callable[[Tensor], LowRank], x: Tensor) -> LowRank:
+    """A solver's factors of each matrix of a stack; on CPUs several are solved at a time."""
+    _, m, n = x.shape
+    if x.device.type == "cpu":
+        parts = list(side_by_side(solve, x.split(1), SIDE_BY_SIDE // (m * n), worth(m, n)))
+    else:
+        parts = [solve(part) for part in x.split(1)]
     return LowRank(
         torch.cat([part.U for part in parts]),
         torch.cat([part.S for part in parts]),

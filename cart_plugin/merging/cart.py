@@ -27,7 +27,7 @@ from cart_plugin.linalg.gram import total_energy
 from cart_plugin.linalg.rounding import centred_rounding, difference_rounding
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.linalg.svd import truncated_svd
-from cart_plugin.linalg.threads import side_by_side
+from cart_plugin.linalg.threads import SIDE_BY_SIDE, side_by_side, worth
 from cart_plugin.merging.informed import Change, few_directions, informed_sum
 from cart_plugin.merging.inputs import (
     check_finite,
@@ -58,8 +58,9 @@ def merge_tensors(
     Peak memory beyond the inputs is a few copies of one tensor in fp32, for any number of models:
     about five where an eighth of the directions or less is kept, up to thirteen where nearly all
     are, or with ``energy``. On CPUs it may be as many times as large as torch has threads for
-    tensors of which `SIDE_BY_SIDE` holds several. With ``lambda_="auto"`` it depends on the models'
-    number, too, up to a limit (`cart_plugin.merging.least_interference.least_interference`).
+    tensors of which `cart_plugin.linalg.threads.SIDE_BY_SIDE` holds several. With
+    ``lambda_="auto"`` it depends on the models' number, too, up to a limit
+    (`cart_plugin.merging.least_interference.least_interference`).
 
     Args:
         tensors: one a model, all of one shape, on one device. At least two.
@@ -115,10 +116,6 @@ def merge_tensors(
 
 _T = TypeVar("_T")
 
-SIDE_BY_SIDE = 2**24
-"""Entries of all differences that are decomposed at a time on CPUs, unless a single one has more: a
-large one keeps several threads busy by itself, and copies of large ones would add up."""
-
 
 class Inputs(NamedTuple):
     """One tensor of all models, which have passed the checks."""
@@ -156,10 +153,10 @@ class Inputs(NamedTuple):
                 check_finite(delta, [model], [tensor], self.where)
             return reduced(delta, place)
 
+        stack, m, n = matrix_shape(self.name, centre.shape)
         most = SIDE_BY_SIDE // centre.numel() if centre.device.type == "cpu" else 1
-        for made, (_, share, _) in zip(
-            side_by_side(found, range(len(counting)), most), counting, strict=True
-        ):
+        made_of_each = side_by_side(found, range(len(counting)), most, stack * worth(m, n))
+        for made, (_, share, _) in zip(made_of_each, counting, strict=True):
             yield made, len(self.tensors) * share
 
     def rounding(self, shape: tuple[int, int, int], base: Tensor | None = None) -> list[Tensor]:

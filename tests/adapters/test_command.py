@@ -13,7 +13,7 @@ from cart_plugin import CartError
 from cart_plugin.adapters import merge_adapters
 from cart_plugin.adapters.recipes import read_recipe
 from cart_plugin.cli import main
-from tests.adapters.lora import config_of, farthest, tensors
+from tests.adapters.lora import change_tensors, config_of, farthest, tensors
 
 
 def run(*arguments: object) -> Result:
@@ -46,10 +46,14 @@ def test_what_it_prints(trio: list[Path], tmp_path: Path) -> None:
         [name, "0.333", "4"] for name in ("math", "code", "german")
     ]
     assert "modules that keep least" in done.output
-    assert lines[-1].startswith(
+    assert lines[-2].startswith(
         "one adapter of rank 4 of 12, which would lose nothing (--rank full)"
     )
-    assert lines[-1].endswith(f"{tmp_path / 'out'} (also report.json)")
+    assert lines[-2].endswith(f"{tmp_path / 'out'} (also report.json)")
+    assert lines[-1] == (
+        "loaded by PEFT and, if they run LoRA of the base, by vLLM (--max-lora-rank 8), "
+        "SGLang (--max-lora-rank 4), llama.cpp"
+    )
 
 
 def test_every_option_arrives(trio: list[Path], tmp_path: Path) -> None:
@@ -156,6 +160,19 @@ def test_bad_recipes(recipe: Any, part: str, trio: list[Path], tmp_path: Path) -
     assert done.exit_code == 1
     assert part in done.output.replace(str(tmp_path / "a"), "a"), done.output
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_called_like_a_recipe(own_trio: list[Path], tmp_path: Path) -> None:
+    folder = own_trio[0].rename(tmp_path / "math.yaml")
+    done = run(folder, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+
+
+def test_numbers_that_mean_nothing_are_not_shown(own_trio: list[Path], tmp_path: Path) -> None:
+    change_tensors(own_trio[0], lambda held: [held[k].mul_(1e-9) for k in held if "lora_B" in k])
+    done = run(*own_trio, "--out", tmp_path / "out")
+    assert "> 1000%" in done.output
+    assert "math changes next to nothing" in done.output
 
 
 def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:

@@ -113,8 +113,10 @@ def test_embeddings_are_averaged(tied: bool, tmp_path: Path) -> None:
 def test_the_bases_own_table_beside_its_lora_stays(base: Path, tmp_path: Path) -> None:
     adapters = save_loras(tmp_path, base, [{}, {}], target_modules=["embed_tokens"])
     assert any("base_layer" in name for name in tensors(adapters[0]))
-    merge_adapters(adapters, tmp_path / "out", rank="full")
+    report = merge_adapters(adapters, tmp_path / "out", rank="full")
     assert farthest(state(base, tmp_path / "out"), whole(base, adapters, AUTO)) < 1e-6
+    assert any("embed_tokens.base_layer.weight is kept" in note for note in report.notes)
+    assert not any("hold whole" in note for note in report.notes)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +142,33 @@ def test_trained_biases_are_averaged(bias: str, tmp_path: Path) -> None:
     merge_adapters(adapters, tmp_path / "out", rank="full")
     assert farthest(state(base, tmp_path / "out"), whole(base, adapters, AUTO)) < 1e-6
     assert config_of(tmp_path / "out")["bias"] == bias
+
+
+def test_all_biases_beside_a_head(tmp_path: Path) -> None:
+    """Of the head's, PEFT saves the base's own, too, and the trained one twice."""
+    kind = transformers.AutoModelForSequenceClassification
+    base = save_base(tmp_path, "bert-classifier", num_labels=3)
+    common = {"target_modules": ["query"], "task_type": "SEQ_CLS", "kind": kind, "bias": "all"}
+    adapters = save_loras(tmp_path, base, [{}, {}], **common)
+    merge_adapters(adapters, tmp_path / "out", rank="full")
+    found = state(base, tmp_path / "out", kind)
+    expected = [state(base, adapter, kind) for adapter in adapters]
+    for name in found:
+        if name.endswith("bias") or "classifier" in name:
+            assert torch.allclose(found[name], sum(one[name] for one in expected) / 2, atol=1e-6)
+    biases = [one["classifier.bias"] for one in expected]
+    assert not torch.allclose(*biases, atol=1e-3)
+
+
+@pytest.mark.parametrize("other", [["v_proj"], ["q_proj", "up_proj"]])
+def test_all_biases_beside_lora_of_different_modules(other: list[str], tmp_path: Path) -> None:
+    """PEFT calls one bias by two names: with LoRA of its module, and without."""
+    base = save_base(tmp_path, "qwen2", num_hidden_layers=2)
+    configs = [{"target_modules": ["q_proj"]}, {"target_modules": other}, {}]
+    adapters = save_loras(tmp_path, base, configs, bias="all")
+    report = merge_adapters(adapters, tmp_path / "out", rank="full")
+    assert farthest(state(base, tmp_path / "out"), whole(base, adapters, AUTO)) < 1e-6
+    assert any("such as base_model.model.model.layers.0" in note for note in report.notes)
 
 
 def test_a_classifiers_head(tmp_path: Path) -> None:

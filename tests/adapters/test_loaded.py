@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 
 from cart_plugin import CartError
 from cart_plugin.adapters import merge_adapters, merge_loaded
@@ -175,3 +177,38 @@ def test_what_peft_does_not_hold_leaves_the_model_as_it_was(tmp_path: Path) -> N
     assert set(model.peft_config) == {"math"}
     assert model.active_adapters == ["math"]
     assert torch.equal(answer(model), before)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"), [(RuntimeError("full"), CartError), (KeyboardInterrupt(), None)]
+)
+def test_an_end_half_way_leaves_the_model_as_it_was(
+    error: BaseException,
+    expected: type[BaseException] | None,
+    base: Path,
+    trio: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """PEFT 0.21.2 leaves the layers that it has made, and no config by which to delete them."""
+    model = loaded(base, trio[:2])
+    before, said = list(model.state_dict()), answer(model)
+    trained = [parameter.requires_grad for parameter in model.parameters()]
+    add, calls = LoraLayer.update_layer, itertools.count()
+
+    def fails(*args: Any, **options: Any) -> None:
+        if next(calls) == 2:
+            raise error
+        add(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LoraLayer, "update_layer", fails)
+        with pytest.raises(expected or type(error)):
+            merge_loaded(model, ["math", "code"])
+    assert next(calls) > 2
+    assert list(model.state_dict()) == before
+    assert set(model.peft_config) == {"math", "code"}
+    assert model.active_adapters == ["math"]
+    assert [parameter.requires_grad for parameter in model.parameters()] == trained
+    assert torch.equal(answer(model), said)
+    merge_loaded(model, ["math", "code"])
+    assert "merged" in model.peft_config

@@ -66,6 +66,7 @@ def refuses(adapters: list[Path], *parts: str, out: Path | None = None, **option
         ({"alpha_pattern": {"(": 2}}, ("alpha_pattern", "'(', which is no regular expression")),
         ({"base_model_name_or_path": "org/other"}, ("different bases", "org/other", "--base")),
         ({"revision": "v2"}, ("differ in revision", "v2 and v1", "--base")),
+        ({"bias": "all"}, ("differ in bias", "all and none", "merge each into its base")),
         ({"task_type": "SEQ_CLS"}, ("differ in task_type", "SEQ_CLS and CAUSAL_LM")),
         (
             {"target_parameters": ["mlp.gate.weight"]},
@@ -197,12 +198,11 @@ def test_biases_beside_what_has_none(
 
 
 @pytest.mark.parametrize("other", [["v_proj"], ["q_proj", "v_proj"]])
-@pytest.mark.parametrize("bias", ["lora_only", "all"])
-def test_trained_biases_of_other_modules(bias: str, other: list[str], tmp_path: Path) -> None:
+def test_trained_biases_of_other_modules(other: list[str], tmp_path: Path) -> None:
     """What an adapter does not hold is the base's, and not nothing."""
     base = save_base(tmp_path, "qwen2", num_hidden_layers=1)
     configs = [{"target_modules": ["q_proj"]}, {"target_modules": other}]
-    adapters = save_loras(tmp_path, base, configs, bias=bias)
+    adapters = save_loras(tmp_path, base, configs, bias="lora_only")
     refuses(adapters, "_proj.base_layer.bias whole", "merge_and_unload")
 
 
@@ -245,6 +245,11 @@ def test_adapters_that_compress_has_made_around_other_bases(own_trio: list[Path]
 def test_files(own_trio: list[Path], base: Path) -> None:
     math, code, german = own_trio
     refuses([math, base], "is a whole model and no adapter", "mergekit-cart merge", out=math / "o")
+    refuses([math, code], "base must be the name or folder of a model, got ' '", base=" ")
+    refuses([math.parent], f"is no adapter, but holds some; name {code}", out=math / "o")
+    recipe = math.parent / "recipe.yaml"
+    recipe.write_text(f"adapters: [{math}, {code}]")
+    refuses([recipe, german], "is a recipe, which lists all adapters; name it alone")
     refuses([math, math.parent / "no-such"], "no folder here, nor in the hub's cache")
     refuses([math, code / "adapter_config.json"], "is a file")
     refuses([math, math.parent / "code" / ".." / "math"], "are one folder", "count twice")
@@ -258,6 +263,23 @@ def test_files(own_trio: list[Path], base: Path) -> None:
     refuses([math, german], "adapter german has no adapter_config.json")
     shutil.rmtree(german)
     refuses([], "at least one adapter", out=math.parent / "out")
+
+
+def test_weights_in_several_files(own_trio: list[Path]) -> None:
+    file = own_trio[1] / "adapter_model.safetensors"
+    file.rename(file.with_name("adapter_model-00001-of-00002.safetensors"))
+    refuses(own_trio, "adapter code has its weights in several files", "PEFT does not load either")
+
+
+def test_different_parameters_of_one_module(tmp_path: Path) -> None:
+    """Their shapes differ, too, but not because the models do."""
+    base = save_base(tmp_path, "qwen3-moe")
+    configs = [
+        {"target_parameters": ["mlp.experts.gate_up_proj"]},
+        {"target_parameters": ["mlp.experts.down_proj"]},
+    ]
+    adapters = save_loras(tmp_path, base, configs)
+    refuses(adapters, "differ in target_parameters", "merge each into its base")
 
 
 def test_a_truncated_file(own_trio: list[Path]) -> None:

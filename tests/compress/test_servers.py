@@ -10,10 +10,11 @@ from click.testing import CliRunner
 from peft import PeftModel
 
 from cart_plugin import CartError
+from cart_plugin.checkpoints.servers import Loader, summary
 from cart_plugin.cli import main
 from cart_plugin.compress import compress, expand, load_task
 from cart_plugin.compress.layers import Structure
-from cart_plugin.compress.servers import Loader, checked_layout, summary, why_left
+from cart_plugin.compress.servers import checked_layout, why_left
 from tests.compress.models import TASKS, answer, load, new_model, save_tasks, tensors
 
 ROUNDING = 2e-5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from tests.execution.conftest import in_this_process, merge, saved
 __all__ = ["in_this_process", "merge", "saved"]
 
 SHARDS = ("--out-shard-size", "20K")  # a dozen of the tiny Llamas
+
+# As the command has it: of the low priority that Ray gives them, workers stand still beside others.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 METHODS = {
     "linear": {"parameters": {"weight": 1.0}},

@@ -126,6 +126,18 @@ def test_deaths_over_several_shards_do_not_add_up(tmp_path: Path) -> None:
     assert len(work(Scripted(*deaths), tmp_path, count=3)) == 6
 
 
+def test_the_largest_parts_are_made_first(tmp_path: Path) -> None:
+    sizes = [8, 64, 16]
+    parts = [
+        Part(Shard(f"{n}", ((Output("w", torch.float32, (n, n), "t", 1, n * GB),),)), 0)
+        for n in sizes
+    ]
+    ray = Scripted(None, None, None, nodes=[[{**BIG, "memory": 100.0 * GB}]])
+    Places(tmp_path).make()
+    on_ray._Crew(ray, Places(tmp_path), parts, Workers(1, None, 1), print).work()
+    assert [round(asked["memory"] / GB) for asked in ray.asked] == [64, 16, 8]
+
+
 def test_a_lost_node_is_nobodys_fault(tmp_path: Path) -> None:
     lost = [exceptions.NodeDiedError("gone") for _ in range(6)]
     ray = Scripted(*lost, None)

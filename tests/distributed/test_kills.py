@@ -97,7 +97,9 @@ def test_a_killed_worker_takes_only_its_shard_with_it(
     assert merge(recipe, tmp_path / "quiet" / "out", *ONE_BY_ONE).exit_code == 0
     running = start(recipe, tmp_path / "out")
     wait_for(lambda: len(workers(running.pid)) > 0)
-    workers(running.pid)[0].kill()
+    (worker, *_) = workers(running.pid)
+    assert worker.nice() == psutil.Process().nice()  # low, beside others it would stand still
+    worker.kill()
     said = running.communicate()[0]
     assert running.returncode == 0, said
     assert "note: a worker was killed (if not by you, for its memory) at " in said

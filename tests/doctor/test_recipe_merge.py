@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -298,6 +299,26 @@ def test_small_differences_are_side_by_side_on_several_threads(
     assert "up to about 325 KB" in check(llamas, parameters={"rank_ratio": 0.08}).text
     monkeypatch.setattr(costs, "SIDE_BY_SIDE", 1)
     assert "up to about 276 KB" in check(llamas, parameters={"rank_ratio": 0.08}).text
+
+
+def test_matrices_of_a_large_stack_are_side_by_side_on_several_threads(
+    check: Callable[..., Report],
+    saved: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(costs, "PROGRAM_BYTES", 0)
+
+    def needed() -> int:
+        text = check(saved("qwen3-moe")).text
+        found = re.search(r"up to about (\d+) KB; most for .*experts", text)
+        assert found
+        return int(found[1])
+
+    alone = needed()
+    monkeypatch.setattr(costs.torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(costs, "SIDE_BY_SIDE", 2 * 48 * 32)  # two of a stack's four matrices
+    # Of six copies of 4 x 48 x 32 numbers a fourth comes to them.
+    assert needed() - alone == pytest.approx(6 * 4 * 48 * 32 / 1000, abs=1)
 
 
 def test_cart_auto_holds_all_models_factors(

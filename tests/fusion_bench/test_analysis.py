@@ -49,8 +49,31 @@ def test_the_report_says_what_the_models_state_dicts_say(
     }
     records = [record for record in found["records"] if record["decomposed"]]
     assert {record["tensor"]: record["moved"][0] for record in records} == moved
+    recipe = found["advice"]["recipe"]
+    chosen = "cart/auto" if found["advice"]["method"].startswith("cart_auto") else "simple_average"
+    assert recipe.startswith(f"fusion_bench method={chosen}  #")
+    reasons = "\n".join(found["advice"]["reasons"])
+    assert ("_pretrained_ in the pool" in reasons) is not has_pretrained
+    assert "mergekit-cart" not in (tmp_path / "report.md").read_text()
+    assert "--base" not in reasons
     assert (tmp_path / "report.html").exists()
     assert (tmp_path / "report.md").exists()
+
+
+def test_gpt2s_layers_are_judged_by_what_they_multiply(tmp_path: Path) -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    held = {name: nn.Sequential(Conv1D(24, 32)) for name in ("_pretrained_", "a", "b", "c")}
+    CartAnalysisAlgorithm(output_path=str(tmp_path)).run(BaseModelPool(dict(held)))
+    (record,) = [record for record in report(tmp_path)["records"] if record["decomposed"]]
+    dicts = {name: one.state_dict() for name, one in held.items()}
+    base = dicts.pop("_pretrained_")
+    rows = inspect_state_dicts(dicts, base=base, turned=["0.weight"])
+    lost = record["methods"]["average"]["lost"]
+    assert lost == [row["lost average"] for row in rows]
+    as_stored = inspect_state_dicts(dicts, base=base)
+    assert lost != pytest.approx([row["lost average"] for row in as_stored], rel=1e-3)
 
 
 def test_models_are_left_as_they_are(tmp_path: Path) -> None:

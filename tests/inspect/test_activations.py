@@ -12,7 +12,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cart_plugin.errors import CartError
 from cart_plugin.inspect import inspect_models
+from cart_plugin.inspect.activations import Examples, Subject, collect
 from cart_plugin.inspect.weights import MERGED
 from tests.adapters.lora import load, save_base, save_lora, state
 from tests.inspect.conftest import save_tokenizer, tune
@@ -220,3 +222,104 @@ def test_experts_that_no_example_reaches_are_named(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("1\n")
     found = inspect_models(models, base=base, inputs=[tmp_path / "one.txt"])
     assert any(note.startswith("measured on the inputs in part") for note in found.notes)
+
+
+def test_every_example_of_many_is_measured_and_every_use_of_a_shared_layer(
+    tmp_path: Path,
+) -> None:
+    config = transformers.AlbertConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=12,
+        num_attention_heads=4,
+        vocab_size=64,
+        embedding_size=16,
+        max_position_embeddings=32,
+    )
+    torch.manual_seed(0)
+    folder = save(tmp_path / "albert", transformers.AlbertForMaskedLM(config))
+    lines = [f"{number} {number + 1} {number + 2} 4 5 6 7 8" for number in range(50)]
+    (tmp_path / "many.txt").write_text("\n".join(lines))
+    examples = Examples.read(tmp_path / "many.txt")
+    subject = Subject("albert", folder, None, False, [folder])
+    counts: list[int] = []
+    found = collect(subject, examples, tmp_path / "kept.safetensors", lambda *_: None)
+    heard: dict[tuple[float, ...], int] = {}
+    model = load(folder, transformers.AutoModelForMaskedLM)
+    (name,) = [name for name in found.held.tensors if name.endswith("attention.query.weight")]
+    module = model.get_submodule(name.removesuffix(".weight"))
+
+    def note(_: Any, got: tuple[Tensor, ...]) -> None:
+        for row in got[0].reshape(-1, 32):
+            heard.setdefault(tuple(row.tolist()), len(counts))
+
+    module.register_forward_pre_hook(note)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    with torch.inference_mode():
+        for text in examples.texts:
+            model(**tokenizer(text, return_tensors="pt"))
+            counts.append(0)
+    rows = found.held.read(name)
+    assert len(rows) == 256
+    known = torch.tensor(list(heard))
+    nearest = torch.cdist(rows, known).argmin(dim=1)
+    of = [list(heard.values())[int(index)] for index in nearest]
+    assert len(set(of)) > 40
+    assert {of[0] < 5, of[-1] >= 45} == {True}
+
+
+def test_a_model_that_lacks_layers_of_its_class_is_not_run(
+    tmp_path: Path, texts: list[Path]
+) -> None:
+    base = save_base(tmp_path, num_hidden_layers=1)
+    save_tokenizer(base)
+    models = [tune(base, tmp_path / f"m{seed}", seed) for seed in range(2)]
+    for folder in models:
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        del tensors["model.layers.0.self_attn.q_proj.weight"]
+        save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(CartError, match=r"m0 lacks model\.layers\.0\.self_attn\.q_proj\.weight"):
+        inspect_models(models, inputs=texts)
+
+
+def test_another_text_tokenizer_config_base_or_merged_model_is_measured_anew(
+    tmp_path: Path, texts: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cart_plugin.inspect import run
+
+    base = save_base(tmp_path, num_hidden_layers=1)
+    save_tokenizer(base)
+    models = [tune(base, tmp_path / f"m{seed}", seed) for seed in range(2)]
+    given: dict[str, Any] = {"base": base, "inputs": texts, "out": tmp_path / "out"}
+    measured: list[str] = []
+    whole = run.record
+    monkeypatch.setattr(
+        run, "record", lambda weight, *rest: (measured.append(weight.name), whole(weight, *rest))[1]
+    )
+
+    def is_measured() -> bool:
+        measured.clear()
+        inspect_models(models, **given)
+        return bool(measured)
+
+    def rewrite(file: Path, old: str, new: str) -> None:
+        text = file.read_text()
+        assert old in text
+        file.write_text(text.replace(old, new))
+
+    assert is_measured()
+    assert not is_measured()
+    rewrite(texts[0], "1 2", "2 1")
+    assert is_measured()
+    rewrite(models[1] / "tokenizer.json", '"7": 8', '"7": 9')
+    assert is_measured()
+    rewrite(models[0] / "config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05')
+    assert is_measured()
+    given["merged"] = models[0]
+    assert is_measured()
+    given["base"] = tune(base, tmp_path / "other", 9)
+    assert is_measured()
+    monkeypatch.setattr(run, "version", lambda _: "0")
+    assert is_measured()
+    assert not is_measured()

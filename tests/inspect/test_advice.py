@@ -83,6 +83,15 @@ def test_where_nothing_is_to_be_gained_the_average_will_do() -> None:
     assert "no method loses clearly less" in said(found)
 
 
+@pytest.mark.parametrize("ahead", ["cart", "task_arithmetic"])
+def test_that_no_method_is_better_is_said_where_none_is(ahead: str) -> None:
+    found = advice({"average": 0.5, ahead: 0.2, "cart_auto with base": 0.5, "cart_auto": 0.5})
+    assert found.method == "average"
+    assert "no method loses" not in said(found)
+    assert "cart_auto with base does not lose clearly less than the average" in said(found)
+    assert "loses less by this measure (20%)" in said(found)
+
+
 def test_a_method_that_is_ahead_by_the_measure_is_told() -> None:
     found = advice({**LOSSES, "cart_auto": 0.1})
     assert found.method == "cart_auto with base"
@@ -110,7 +119,22 @@ def test_adapters_alone_get_the_command_for_adapters() -> None:
     assert words[5:] == ["--method", "auto", "--out", "merged"]
 
 
+def test_of_a_pool_the_command_is_fusion_benchs() -> None:
+    names = ["a", "b", "c"]
+    moved = [Movement(name, 1.0, 0.01, {}, [], None, 20.0, 0.8) for name in names]
+    for losses, method in (
+        (LOSSES, "cart/auto"),
+        (without("cart_auto", "cart_auto with base"), "cart"),
+        ({**LOSSES, "average": 0.2}, "simple_average"),
+    ):
+        judged = {name: Judgement([0.3] * 3, [loss] * 3) for name, loss in losses.items()}
+        found = advise(moved, [], judged, names, None, of_adapters=False, of_pool=True)
+        assert shlex.split(found.recipe, comments=True) == ["fusion_bench", f"method={method}"]
+        assert "mergekit-cart" not in said(found)
+        assert "--base" not in said(found)
+
+
 def test_models_without_matrices_are_averaged() -> None:
     found = advice({})
     assert found.method == "average"
-    assert "none of the weights" in said(found)
+    assert "none of the weights that moved" in said(found)

@@ -127,7 +127,7 @@ def test_a_merged_model_is_a_line_of_its_own(
     out = tmp_path / "out"
     text = run(*models, "--base", base, "--merged", models[0], "--out", out).output
     assert re.search(r"^merged +100%", text, re.MULTILINE)
-    assert "least kept by merged" in text
+    assert "most lost by merged" in text
     assert report(out)["merged"] == str(models[0])
 
 

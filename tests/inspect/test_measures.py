@@ -13,7 +13,8 @@ from torch import Tensor
 from cart_plugin import CartSettings, CartWarning, merge_tensors
 from cart_plugin.errors import CartError
 from cart_plugin.inspect.inputs import Inputs
-from cart_plugin.inspect.measures import place, record
+from cart_plugin.inspect.measures import record
+from cart_plugin.inspect.places import place
 from cart_plugin.inspect.weights import (
     AUTO,
     AUTO_WITH_BASE,
@@ -298,7 +299,7 @@ def test_a_merged_adapter_is_judged_beside_the_methods_and_moves_none_of_them() 
     ],
 )
 def test_a_name_says_layer_and_module(name: str, expected: tuple[int | None, str]) -> None:
-    assert place(name) == expected
+    assert place(name) == (None, *expected)
 
 
 @pytest.mark.parametrize("has_base", [True, False])

@@ -17,7 +17,7 @@ from cart_plugin import CartError, merge_state_dicts
 from cart_plugin.adapters import merge_adapters
 from cart_plugin.inspect import inspect_models, inspect_state_dicts
 from cart_plugin.inspect.weights import MERGED
-from tests.adapters.lora import state
+from tests.adapters.lora import save_base, save_loras, state
 from tests.inspect.conftest import NAMES, break_tensor, numbers, report, tune
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -168,9 +168,16 @@ def test_weights_side_by_side_say_what_they_say_one_after_the_other(
     torch.set_num_threads(2)
     try:
         assert inspect_models(models, base=base).records == alone
+        assert threading.get_ident() not in working
+        working.clear()
+        largest = max(math.prod(record["shape"]) for record in alone)
+        monkeypatch.setattr(run, "_AT_ONCE", 2 * 3 * largest)
+        inspect_models(models)
+        assert threading.get_ident() not in working
+        inspect_models(models, base=base)  # which is read, too
+        assert threading.get_ident() in working
     finally:
         torch.set_num_threads(threads)
-    assert threading.get_ident() not in working
     working.clear()
     monkeypatch.setattr(run, "_AT_ONCE", 1)  # all of them are large
     inspect_models(models, base=base)
@@ -226,8 +233,9 @@ def test_heads_of_different_sizes_are_left_out_with_a_note(own: list[Path], base
     assert any("lm_head.weight" in note and "left out" in note for note in found.notes)
 
 
-def test_a_tensor_that_one_lacks_is_left_out_with_a_note(own: list[Path]) -> None:
-    file = own[2] / "model.safetensors"
+@pytest.mark.parametrize("which", [0, 2])
+def test_a_tensor_that_one_lacks_is_left_out_with_a_note(own: list[Path], which: int) -> None:
+    file = own[which] / "model.safetensors"
     tensors = load_file(file)
     del tensors[DOWN]
     save_file(tensors, file, {"format": "pt"})
@@ -284,6 +292,35 @@ def test_a_base_that_is_not_here_is_told(adapters: list[Path]) -> None:
     (note,) = inspect_models(adapters, base="nowhere/base").notes
     assert note.startswith("the base nowhere/base is not here")
     assert inspect_models(adapters).notes == []
+
+
+def test_an_adapter_alone_and_with_its_base_would_count_twice(
+    adapters: list[Path], base: Path
+) -> None:
+    with pytest.raises(CartError, match="are one model, which would count twice"):
+        inspect_models([adapters[0], f"{base}+{adapters[0]}", adapters[1]], names=["a", "b", "c"])
+
+
+def test_a_base_of_other_adapters_is_refused_or_told(
+    adapters: list[Path], base: Path, tmp_path: Path
+) -> None:
+    other = save_base(tmp_path, num_hidden_layers=2, hidden_size=48)
+    with pytest.raises(CartError, match=r"is not that of the adapters.*32 x 32"):
+        inspect_models(adapters, base=other)
+    # Two weights whose names end alike: which of them is changed nobody knows.
+    tensors = load_file(base / "model.safetensors")
+    two = Path(shutil.copytree(base, tmp_path / "two"))
+    towers = {f"{tower}.{name}": own.clone() for tower in "ab" for name, own in tensors.items()}
+    save_file(towers, two / "model.safetensors", {"format": "pt"})
+    found = inspect_models(adapters, base=two)
+    assert found.movements()[0].share is None
+    assert any(note.startswith("4 of 4 weights that the adapters change") for note in found.notes)
+
+
+def test_biases_of_adapters_are_left_out_with_a_note(tmp_path: Path) -> None:
+    base = save_base(tmp_path, "qwen2")
+    folders = save_loras(tmp_path / "adapters", base, [{}, {}], lora_bias=True)
+    assert any("lora_bias" in note for note in inspect_models(folders, base=base).notes)
 
 
 def test_inputs_are_those_of_the_models_layers(
@@ -346,8 +383,6 @@ def test_a_model_without_tokenizer_is_named(models: list[Path], tmp_path: Path) 
 
 
 def test_what_adapters_lack_or_hold_whole_is_said(base: Path, tmp_path: Path) -> None:
-    from tests.adapters.lora import save_loras
-
     configs = [{"modules_to_save": ["lm_head"]}] * 3
     configs[1] = {**configs[1], "target_modules": ["q_proj"]}
     folders = save_loras(tmp_path / "adapters", base, configs)

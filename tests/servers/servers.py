@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from cart_plugin.compress.servers import Loader
+from cart_plugin.checkpoints.servers import Loader
 from tests.compress.models import load
 
 ROOT = Path(__file__).parents[2]

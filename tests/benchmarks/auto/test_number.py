@@ -77,6 +77,23 @@ def test_it_resumes_and_the_table_has_every_method(
     assert all("**" not in row for row in rows if not row.startswith("| average"))
 
 
+def test_a_method_with_fewer_seeds_says_so_and_is_not_called_the_best(tmp_path: Path) -> None:
+    def record(seed: int, **accuracies: float) -> None:
+        cases = {
+            method: {count: [{"mnist": value}] for count in number.members_of("vision")}
+            for method, value in accuracies.items()
+        }
+        path = tmp_path / "number" / f"vision-{seed}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"cases": cases, "measured": []}))
+
+    record(0, cart_auto=0.5, WUDI=0.9)
+    record(1, cart_auto=0.7)
+    rows = number.markdown(number.results(tmp_path)).splitlines()
+    assert any(row.startswith("| cart_auto | **60.0 ± 10.0** |") for row in rows)
+    assert any(row.startswith("| WUDI (1 of 2 seeds) | 90.0 |") for row in rows)
+
+
 def test_task_arithmetic_takes_the_scale_that_the_study_found_best(tmp_path: Path) -> None:
     counts = study.sets_of("vision")
     cases = {

@@ -45,6 +45,15 @@ def test_dare_draws_another_mask_for_the_next_weight_of_a_shape() -> None:
     assert not torch.equal(merged["a.up_proj.weight"], merged["b.up_proj.weight"])
 
 
+def test_wudi_merges_what_fusion_bench_merges() -> None:
+    from fusion_bench.method.wudi.wudi import wudi_merging
+
+    taus = [1e-3 * random(12, 7, seed=seed) for seed in range(3)]
+    theirs = wudi_merging([{"w": tau} for tau in taus], "cpu", iter_num=40)["w"]
+    assert torch.allclose(data_free.wudi(taus, 40), theirs, atol=1e-6)
+    assert not torch.allclose(data_free.wudi(taus, 40), sum(taus), atol=1e-4)
+
+
 def test_wudi_passes_over_a_model_that_left_a_matrix_at_its_base() -> None:
     taus = [random(6, 9, seed=0), torch.zeros(6, 9), random(6, 9, seed=1)]
     found = data_free.wudi(taus)

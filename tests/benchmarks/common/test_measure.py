@@ -2,11 +2,12 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from benchmarks.common.measure import CommandError, measure, run
+from benchmarks.common.measure import CommandError, TooLongError, measure, run
 
 MB = 1_000_000
 
@@ -55,3 +56,27 @@ def test_environment_is_the_commands(tmp_path: Path) -> None:
     measure(program, tmp_path / "log", {**os.environ, "GREETING": "hello"})
 
     assert (tmp_path / "log").read_text() == "hello\n"
+
+
+def test_what_takes_too_long_is_ended(tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(TooLongError, match=r"took more than 0\.5 s"):
+        measure([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "log", limit=0.5)
+
+    assert time.monotonic() - started < 30
+    assert measure(hold(0), tmp_path / "log", limit=60).wall < 60
+
+
+def test_the_command_runs_in_the_folder_it_is_given(tmp_path: Path) -> None:
+    program = [sys.executable, "-c", "import os; print(os.getcwd())"]
+    measure(program, tmp_path / "log", folder=tmp_path)
+
+    assert Path((tmp_path / "log").read_text().strip()).samefile(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts what is mapped")
+def test_what_needs_too_much_memory_fails_by_itself(tmp_path: Path) -> None:
+    with pytest.raises(CommandError, match="MemoryError"):
+        measure(hold(400), tmp_path / "log", memory=300 * MB)
+
+    assert measure(hold(100), tmp_path / "log", memory=300 * MB).peak > 100 * MB

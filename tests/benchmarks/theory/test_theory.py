@@ -44,10 +44,17 @@ def test_factors_of_few_directions_have_the_ranks_of_the_full_matrix() -> None:
     assert curves_of((few, energies), full=40)["R"] == pytest.approx(exact["R"], abs=1e-4)
 
 
-def test_equal_models_have_the_whole_interference() -> None:
+def test_equal_models_of_one_direction_have_the_whole_interference() -> None:
     one = with_spectrum(torch.ones(1), 1, 30)
     found = curves_of(of_matrices([(torch.ones(20, 1) @ one)[None]] * 2))
     assert found["I"] == pytest.approx([1] * len(SHARES), abs=1e-4)
+
+
+def test_equal_models_of_many_directions_have_less_the_more_they_are() -> None:
+    (one,) = apart(1, rank=40)
+    found = curves_of(of_matrices([one] * 3))
+    ranks = [max(1, int(share * 40)) for share in SHARES]
+    assert found["I"] == pytest.approx([rank**-0.5 for rank in ranks], abs=1e-4)
 
 
 def test_interference_of_all_directions_needs_no_decomposition() -> None:

@@ -166,17 +166,6 @@ def _as_pretrained(task):
     return f"modelpool.models._pretrained_=${{modelpool.models.{task}}}"
 
 
-def test_wudi_merges_what_fusion_bench_merges():
-    from fusion_bench.method.wudi.wudi import wudi_merging
-
-    from benchmarks.vision.extra import wudi
-
-    generator = torch.Generator().manual_seed(0)
-    vectors = 1e-3 * torch.randn(3, 12, 7, generator=generator)
-    theirs = wudi_merging([{"w": vector} for vector in vectors], "cpu", iter_num=40)["w"]
-    assert torch.allclose(wudi(vectors, 40), theirs, atol=1e-6)
-
-
 def test_doge_learns_what_fusion_bench_learns():
     from fusion_bench.method.doge_ta.doge_ta import DOGE_TA_Algorithm
 
