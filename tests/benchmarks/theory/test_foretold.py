@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.theory import cost, foretold, ranks
+from benchmarks.theory.geometry import SHARES
 
 TASKS = ("a 0", "b 0", "c 0")
 RIGHT = {"average": [0.1, 0.2, 0.3], "SWUDI": [0.4, 0.5, 0.6], "cart_auto": [0.7, 0.8, 0.9]}
@@ -135,8 +136,8 @@ def test_the_rank_that_a_measure_names_is_beside_the_best_one(
     }
     record = {"cases": {"vision": told}, "measured": MEASURED}
     (tmp_path / "ranks.json").write_text(json.dumps(record))
-    falling = [1 - share for share in ranks.SHARES]
-    rising = [share / 10 for share in ranks.SHARES]
+    falling = [1 - share for share in SHARES]
+    rising = [share / 10 for share in SHARES]
     curves = {"average": {"R": falling, "I": rising, "whole": falling}}
     (tmp_path / "curves").mkdir()
     (tmp_path / "curves" / "vision.json").write_text(json.dumps({"cases": {"8": {"w": curves}}}))
