@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from benchmarks.common.heads import Head
 from benchmarks.text.encoder import features
-from cart_plugin.fusion_bench.adamerging import CartAdaMerging
-from cart_plugin.fusion_bench.adaptation import PRETRAINED, Adaptation
-from cart_plugin.fusion_bench.parts import Parts, full_parts
+from cart_plugin.fusion_bench.adamerging import CartAdaMerging, PlainAdaMerging
+from cart_plugin.fusion_bench.adaptation import Adaptation
 
 
 class TextInputs(Adaptation):
@@ -56,30 +55,14 @@ class TextInputs(Adaptation):
         return self._heads[task](features(model, self._tokenizer, batch))
 
 
-class TextAdaMerging(TextInputs):
-    """Plain AdaMerging (arXiv 2310.02575): the pretrained encoder and whole task vectors.
+class TextAdaMerging(TextInputs, PlainAdaMerging):
+    """Plain AdaMerging.
 
     Args:
-        init_values: where the coefficients start.
-        seed: of the order of the texts.
-        **kwargs: parameters of `TextInputs`.
+        **kwargs: parameters of `TextInputs` and of `PlainAdaMerging`.
     """
 
-    _config_mapping = TextInputs._config_mapping | {"init_values": "init_values", "seed": "seed"}
-
-    def __init__(self, init_values: float = 0.3, seed: int = 0, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.init_values, self.seed = init_values, seed
-
-    @property
-    def needs_pretrained(self) -> bool:
-        """Task vectors are measured from it."""
-        return True
-
-    def parts(self, models: dict[str, nn.Module]) -> Parts:
-        """The pretrained encoder, and the differences from it."""
-        tasks = {name: model for name, model in models.items() if name != PRETRAINED}
-        return full_parts(tasks, models[PRETRAINED].state_dict(), self.init_values)
+    _config_mapping = PlainAdaMerging._config_mapping | TextInputs._config_mapping
 
 
 class TextCartAdaMerging(TextInputs, CartAdaMerging):

@@ -33,10 +33,10 @@ from typing import Any
 
 from torch import nn
 
-from cart_plugin.fusion_bench.adaptation import Adaptation
+from cart_plugin.fusion_bench.adaptation import PRETRAINED, Adaptation
 from cart_plugin.fusion_bench.base import CartBase
 from cart_plugin.fusion_bench.inputs import ClipInputs, FlanT5Inputs, GPT2Inputs
-from cart_plugin.fusion_bench.parts import Parts, cart_parts
+from cart_plugin.fusion_bench.parts import Parts, cart_parts, full_parts
 
 
 class CartAdaMerging(Adaptation, CartBase):
@@ -62,6 +62,39 @@ class CartAdaMerging(Adaptation, CartBase):
         """Also what the merge starts from, but for what shows in the models' sizes."""
         names = ("scaling_factor", "rank_ratio", "rank", "energy")
         return super().identity | {name: getattr(self, name) for name in names}
+
+
+class PlainAdaMerging(Adaptation):
+    """Plain AdaMerging (arXiv 2310.02575): the pretrained model and whole task vectors.
+
+    Buffers, such as the statistics of batch norms, stay the pretrained model's.
+
+    Args:
+        init_values: where the coefficients start.
+        seed: of the order of the batches.
+        **kwargs: parameters of `Adaptation`.
+    """
+
+    _config_mapping = Adaptation._config_mapping | {"init_values": "init_values", "seed": "seed"}
+
+    def __init__(self, init_values: float = 0.3, seed: int = 0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.init_values, self.seed = init_values, seed
+
+    @property
+    def needs_pretrained(self) -> bool:
+        """Task vectors are measured from it."""
+        return True
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Also where the coefficients start."""
+        return super().identity | {"init_values": self.init_values}
+
+    def parts(self, models: dict[str, nn.Module]) -> Parts:
+        """The pretrained model, and the differences from it."""
+        tasks = {name: model for name, model in models.items() if name != PRETRAINED}
+        return full_parts(tasks, models[PRETRAINED].state_dict(), self.init_values)
 
 
 class CartCLIPAdaMergingAlgorithm(ClipInputs, CartAdaMerging):

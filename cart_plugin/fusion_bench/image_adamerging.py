@@ -22,14 +22,8 @@ in ``~/.cache/cart-plugin/suite``::
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import nn
-
-from cart_plugin.fusion_bench.adamerging import CartAdaMerging
-from cart_plugin.fusion_bench.adaptation import PRETRAINED
+from cart_plugin.fusion_bench.adamerging import CartAdaMerging, PlainAdaMerging
 from cart_plugin.fusion_bench.images import ImageInputs
-from cart_plugin.fusion_bench.parts import Parts, full_parts
 
 
 class CartImageAdaMergingAlgorithm(ImageInputs, CartAdaMerging):
@@ -42,37 +36,11 @@ class CartImageAdaMergingAlgorithm(ImageInputs, CartAdaMerging):
     _config_mapping = CartAdaMerging._config_mapping | ImageInputs._config_mapping
 
 
-class ImageClassificationAdaMergingAlgorithm(ImageInputs):
-    """Plain AdaMerging (arXiv 2310.02575): the pretrained model and whole task vectors.
-
-    Buffers, such as the statistics of batch norms, stay the pretrained model's.
+class ImageClassificationAdaMergingAlgorithm(ImageInputs, PlainAdaMerging):
+    """Plain AdaMerging for image classification pools.
 
     Args:
-        init_values: where the coefficients start.
-        seed: of the order of the batches.
-        **kwargs: parameters of `ImageInputs`.
+        **kwargs: parameters of `ImageInputs` and of `PlainAdaMerging`.
     """
 
-    _config_mapping = ImageInputs._config_mapping | {
-        "init_values": "init_values",
-        "seed": "seed",
-    }
-
-    def __init__(self, init_values: float = 0.3, seed: int = 0, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.init_values, self.seed = init_values, seed
-
-    @property
-    def needs_pretrained(self) -> bool:
-        """Task vectors are measured from it."""
-        return True
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """Also where the coefficients start."""
-        return super().identity | {"init_values": self.init_values}
-
-    def parts(self, models: dict[str, nn.Module]) -> Parts:
-        """The pretrained model, and the differences from it."""
-        tasks = {name: model for name, model in models.items() if name != PRETRAINED}
-        return full_parts(tasks, models[PRETRAINED].state_dict(), self.init_values)
+    _config_mapping = PlainAdaMerging._config_mapping | ImageInputs._config_mapping

@@ -18,6 +18,7 @@ from benchmarks.text import fusion
 from benchmarks.text.adaptation import TextAdaMerging, TextCartAdaMerging
 from benchmarks.text.encoder import features, load_encoder
 from benchmarks.text.suite import IN_MEMORY
+from cart_plugin.errors import CartError
 from cart_plugin.fusion_bench.algorithm import CartAlgorithm
 from tests.fusion_bench.pools import save_tokenizer
 
@@ -110,6 +111,15 @@ def test_adamerging_starts_from_task_arithmetic_and_gets_surer(config: dict[str,
     assert torch.allclose(start.state_dict()[QUERY], base + 0.3 * sum(taus), atol=1e-6)
     adapted = TextAdaMerging(**adapting(config, 12)).run(pool(config))
     assert entropy(adapted, config) < entropy(start, config) - 0.05
+
+
+def test_no_run_goes_on_from_one_that_started_elsewhere(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = adapting(config, 1) | {"checkpoint_path": str(tmp_path / "state.pt")}
+    TextAdaMerging(init_values=0.3, **settings, checkpoint_every=1).run(pool(config))
+    with pytest.raises(CartError, match="init_values"):
+        TextAdaMerging(init_values=0.4, **settings).run(pool(config))
 
 
 def test_cart_and_adamerging_start_from_cart(config: dict[str, Any]) -> None:
