@@ -14,6 +14,7 @@ from cart_plugin.checkpoints.adapters import plain_name
 from cart_plugin.checkpoints.digests import digest
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.errors import CartError
+from cart_plugin.inspect.orientation import turned_parameters
 from cart_plugin.merging.spans import Difference
 from cart_plugin.merging.tensors import matrix_shape
 
@@ -47,8 +48,6 @@ class Fused(Checkpoint):
         Raises:
             CartError: it is no plain LoRA, or does not fit the base.
         """
-        from transformers.pytorch_utils import Conv1D
-
         self.base = base
         self.adapter: Adapter
         (self.adapter,) = open_adapters(find([adapter]), [name])
@@ -61,9 +60,7 @@ class Fused(Checkpoint):
         model = names.meta_model(base.path, base.config, base.name)
         shapes = {tensor: info.shape for tensor, info in base.tensors.items()}
         self._sources = names.plain_sources(model, shapes)
-        self._turned = {
-            path for path, module in model.named_modules() if isinstance(module, Conv1D)
-        }
+        stored_turned = turned_parameters(model)
         for whole in self.adapter.whole.values():
             self.tensors[self._stored(plain_name(whole))] = self.adapter.checkpoint.tensors[whole]
         self._places: dict[str, _Place] = {}
@@ -75,7 +72,7 @@ class Fused(Checkpoint):
                     f"adapter {name} changes parameters of {plain} (target_parameters), and its "
                     f"file does not say which; {_WHOLE}"
                 )
-            turned = layer.shape.kind == "embedding" or plain in self._turned
+            turned = layer.shape.kind == "embedding" or f"{plain}.weight" in stored_turned
             place = _Place(module, layer.shape, turned)
             self._places[self._stored(f"{plain}.weight", place)] = place
             if layer.factors.bias is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,20 +86,16 @@ class Judgement:
     @property
     def mean_kept(self) -> float:
         """Over the models that moved."""
-        return _plain_mean(_known(self.kept))
+        return statistics.fmean(_known(self.kept))
 
     @property
     def mean_lost(self) -> float:
         """Over the models that moved."""
-        return _plain_mean(_known(self.lost))
+        return statistics.fmean(_known(self.lost))
 
 
 def _known(values: Sequence[float | None]) -> list[float]:
     return [value for value in values if value is not None]
-
-
-def _plain_mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
 
 
 @dataclass(frozen=True)
