@@ -40,6 +40,7 @@ class Plan:
         shapes: of the weights that any of them changes, by PEFT's names of modules, in order.
         whole: names of tensors that take the place of the base's, in the merged adapter, by what
             adapters call them (`Adapter.whole`).
+        tables: those of them that are the base's own, beside its LoRA.
         common: keys and values of the merged adapter's config that are theirs.
         notes: what a user has to know.
     """
@@ -47,6 +48,7 @@ class Plan:
     adapters: list[Adapter]
     shapes: dict[str, Shape]
     whole: dict[str, str]
+    tables: list[str]
     common: dict[str, Any]
     notes: list[str] = field(default_factory=list)
 
@@ -114,7 +116,7 @@ def agree(adapters: Sequence[Adapter], base: str | None) -> Plan:
                     "base"
                 )
     _check_names(ordered)
-    plan = Plan(ordered, dict(sorted(shapes.items())), _whole(ordered), common)
+    plan = Plan(ordered, dict(sorted(shapes.items())), *_whole(ordered), common)
     for module, shape in plan.shapes.items():
         if plan.has_bias and shape.kind in _WITHOUT_BIAS:
             raise CartError(
@@ -158,19 +160,22 @@ def _split(module: str) -> tuple[frozenset[str], str]:
     return frozenset(parts[:start]), ".".join(parts[start:])
 
 
-def _whole(adapters: Sequence[Adapter]) -> dict[str, str]:
+def _whole(adapters: Sequence[Adapter]) -> tuple[dict[str, str], list[str]]:
     """The tensors that take the place of the base's, of the same names and shapes in all.
+
+    And which of them are tables of the base's own, the same wherever they are.
 
     PEFT saves the base's own table beside LoRA of it: that may be lacking where there is none. The
     bias of a module with LoRA has such a name, too, and is trained.
     """
-    found = {}
+    found, tables = {}, []
     for key in sorted(set().union(*(adapter.whole for adapter in adapters))):
         holders = [adapter for adapter in adapters if key in adapter.whole]
         first = holders[0]
         # With LoRA wherever any of them has it.
         name = found[key] = max((adapter.whole[key] for adapter in holders), key=len)
         if name.endswith(_BASES_TABLE) and _are_one(key, holders):
+            tables.append(key)
             continue
         for adapter in adapters:
             if adapter not in holders:
@@ -185,7 +190,7 @@ def _whole(adapters: Sequence[Adapter]) -> dict[str, str]:
                     f"{name} is {one} in adapter {first.name} and {other} in {adapter.name}: heads "
                     "or vocabularies of different sizes cannot be merged"
                 )
-    return found
+    return found, tables
 
 
 def _are_one(key: str, holders: Sequence[Adapter]) -> bool:
@@ -296,18 +301,16 @@ def lacking_notes(plan: Plan) -> Iterator[str]:
 
 def _notes(plan: Plan) -> Iterator[str]:
     yield from lacking_notes(plan)
-    tables = [key for key in plan.whole if key.endswith(_BASES_TABLE)]
-    tables = [key for key in tables if _are_one(key, plan.holders(key))]
-    averaged = [name for key, name in plan.whole.items() if key not in tables]
+    averaged = [name for key, name in plan.whole.items() if key not in plan.tables]
     if averaged and len(plan.adapters) > 1:
         yield (
             f"{len(averaged):,} tensors that the adapters hold whole, such as {averaged[0]}, are "
             "averaged: whatever the method, the base's values are not known here. PEFT loads "
             "them; vLLM, llama.cpp and SGLang do not"
         )
-    if tables:
+    if plan.tables:
         yield (
-            f"the base's own {tables[0]} is kept, which PEFT has saved beside its LoRA "
+            f"the base's own {plan.tables[0]} is kept, which PEFT has saved beside its LoRA "
             "(save_embedding_layers=False saves none)"
         )
     others = [module for module, shape in plan.shapes.items() if shape.kind in _OTHERS]
