@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.common.cache import MANIFEST, cache_root, new_folder, read_manifest, write_json
+from benchmarks.common.cache import write_json
+from benchmarks.common.llamas import llama_models
 from benchmarks.common.measure import RESULTS, Measurement, machine, measure
 from benchmarks.common.provenance import made_by, provenance
 from benchmarks.common.tables import markdown_table
@@ -44,7 +45,7 @@ METHODS: dict[str, dict[str, Any]] = {
 def main(runs: int) -> None:
     """Merge with every method in turn; the exit code is 1 if cart peaks above ties."""
     console, where = Console(), machine()
-    base, *tuned = _models(console)
+    base, *tuned = llama_models("llama-103m", TUNED, console)
     measured: dict[str, list[Measurement]] = {name: [] for name in METHODS}
     with tempfile.TemporaryDirectory(dir=base.parent) as folder, Progress(console=console) as bar:
         task = bar.add_task("merging", total=runs * len(METHODS))
@@ -91,22 +92,6 @@ def markdown(result: dict[str, Any]) -> str:
         f"{made_by('bench-memory', result['measured'])}\n\n"
         f"{markdown_table(heading, rows, ruler)}\n"
     )
-
-
-def _models(console: Console) -> list[Path]:
-    """Folders of the base and of the tuned models, from the cache or made now."""
-    folder = cache_root() / "llama-103m"
-    if read_manifest(folder) is None:
-        console.print("making the models")
-        with new_folder(folder) as temporary:
-            program = (
-                "import sys; from pathlib import Path; from benchmarks.common.measure import *; "
-                f"write_llama_models(Path(sys.argv[1]), {TUNED})"
-            )
-            log = temporary / "log.txt"
-            measure([sys.executable, "-c", program, temporary], log)  # torch stays out of here
-            write_json(temporary / MANIFEST, {"tuned": TUNED})
-    return [folder / "base", *(folder / f"tuned-{index}" for index in range(TUNED))]
 
 
 def _merge(

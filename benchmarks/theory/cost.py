@@ -22,7 +22,7 @@ import click
 import yaml
 from rich.console import Console
 
-from benchmarks.common.cache import MANIFEST, cache_root, new_folder, read_manifest, write_json
+from benchmarks.common.cache import write_json
 from benchmarks.common.commands import (
     out_option,
     progress,
@@ -31,6 +31,7 @@ from benchmarks.common.commands import (
     report_option,
     runs_option,
 )
+from benchmarks.common.llamas import llama_models
 from benchmarks.common.measure import LlamaShape, Measurement, machine, measure
 from benchmarks.common.provenance import made_by, provenance
 from benchmarks.common.tables import markdown_table
@@ -64,7 +65,8 @@ def main(runs: int, quick: bool, out: Path, only_report: bool) -> None:
 def measured(runs: int, shape: LlamaShape, console: Console) -> Iterator[dict[str, Any]]:
     """Run all commands in turns; give what is known after each."""
     where = machine()
-    base, *tuned = models(shape, console)
+    name = f"llama-{shape.hidden}-{shape.layers}"
+    base, *tuned = llama_models(name, TUNED, console, shape)
     rounds: list[dict[str, Any]] = []
     names = [f"{what}{suffix}" for suffix in BASES for what in (MERGE, INSPECT)]
     with tempfile.TemporaryDirectory(dir=base.parent) as folder, progress(console) as bar:
@@ -82,21 +84,6 @@ def measured(runs: int, shape: LlamaShape, console: Console) -> Iterator[dict[st
                 "rounds": rounds,
                 "measured": [provenance()],
             }
-
-
-def models(shape: LlamaShape, console: Console) -> list[Path]:
-    """Folders of the base and of the tuned models, from the cache or made now."""
-    folder = cache_root() / f"llama-{shape.hidden}-{shape.layers}"
-    if read_manifest(folder) is None:
-        console.print("making the models")
-        with new_folder(folder) as temporary:
-            program = (
-                "import sys; from pathlib import Path; from benchmarks.common.measure import *; "
-                f"write_llama_models(Path(sys.argv[1]), {TUNED}, shape={shape})"
-            )
-            measure([sys.executable, "-c", program, temporary], temporary / "log.txt")
-            write_json(temporary / MANIFEST, {"tuned": TUNED, "shape": asdict(shape)})
-    return [folder / "base", *(folder / f"tuned-{index}" for index in range(TUNED))]
 
 
 def _run(name: str, base: Path, tuned: Sequence[Path], folder: Path) -> Measurement:
