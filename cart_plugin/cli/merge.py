@@ -14,6 +14,19 @@ from cart_plugin.errors import CartError
 class MergeCommand(click.Command):
     """A command with mergekit's own options, which are read when it is run or asked for help."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Take the arguments; if they are for several workers here, Ray starts in the meantime."""
+        ctx.obj = start = _start_of_ray(ctx, self.params, args)
+        if start is None:
+            return super().parse_args(ctx, args)
+        try:
+            rest = super().parse_args(ctx, args)
+        except BaseException:
+            start.end()
+            raise
+        ctx.call_on_close(start.end)
+        return rest
+
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Its own parameters, then mergekit's."""
         from mergekit.options import add_merge_options
@@ -21,6 +34,25 @@ class MergeCommand(click.Command):
         known = super().get_params(ctx)
         theirs = click.command()(add_merge_options(lambda merge_options: merge_options)).params
         return [*known[:-1], *theirs, known[-1]]  # --help stays last
+
+
+def _start_of_ray(ctx: click.Context, own: list[click.Parameter], args: list[str]) -> Any:
+    """Ray, which takes as long to start as mergekit, with its options, takes to be imported."""
+    if set(args) & set(ctx.help_option_names):
+        return None
+    early = click.Command(
+        ctx.info_name,
+        params=[*own, click.Option(["-v", "verbosity"], count=True)],  # as mergekit has it
+        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    )
+    # Nothing is refused here: what is wrong is told where all is read.
+    found = early.make_context(ctx.info_name, list(args), resilient_parsing=True).params
+    workers, address = found.get("workers"), found.get("address")
+    if not isinstance(workers, int) or workers < 2 or address is not None:
+        return None
+    from cart_plugin.distributed.start import Start
+
+    return Start(workers, None, logs=bool(found.get("verbosity")))
 
 
 @click.command(cls=MergeCommand, short_help="Merge a recipe whole, whatever its architecture.")
@@ -46,7 +78,9 @@ class MergeCommand(click.Command):
     metavar="SHARE",
     help="Each worker's share of a GPU: 1, or 0.5 for two workers on one.",
 )
+@click.pass_obj
 def merge(
+    start: Any,
     recipe: Path,
     out: Path,
     force: bool,
@@ -104,7 +138,7 @@ def merge(
         else:
             from cart_plugin.distributed import request as distributed
 
-            hands = distributed.Hands(workers, address, gpus)
+            hands = distributed.Hands(workers, address, gpus, start)
             with transfers(terminal, quiet=settings.quiet) as shown:
                 listener = distributed.Listener(
                     shown.tell, shown.note, shown.show, lambda text: click.echo(text, err=True)

@@ -8,6 +8,6 @@ shards of the result as mergekit would write them, or pieces of these: the bytes
 - `part`: the making of one of them; `reading` and `writing` run beside it
 - `journal`: what is finished, of which merge, and whether it is what it was
 - `progress`: how far all workers are
-- `here`, `on_ray`: who makes the parts
+- `here`, `on_ray`: who makes the parts; `start`: Ray, started while other things are done
 - `request`: all of it, as a command asks for it
 """

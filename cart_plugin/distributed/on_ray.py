@@ -6,7 +6,6 @@ in hand, which another makes; one that dies of memory is followed by one that as
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from cart_plugin.checkpoints.files import explain
 from cart_plugin.distributed import progress
 from cart_plugin.distributed.journal import Places
 from cart_plugin.distributed.plan import Part
+from cart_plugin.distributed.start import Start
 from cart_plugin.doctor.machine import size
 from cart_plugin.errors import CartError, first_line
 
@@ -27,7 +27,6 @@ _LOSSES = 20  # of nodes over one part: a cluster that loses them as fast does n
 _CHECK = 3.0  # seconds between two looks at the nodes
 _PATIENCE = 60.0  # seconds until it is told that no worker has begun
 _ENDING = 10.0  # seconds for workers to end in
-_OBJECT_STORE = 80_000_000  # bytes, nearly Ray's least: no tensor goes through it
 _VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -37,17 +36,32 @@ class Workers:
 
     Attributes:
         count: parts made at once; as many as the cluster has room for if None.
-        address: of a cluster, or `auto`; None starts Ray on this machine.
+        address: of a cluster, or `auto`; None for Ray on this machine.
         threads: of each worker.
         gpus: each worker's share of one.
-        logs: whether what workers print is shown.
     """
 
     count: int | None
     address: str | None
     threads: int
     gpus: float = 0.0
-    logs: bool = False
+
+    @property
+    def cpus(self) -> int:
+        """What a worker asks for of a cluster's CPUs; here each is one of as many as there are."""
+        return 1 if self.address is None else self.threads
+
+    @property
+    def surroundings(self) -> dict[str, Any]:
+        """Ray's options for a worker's environment.
+
+        Here it is this process's, in which workers are ready beforehand: another one takes new
+        processes. A worker sets its threads by itself, too.
+        """
+        if self.address is None:
+            return {}
+        variables = dict.fromkeys(_VARIABLES, str(self.threads))
+        return {"runtime_env": {"env_vars": {**variables, "PYTHONHASHSEED": "0"}}}
 
 
 @dataclass(frozen=True)
@@ -60,24 +74,12 @@ class _Attempt:
     losses: int = 0
 
 
-def import_ray() -> Any:
-    """Ray.
-
-    Raises:
-        CartError: it is not installed.
-    """
-    try:
-        import ray
-    except ImportError as error:
-        raise CartError(
-            "several workers need Ray, which is not installed here; "
-            f"pip install 'cart-plugin[ray]' ({first_line(error)})"
-        ) from None
-    return ray
-
-
 def make(
-    places: Places, parts: Sequence[Part], workers: Workers, note: Callable[[str], None]
+    places: Places,
+    parts: Sequence[Part],
+    workers: Workers,
+    start: Start,
+    note: Callable[[str], None],
 ) -> None:
     """Make all parts.
 
@@ -85,45 +87,17 @@ def make(
         places: the merge's.
         parts: of its result.
         workers: what is asked of Ray.
+        start: Ray.
         note: receives a line about each worker that died.
 
     Raises:
         CartError: one cannot be made, or there is no machine for it. Those that are finished stay.
     """
-    ray = import_ray()
-    started = not ray.is_initialized()
-    if started:
-        _start(ray, workers)
+    ray = start.ray()
     try:
         _Crew(ray, places, parts, workers, note).work()
     except ray.exceptions.RayError as error:  # of Ray itself: its head is gone, or does not answer
         raise CartError(f"Ray has failed: {first_line(error)}") from error
-    finally:
-        if started:
-            ray.shutdown()
-
-
-def _start(ray: Any, workers: Workers) -> None:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent home
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # what later releases do
-    # Of the lowest priority, as Ray has it, workers stand still beside programs that compute.
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    common = {"log_to_driver": workers.logs, "logging_level": "ERROR"}
-    try:
-        if workers.address is not None:
-            ray.init(address=workers.address, **common)
-            return
-        ray.init(
-            address="local",
-            num_cpus=(workers.count or 1) * workers.threads,
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE,
-            **common,
-        )
-    except (ray.exceptions.RayError, ValueError, RuntimeError, OSError) as error:
-        where = f"cannot join the Ray cluster at {workers.address}"
-        what = "cannot start Ray on this machine" if workers.address is None else where
-        raise CartError(f"{what}: {first_line(error)}") from error
 
 
 def _task(place: str, number: int) -> str | None:
@@ -172,14 +146,13 @@ class _Crew:
         self._running: dict[Any, _Attempt] = {}
         self._begun = time.monotonic()
         self._is_quiet = True  # no worker has begun, and nobody was told
-        variables = {name: str(workers.threads) for name in _VARIABLES}
         self._make = ray.remote(_task)
         # A dead worker's part is asked for anew here, with what its death has taught.
         self._asked = {
-            "num_cpus": workers.threads,
+            "num_cpus": workers.cpus,
             "num_gpus": workers.gpus,
             "max_retries": 0,
-            "runtime_env": {"env_vars": {**variables, "PYTHONHASHSEED": "0"}},
+            **workers.surroundings,
         }
 
     def work(self) -> None:
@@ -227,8 +200,7 @@ class _Crew:
         able = [
             node
             for node in nodes
-            if node.get("CPU", 0) >= self._workers.threads
-            and node.get("GPU", 0) >= self._workers.gpus
+            if node.get("CPU", 0) >= self._workers.cpus and node.get("GPU", 0) >= self._workers.gpus
         ]
         if not able:
             gpu = f" and {self._workers.gpus:g} of a GPU" if self._workers.gpus else ""

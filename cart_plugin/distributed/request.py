@@ -32,6 +32,7 @@ from cart_plugin.checkpoints.writing import data_bytes
 from cart_plugin.distributed import here, journal, on_ray, plan, progress, tasks
 from cart_plugin.distributed.journal import Places
 from cart_plugin.distributed.plan import Part, Shard
+from cart_plugin.distributed.start import Start, import_ray
 from cart_plugin.doctor.machine import cores
 from cart_plugin.errors import CartError
 from cart_plugin.execution import merge, request, routes
@@ -50,11 +51,13 @@ class Hands:
         workers: how many at once; None for one here, or as many as a cluster has room for.
         address: of a Ray cluster, or `auto`; None for this machine.
         gpus: each worker's share of a GPU; 0 for the device of mergekit's options.
+        start: Ray, if it has been started for them; whoever has done that ends it.
     """
 
     workers: int | None = None
     address: str | None = None
     gpus: float = 0.0
+    start: Start | None = None
 
     @property
     def is_here(self) -> bool:
@@ -104,9 +107,9 @@ def run(
     """
     options = _fitting(options, hands)
     if not hands.is_here:
-        on_ray.import_ray()
+        import_ray()
     request.read(recipe, out)
-    with resumable(out) as work:
+    with resumable(out) as work, _started(hands, options) as hands:
         try:
             return _Run(recipe, out, options, hands, listener, force, work).run()
         except (CartError, OSError) as error:
@@ -122,6 +125,19 @@ def run(
             log = work.folder / _LOG
             if options.verbosity and log.is_file():
                 listener.log(log.read_text(errors="replace"))
+
+
+@contextmanager
+def _started(hands: Hands, options: MergeOptions) -> Iterator[Hands]:
+    """Let Ray start, unless it has or none is needed, while the merge is planned."""
+    if hands.is_here or hands.start is not None:
+        yield hands
+        return
+    start = Start(hands.workers, hands.address, logs=options.verbosity > 0)
+    try:
+        yield replace(hands, start=start)
+    finally:
+        start.end()
 
 
 def _left(work: Workplace) -> str:
@@ -210,14 +226,11 @@ class _Run:
                     here.make(places, parts)
             else:
                 self._check_cores()
+                assert self._hands.start is not None
                 workers = on_ray.Workers(
-                    self._hands.workers,
-                    self._hands.address,
-                    self._threads,
-                    self._hands.gpus,
-                    logs=self._options.verbosity > 0,
+                    self._hands.workers, self._hands.address, self._threads, self._hands.gpus
                 )
-                on_ray.make(places, parts, workers, listener.note)
+                on_ray.make(places, parts, workers, self._hands.start, listener.note)
         listener.tell("checking")
         return self._finish(prepared, places, shards)
 

@@ -12,7 +12,7 @@ import torch
 from ray import exceptions
 
 from cart_plugin.checkpoints.files import write_json
-from cart_plugin.distributed import on_ray
+from cart_plugin.distributed import on_ray, start
 from cart_plugin.distributed.journal import Places
 from cart_plugin.distributed.on_ray import Workers
 from cart_plugin.distributed.plan import Output, Part, Shard
@@ -204,14 +204,16 @@ def test_a_ray_that_does_not_answer_is_one_line(
 ) -> None:
     ray = Scripted()
     monkeypatch.setattr(ray, "is_initialized", lambda: True, raising=False)
-    monkeypatch.setattr(on_ray, "import_ray", lambda: ray)
+    monkeypatch.setattr(start, "import_ray", lambda: ray)
 
     def gone() -> None:
         raise exceptions.RpcError("failed to connect to all addresses\nTraceback ...")
 
     monkeypatch.setattr(ray, "nodes", gone)
     with pytest.raises(CartError, match="Ray has failed: RpcError: failed to connect") as raised:
-        on_ray.make(Places(tmp_path), [part(0)], Workers(1, "auto", 1), print)
+        on_ray.make(
+            Places(tmp_path), [part(0)], Workers(1, "auto", 1), start.Start(1, "auto"), print
+        )
     assert "\n" not in str(raised.value)
 
 

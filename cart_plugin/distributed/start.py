@@ -1,0 +1,114 @@
+"""Ray, started on this machine or joined while other things are being done.
+
+Ray takes ten seconds to start, its workers take as many again to import torch and mergekit, and so
+does the command itself. This module imports neither, so that all of it can go on at once.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+from cart_plugin.errors import CartError, first_line
+
+_OBJECT_STORE = 80_000_000  # bytes, nearly Ray's least: no tensor goes through it
+
+
+def import_ray() -> Any:
+    """Ray.
+
+    Raises:
+        CartError: it is not installed.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise CartError(
+            "several workers need Ray, which is not installed here; "
+            f"pip install 'cart-plugin[ray]' ({first_line(error)})"
+        ) from None
+    return ray
+
+
+class Start:
+    """Ray in the making, or made; a Ray that this process has already is taken as it is."""
+
+    def __init__(self, workers: int | None, address: str | None, *, logs: bool = False) -> None:
+        """Begin.
+
+        Args:
+            workers: how many tasks of one CPU there is room for, on this machine.
+            address: of a cluster to join, or `auto`; None starts Ray on this machine.
+            logs: whether what workers print is shown.
+        """
+        self._workers, self._address, self._logs = workers or 1, address, logs
+        self._ray: Any = None
+        self._is_ours = False
+        self._error: Exception | None = None
+        self._ready, self._over = threading.Event(), threading.Event()
+        # One thread from start to end: the system ends Ray's processes with the thread that has
+        # started them.
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def ray(self) -> Any:
+        """Ray, when it is ready.
+
+        Raises:
+            CartError: it is not installed, or cannot start.
+        """
+        self._ready.wait()
+        if self._error is not None:
+            raise self._error
+        return self._ray
+
+    def end(self) -> None:
+        """End what was started here; once is enough."""
+        self._over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            ray = import_ray()
+            if not ray.is_initialized() and not self._over.is_set():
+                self._init(ray)
+                self._is_ours = True
+                if self._address is None:
+                    for _ in range(self._workers):
+                        ray.remote(_import).options(num_cpus=1).remote()
+            self._ray = ray
+        except Exception as error:
+            self._error = error
+        self._ready.set()
+        self._over.wait()
+        if self._is_ours:
+            self._ray.shutdown()
+
+    def _init(self, ray: Any) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent home
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as later releases do
+        # Of the lowest priority, as Ray has it, workers stand still beside programs that compute.
+        os.environ.setdefault("RAY_worker_niceness", "0")
+        os.environ.setdefault("PYTHONHASHSEED", "0")  # mergekit goes through sets
+        common = {"log_to_driver": self._logs, "logging_level": "ERROR"}
+        try:
+            if self._address is not None:
+                ray.init(address=self._address, **common)
+                return
+            ray.init(
+                address="local",
+                num_cpus=self._workers,
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE,
+                **common,
+            )
+        except (ray.exceptions.RayError, ValueError, RuntimeError, OSError) as error:
+            where = f"cannot join the Ray cluster at {self._address}"
+            what = "cannot start Ray on this machine" if self._address is None else where
+            raise CartError(f"{what}: {first_line(error)}") from error
+
+
+def _import() -> None:
+    """Let a worker import what its first part needs, while that is being planned."""
+    import cart_plugin.distributed.part  # noqa: F401

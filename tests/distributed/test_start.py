@@ -1,0 +1,129 @@
+"""Ray starts while the command imports mergekit and plans, and ends with it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+import pytest
+
+from cart_plugin.cli.merge import MergeCommand, merge
+from cart_plugin.distributed import start
+from cart_plugin.distributed.start import Start
+from cart_plugin.errors import CartError
+
+
+class Scripted:
+    """Stands for Ray: notes what it is asked for."""
+
+    def __init__(self, *, fails: bool = False, is_there: bool = False) -> None:
+        from ray import exceptions
+
+        self.exceptions = exceptions
+        self.asked: list[str] = []
+        self._fails, self._is_there = fails, is_there
+
+    def is_initialized(self) -> bool:
+        return self._is_there
+
+    def init(self, **_: Any) -> None:
+        if self._fails:
+            raise RuntimeError("no room\nTraceback ...")
+        self.asked.append("init")
+
+    def remote(self, _: Any) -> Scripted | None:
+        self.asked.append("import")
+        return self
+
+    def options(self, **_: Any) -> Any:
+        return type("Task", (), {"remote": lambda _: None})()
+
+    def shutdown(self) -> None:
+        self.asked.append("shutdown")
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> Scripted:
+    ray = Scripted()
+    monkeypatch.setattr(start, "import_ray", lambda: ray)
+    return ray
+
+
+def test_workers_here_import_before_they_are_needed(scripted: Scripted) -> None:
+    begun = Start(3, None)
+    assert begun.ray() is scripted
+    assert scripted.asked == ["init", "import", "import", "import"]
+    begun.end()
+    begun.end()
+    assert scripted.asked[4:] == ["shutdown"]
+
+
+def test_a_cluster_is_joined_and_left(scripted: Scripted) -> None:
+    begun = Start(3, "auto")
+    begun.ray()
+    begun.end()
+    assert scripted.asked == ["init", "shutdown"]
+
+
+def test_a_ray_that_is_there_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Scripted(is_there=True)
+    monkeypatch.setattr(start, "import_ray", lambda: ray)
+    begun = Start(2, None)
+    begun.ray()
+    begun.end()
+    assert ray.asked == []
+
+
+def test_what_fails_is_told_to_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start, "import_ray", lambda: Scripted(fails=True))
+    begun = Start(2, None)
+    with pytest.raises(CartError, match=r"cannot start Ray on this machine: .*: no room$"):
+        begun.ray()
+    begun.end()
+
+
+@pytest.mark.parametrize(
+    ("options", "workers"),
+    [
+        (["--workers", "2"], 2),
+        (["--workers=3", "-j", "1", "--cuda", "-v"], 3),
+        (["--workers", "1"], None),
+        (["--workers", "2", "--ray", "auto"], None),
+        (["--workers", "many"], None),
+        (["--workers", "2", "--help"], None),
+        ([], None),
+    ],
+)
+def test_the_command_starts_ray_before_it_reads_its_options(
+    options: list[str], workers: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[tuple[int, bool]] = []
+    ended: list[bool] = []
+
+    class Noted:
+        def __init__(self, workers: int, _: None, *, logs: bool) -> None:
+            begun.append((workers, logs))
+
+        def end(self) -> None:
+            ended.append(True)
+
+    def refuse(*_: object) -> None:
+        assert begun == ([] if workers is None else [(workers, "-v" in options)])
+        raise click.UsageError("wrong")
+
+    monkeypatch.setattr(start, "Start", Noted)
+    monkeypatch.setattr(MergeCommand, "get_params", refuse)
+    with pytest.raises(click.UsageError, match="wrong"):
+        merge.main(["recipe.yaml", "out", *options], standalone_mode=False)
+    assert len(ended) == len(begun) == (workers is not None)
+
+
+def test_starting_ray_imports_nothing_heavy() -> None:
+    from subprocess import run
+
+    program = (
+        "import sys, cart_plugin.distributed.start; "
+        "assert not {'torch', 'mergekit', 'ray'} & set(sys.modules)"
+    )
+    assert run([sys.executable, "-c", program], check=False).returncode == 0
