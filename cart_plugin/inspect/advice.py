@@ -23,6 +23,7 @@ _NAMES = {AVERAGE: "linear", AUTO_WITH_BASE: AUTO}  # mergekit's
 _ALIKE = 0.3  # difference of two models, relative to what they moved: one is nearly the other
 _GAIN = 0.02  # of what is lost: less than that is no reason for another method than the average
 _LITTLE = 0.5  # kept of a model: below, a merge is hardly that model
+_STRANGE = 0.5  # moved, of a model's weights: fine-tuning does not; to another model it is 1.4
 _LARGE = 3.0  # how much farther one model moved than the median
 
 
@@ -99,7 +100,7 @@ def advise(
         *_choice(method, methods, len(movements), base, hints, of_adapters=of_adapters),
         *_others(method, methods, hints, is_low=is_low),
         *_ranks(movements),
-        *_pairs(pairs),
+        *(_strangers(movements, base, hints) or _pairs(pairs)),
         *_sizes(movements),
     ]
     alone = of_adapters and not any("+" in path for path in paths)
@@ -206,6 +207,25 @@ def _ranks(movements: Sequence[Movement]) -> Iterator[str]:
             f"the changes are of rank {text}, as of LoRA adapters: leave a rank_ratio out, at "
             "which cart keeps all of them, that is, the average"
         )
+
+
+def _strangers(movements: Sequence[Movement], base: str | None, hints: Hints) -> list[str]:
+    """Says that models differ by more than fine-tuning explains.
+
+    Then pairs tell nothing: from what is no base of theirs all models move alike.
+    """
+    found = [one for one in movements if one.share is not None and one.share > _STRANGE]
+    if not found:
+        return []
+    named = ", ".join(f"{one.model} by {one.share:.0%}" for one in found)
+    if base is None:
+        doubt = "models of different origins cannot be merged"
+    else:
+        doubt = f"if {base} is not the model that they were fine-tuned from, name that {hints.base}"
+    return [
+        f"{named} of the weights: fine-tuning moves a few per cent, and nothing that is said here "
+        f"holds of models that have nothing in common; {doubt}"
+    ]
 
 
 def _pairs(pairs: Sequence[Pair]) -> Iterator[str]:

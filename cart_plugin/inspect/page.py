@@ -72,7 +72,8 @@ def _drawn(found: Mapping[str, Any]) -> dict[str, Any]:
         "models": list(found["models"]),
         "methods": [[name, title(name)] for name in found["methods"]],
         "chosen": found["worst"]["method"],
-        "pairs": found["pairs"],
+        # To two digits nothing has no sign.
+        "pairs": [pair | {"cosine": round(pair["cosine"], 2) + 0.0} for pair in found["pairs"]],
         "records": [_slim(record, found["methods"]) for record in decomposed(found["records"])],
     }
 

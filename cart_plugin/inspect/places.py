@@ -54,6 +54,15 @@ def places(names: Collection[str]) -> dict[str, Place]:
     return found
 
 
+def layers(names: Collection[str]) -> dict[str, dict[int, set[str]]]:
+    """By stack of layers, what its layers hold: by number the kinds of module."""
+    found: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for stack, own in map(_split, names):
+        if own.layer is not None:
+            found[stack][own.layer].add(own.module)
+    return found
+
+
 def _split(name: str) -> tuple[str, Place]:
     """What stands before the layer's number, and the place after it."""
     found = _STAGES.search(name) or _LAYER.search(name)

@@ -14,7 +14,7 @@ from cart_plugin.errors import CartError
 from cart_plugin.inspect.activations import Subject
 from cart_plugin.inspect.fused import Fused
 from cart_plugin.inspect.orientation import as_multiplied, turned_weights
-from cart_plugin.inspect.places import place
+from cart_plugin.inspect.places import layers, place
 from cart_plugin.inspect.weights import Plain, Weight, of_tensors
 from cart_plugin.merging.spans import Difference
 
@@ -49,6 +49,8 @@ class Whole:
                 f"({next(iter(first.tensors))}, say): they are of different architectures, or "
                 "saved with different classes"
             )
+        for other in every[1:]:
+            _check_depths(first, other)
         self.every = list(first.tensors)
         self.weights, lacking, unlike = [], [], []
         for name in dict.fromkeys(name for model in self.checkpoints for name in model.tensors):
@@ -148,6 +150,27 @@ class Whole:
         """See `Source`."""
         every = (*self.checkpoints, self.base, self.merged)
         return ["" if model is None else _identity(model) for model in every]
+
+
+def _check_depths(one: Checkpoint, other: Checkpoint) -> None:
+    """Refuse models of which one has more layers, of which a part would be compared.
+
+    A layer of another kind at the end is none that counts, such as the one that DeepSeek predicts
+    further tokens by: transformers leaves it out when it saves a model.
+
+    Raises:
+        CartError: they are of different depths.
+    """
+    held = {model.name: layers(model.tensors) for model in (one, other)}
+    for name, lacking in ((one.name, other.name), (other.name, one.name)):
+        for stack, own in held[name].items():
+            there = held[lacking].get(stack, {})
+            kinds = set().union(*(own[layer] for layer in own if layer in there))
+            if any(layer not in there and modules <= kinds for layer, modules in own.items()):
+                raise CartError(
+                    f"{name} has {len(own)} layers in {stack} and {lacking} {len(there)}: models "
+                    "of different shapes cannot be merged"
+                )
 
 
 def _identity(model: Checkpoint) -> str:

@@ -27,11 +27,12 @@ def advice(
     rank: int | None = None,
     of_adapters: bool = False,
     apart: float = 1.2,
+    share: float | None = 0.01,
     kept: float = 0.8,
     paths: list[str] | None = None,
 ) -> Advice:
     names = [f"model{index}" for index in range(count)]
-    moved = [Movement(name, 1.0, 0.01, {}, [], rank, 20.0, 0.8) for name in names]
+    moved = [Movement(name, 1.0, share, {}, [], rank, 20.0, 0.8) for name in names]
     pairs = [Pair((names[0], names[1]), apart, 0.1, 0.3, 0.3)]
     judged = {name: Judgement([kept] * count, [loss] * count) for name, loss in losses.items()}
     return advise(moved, pairs, judged, paths or names, base, of_adapters=of_adapters)
@@ -110,6 +111,18 @@ def test_low_ranks_and_twins_are_told() -> None:
     assert "rank" not in said(advice())
     assert "differ by 3% of what they moved" in said(advice(apart=0.03))
     assert "count twice" not in said(advice())
+
+
+@pytest.mark.parametrize("base", ["other", None])
+def test_models_that_moved_further_than_fine_tuning_does_are_told(base: str | None) -> None:
+    """From another base all move alike: they are not called one and the same."""
+    text = said(advice(share=1.4, apart=0.03, base=base))
+    assert "model0 by 140%, model1 by 140%, model2 by 140% of the weights" in text
+    assert "count twice" not in text
+    assert ("if other is not the model that they were fine-tuned from" in text) is (
+        base is not None
+    )
+    assert "of the weights" not in said(advice(share=None))
 
 
 def test_adapters_alone_get_the_command_for_adapters() -> None:

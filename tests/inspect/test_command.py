@@ -228,3 +228,15 @@ def test_nothing_has_no_sign(run: Run, models: list[Path], base: Path) -> None:
     assert re.search(r"^merged +0% +0% +0% +100%$", text, re.MULTILINE)
     assert "-0%" not in text
     assert "-0.00" not in text
+
+
+def test_nor_has_it_in_the_drawing(
+    run: Run, models: list[Path], base: Path, tmp_path: Path
+) -> None:
+    run(*models, "--base", base, "--out", tmp_path)
+    found = report(tmp_path)["pairs"]
+    assert any(-0.005 < pair["cosine"] < 0 for pair in found)  # or it tells nothing
+    text = (tmp_path / "report.html").read_text()
+    drawn = re.findall(r'"cosine": (-?[0-9.]+)', text)
+    assert len(drawn) == len(found)
+    assert all(re.search("[1-9]", value) for value in drawn if value.startswith("-"))

@@ -226,6 +226,24 @@ def test_models_of_different_shapes_are_refused_by_the_layer(own: list[Path]) ->
         inspect_models(own)
 
 
+@pytest.mark.parametrize("role", ["model", "base", "merged"])
+def test_models_of_different_depths_are_refused(own: list[Path], role: str) -> None:
+    file = own[2] / "model.safetensors"
+    tensors = {name: one for name, one in load_file(file).items() if ".layers.1." not in name}
+    save_file(tensors, file, {"format": "pt"})
+    others = {} if role == "model" else {role: own[2]}
+    with pytest.raises(CartError, match=r"math has 2 layers in model.layers and .* 1: .* shapes"):
+        inspect_models(own if role == "model" else own[:2], **others)
+
+
+def test_a_last_layer_of_another_kind_is_left_out_with_a_note(own: list[Path]) -> None:
+    """As DeepSeek's, which fine-tuned models are saved without."""
+    for name in ("self_attn.q_proj", "eh_proj"):
+        break_tensor(own[1], f"model.layers.2.{name}.weight", torch.zeros(32, 32))
+    found = inspect_models(own)
+    assert any("model.layers.2" in note and "left out" in note for note in found.notes)
+
+
 def test_heads_of_different_sizes_are_left_out_with_a_note(own: list[Path], base: Path) -> None:
     break_tensor(own[1], "lm_head.weight", torch.zeros(3, 32))
     found = inspect_models(own, base=base)
