@@ -79,7 +79,7 @@ def markdown(seconds: float, table: Sequence[Sequence[str]]) -> str:
 def main() -> None:
     """Write and print the estimate."""
     solvers = json.loads((RESULTS / "solvers" / "results.json").read_text())
-    seconds = core_seconds(solvers["cases"], cores=2)
+    seconds = core_seconds(solvers["cases"], cores=solvers["conditions"]["threads"])
     publish(markdown(seconds, rows(seconds)), RESULTS / "speed" / "estimate.md", Console())
 
 

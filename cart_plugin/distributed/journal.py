@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 from mergekit.tokenizer import TokenizerInfo
 
@@ -29,6 +30,7 @@ from cart_plugin.checkpoints.digests import tensor_digest
 from cart_plugin.checkpoints.files import MAKING, read_json, write_json
 from cart_plugin.checkpoints.headers import read_header
 from cart_plugin.checkpoints.reading import CONFIG, Checkpoint
+from cart_plugin.distributed import plan
 from cart_plugin.distributed.plan import Part, Shard
 from cart_plugin.errors import CartError
 from cart_plugin.execution.inputs import Inputs, plain
@@ -90,6 +92,17 @@ class Places:
         """The tokenizer that the recipe asks for, if it does."""
         return self.folder / "tokenizer.pickle"
 
+    @property
+    def is_planned(self) -> bool:
+        """Whether all is there that workers go by; a machine that lost its power leaves parts."""
+        try:
+            plan.read(self.plan)
+            read_json(self.settings)
+            read_tokenizer(self)
+        except Exception:  # whatever half a file, or a pickle, may lead to
+            return False
+        return True
+
     def record(self, part: Part) -> Path:
         """The record of a part."""
         return self.records / f"{part.shard.file}.{part.number}.json"
@@ -115,14 +128,19 @@ def identity(
         threads: of a worker: the same product by more threads rounds differently.
         whole: whether a shard is made by one worker, as `plan.foresee` has it.
     """
+    folders = {label: checkpoint.path for label, checkpoint in inputs.checkpoints.items()}
+    source = inputs.config.tokenizer.source if inputs.config.tokenizer else None
+    source = source or inputs.config.tokenizer_source
+    if isinstance(source, ModelReference) and Path(source.model.path).is_dir():
+        folders.setdefault(str(source), Path(source.model.path))  # it may be none of the models
     files = {
         f"model {label}": _states(
             # Hidden ones are of other programs: clones, file managers, network file systems.
             file
-            for file in checkpoint.path.iterdir()
+            for file in folder.iterdir()
             if file.is_file() and not file.name.startswith(".")
         )
-        for label, checkpoint in inputs.checkpoints.items()
+        for label, folder in folders.items()
     }
     numbers = [_REVISION, linalg.REVISION, merging.REVISION, adapter.REVISION]
     settings = {
@@ -192,9 +210,12 @@ def open_journal(folder: Path, identity: Mapping[str, Any], tell: Callable[[str]
         before = None
     if before is not None and before != identity:
         tell(f"starting anew: {_difference(before, identity)}")
+    is_planned = places.is_planned
+    if places.plan.is_file() and not is_planned:
+        tell("starting anew: the plan of the interrupted merge is broken")
     for other in [*folder.glob(f"{_GONE}*"), *folder.glob(f"{MAKING}*")]:
         # Without a plan nothing says what the records are of.
-        if other != places.folder or not places.plan.is_file():
+        if other != places.folder or not is_planned:
             _remove(other)
     write_json(file, {"identity": identity})
     places.make()

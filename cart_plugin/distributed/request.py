@@ -142,8 +142,9 @@ def _started(hands: Hands, options: MergeOptions) -> Iterator[Hands]:
 
 def _left(work: Workplace) -> str:
     """What an interrupted run leaves, as the end of a line; nothing is kept if that is nothing."""
-    folder = next((Places(it.parent) for it in work.folder.glob(f"{MAKING}*/plan.json")), None)
     # Without a plan they are of no use.
+    planned = (Places(it.parent) for it in work.folder.glob(f"{MAKING}*/plan.json"))
+    folder = next((it for it in planned if it.is_planned), None)
     records = 0 if folder is None else len(list(folder.records.glob("*.json")))
     work.keep = records > 0 or any(work.folder.glob("fused/*"))
     if folder is None or not records:

@@ -97,12 +97,11 @@ def check_disk(
     needed = max(0, needed - there)
     more = f" beside the {size(there)} of an interrupted merge" if there else ""
     fact = f"disk needed: {size(needed)}{more}, free at {folder}: {size(free)}"
-    if needed <= free:
-        yield ok(fact)
-    else:
-        yield problem(
-            fact, "write to another file system (--out FOLDER checks it), or delete something there"
-        )
+    checked = " (--out FOLDER checks it)" if out is None else ""
+    advice = f"write to another file system{checked}, or delete something there"
+    if there:
+        advice = "delete something there; another folder would take all of it, from the start"
+    yield ok(fact) if needed <= free else problem(fact, advice)
 
 
 def peak(merge: Merge, config: Recipe) -> float:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -14,7 +16,9 @@ import transformers
 from click.testing import CliRunner, Result
 from mergekit.scripts import run_yaml
 
+from cart_plugin.checkpoints.writing import TensorFile
 from cart_plugin.distributed import plan
+from cart_plugin.distributed.reading import Reader
 from tests.distributed.conftest import METHODS, SHARDS, contents, left, recipe_of
 from tests.doctor.tiny import (
     change_config,
@@ -131,6 +135,36 @@ def rows_by_token(folder: Path) -> dict[str, torch.Tensor]:
     tables = torch.cat([found["model.embed_tokens.weight"], found["lm_head.weight"]], dim=1)
     vocabulary = transformers.AutoTokenizer.from_pretrained(folder).get_vocab()
     return {token: tables[row] for token, row in vocabulary.items()}
+
+
+def test_each_input_is_read_once_and_one_tensor_ahead(
+    merge: Merge, saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: Counter[tuple[str, str]] = Counter()
+    written: set[str] = set()
+    most = 0
+    load, write = Reader.get_tensor, TensorFile.write
+
+    def counted(self: Reader, key: str, *rest: Any, **named: Any) -> torch.Tensor | None:
+        nonlocal most
+        read[self.folder, key] += 1
+        most = max(most, len({name for _, name in read} - written))
+        return load(self, key, *rest, **named)
+
+    def noted(self: TensorFile, name: str, tensor: torch.Tensor) -> None:
+        write(self, name, tensor)
+        written.add(name)
+
+    monkeypatch.setattr(Reader, "get_tensor", counted)
+    monkeypatch.setattr(TensorFile, "write", noted)
+    models = saved("llama")
+    assert (
+        merge(recipe_of("cart", models, tmp_path), tmp_path / "out", "--workers", 1).exit_code == 0
+    )
+    names = load_tensors(tmp_path / "out")
+    assert read == {(model, name): 1 for model in models for name in names}
+    # One is written, one merged, and one is read: memory is bounded.
+    assert most <= 3
 
 
 def test_a_recipe_that_makes_a_tokenizer(merge: Merge, tmp_path: Path) -> None:

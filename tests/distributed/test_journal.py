@@ -41,6 +41,20 @@ def test_records_without_a_plan_are_not_trusted(
     assert "going on" not in done.output
 
 
+@pytest.mark.parametrize("name", ["plan.json", "settings.json", "tokenizer.pickle"])
+def test_half_a_plan_is_none(
+    name: str, merge: Merge, places: Places, recipe: Path, tmp_path: Path
+) -> None:
+    # As a machine leaves it that has lost its power.
+    (places.folder / name).write_bytes(b"")
+    work = request.Workplace(places.folder.parent, tmp_path / "out", keep=True)
+    assert request._left(work) == ""
+    done = merge(recipe, tmp_path / "out", "--workers", 1, *SHARDS)
+    assert done.exit_code == 0, done.output
+    assert "starting anew: the plan of the interrupted merge is broken" in done.output
+    assert "going on" not in done.output
+
+
 def test_records_without_a_plan_are_not_kept(places: Places, tmp_path: Path) -> None:
     places.plan.unlink()
     work = request.Workplace(places.folder.parent, tmp_path / "out", keep=True)
@@ -81,6 +95,17 @@ def test_files_of_other_programs_are_no_change_of_a_model(merge: Merge, tmp_path
     assert journal.identity(inputs, "plan", request.MergeOptions(), 1, whole=False) == before
     (Path(models[0]) / "vocabulary.txt").touch()
     assert journal.identity(inputs, "plan", request.MergeOptions(), 1, whole=False) != before
+
+
+def test_a_tokenizer_of_none_of_the_models_is_an_input(merge: Merge, tmp_path: Path) -> None:
+    *models, other = save_models(tmp_path / "models", "llama")
+    recipe = {"merge_method": "linear", "models": [{"model": m} for m in models]}
+    for settings in ({"tokenizer_source": other}, {"tokenizer": {"source": other}}):
+        inputs = request.read_inputs(recipe | settings)
+        before = journal.identity(inputs, "plan", request.MergeOptions(), 1, whole=False)
+        (Path(other) / "tokenizer.json").write_text(str(settings))
+        now = journal.identity(inputs, "plan", request.MergeOptions(), 1, whole=False)
+        assert journal._difference(before, now) == f"model {other} has changed (tokenizer.json)"
 
 
 @pytest.mark.parametrize("changed", [{"route": "tensorwise"}, {"trust_remote_code": True}])

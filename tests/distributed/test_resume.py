@@ -170,6 +170,23 @@ def test_room_for_what_is_finished_is_not_asked_for_again(
     assert "of an interrupted merge" in done.output
 
 
+def test_another_folder_is_not_advised_where_it_would_lose_what_is_finished(
+    merge: Merge, interrupted: Merge, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def advice() -> str:
+        done = merge(recipe, tmp_path / "out", "--workers", 1, *SHARDS)
+        assert "not merged: disk needed" in done.output
+        return done.output.partition("-> ")[2].splitlines()[0]
+
+    usage = shutil._ntuple_diskusage(10**6, 10**6, 0)
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda place: usage)
+        assert advice() == "write to another file system, or delete something there"
+    interrupted(recipe, tmp_path / "out")
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
+    assert advice().startswith("delete something there; another folder would take all of it")
+
+
 def test_what_a_killed_last_step_has_written_is_not_taken_for_the_result(
     merge: Merge, recipe: Path, expected: dict[str, bytes], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

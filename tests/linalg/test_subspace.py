@@ -123,12 +123,16 @@ def test_double_precision_is_kept_and_seeds_decide() -> None:
     assert not torch.equal(one, other)
 
 
-def test_large_matrices_are_iterated_on_and_small_ones_solved(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.mark.cpu_only  # an accelerator iterates on small ones, too
+def test_small_matrices_are_solved() -> None:
     x = with_spectrum(power_law(160, 0.6), 160, 200)
     exact = truncated_svd(x, RankRule(rank=20), svd="exact")
     assert torch.equal(truncated_svd(x, RankRule(rank=20), svd="subspace").U, exact.U)
+
+
+def test_large_matrices_are_iterated_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = with_spectrum(power_law(160, 0.6), 160, 200)
+    exact = truncated_svd(x, RankRule(rank=20), svd="exact")
     monkeypatch.setattr("cart_plugin.linalg.svd._FAST_SIDE", 160)
     iterated = truncated_svd(x, RankRule(rank=20), svd="subspace")
     assert 1e-4 < relative_error(iterated.dense(), exact.dense().double()) < 0.5

@@ -93,7 +93,7 @@ def test_the_saved_table_is_that_of_the_saved_figures() -> None:
 
 def test_the_saved_estimate_is_that_of_the_solvers_figures() -> None:
     solvers = json.loads((RESULTS / "solvers" / "results.json").read_text())
-    seconds = estimate.core_seconds(solvers["cases"], cores=2)
+    seconds = estimate.core_seconds(solvers["cases"], solvers["conditions"]["threads"])
     table = estimate.rows(seconds)
     saved = (RESULTS / "speed" / "estimate.md").read_text()
     assert saved == estimate.markdown(seconds, table)
