@@ -37,7 +37,7 @@ _WAITING = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::
 
 
 class _Module:
-    """What autocast asks of a device."""
+    """What autocast and `torch.random.fork_rng` ask of a device."""
 
     @staticmethod
     def get_amp_supported_dtype() -> list[torch.dtype]:
@@ -50,6 +50,18 @@ class _Module:
     @staticmethod
     def current_device() -> int:
         return 0
+
+    @staticmethod
+    def device_count() -> int:
+        return 1
+
+    @staticmethod
+    def get_rng_state(device: Any) -> Tensor:
+        return torch.get_rng_state()
+
+    @staticmethod
+    def set_rng_state(state: Tensor, device: Any) -> None:
+        pass  # it is the CPU's, which is set by itself
 
     @staticmethod
     def _is_in_bad_fork() -> bool:
