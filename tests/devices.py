@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from cart_plugin.linalg.factors import LowRank
+from cart_plugin.merging.directions import Directions
 from cart_plugin.merging.indexing import IndexedTensor
 
 _SIMULATED = "simulated"
@@ -35,7 +37,7 @@ _WAITING = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::
 
 
 class _Module:
-    """What autocast asks of a device."""
+    """What autocast and `torch.random.fork_rng` ask of a device."""
 
     @staticmethod
     def get_amp_supported_dtype() -> list[torch.dtype]:
@@ -48,6 +50,18 @@ class _Module:
     @staticmethod
     def current_device() -> int:
         return 0
+
+    @staticmethod
+    def device_count() -> int:
+        return 1
+
+    @staticmethod
+    def get_rng_state(device: Any) -> Tensor:
+        return torch.get_rng_state()
+
+    @staticmethod
+    def set_rng_state(state: Tensor, device: Any) -> None:
+        pass  # it is the CPU's, which is set by itself
 
     @staticmethod
     def _is_in_bad_fork() -> bool:
@@ -157,10 +171,18 @@ def simulated() -> Iterator[torch.device]:
     if not hasattr(torch, _SIMULATED):
         _setup_privateuseone_for_python_backend(_SIMULATED, _Module())
     real, torch.Generator = torch.Generator, _Generator  # type: ignore[misc]
+    run = threading.Thread.run
+
+    def run_there(thread: threading.Thread) -> None:
+        with _Mode():  # a state of each thread
+            run(thread)
+
+    threading.Thread.run = run_there  # type: ignore[method-assign]
     try:
         with _Mode():
             yield torch.device(_SIMULATED, 0)
     finally:
+        threading.Thread.run = run  # type: ignore[method-assign]
         torch.Generator = real  # type: ignore[misc]
 
 
@@ -176,6 +198,7 @@ _DOORS = {
     "linalg.gram": ("eigh", "eigvalsh", "largest_eigenvalue", "total_energy"),
     "linalg.rounding": ("rounding_energy", "difference_rounding"),
     "merging.cart": ("merge_tensors",),
+    "merging.directions": ("directions_of",),
     "merging.indexing": ("index_tensors", "spectra_of"),
     "merging.informed": ("informed_by_base",),
     "merging.interference": ("pair_interferences", "reconstruction_errors"),
@@ -224,6 +247,8 @@ def _moved(value: Any, device: torch.device) -> Any:
         return value.to(device)
     if isinstance(value, IndexedTensor):
         return IndexedTensor(*_moved((value.centre, value.differences), device))
+    if isinstance(value, Directions):
+        return Directions(*_moved((value.centre, value.factors, value.kept), device))
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_moved(entry, device) for entry in value))
     if isinstance(value, list | tuple):
