@@ -205,7 +205,7 @@ class _Crew:
         if not able:
             gpu = f" and {self._workers.gpus:g} of a GPU" if self._workers.gpus else ""
             raise CartError(
-                f"none of Ray's {len(nodes)} nodes has {self._workers.threads} CPUs{gpu} for a "
+                f"none of Ray's {len(nodes)} nodes has {self._workers.cpus} CPUs{gpu} for a "
                 "worker; ask for less (-j, --gpus), or start more nodes"
             )
         self._room = int(max(node.get("memory", 0) for node in able))
@@ -226,8 +226,9 @@ class _Crew:
         wanted = next(iter(self._running.values()))
         gpu = f", {self._workers.gpus:g} of a GPU" if self._workers.gpus else ""
         self._note(
-            f"no worker has begun yet: Ray waits for {self._workers.threads} free CPUs{gpu} and "
-            f"{size(wanted.memory)} of memory on one of its machines (`ray status`)"
+            "no worker has begun yet: they are still being started, or Ray waits for "
+            f"{self._workers.cpus} free CPUs{gpu} and {size(wanted.memory)} of memory on one of "
+            "its machines (`ray status`)"
         )
 
     def _take(self, reference: Any, attempt: _Attempt) -> None:

@@ -228,7 +228,10 @@ def test_a_cluster_without_room_is_told_once(
         write_json(Places(tmp_path).progress / "00000.json", {})
     notes = work(Scripted(*["still running"] * 3, None), tmp_path, gpus=0.5)
     # Before any is asked for there is nothing to wait for.
-    expected = "no worker has begun yet: Ray waits for 1 free CPUs, 0.5 of a GPU and"
+    expected = (
+        "no worker has begun yet: they are still being started, or Ray waits for 1 free CPUs, 0.5 "
+        "of a GPU and"
+    )
     assert [note.startswith(expected) for note in notes] == ([] if has_begun else [True])
 
 
