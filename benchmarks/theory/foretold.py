@@ -120,6 +120,7 @@ def results(out: Path) -> dict[str, Any]:
                 "merges": len(own),
                 "kinds": {kind: _judged(kind, own, groups) for kind in LABELS if kind in own[0]},
                 "layers": _layers(groups),
+                "held out": _told("lost", [it for it in groups if _is_held_out(it)]),
             }
     advice = [_advised(group) for group in _grouped(known)]
     measured = [
@@ -128,6 +129,11 @@ def results(out: Path) -> dict[str, Any]:
         for one in json.loads(path.read_text())["measured"]
     ]
     return {"suites": found, "advice": advice, "measured": measured}
+
+
+def _is_held_out(group: Sequence[Point]) -> bool:
+    name: str = group[0]["group"]
+    return name.startswith(HELD_OUT)
 
 
 def _grouped(known: Sequence[Point]) -> list[list[Point]]:
@@ -196,11 +202,10 @@ def _advised(group: Sequence[Point]) -> dict[str, Any]:
     def behind(among: Sequence[Point]) -> float:
         return 100 * (max(point["accuracy"] for point in among) - advised["accuracy"])
 
-    name = group[0]["group"]
     return {
         "suite": group[0]["suite"],
-        "group": name,
-        "held out": name.startswith(HELD_OUT),
+        "group": group[0]["group"],
+        "held out": _is_held_out(group),
         "method": advised["method"],
         "tools": behind([point for point in group if point["method"] not in PAPERS]),
         "all": behind(group),
@@ -249,7 +254,11 @@ def _over_all(suites: Mapping[str, Any]) -> str:
         found.append(
             f"{kind} tells {_share(*sums['pairs'])}, of the tools' methods {_share(*sums['tools'])}"
         )
-    return f"Over all suites, without data: {'; '.join(found)}."
+    held_out = [sum(held["held out"][place] for held in suites.values()) for place in (0, 1)]
+    return (
+        f"Over all suites, without data: {'; '.join(found)}. Of the sets held out (below), lost "
+        f"tells {_share(*held_out)}."
+    )
 
 
 def _row(kind: str, found: Mapping[str, Any], layers: Mapping[str, float]) -> list[str]:

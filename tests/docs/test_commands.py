@@ -63,7 +63,8 @@ def test_options_named_in_the_text_exist(page: str) -> None:
         for parameter in command.params
         for option in (*parameter.opts, *parameter.secondary_opts)
     }
-    others = {"--target", "--max-lora-rank", "--quick"}  # of pip, of servers, of a benchmark
+    # Of pip, of servers, of a benchmark, of Ray.
+    others = {"--target", "--max-lora-rank", "--quick", "--working-dir"}
     named = set(re.findall(r"`(--[a-z-]+)", FILLED[page]))
     if page.startswith("benchmarks"):
         pytest.skip("benchmarks have options of their own")
