@@ -24,6 +24,7 @@ _ALIKE = 0.3  # difference of two models, relative to what they moved: one is ne
 _GAIN = 0.02  # of what is lost: less than that is no reason for another method than the average
 _LITTLE = 0.5  # kept of a model: below, a merge is hardly that model
 _STRANGE = 0.5  # moved, of a model's weights: fine-tuning does not; to another model it is 1.4
+_COMMON = 0.4  # cosine of all pairs: of siblings' changes, from one of them, it is a half
 _LARGE = 3.0  # how much farther one model moved than the median
 
 
@@ -100,7 +101,7 @@ def advise(
         *_choice(method, methods, len(movements), base, hints, of_adapters=of_adapters),
         *_others(method, methods, hints, is_low=is_low),
         *_ranks(movements),
-        *(_strangers(movements, base, hints) or _pairs(pairs)),
+        *(_strangers(movements, base, hints) or (*_pairs(pairs), *_common(pairs, base, hints))),
         *_sizes(movements),
     ]
     alone = of_adapters and not any("+" in path for path in paths)
@@ -236,6 +237,21 @@ def _pairs(pairs: Sequence[Pair]) -> Iterator[str]:
                 f"{one} and {other} differ by {pair.apart:.0%} of what they moved: they count "
                 "twice; leave one out, or give each half the weight"
             )
+
+
+def _common(pairs: Sequence[Pair], base: str | None, hints: Hints) -> Iterator[str]:
+    """Says that all models share much of what they moved: they may come from another model.
+
+    From a sibling that was fine-tuned from the same base, the others' changes hold its own, turned
+    round; of equal norms their cosine is a half.
+    """
+    least = min((pair.cosine for pair in pairs), default=0.0)
+    if base is not None and least >= _COMMON and pairs[0].apart >= _ALIKE:
+        yield (
+            f"all models moved from {base} in part alike (cosine {least:.2f} at least): if they "
+            f"were fine-tuned from another model, or from one in between, name that {hints.base}, "
+            "for a merge takes what they share as something that each has learnt"
+        )
 
 
 def _sizes(movements: Sequence[Movement]) -> Iterator[str]:

@@ -22,6 +22,9 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 PARTIAL_SIDE = 1536
 _PARTIAL_SHARE = 0.25
 _LANCZOS_SIDE = 64  # below, LAPACK is as fast
+# Where the last kept eigenvalue is this small a share of the first, and how many power steps there.
+_STEEP = 1e-4
+_STEPS = 3
 _SMALL = 1e-20
 _SMALLEST = 1e-150  # its square is no underflow in fp64
 
@@ -105,7 +108,8 @@ def refined(x: Tensor, k: int, found: Approximation, *, tolerance: float) -> Lef
     for count in (min(k + max(8, k // 4), vectors.shape[-1]), vectors.shape[-1]):
         error = float(_corrected_error(values[..., : count + 1], energies, k, m, noise).max())
         if error <= tolerance / 2:
-            kept, last = _corrected(x, vectors[..., :count], k)
+            is_steep = bool((kept[..., k - 1] < _STEEP * kept[..., 0]).any())
+            kept, last = _corrected(x, vectors[..., :count], k, _STEPS if is_steep else 1)
             break
     else:
         kept, last, _ = _leading(x, k, torch.float64)
@@ -113,8 +117,8 @@ def refined(x: Tensor, k: int, found: Approximation, *, tolerance: float) -> Lef
     return LeftVectors(kept.to(x.dtype), last.to(x.dtype), error)
 
 
-def _corrected(x: Tensor, vectors: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """One power step, on ``x`` itself, and a Rayleigh-Ritz projection in fp64.
+def _corrected(x: Tensor, vectors: Tensor, k: int, steps: int) -> tuple[Tensor, Tensor]:
+    """Power steps, on ``x`` itself, and a Rayleigh-Ritz projection in fp64.
 
     Rounding of the power step costs as much as the condition number of the kept directions, not
     its square: the vectors go in and come out nearly orthogonal, and each is scaled by itself.
@@ -123,9 +127,12 @@ def _corrected(x: Tensor, vectors: Tensor, k: int) -> tuple[Tensor, Tensor]:
         x: ``(m, n)``.
         vectors: more than k approximate left singular vectors, ``(m, count)``.
         k: how many to return, and one value more.
+        steps: how many; each takes away what eigenvalues differ by.
     """
-    rows = (x @ (vectors.mT @ x).mT).mT
-    rows = _orthonormal(_orthonormal(rows).double())
+    rows = vectors.mT
+    for _ in range(steps):
+        rows = _orthonormal((x @ (rows @ x).mT).mT)
+    rows = _orthonormal(rows.double())
     # Blocks of columns are converted one by one, so that no copy of `x` comes about.
     gram = rows.new_zeros(*rows.shape[:-1], rows.shape[-2])
     for columns in x.split(max(256, math.ceil(x.shape[-1] / 4)), dim=-1):

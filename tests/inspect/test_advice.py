@@ -27,13 +27,14 @@ def advice(
     rank: int | None = None,
     of_adapters: bool = False,
     apart: float = 1.2,
+    cosine: float = 0.1,
     share: float | None = 0.01,
     kept: float = 0.8,
     paths: list[str] | None = None,
 ) -> Advice:
     names = [f"model{index}" for index in range(count)]
     moved = [Movement(name, 1.0, share, {}, [], rank, 20.0, 0.8) for name in names]
-    pairs = [Pair((names[0], names[1]), apart, 0.1, 0.3, 0.3)]
+    pairs = [Pair((names[0], names[1]), apart, cosine, 0.3, 0.3)]
     judged = {name: Judgement([kept] * count, [loss] * count) for name, loss in losses.items()}
     return advise(moved, pairs, judged, paths or names, base, of_adapters=of_adapters)
 
@@ -123,6 +124,14 @@ def test_models_that_moved_further_than_fine_tuning_does_are_told(base: str | No
         base is not None
     )
     assert "of the weights" not in said(advice(share=None))
+
+
+@pytest.mark.parametrize(("base", "told"), [("sibling", True), (None, False)])
+def test_a_sibling_as_the_base_is_suspected(base: str | None, told: bool) -> None:
+    text = said(advice(apart=1.0, cosine=0.5, base=base))
+    assert ("all models moved from sibling in part alike (cosine 0.50" in text) is told
+    assert "in part alike" not in said(advice(apart=0.2, cosine=0.98))  # one and the same
+    assert "in part alike" not in said(advice(cosine=0.15))
 
 
 def test_adapters_alone_get_the_command_for_adapters() -> None:
