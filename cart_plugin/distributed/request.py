@@ -118,7 +118,7 @@ def run(
                 reason = f"cannot write {out}: {explain(error)}"
             raise CartError(f"{reason}{_left(work)}") from error
         except KeyboardInterrupt:
-            raise CartError(f"interrupted{_left(work)}") from None
+            raise CartError(f"interrupted{_left(work) or '; no part was finished'}") from None
         finally:
             if work.keep:
                 _left(work)
