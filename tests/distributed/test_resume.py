@@ -221,9 +221,9 @@ def test_a_killed_merge_goes_on(
             time.sleep(0.001)
         running.send_signal(how)
         said = running.communicate()[1]
-        if running.returncode:
+        if running.returncode and records(tmp_path):
             break
-        shutil.rmtree(tmp_path / "out")
+        shutil.rmtree(tmp_path / "out")  # it was there, whole, before the signal was heard
     finished = shards(tmp_path)
     if how is signal.SIGKILL:
         assert running.returncode == -signal.SIGKILL
