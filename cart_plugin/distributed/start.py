@@ -44,7 +44,6 @@ class Start:
         """
         self._workers, self._address, self._logs = workers or 1, address, logs
         self._ray: Any = None
-        self._is_ours = False
         self._error: Exception | None = None
         self._ready, self._over = threading.Event(), threading.Event()
         # One thread from start to end: the system ends Ray's processes with the thread that has
@@ -69,20 +68,17 @@ class Start:
         self._thread.join()
 
     def _run(self) -> None:
+        is_ours = False
         try:
-            ray = import_ray()
-            if not ray.is_initialized() and not self._over.is_set():
-                self._init(ray)
-                self._is_ours = True
-                if self._address is None:
-                    for _ in range(self._workers):
-                        ray.remote(_import).options(num_cpus=1).remote()
-            self._ray = ray
+            self._ray = import_ray()
+            is_ours = not self._ray.is_initialized() and not self._over.is_set()
+            if is_ours:
+                self._init(self._ray)
         except Exception as error:
             self._error = error
         self._ready.set()
         self._over.wait()
-        if self._is_ours:
+        if is_ours:  # also if only a part of it has started
             self._ray.shutdown()
 
     def _init(self, ray: Any) -> None:
@@ -103,6 +99,8 @@ class Start:
                 object_store_memory=_OBJECT_STORE,
                 **common,
             )
+            for _ in range(self._workers):
+                ray.remote(_import).options(num_cpus=1).remote()
         except (ray.exceptions.RayError, ValueError, RuntimeError, OSError) as error:
             where = f"cannot join the Ray cluster at {self._address}"
             what = "cannot start Ray on this machine" if self._address is None else where

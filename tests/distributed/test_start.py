@@ -17,7 +17,7 @@ from cart_plugin.errors import CartError
 class Scripted:
     """Stands for Ray: notes what it is asked for."""
 
-    def __init__(self, *, fails: bool = False, is_there: bool = False) -> None:
+    def __init__(self, *, fails: str = "", is_there: bool = False) -> None:
         from ray import exceptions
 
         self.exceptions = exceptions
@@ -28,12 +28,15 @@ class Scripted:
         return self._is_there
 
     def init(self, **_: Any) -> None:
-        if self._fails:
+        self._do("init")
+
+    def _do(self, what: str) -> None:
+        if self._fails == what:
             raise RuntimeError("no room\nTraceback ...")
-        self.asked.append("init")
+        self.asked.append(what)
 
     def remote(self, _: Any) -> Scripted | None:
-        self.asked.append("import")
+        self._do("import")
         return self
 
     def options(self, **_: Any) -> Any:
@@ -75,12 +78,15 @@ def test_a_ray_that_is_there_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ray.asked == []
 
 
-def test_what_fails_is_told_to_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(start, "import_ray", lambda: Scripted(fails=True))
+@pytest.mark.parametrize("what", ["init", "import"])
+def test_what_fails_is_told_to_who_asks(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Scripted(fails=what)
+    monkeypatch.setattr(start, "import_ray", lambda: ray)
     begun = Start(2, None)
     with pytest.raises(CartError, match=r"cannot start Ray on this machine: .*: no room$"):
         begun.ray()
     begun.end()
+    assert ray.asked[-1] == "shutdown"  # nothing of it stays
 
 
 @pytest.mark.parametrize(
