@@ -23,7 +23,7 @@ from benchmarks.common.measure import machine
 from benchmarks.common.provenance import ROOT, made_by, provenance
 from benchmarks.common.tables import markdown_table
 
-_TESTS = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "4", "--dist", "worksteal")
+_TESTS = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "auto", "--dist", "worksteal")
 
 
 @dataclass(frozen=True)
