@@ -133,7 +133,7 @@ def plain(
 
     def walk(node: Any) -> Any:
         if isinstance(node, list):
-            return [walk(entry) for entry in node]
+            return [walk(one) for one in node]  # `entry` here breaks Python 3.12.1
         if not isinstance(node, dict):
             return node
         return {key: entry(key, value) for key, value in node.items()}
