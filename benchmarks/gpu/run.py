@@ -23,7 +23,19 @@ from benchmarks.common.measure import machine
 from benchmarks.common.provenance import ROOT, made_by, provenance
 from benchmarks.common.tables import markdown_table
 
-_TESTS = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "auto", "--dist", "worksteal")
+# Each test has a line: what a stage that is stopped has not said, its end cannot say.
+_TESTS = (
+    "-m",
+    "pytest",
+    "-v",
+    "--tb=short",
+    "-p",
+    "no:cacheprovider",
+    "-n",
+    "auto",
+    "--dist",
+    "worksteal",
+)
 
 
 @dataclass(frozen=True)
@@ -43,14 +55,14 @@ class Stage:
 
 _COMPRESS = ("ranks", "ranks_by_size", "small", "loading", "writing")
 STAGES = (
-    Stage("tests of solvers and merging", [*_TESTS, "tests/linalg", "tests/merging"], 100),
-    Stage("solvers", ["-m", "benchmarks.solvers", "--cuda"], 95),
+    Stage("tests of solvers and merging", [*_TESTS, "tests/linalg", "tests/merging"], 85),
+    Stage("solvers", ["-m", "benchmarks.solvers", "--cuda"], 50),
     Stage("merges", ["-m", "benchmarks.speed.merges", "--cuda"], 165),
     Stage("small problems", ["-m", "benchmarks.gpu.small"], 20),
     Stage(
-        "tests of compress", [*_TESTS, *(f"tests/compress/test_{it}.py" for it in _COMPRESS)], 40
+        "tests of compress", [*_TESTS, *(f"tests/compress/test_{it}.py" for it in _COMPRESS)], 70
     ),
-    Stage("tests of FusionBench", [*_TESTS, "tests/fusion_bench"], 40),
+    Stage("tests of FusionBench", [*_TESTS, "tests/fusion_bench"], 70),
 )
 _GRACE = 2.0  # seconds to write down what was measured
 

@@ -131,8 +131,8 @@ def _figure(name: str) -> Callable[[Case, str], float]:
 
 
 def bars(cases: Iterable[Case]) -> list[Bar]:
-    """All bars on the shapes that were measured."""
-    at_ratio = [case for case in cases if case["ratio"] == RATIO]
+    """All bars on the shapes that were measured, with a full SVD beside them."""
+    at_ratio = [case for case in cases if case["ratio"] == RATIO and FULL in case["solvers"]]
     found = []
     for solver, speeds in SPEED_BARS.items():
         having = [case for case in at_ratio if solver in case["solvers"]]

@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from cart_plugin import CartSettings, RankRule
 from cart_plugin.linalg import spectra
@@ -61,6 +63,26 @@ def test_solvers_stay_on_the_device(svd: str, stack: int, device: torch.device) 
         if svd == "exact":
             best = best_approximation(x, found.rank)
             assert relative_error(found.dense().cpu(), best) <= EXACT_BAR
+
+
+@pytest.mark.parametrize("k", [9, 60])
+def test_eigenproblems_are_in_fp64_there(
+    k: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    for name in ("eigh", "svd"):
+        inner = getattr(torch.linalg, name)
+
+        def noted(x: Tensor, *args: Any, name: str = name, inner: Any = inner, **named: Any) -> Any:
+            asked.append((name, x.dtype))
+            return inner(x, *args, **named)
+
+        monkeypatch.setattr(torch.linalg, name, noted)
+    x = with_spectrum(power_law(80, 1), 80, 90)
+    found = solvers.truncated_svd(x.to(device), RankRule(rank=k), svd="exact")
+    assert set(asked) == {("eigh", torch.float64)}
+    assert found.U.dtype == torch.float32
+    assert relative_error(found.dense().cpu(), best_approximation(x, k)) <= EXACT_BAR
 
 
 @pytest.mark.parametrize("svd", SOLVERS)

@@ -15,6 +15,7 @@ from cart_plugin.linalg.subspace import GAIN, near_subspace, oversampled
 from cart_plugin.linalg.svd import truncated_svd
 from cart_plugin.merging.cart import merge_tensors, truncated
 from cart_plugin.merging.least_interference import least_interference
+from tests.devices import DEVICE
 from tests.support import SPECTRA, power_law, random, rank_deficient, relative_error, with_spectrum
 
 
@@ -143,7 +144,9 @@ def test_large_matrices_are_iterated_on(monkeypatch: pytest.MonkeyPatch) -> None
     reference = truncated_svd(x, RankRule(rank=most), svd="exact")
     assert relative_error(whole.dense(), reference.dense().double()) <= 1e-3
     stack = truncated_svd(torch.stack([x, x * 2]), RankRule(rank=20), svd="subspace")
-    assert torch.equal(stack.dense()[0], iterated.dense())
+    # A GPU's products of stacks are other kernels.
+    at_most = 0.0 if DEVICE.type == "cpu" else 1e-5
+    assert relative_error(stack.dense()[0], iterated.dense().double()) <= at_most
 
 
 def test_cart_auto_takes_it_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +159,9 @@ def test_cart_auto_takes_it_unless_told_otherwise(monkeypatch: pytest.MonkeyPatc
         parts = [truncated_svd(tensor - centre, settings.rule, svd=solver) for tensor in tensors]
         expected = centre + least_interference((part, 1.0) for part in parts)
         torch.testing.assert_close(merge_tensors(tensors, settings), expected, atol=1e-5, rtol=1e-4)
-        assert torch.equal(truncated(tensors[0] - centre, settings, None).S, parts[0].S[None])
+        found = truncated(tensors[0] - centre, settings, None).S[0]
+        atol = 0.0 if DEVICE.type == "cpu" else 1e-5  # of stacks, as above
+        torch.testing.assert_close(found, parts[0].S, rtol=0.0, atol=atol)
     assert CartSettings().solver == "auto"
 
 
