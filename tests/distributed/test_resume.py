@@ -205,25 +205,40 @@ def test_what_a_killed_last_step_has_written_is_not_taken_for_the_result(
     assert contents(tmp_path / "out") == expected
 
 
+# The command, with time to hear a signal before the last tensor is written.
+SLOW = """
+import time
+from cart_plugin.cli import main
+from cart_plugin.checkpoints.writing import TensorFile
+
+write = TensorFile.write
+
+def slowly(self, name, tensor):
+    time.sleep(0.1)
+    write(self, name, tensor)
+
+TensorFile.write = slowly
+main()
+"""
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "ctrl-C"])
 def test_a_killed_merge_goes_on(
     how: signal.Signals, recipe: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
     command = [sys.executable, "-m", "cart_plugin", "merge", str(recipe), str(tmp_path / "out")]
     command += ["--workers", "1", *SHARDS]
-    for _ in range(5):  # the merge may end before the signal is heard: it takes a moment
-        running = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ
-        )
-        deadline = time.monotonic() + 120
-        while len(records(tmp_path)) < 2 and running.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        running.send_signal(how)
-        said = running.communicate()[1]
-        if running.returncode and records(tmp_path):
-            break
-        shutil.rmtree(tmp_path / "out")  # it was there, whole, before the signal was heard
+    slow = [sys.executable, "-c", SLOW, *command[3:]]
+    running = subprocess.Popen(
+        slow, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ
+    )
+    deadline = time.monotonic() + 120
+    while len(records(tmp_path)) < 2:
+        assert running.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    running.send_signal(how)
+    said = running.communicate()[1]
     finished = shards(tmp_path)
     if how is signal.SIGKILL:
         assert running.returncode == -signal.SIGKILL
