@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -256,17 +257,16 @@ def _by_gram(x: Tensor, k: int, tolerance: float) -> LowRank:
     m = x.shape[1]
     # Whatever the error of the vectors, products with them are rounded.
     rounding = 10 * torch.finfo(x.dtype).eps
-    if k > _GRAM_SHARE * m and (x.device.type == "cpu" or x.dtype == torch.float64):
+    is_most = k > _GRAM_SHARE * m
+    if is_most and (x.device.type == "cpu" or x.dtype == torch.float64):
         u, s, vh = torch.linalg.svd(x, full_matrices=False)
         return LowRank(u[..., :k].contiguous(), s[:, :k], vh[:, :k].contiguous(), rounding)
 
+    # cuSOLVER's SVD leaves 2e-4 to 5e-4 in fp32 (`make bench-gpu`).
+    leading = left_in_double if is_most else partial(leading_left, tolerance=tolerance)
+
     def solve(matrix: Tensor) -> LowRank:
-        # cuSOLVER's SVD leaves 2e-4 to 5e-4 in fp32 (`make bench-gpu`).
-        is_most = k > _GRAM_SHARE * m
-        if is_most:
-            found = left_in_double(matrix, k)
-        else:
-            found = leading_left(matrix, k, tolerance=tolerance)
+        found = leading(matrix, k)
         return _from_left(found.vectors, found.vectors.mT @ matrix, max(found.error, rounding))
 
     return solve(x) if len(x) == 1 else _by_themselves(solve, x)
