@@ -221,6 +221,15 @@ def eigvalsh(gram: Tensor) -> Tensor:
     return values.to(gram.dtype) if bool(values.isfinite().all()) else _eigh_otherwise(gram)[0]
 
 
+def svd_of_small(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All singular directions of small matrices ``(stack, m, n)``: U, S and Vh.
+
+    On a GPU in fp64: what is true of its eigenproblems (`_on_device`) is true of its SVDs.
+    """
+    u, s, vh = torch.linalg.svd(_on_device(x), full_matrices=False)
+    return u.to(x.dtype), s.to(x.dtype), vh.to(x.dtype)
+
+
 def _on_device(gram: Tensor) -> Tensor:
     """In the precision that the device's eigensolver needs.
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from cart_plugin.errors import CartError
 from cart_plugin.linalg.factors import LowRank
-from cart_plugin.linalg.gram import eigh, total_energy
+from cart_plugin.linalg.gram import eigh, svd_of_small, total_energy
 from cart_plugin.linalg.precision import full_precision
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.linalg.svd import truncated_svd
@@ -212,7 +212,7 @@ def decomposed(left: Tensor, right: Tensor) -> LowRank:
         return LowRank(left, left.new_zeros(len(left), 0), right.mT)
     left_basis, left_rest = torch.linalg.qr(left)
     right_basis, right_rest = torch.linalg.qr(right)
-    u, s, vh = torch.linalg.svd(left_rest @ right_rest.mT, full_matrices=False)
+    u, s, vh = svd_of_small(left_rest @ right_rest.mT)
     return LowRank(left_basis @ u, s, vh @ right_basis.mT)
 
 
@@ -337,5 +337,5 @@ def of_rank(merged: Merged, rank: int) -> LowRank:
         left = truncated_svd(merged.total @ root, rule, svd="exact").U
         # What `exact` returns of the long side is of length 1 and orthogonal up to rounding only.
         left = torch.linalg.qr(left)[0]
-        u, s, vh = torch.linalg.svd(left.mT @ merged.total, full_matrices=False)
+        u, s, vh = svd_of_small(left.mT @ merged.total)
         return LowRank(left @ u, s, vh)
