@@ -92,9 +92,10 @@ def number(
     wanted = [method for method in methods if method not in record.cases]
     if not wanted:
         return
-    offsets = {offset for one in chosen_sets.values() for members in one for offset, _ in members}
-    seeds = [(seed + offset) % len(SEEDS) for offset in range(max(offsets) + 1)]
-    held = [load_encoders(suite, one, "test", EXAMPLES, task_order(suite)) for one in seeds]
+    held = [
+        load_encoders(suite, (seed + offset) % len(SEEDS), "test", EXAMPLES, tasks)
+        for offset, tasks in enumerate(_needed(suite, chosen_sets))
+    ]
     base = held[0].base()
     alone: dict[Member, float] = {}
     for method in wanted:
@@ -114,6 +115,15 @@ def number(
         record.put(method, found)
         means = ", ".join(f"{count}: {100 * mean(found[count]):.1f}" for count in found)
         click.echo(f"{suite} {seed}: {means} | {method} ({time.perf_counter() - started:.0f} s)")
+
+
+def _needed(suite: str, sets: Mapping[str, Sequence[tuple[Member, ...]]]) -> list[list[str]]:
+    """The tasks of which models are merged, of the first seed, the next one, and so on."""
+    members = {one for chosen in sets.values() for members in chosen for one in members}
+    return [
+        [task for task in task_order(suite) if (offset, task) in members]
+        for offset in range(1 + max(offset for offset, _ in members))
+    ]
 
 
 def judge(
