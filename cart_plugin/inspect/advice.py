@@ -143,21 +143,26 @@ def _choice(
         yield "none of the weights that moved is one that methods decompose: all of them average"
         return
     found, average = methods[method], methods[AVERAGE]
+    centred = base is None and not of_adapters
     if method == AVERAGE:
-        kept = f", which keeps {average.mean_kept:.0%}" if base is not None or of_adapters else ""
+        kept = "" if centred else f", which keeps {average.mean_kept:.0%}"
         ahead = _ahead(method, methods)
         who = f"{title(_preferred(methods))} does not lose" if ahead else "no method loses"
         yield f"{who} clearly less than the average{kept}"
-    else:
-        what = "what sets the models apart" if base is None and not of_adapters else "the changes"
+    elif centred:  # of that the average has nothing: a figure would look measured
         yield (
-            f"{title(method)} keeps {found.mean_kept:.0%} of {what} and loses "
+            f"{title(method)} keeps {found.mean_kept:.0%} of what sets the models apart from their "
+            f"average, and loses {found.mean_lost:.0%}; the average itself keeps none of it"
+        )
+    else:
+        yield (
+            f"{title(method)} keeps {found.mean_kept:.0%} of the changes and loses "
             f"{found.mean_lost:.0%}; the average keeps {average.mean_kept:.0%} and loses "
             f"{average.mean_lost:.0%}"
         )
     if methods and count > 2 and AUTO not in methods:
         yield "a weight is below 0, which cart_auto does not take: it is left out"
-    elif base is None and not of_adapters and count <= MOST_INFORMED:
+    elif centred and count <= MOST_INFORMED:
         yield (
             f"with the base model {hints.base} up to {MOST_INFORMED} models can be merged by "
             "cart_auto with it, which loses less"
@@ -167,7 +172,7 @@ def _choice(
     elif count > MOST_INFORMED and method == AUTO:
         yield f"of more than {MOST_INFORMED} models cart_auto leaves the base model out"
     # Around their average it keeps nothing of any models.
-    says_little = base is None and not of_adapters and method == AVERAGE
+    says_little = centred and method == AVERAGE
     if not says_little and (found.mean_kept < _LITTLE or found.least_kept < _LITTLE / 2):
         yield (
             f"no merge keeps most of all models: {hints.keep} of them, as one base and small "

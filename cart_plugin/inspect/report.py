@@ -245,13 +245,15 @@ class Report:
         known = all(entry.share is not None for entry in self.movements())
         relative = "relative to the weights" if known else "its norm (with --base: of the weights')"
         found = [
-            f"moved: the difference from {self.centre}, {relative}; rank: of all "
-            "changes where that is low, else (~) of as many equally strong directions at most; "
+            f"moved: the difference from {self.centre}, {relative}",
+            "rank: of all changes where that is low, else (~) of as many equally strong directions "
+            "at most",
             "in 8 %: share of the squared difference that the default rank keeps",
-            "kept: share of a model's own answer, on the inputs that its own difference points "
-            "at, that is in the merge's; lost: what the merge answers otherwise, squared, relative "
-            "to the model's own answer (that of its difference); adds: what a weight adds to what "
-            "the model loses",
+            "kept: share of a model's own answer that is in the merge's, on the inputs that its own "
+            "difference points at",
+            "lost: what the merge answers otherwise, squared, relative to the model's own answer "
+            "(that of its difference)",
+            "adds: what a weight adds to what the model loses",
         ]
         if self.base is None and not self.of_adapters:
             found.append(
@@ -276,7 +278,7 @@ class Report:
             lines.append(_line(["---", *["---:"] * len(columns)]))
             lines += [_line(row) for row in rows]
             lines.append("")
-        lines += [f"{text}." for text in self.words()] + [""]
+        lines += [f"- {text}" for text in self.words()] + [""]
         advice = self.advice()
         lines += [
             f"Recommended: {summary.title(advice.method)}",

@@ -66,6 +66,7 @@ def test_without_a_base_the_base_is_asked_for() -> None:
     found = advice(without("cart_auto with base", "task_arithmetic"), base=None)
     assert found.method == "cart_auto"
     assert "--base" in said(found)
+    assert "the average itself keeps none of it" in said(found)
 
 
 def test_two_models_without_their_base_are_averaged() -> None:
