@@ -12,8 +12,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
+_SLOW = 1200  # seconds: on a machine that other programs share, five times what they take
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run what the core does on another device, where `CART_TEST_DEVICE` names one."""
+    """Give slow tests time, and run the core on another device if `CART_TEST_DEVICE` names one."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(_SLOW))
     if os.environ.get("CART_TEST_DEVICE", "cpu") == "cpu":
         return
     from tests.devices import through_the_device

@@ -19,7 +19,7 @@ from tests.distributed.test_kills import ONE_BY_ONE, start, wait_for, workers
 Merge = Callable[..., Result]
 Saved = Callable[..., list[str]]
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 ROOM = 3_000_000_000  # bytes: more than Ray and a merge of tiny models take
 HOG = f"import sys; held = b'x' * {2 * ROOM}; print('full', flush=True); sys.stdin.read()"

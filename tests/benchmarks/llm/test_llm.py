@@ -88,7 +88,6 @@ def test_the_loss_of_a_padded_batch_is_that_of_its_answers_alone():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)  # four models, each judged by lm-eval
 def test_a_tiny_suite_runs_from_fine_tuning_to_the_table(tmp_path):
     command = [sys.executable, "-m", "benchmarks.llm", "--tiny", "--out", str(tmp_path)]
     command += ["--tasks", "parts_of_speech,domains", "--methods", "linear,ties,cart"]

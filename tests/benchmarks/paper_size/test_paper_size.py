@@ -212,7 +212,6 @@ def test_pools_are_fusion_benchs_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_the_tiny_benchmark_measures_every_method(tmp_path: Path) -> None:
     pytest.importorskip("fusion_bench")
     environment = os.environ | {"CART_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
