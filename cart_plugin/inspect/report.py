@@ -249,8 +249,8 @@ class Report:
             "rank: of all changes where that is low, else (~) of as many equally strong directions "
             "at most",
             "in 8 %: share of the squared difference that the default rank keeps",
-            "kept: share of a model's own answer that is in the merge's, on the inputs that its own "
-            "difference points at",
+            "kept: share of a model's own answer that is in the merge's, on the inputs that its "
+            "own difference points at",
             "lost: what the merge answers otherwise, squared, relative to the model's own answer "
             "(that of its difference)",
             "adds: what a weight adds to what the model loses",

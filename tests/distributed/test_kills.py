@@ -96,7 +96,8 @@ def test_a_killed_worker_takes_only_its_shard_with_it(
     recipe = recipe_of("cart", saved("llama"), tmp_path)
     assert merge(recipe, tmp_path / "quiet" / "out", *ONE_BY_ONE).exit_code == 0
     running = start(recipe, tmp_path / "out")
-    wait_for(lambda: len(workers(running.pid)) > 0)
+    wait_for(lambda: bool(workers(running.pid)) or running.poll() is not None)
+    assert running.poll() is None, running.communicate()[0]
     (worker, *_) = workers(running.pid)
     assert worker.nice() == psutil.Process().nice()  # low, beside others it would stand still
     worker.kill()
