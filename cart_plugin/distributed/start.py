@@ -13,6 +13,9 @@ from typing import Any
 from cart_plugin.errors import CartError, first_line
 
 _OBJECT_STORE = 80_000_000  # bytes, nearly Ray's least: no tensor goes through it
+# Ray 2.60 gives its own processes half a minute, which a busy machine may need for the first time.
+_LATE = "timed out"
+_TRIES = 3
 
 
 def import_ray() -> Any:
@@ -46,9 +49,12 @@ class Start:
         self._ray: Any = None
         self._error: Exception | None = None
         self._ready, self._over = threading.Event(), threading.Event()
+        self._begin(_TRIES)
+
+    def _begin(self, tries: int) -> None:
         # One thread from start to end: the system ends Ray's processes with the thread that has
         # started them.
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread = threading.Thread(target=self._run, args=[tries], daemon=True)
         self._thread.start()
 
     def ray(self) -> Any:
@@ -67,7 +73,7 @@ class Start:
         self._over.set()
         self._thread.join()
 
-    def _run(self) -> None:
+    def _run(self, tries: int) -> None:
         is_ours = False
         try:
             self._ray = import_ray()
@@ -75,6 +81,10 @@ class Start:
             if is_ours:
                 self._init(self._ray)
         except Exception as error:
+            if is_ours and tries > 1 and _LATE in str(error) and not self._over.is_set():
+                self._ray.shutdown()
+                self._begin(tries - 1)  # what has come too late ends with this thread
+                return
             self._error = error
         self._ready.set()
         self._over.wait()

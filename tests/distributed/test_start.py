@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from typing import Any
 
 import click
@@ -41,6 +42,21 @@ class Scripted:
 
     def shutdown(self) -> None:
         self.asked.append("shutdown")
+
+
+class Late(Scripted):
+    """A Ray whose processes come too late, so many times."""
+
+    def __init__(self, late: int) -> None:
+        super().__init__()
+        self.threads: list[threading.Thread] = []
+        self._late = late
+
+    def init(self, **_: Any) -> None:
+        self.threads.append(threading.current_thread())
+        if len(self.threads) <= self._late:
+            raise Exception("The current node timed out during startup.")
+        self._do("init")
 
 
 @pytest.fixture
@@ -84,6 +100,25 @@ def test_what_fails_is_told_to_who_asks(what: str, monkeypatch: pytest.MonkeyPat
         begun.ray()
     begun.end()
     assert ray.asked[-1] == "shutdown"  # nothing of it stays
+
+
+@pytest.mark.parametrize("late", [1, 2, 3])
+def test_a_start_that_takes_too_long_is_tried_again(
+    late: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = Late(late)
+    monkeypatch.setattr(start, "import_ray", lambda: ray)
+    begun = Start(2, None)
+    if late == 3:
+        with pytest.raises(CartError, match="timed out during startup"):
+            begun.ray()
+    else:
+        assert begun.ray() is ray
+    begun.end()
+    tries = min(late + 1, 3)
+    assert ray.asked.count("shutdown") == tries  # each leaves nothing behind
+    assert ray.asked[-1] == "shutdown"
+    assert len(set(ray.threads)) == len(ray.threads) == tries
 
 
 @pytest.mark.parametrize(
