@@ -1,4 +1,4 @@
-"""Two tasks of coloured drawings: from which theme is an icon, and to which group belongs an emoji.
+"""Tasks of drawings: from which theme or set is an icon, and to which group belongs an emoji.
 
 An icon's name is what is held out: `document-open` of all themes is in one split. So is an emoji
 with its variants (skin tone, woman, man), in all drawing styles. Drawings that look the same are
@@ -22,6 +22,7 @@ from benchmarks.vision.splits import Split
 
 SIZE = 56
 MOST_ICONS = 1000  # of one theme
+MOST_OF_A_SET = 500
 
 # Theme -> its package and where its icons of about 48 pixels are.
 THEMES = {
@@ -31,6 +32,11 @@ THEMES = {
     "numix": ("numix-icon-theme", "usr/share/icons/Numix/48/*/*.svg"),
     "suru": ("suru-icon-theme", "usr/share/icons/suru/*/scalable/*.svg"),
 }
+# Black drawings for interfaces; lucide and feather are out, which draw much as tabler does.
+ICON_SETS = (
+    *("arcticons", "bi", "carbon", "game-icons", "ion", "mdi", "ph", "pixelarticons", "ri"),
+    *("tabler", "vaadin"),
+)
 EMOJI_SETS = (  # the first says which emoji are in which group
     "@iconify-json/noto",
     "@iconify-json/fluent-emoji-flat",
@@ -47,6 +53,7 @@ EMOJI_GROUPS = (
     "Travel & Places",
 )
 
+_STYLE = re.compile(r"(-(bold|duotone|fill|filled|light|line|o|outline|sharp|solid|thin|\d+))+$")
 _SKIN_TONE = re.compile(r"-((medium-)?(light|dark)|medium)(-skin-tone)?(?=-|$)")
 _PERSON = re.compile(r"\b(wo)?(man|men)\b|\b(person|people|boy|girl|male|female)\b")
 
@@ -60,6 +67,27 @@ def themes(folders: dict[str, Path], rng: np.random.Generator) -> dict[str, Spli
             path = paths[position]
             items.append((path.stem.removesuffix("-symbolic"), label, draw(path.read_bytes())))
     return _split(items, rng)
+
+
+def icon_sets(folders: dict[str, Path], rng: np.random.Generator) -> dict[str, Split]:
+    """The set of an icon; names are held out, with all variants of a drawing."""
+    items = []
+    for label, name in enumerate(ICON_SETS):
+        package = folders[f"@iconify-json/{name}"] / "package"
+        drawings = json.loads((package / "icons.json").read_text())
+        shown = sorted(  # hidden are those that the set has withdrawn
+            key for key, icon in drawings["icons"].items() if not icon.get("hidden")
+        )
+        for position in rng.permutation(len(shown))[:MOST_OF_A_SET]:
+            key = shown[position]
+            image = draw(svg_of(drawings["icons"][key], drawings))
+            items.append((icon_stem(key), label, image))
+    return _split(items, rng)
+
+
+def icon_stem(name: str) -> str:
+    """An icon's name without its style: `home-2-outline` gives `home`."""
+    return _STYLE.sub("", name)
 
 
 def emoji_groups(folders: dict[str, Path], rng: np.random.Generator) -> dict[str, Split]:

@@ -19,12 +19,16 @@ def characters(first: int, last: int, without: str = "") -> str:
     return "".join(letter for letter in letters if letter not in without)
 
 
-def _fontsource(pins: str) -> tuple[Source, ...]:
-    """Lines of `name version sha256` as npm packages `@fontsource/<name>`."""
+def npm(scope: str, pins: str) -> tuple[Source, ...]:
+    """Lines of `name version sha256` as npm packages `<scope>/<name>`."""
     rows = [line.split() for line in pins.strip().splitlines()]
     return tuple(
-        Source("npm", f"@fontsource/{name}", version, digest) for name, version, digest in rows
+        Source("npm", f"{scope}/{name}", version, digest) for name, version, digest in rows
     )
+
+
+def _fontsource(pins: str) -> tuple[Source, ...]:
+    return npm("@fontsource", pins)
 
 
 WIDE_FONTS = apt("fonts-freefont-ttf", "fonts-dejavu-core", "fonts-dejavu-extra")
@@ -139,4 +143,50 @@ DEVANAGARI_FONTS = apt(
     *("fonts-deva-extra", "fonts-gargi", "fonts-kalapi", "fonts-lohit-deva", "fonts-nakula"),
     *("fonts-sahadeva", "fonts-samyak-deva", "fonts-sarai", "fonts-sil-annapurna"),
     *("fonts-freefont-ttf", "fonts-aksharyogini2", "fonts-yrsa-rasa"),
+)
+
+# Both cases; left out are lower-case letters that are their capitals once scaled (c k o p s u v w x
+# z), and l, which many faces draw as I.
+LATIN = characters(0x41, 0x5A) + "abdefghijmnqrty"
+LATIN_FONTS = tuple(  # without Go's small capitals and Libertine's pictures of keys
+    source for source in EUROPEAN_FONTS if source.name not in ("fonts-go", "fonts-linuxlibertine")
+)
+
+# What most text fonts have of currencies, mathematics and punctuation, each of its own shape.
+SYMBOLS = "!?&@#$%*+={}[]§¶†‡©®€£¥¢±×÷¬∞∑√∫≈≠≤≥◊∂∏«»"
+
+# The 33 consonants in use today.
+KHMER = characters(0x1780, 0x17A2, without="\u179d\u179e")
+KHMER_FONTS = (
+    *apt("fonts-khmeros", "fonts-sil-mondulkiri", "fonts-sil-mondulkiri-extra"),
+    *_fontsource("""
+        hanuman         5.3.0 f32b980c2cac9fe3e0f2faf5d49ef7b5274b5807c8c10004bad8feb6f112c710
+        kantumruy-pro   5.3.0 5a8a708b3fe9439e3e79b40370b0a6a76c63bc5a4068ad60d76268345242ae60
+        koulen          5.3.0 63e1381f9726fd6b9352826db5736b405c09ec505b1ed1c75d6f251d1061f01f
+        nokora          5.1.0 4b2a1c7b9982742c79319f51c504ef9b7483a3636dbed5793ee6529b65afb5a7
+        noto-sans-khmer 5.3.0 aa26ae5e1d6ed84e55c329071d4233f29fa4209b77c55af7adaa8f09607a3c20
+    """),
+)
+
+# The 34 consonants in use today.
+TELUGU = characters(0x0C15, 0x0C39, without="\u0c29\u0c31\u0c34")
+TELUGU_FONTS = apt("fonts-lohit-telu", "fonts-telu-extra", "fonts-teluguvijayam")
+
+# The 18 consonants and four of those for borrowed words.
+TAMIL = "கஙசஜஞடணதநனபமயரறலளழவஷஸஹ"
+TAMIL_FONTS = (
+    *apt("fonts-freefont-ttf", "fonts-lohit-taml", "fonts-lohit-taml-classical"),
+    *apt("fonts-meera-inimai", "fonts-samyak-taml"),
+    *_fontsource("""
+        arima            5.1.0 262726131beca92d43a0298dd96335ab68cbf9e01cd269aaa1a239c777ded97b
+        baloo-thambi-2   5.3.0 04f9999947598db5722674ac3440d0397f1364f97f3eef74c6a3709c49bd17c7
+        catamaran        5.3.0 ef22e81ca1224c6ed423ff4b40a4ced657f59310f1db53783e10d45aad2d084a
+        coiny            5.3.0 37e1bb07f2e43a44468f7a2c4b7a5c892a84d3ac0089646e2ac445e26ee141c5
+        hind-madurai     5.3.0 098b7b2af1f40f368948f3917d8532fe3a598f328fa96939ea768b5cee031f8c
+        kavivanar        5.3.0 c765f6374afbb1b8e8cb9fbf8b7355e3a9de0899a76d3b8aa61d35c4d1216e14
+        mukta-malar      5.3.0 a6b686884baa5c2bc5cb56cf8aabed12804e1729f82820626c6a95577608ea91
+        noto-sans-tamil  5.3.0 5cc0572ac50413ae1083a8cc5fe939ed2a287887decb54e1ca7c06cc82dcb312
+        noto-serif-tamil 5.3.0 ac689616bdae5a84b6f053f3f8fd5d87f9dc0fe721907e298df9ed403a53ef00
+        pavanam          5.3.0 38a4d962f42ccdfb049808664c603ff7507d38dd73bae25154c54904aa50c846
+    """),
 )

