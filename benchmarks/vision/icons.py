@@ -32,10 +32,10 @@ THEMES = {
     "numix": ("numix-icon-theme", "usr/share/icons/Numix/48/*/*.svg"),
     "suru": ("suru-icon-theme", "usr/share/icons/suru/*/scalable/*.svg"),
 }
-# Black drawings for interfaces; lucide and feather are out, which draw much as tabler does.
+# Sets that are told apart by their style; bi, ion, mdi, ph and ri look too much like these.
 ICON_SETS = (
-    *("arcticons", "bi", "carbon", "game-icons", "ion", "mdi", "ph", "pixelarticons", "ri"),
-    *("tabler", "vaadin"),
+    *("arcticons", "carbon", "devicon", "flat-color-icons", "game-icons", "icon-park"),
+    *("pixelarticons", "tabler", "vaadin", "vscode-icons"),
 )
 EMOJI_SETS = (  # the first says which emoji are in which group
     "@iconify-json/noto",
@@ -53,7 +53,10 @@ EMOJI_GROUPS = (
     "Travel & Places",
 )
 
-_STYLE = re.compile(r"(-(bold|duotone|fill|filled|light|line|o|outline|sharp|solid|thin|\d+))+$")
+_STYLE = re.compile(
+    r"^(file|folder)-type-(light-)?|"
+    r"(-(bold|filled|fill|light|line|o|opened|outline|sharp|solid|thin|wordmark|\d+))+$"
+)
 _SKIN_TONE = re.compile(r"-((medium-)?(light|dark)|medium)(-skin-tone)?(?=-|$)")
 _PERSON = re.compile(r"\b(wo)?(man|men)\b|\b(person|people|boy|girl|male|female)\b")
 
@@ -86,7 +89,7 @@ def icon_sets(folders: dict[str, Path], rng: np.random.Generator) -> dict[str, S
 
 
 def icon_stem(name: str) -> str:
-    """An icon's name without its style: `home-2-outline` gives `home`."""
+    """An icon's name without style and frame: `home-2-outline` gives `home`."""
     return _STYLE.sub("", name)
 
 

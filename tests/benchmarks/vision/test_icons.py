@@ -37,10 +37,12 @@ def test_variants_of_an_emoji_have_one_name(name, stem):
     ("name", "stem"),
     [
         ("home-2-outline", "home"),
-        ("heart-duotone", "heart"),
+        ("heart-filled", "heart"),
         ("folder-open-o", "folder-open"),
         ("line-chart", "line-chart"),
         ("thin", "thin"),
+        ("docker-wordmark", "docker"),
+        ("folder-type-light-docker-opened", "docker"),
     ],
 )
 def test_styles_of_an_icon_have_one_name(name, stem):
