@@ -16,6 +16,7 @@ BY_TASK: dict[str, FineTuning] = {
     "thai": FineTuning(images=3000, epochs=4),
     "themes": FineTuning(images=3000, epochs=4),
     "emoji": FineTuning(images=3000, epochs=4),
+    "icon_sets": FineTuning(images=3000, epochs=3),
     "khmer": FineTuning(images=1600, epochs=3),
     "telugu": FineTuning(images=1600, epochs=3),
 }
