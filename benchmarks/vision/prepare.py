@@ -19,16 +19,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes from the cache 
 )
 @click.option("--data-only", is_flag=True, help="Fetch and render, do not fine-tune.")
 def main(tasks: str, seed: int, workers: int, data_only: bool) -> None:
-    """Prepare tasks: images and one fine-tuned encoder each. Finished parts are kept."""
+    """Prepare tasks: images and one fine-tuned encoder each, as strongly as in the suite."""
     from benchmarks.common.sources import SourceError
     from benchmarks.vision.finetune import finetune_all
+    from benchmarks.vision.strength import strength
     from benchmarks.vision.tasks import TASKS, prepare_task
 
     names = list(TASKS) if tasks == "all" else [name.strip() for name in tasks.split(",")]
     try:
         folders = {name: prepare_task(name) for name in names}
         if not data_only:
-            folders = finetune_all(names, seed, workers=workers)
+            strengths = {name: strength(name) for name in names}
+            folders = finetune_all(names, seed, strengths, workers)
     except (SourceError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     for name, folder in folders.items():
