@@ -120,6 +120,7 @@ def results(out: Path) -> dict[str, Any]:
                 "merges": len(own),
                 "kinds": {kind: _judged(kind, own, groups) for kind in LABELS if kind in own[0]},
                 "layers": _layers(groups),
+                "methods": _methods(known, suite),
                 "held out": _told("lost", [it for it in groups if _is_held_out(it)]),
             }
     advice = [_advised(group) for group in _grouped(known)]
@@ -129,6 +130,17 @@ def results(out: Path) -> dict[str, Any]:
         for one in json.loads(path.read_text())["measured"]
     ]
     return {"suites": found, "advice": advice, "measured": measured}
+
+
+def _methods(known: Sequence[Point], suite: str) -> dict[str, list[str]]:
+    """Those that are measured, in some sets at least, and those of which accuracies are known."""
+    own = [point for point in known if point["suite"] == suite]
+    every = dict.fromkeys(point["method"] for point in own)
+    measured = {point["method"] for point in own if "lost" in point}
+    return {
+        "measured": [method for method in every if method in measured],
+        "judged alone": [method for method in every if method not in measured],
+    }
 
 
 def _is_held_out(group: Sequence[Point]) -> bool:
@@ -234,6 +246,11 @@ def markdown(result: Mapping[str, Any]) -> str:
     for suite, held in result["suites"].items():
         rows = [_row(kind, found, held["layers"]) for kind, found in held["kinds"].items()]
         parts.append(f"**{SUITES[suite]}, {held['merges']} merges of {held['groups']} sets**")
+        measured, alone = ("; ".join(held["methods"][key]) for key in ("measured", "judged alone"))
+        parts.append(
+            f"Measured, in some sets at least: {measured}."
+            + (f" Judged alone, for the last table: {alone}." if alone else "")
+        )
         parts.append(markdown_table(heading, rows, ["---", *["---:"] * (len(heading) - 1)]))
     parts.append(_over_all(result["suites"]))
     parts.append(_advice(result["advice"]))

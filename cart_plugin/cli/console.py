@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import click
 from rich.console import Console
 from rich.text import Text
 
 from cart_plugin.doctor.findings import Level, Section
 
 _STYLES = {Level.OK: "green", Level.WARNING: "yellow", Level.PROBLEM: "bold red"}
+_LINE_EVERY = 60.0  # seconds
 _MARK_WIDTH = max(len(level.value) for level in Level) + 2
 
 
@@ -49,17 +51,26 @@ def _print_wrapped(out: Console, head: Text, body: str) -> None:
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on the terminal, for functions that tell a step, how much is done, and of how much."""
+    """How a function goes that tells a step, how much is done, and of how much.
+
+    A bar on the terminal; elsewhere a line a minute, on standard error.
+    """
     from rich.progress import Progress, TaskID
 
     bars: dict[str, TaskID] = {}
     terminal = console()
+    printed = time.monotonic()
     with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as bar:
 
         def tell(step: str, done: int, total: int) -> None:
             if step not in bars:
                 bars[step] = bar.add_task(step, total=total)
             bar.update(bars[step], completed=done)
+            nonlocal printed
+            now = time.monotonic()
+            if not terminal.is_terminal and now - printed >= _LINE_EVERY:
+                printed = now
+                click.echo(f"{step}: {done:,} of {total:,}", err=True)
 
         yield tell
 
@@ -111,9 +122,6 @@ class Transfers:
         if not silent and now - self._printed >= _LINE_EVERY:
             self._printed = now
             self._terminal.print(", ".join([what, *rates]), soft_wrap=True, markup=False)
-
-
-_LINE_EVERY = 60.0  # seconds
 
 
 @contextmanager

@@ -65,6 +65,10 @@ def inspect(
             )
     except CartError as error:
         raise click.ClickException(str(error)) from None
+    except KeyboardInterrupt:
+        if out is not None:
+            click.echo("interrupted: the same command goes on where it stopped", err=True)
+        raise
     for table in report.tables():
         terminal.print(table)
         terminal.print()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import yaml
 
@@ -167,10 +168,13 @@ def _choice(
             f"with the base model {hints.base} up to {MOST_INFORMED} models can be merged by "
             "cart_auto with it, which loses less"
         )
-        if count == 2:
-            yield "two models around their average are the average, whatever the method"
     elif count > MOST_INFORMED and method == AUTO:
         yield f"of more than {MOST_INFORMED} models cart_auto leaves the base model out"
+    if count == 2:
+        yield (
+            "two models around their average are the average, whatever the method"
+            + ("" if centred else ": cart, and cart_auto without the base, are no others")
+        )
     # Around their average it keeps nothing of any models.
     says_little = centred and method == AVERAGE
     if not says_little and (found.mean_kept < _LITTLE or found.least_kept < _LITTLE / 2):
@@ -210,8 +214,8 @@ def _ranks(movements: Sequence[Movement]) -> Iterator[str]:
     if low and None not in ranks:
         text = str(low[0]) if len(low) == 1 else f"{low[0]} to {low[-1]}"
         yield (
-            f"the changes are of rank {text}, as of LoRA adapters: leave a rank_ratio out, at "
-            "which cart keeps all of them, that is, the average"
+            f"the changes are of rank {text}, as of LoRA adapters: give cart no rank_ratio, which "
+            "would keep all of them, and that is the average"
         )
 
 
@@ -278,16 +282,25 @@ def _recipe(
     written = [None] * len(paths) if weighting is None else weighting.written
     common = None if weighting is None else weighting.common
     models: list[dict[str, object]] = [
-        {"model": path} | ({} if weight is None else {"parameters": {"weight": weight}})
+        {"model": _written(path)} | ({} if weight is None else {"parameters": {"weight": weight}})
         for path, weight in zip(paths, written, strict=True)
     ]
     recipe: dict[str, object] = {"models": models, "merge_method": _NAMES.get(method, method)}
     if common is not None or method == AVERAGE:  # which has no default
         recipe["parameters"] = {"weight": 1.0 if common is None else common}
     if base is not None and method == AUTO_WITH_BASE:
-        recipe["base_model"] = base
+        recipe["base_model"] = _written(base)
     text: str = yaml.safe_dump(recipe, sort_keys=False)
     return text.rstrip()
+
+
+def _written(model: str) -> str:
+    """As mergekit has to read it: it takes `models/math` for a name on the hub, offline, too."""
+    parts = [
+        f"./{part}" if not part.startswith((".", "/", "~")) and Path(part).is_dir() else part
+        for part in model.split("+")
+    ]
+    return "+".join(parts)
 
 
 def _command(method: str, paths: Sequence[str], weighting: Weighting | None) -> str:

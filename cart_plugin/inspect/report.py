@@ -249,6 +249,8 @@ class Report:
             "rank: of all changes where that is low, else (~) of as many equally strong directions "
             "at most",
             "in 8 %: share of the squared difference that the default rank keeps",
+            "apart: how far one model is from the other, of what the farther one moved; common "
+            "inputs and outputs: how much of their leading directions two models share",
             "kept: share of a model's own answer that is in the merge's, on the inputs that its "
             "own difference points at",
             "lost: what the merge answers otherwise, squared, relative to the model's own answer "
@@ -283,7 +285,7 @@ class Report:
         lines += [
             f"Recommended: {summary.title(advice.method)}",
             "",
-            "```yaml",
+            "```sh" if advice.recipe.startswith("mergekit-cart") else "```yaml",
             advice.recipe,
             "```",
         ]

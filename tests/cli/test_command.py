@@ -92,3 +92,17 @@ def test_output_that_is_piped_is_not_wrapped(capsys: pytest.CaptureFixture) -> N
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert lines[1].endswith("end")
+
+
+def test_without_a_terminal_progress_is_a_line_a_minute(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(console.time, "monotonic", lambda: now)
+    with console.progress() as tell:
+        for done in range(4):
+            now = 45.0 * done
+            tell("measuring", done, 4000)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == "measuring: 2 of 4,000\n"

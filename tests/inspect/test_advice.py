@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
 import pytest
 import yaml
@@ -78,6 +79,25 @@ def test_two_models_without_their_base_are_averaged() -> None:
     little = advice({"average": 1.0}, count=2, base=None, kept=0.0)
     assert "compress" not in said(little)
     assert "keeps 0%" not in said(little)
+
+
+def test_of_two_models_with_their_base_the_other_methods_are_told_to_be_the_average() -> None:
+    found = advice(without("cart", "cart_auto"), count=2)
+    assert found.method == "cart_auto with base"
+    assert "cart, and cart_auto without the base, are no others" in said(found)
+    assert "around their average" not in said(advice())
+
+
+def test_folders_are_written_as_mergekit_has_to_read_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models" / "math").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    paths = ["models/math", str(tmp_path / "models"), "org/name+models/math"]
+    recipe = yaml.safe_load(advice(paths=paths, base="models").recipe)
+    written = [entry["model"] for entry in recipe["models"]]
+    assert written == ["./models/math", paths[1], "org/name+./models/math"]
+    assert recipe["base_model"] == "./models"
 
 
 def test_where_nothing_is_to_be_gained_the_average_will_do() -> None:

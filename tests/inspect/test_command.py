@@ -72,8 +72,11 @@ def test_adapters_of_a_recipe_are_read_by_their_factors(
     assert "of rank 4, as of LoRA adapters" in text
 
 
-def test_adapters_alone_get_the_command_that_merges_them(run: Run, adapters: list[Path]) -> None:
-    text = run(*adapters).output
+def test_adapters_alone_get_the_command_that_merges_them(
+    run: Run, adapters: list[Path], tmp_path: Path
+) -> None:
+    text = run(*adapters, "--out", tmp_path).output
+    assert "```sh\nmergekit-cart merge-adapters" in (tmp_path / "report.md").read_text()
     assert "moved: the difference from the base, its norm" in text  # no share of what is not here
     assert "mergekit-cart merge-adapters" in text
     assert "--method auto --out merged" in text
@@ -143,6 +146,19 @@ def test_without_a_base_there_is_no_uncentred_curve_and_the_page_says_so(
     assert found["curves"]["from_base"] is None
     assert found["curves"]["centred"] is not None
     assert "cart_auto with base" not in found["methods"]
+
+
+def test_who_interrupts_a_run_is_told_that_it_goes_on(
+    run: Run, models: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cart_plugin.inspect.run.inspect_models", interrupted)
+    found = run(*models, "--out", tmp_path / "out")
+    assert found.exit_code == 1
+    assert "interrupted: the same command goes on" in found.output
+    assert "goes on" not in run(*models).output  # nothing is kept without a folder
 
 
 def test_nearly_equal_models_are_told(

@@ -100,6 +100,8 @@ def test_methods_that_were_judged_alone_count_as_rivals_but_not_as_pairs(results
     assert found["suites"]["vision"]["kinds"]["kept"]["pairs"] == (3, 3)
     assert found["suites"]["vision"]["merges"] == 6
     assert found["advice"][0]["best"] == "TIES"
+    assert found["suites"]["vision"]["methods"]["judged alone"] == ["TIES"]
+    assert "Judged alone, for the last table: TIES." in foretold.markdown(found)
 
 
 def test_subsets_that_were_drawn_are_held_out(results: Any, tmp_path: Path) -> None:
@@ -122,6 +124,8 @@ def test_the_tables_have_a_row_a_measure_and_a_row_for_the_recommendation(result
     assert "3 of 3 (100%)" in text
     assert "lost tells 3 of 3 (100%), of the tools' methods 1 of 1 (100%)" in text
     assert "on 64 inputs" not in text
+    assert "Measured, in some sets at least: " in text
+    assert "Judged alone" not in text
     assert "| images, seen before | 2 | 0.0 | 0.0 |" in text
 
 
