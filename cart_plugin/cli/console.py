@@ -49,6 +49,20 @@ def _print_wrapped(out: Console, head: Text, body: str) -> None:
         out.print(head if number == 0 else " " * len(head), Text(line), sep="", soft_wrap=True)
 
 
+class _Lines:
+    """When a log gets its next line: a minute after the last one."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def are_due(self) -> bool:
+        """Whether it is time; if so, the next minute begins."""
+        now = time.monotonic()
+        is_due = now - self._last >= _LINE_EVERY
+        self._last = now if is_due else self._last
+        return is_due
+
+
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
     """How a function goes that tells a step, how much is done, and of how much.
@@ -58,18 +72,14 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
     from rich.progress import Progress, TaskID
 
     bars: dict[str, TaskID] = {}
-    terminal = console()
-    printed = time.monotonic()
+    terminal, lines = console(), _Lines()
     with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as bar:
 
         def tell(step: str, done: int, total: int) -> None:
             if step not in bars:
                 bars[step] = bar.add_task(step, total=total)
             bar.update(bars[step], completed=done)
-            nonlocal printed
-            now = time.monotonic()
-            if not terminal.is_terminal and now - printed >= _LINE_EVERY:
-                printed = now
+            if not terminal.is_terminal and lines.are_due():
                 click.echo(f"{step}: {done:,} of {total:,}", err=True)
 
         yield tell
@@ -84,7 +94,7 @@ class Transfers:
         self._bar = bar
         self._task = bar.add_task("starting", total=None, rates="")
         self._begun: float | None = None
-        self._printed = time.monotonic()
+        self._lines = _Lines()
 
     def tell(self, step: str) -> None:
         """Say what is being done."""
@@ -119,8 +129,7 @@ class Transfers:
             rates=", ".join(rates),
         )
         silent = self._quiet or self._terminal.is_terminal
-        if not silent and now - self._printed >= _LINE_EVERY:
-            self._printed = now
+        if not silent and self._lines.are_due():
             self._terminal.print(", ".join([what, *rates]), soft_wrap=True, markup=False)
 
 

@@ -81,7 +81,8 @@ class Start:
             if is_ours:
                 self._init(self._ray)
         except Exception as error:
-            if is_ours and tries > 1 and _LATE in str(error) and not self._over.is_set():
+            is_late = self._address is None and _LATE in str(error)
+            if is_ours and is_late and tries > 1 and not self._over.is_set():
                 self._ray.shutdown()
                 self._begin(tries - 1)  # what has come too late ends with this thread
                 return

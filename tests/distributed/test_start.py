@@ -121,6 +121,16 @@ def test_a_start_that_takes_too_long_is_tried_again(
     assert len(set(ray.threads)) == len(ray.threads) == tries
 
 
+def test_a_cluster_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Late(1)
+    monkeypatch.setattr(start, "import_ray", lambda: ray)
+    begun = Start(2, "auto")
+    with pytest.raises(CartError, match=r"cannot join .* timed out"):
+        begun.ray()
+    begun.end()
+    assert len(ray.threads) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "workers"),
     [
