@@ -110,7 +110,7 @@ def key_of(count: int, way: str) -> str:
 
 
 def tune(name: str, folder: Path) -> None:
-    """Judge all scales of all ways on the first seed's validation split.
+    """Judge all scales of the ways that have a choice on the first seed's validation split.
 
     A case is the mean accuracy by scale; what is known is not done again.
     """
@@ -120,7 +120,7 @@ def tune(name: str, folder: Path) -> None:
         (count, way)
         for count in setting.counts
         for way in ways_for(count)
-        if key_of(count, way) not in record.cases
+        if len(WAYS[way].choices(count)) > 1 and key_of(count, way) not in record.cases
     ]
     if not wanted:
         return
@@ -135,6 +135,15 @@ def tune(name: str, folder: Path) -> None:
         record.put(key_of(count, way), found)
         text = ", ".join(f"{scale}: {100 * one:.1f}" for scale, one in found.items())
         click.echo(f"{name} validation, {key_of(count, way)}: {text}")
+
+
+def _scale(chosen: Mapping[str, Mapping[str, float]], count: int, way: str) -> float:
+    """The one with which a way did best on the validation split, or its only one."""
+    choices = WAYS[way].choices(count)
+    if len(choices) == 1:
+        return choices[0]
+    scores = chosen[key_of(count, way)]
+    return float(max(scores, key=lambda one: scores[one]))
 
 
 def test(name: str, seed: int, folder: Path) -> None:
@@ -165,8 +174,7 @@ def test(name: str, seed: int, folder: Path) -> None:
         elif way == BASE:
             case = {"accuracy": loaded.judge({}, tasks)}
         else:
-            scores = chosen[key_of(count, way)]
-            scale = float(max(scores, key=lambda one: scores[one]))
+            scale = _scale(chosen, count, way)
             started = time.perf_counter()
             deltas = WAYS[way].merge(loaded, tasks, setting.rank)
             seconds = time.perf_counter() - started
