@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 SERVERS := .venv-servers
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-all test-servers lint format demo bench-startup bench-memory bench-distributed bench-solvers bench-threads bench-merge bench-gpu bench-accuracy bench-profile bench-vision bench-text bench-llm bench-auto bench-compress bench-adapters bench-theory bench-architectures bench-paper-size bench-convolutions readme dist clean
+.PHONY: help venv test test-all test-servers lint format demo bench-startup bench-memory bench-distributed bench-solvers bench-threads bench-merge bench-gpu bench-accuracy bench-profile bench-vision bench-text bench-llm bench-auto bench-compress bench-adapters bench-theory bench-architectures bench-paper-size bench-twenty bench-convolutions readme dist clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -122,6 +122,9 @@ bench-architectures: $(STAMP) ## which architectures merge whole, by mergekit-ya
 
 bench-paper-size: $(STAMP) ## merges of 8, 14 and 20 random models of the paper's size by FusionBench: time and memory (hours; 25 GB of disk)
 	$(BIN)/python -m benchmarks.paper_size
+
+bench-twenty: $(STAMP) ## up to twenty image tasks merged: accuracy by rank, and by the number of tasks (hours)
+	$(BIN)/python -m benchmarks.twenty
 
 bench-convolutions: $(STAMP) ## four EfficientNets merged, their kernels decomposed or averaged
 	$(BIN)/python -m benchmarks.convolutions

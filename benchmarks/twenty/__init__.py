@@ -1,0 +1,1 @@
+"""How far CART goes with the number of tasks: up to twenty image encoders merged."""
