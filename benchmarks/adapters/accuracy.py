@@ -11,7 +11,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -85,7 +85,7 @@ def mean(accuracies: Mapping[str, float]) -> float:
 def open_record(path: Path) -> Record:
     """What is known of a setting, by number of adapters and way."""
     known = conditions(
-        ("linalg", "merging"),
+        ("linalg", "merging", "adapters"),
         PACKAGES,
         timed=False,
         examples=EXAMPLES,
@@ -109,8 +109,12 @@ def key_of(count: int, way: str) -> str:
     return f"{count}: {way}"
 
 
+def _names(scales: Iterable[float]) -> set[str]:
+    return {f"{scale:g}" for scale in scales}
+
+
 def tune(name: str, folder: Path) -> None:
-    """Judge all scales of the ways that have a choice on the first seed's validation split.
+    """Judge all scales of all ways on the first seed's validation split.
 
     A case is the mean accuracy by scale; what is known is not done again.
     """
@@ -120,7 +124,7 @@ def tune(name: str, folder: Path) -> None:
         (count, way)
         for count in setting.counts
         for way in ways_for(count)
-        if len(WAYS[way].choices(count)) > 1 and key_of(count, way) not in record.cases
+        if not _names(WAYS[way].choices(count)) <= set(record.cases.get(key_of(count, way), {}))
     ]
     if not wanted:
         return
@@ -128,22 +132,15 @@ def tune(name: str, folder: Path) -> None:
     for count, way in wanted:
         tasks = list(loaded.folders)[:count]
         deltas = WAYS[way].merge(loaded, tasks, setting.rank)
-        found = {
+        known = record.cases.get(key_of(count, way), {})
+        found = known | {
             f"{scale:g}": mean(loaded.judge(deltas, tasks, scale))
             for scale in WAYS[way].choices(count)
+            if f"{scale:g}" not in known
         }
-        record.put(key_of(count, way), found)
+        record.put(key_of(count, way), found, adds=True)
         text = ", ".join(f"{scale}: {100 * one:.1f}" for scale, one in found.items())
         click.echo(f"{name} validation, {key_of(count, way)}: {text}")
-
-
-def _scale(chosen: Mapping[str, Mapping[str, float]], count: int, way: str) -> float:
-    """The one with which a way did best on the validation split, or its only one."""
-    choices = WAYS[way].choices(count)
-    if len(choices) == 1:
-        return choices[0]
-    scores = chosen[key_of(count, way)]
-    return float(max(scores, key=lambda one: scores[one]))
 
 
 def test(name: str, seed: int, folder: Path) -> None:
@@ -154,11 +151,15 @@ def test(name: str, seed: int, folder: Path) -> None:
     setting = SETTINGS[name]
     chosen = open_record(folder / f"{name}-validation.json").cases
     record = open_record(folder / f"{name}-{seed}.json")
+    scales: dict[str, float] = {
+        key: float(max(scores, key=lambda one: scores[one])) for key, scores in chosen.items()
+    }
     wanted = [
         (count, way)
         for count in setting.counts
         for way in (BASE, ALONE, *ways_for(count))
-        if key_of(count, way) not in record.cases
+        if (known := record.cases.get(key_of(count, way))) is None
+        or known.get("scale") != scales.get(key_of(count, way))
     ]
     if not wanted:
         return
@@ -174,7 +175,7 @@ def test(name: str, seed: int, folder: Path) -> None:
         elif way == BASE:
             case = {"accuracy": loaded.judge({}, tasks)}
         else:
-            scale = _scale(chosen, count, way)
+            scale = scales[key_of(count, way)]
             started = time.perf_counter()
             deltas = WAYS[way].merge(loaded, tasks, setting.rank)
             seconds = time.perf_counter() - started

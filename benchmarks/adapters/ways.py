@@ -39,9 +39,11 @@ class Way:
 
     def choices(self, count: int) -> tuple[float, ...]:
         """The scales to choose from, for a number of adapters."""
-        return {"sum": (1 / count, 2 / count, 1.0), "mean": (0.5, 1.0, 2.0, 4.0), "own": (1.0,)}[
-            self.scales
-        ]
+        return {
+            "sum": (0.5 / count, 1 / count, 2 / count, 1.0, 2.0),
+            "mean": (0.25, 0.5, 1.0, 2.0, 4.0, 8.0),
+            "own": (1.0,),
+        }[self.scales]
 
 
 def _ours(

@@ -16,4 +16,8 @@ from a file).
 from cart_plugin.adapters.loaded import merge_loaded
 from cart_plugin.adapters.run import merge_adapters
 
+REVISION = 2
+"""Raised when merged adapters come to have other numbers (with those of `merging` left as they
+are), so that measurements of one revision compare with each other only."""
+
 __all__ = ["merge_adapters", "merge_loaded"]

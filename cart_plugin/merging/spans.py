@@ -275,7 +275,7 @@ def _informed(parts: Parts, mean: Tensor, settings: CartSettings, of: tuple[int,
         for part, weight in parts
     ]
     if are_of_low_rank(changes):
-        taus = [change.factors.dense().double() for change in changes]
+        taus = [change.real().dense().double() for change in changes]
         found = combine(taus, [weight for _, weight in parts], of[1], **LOW_RANK)
         return Merged(mean + found.added.to(mean.dtype), found.metric.to(mean.dtype))
     system = informed_system(((one.real(), one.weight) for one in changes), mean)

@@ -100,6 +100,19 @@ def test_ranks_that_add_up_to_the_full_rank_and_more(rank: int) -> None:
     assert torch.allclose(merged(parts, AUTO), expected, atol=1e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.cpu_only  # whole weights, as small, are iterated on elsewhere
+@pytest.mark.parametrize("count", [2, 4, 6])
+@pytest.mark.parametrize("least", [1e-1, 1e-2, 1e-3, 1e-6])
+def test_spectra_that_decay_as_those_of_trained_adapters(least: float, count: int) -> None:
+    decay = torch.logspace(0, math.log10(least), 9)
+    parts = [
+        Difference(part.left * decay, torch.linalg.qr(part.right.mT)[0].mT)
+        for part in differences(count, 80, 120, 9)
+    ]
+    expected = whole(parts, AUTO)
+    assert (merged(parts, AUTO) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 @pytest.mark.parametrize("start", [1e3, 1e5])
 def test_factors_that_are_nearly_the_same(start: float) -> None:
     """As of one start: apart by little of what they have in common, and by nearly nothing."""

@@ -97,8 +97,8 @@ def test_all_is_judged_once_and_the_scale_is_the_best_of_validation(
         monkeypatch.setattr(Setting, "load", None)  # all is known by now
     cases = json.loads((tmp_path / "accuracy" / "tiny-1.json").read_text())["cases"]
     # The judge likes small changes.
-    assert cases["4: PEFT cat"]["scale"] == 0.25
-    assert cases["4: KnOTS-TIES"]["scale"] == 0.5
+    assert cases["4: PEFT cat"]["scale"] == 0.125
+    assert cases["4: KnOTS-TIES"]["scale"] == 0.25
     assert cases["4: base"]["accuracy"] == dict.fromkeys(TASKS, 1.0)
     assert "4: auto, 4 r" not in cases
     text = (tmp_path / "accuracy.md").read_text()
