@@ -109,6 +109,8 @@ bench-compress: $(STAMP) ## eight encoders as base and adapters beside other way
 bench-adapters: $(STAMP) ## LoRA adapters merged into one: what is left of them, and what it costs, beside PEFT and others (hours)
 	$(BIN)/python -m benchmarks.adapters.speed
 	$(BIN)/python -m benchmarks.adapters.accuracy
+	$(BIN)/python -m benchmarks.adapters.cost
+	$(BIN)/python -m benchmarks.adapters.exact
 
 bench-theory: $(STAMP) ## the theory's curves on the suites' models, and whether measures of the weights foretell accuracy (hours; after bench-vision, -llm and -auto)
 	$(BIN)/python -m benchmarks.theory.curves

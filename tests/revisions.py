@@ -6,12 +6,16 @@ does. Run this after raising a REVISION; the test next door compares.
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from pathlib import Path
+
+import torch
 
 from cart_plugin import (
     CartSettings,
     RankRule,
+    adapters,
     compress,
     linalg,
     merge_state_dicts,
@@ -19,12 +23,14 @@ from cart_plugin import (
     merging,
     truncated_svd,
 )
+from cart_plugin.adapters import merge_adapters
 from cart_plugin.checkpoints.files import write_json
 from cart_plugin.compress import compress as compress_models
 from cart_plugin.inspect import measures
 from cart_plugin.inspect.state_dicts import records_of
 from cart_plugin.linalg.svd import SOLVERS
 from cart_plugin.merging.indexing import index_tensors
+from tests.adapters.lora import change_tensors, save_base, save_loras, state
 from tests.compress.models import save_tasks
 from tests.support import power_law, random, with_spectrum
 
@@ -120,9 +126,31 @@ def inspect_figures() -> dict[str, float]:
     return figures
 
 
+def adapters_figures() -> dict[str, float]:
+    """Sums over adapters merged, of which one has directions of next to no weight."""
+    figures = {}
+    decay = torch.logspace(0, -3, 6)
+    with tempfile.TemporaryDirectory() as folder:
+        base = save_base(Path(folder), "llama")
+        folders, start = save_loras(Path(folder), base, r=6), state(base)
+        change_tensors(
+            folders[0],
+            lambda held: [held[name].mul_(decay) for name in held if "lora_B" in name],
+        )
+        for method, rank in itertools.product(("auto", "cart", "linear"), ("full", None)):
+            out = Path(folder) / f"{method}-{rank}"
+            merge_adapters(folders, out, method=method, rank=rank)
+            figures[out.name] = sum(
+                float(((one - start[name]).double() * random(*one.shape, seed=7)).sum())
+                for name, one in state(base, out).items()
+            )
+    return figures
+
+
 ROOMS = {
     "linalg": (linalg, linalg_figures),
     "merging": (merging, merging_figures),
+    "adapters": (adapters, adapters_figures),
     "compress": (compress, compress_figures),
     "inspect": (measures, inspect_figures),
 }

@@ -204,10 +204,25 @@ def columns(folder: Path) -> dict[tuple[str, int], list[Mapping[str, Any]]]:
     return found
 
 
-def heading(name: str, count: int, seeds: int) -> str:
+def at_their_ends(folder: Path) -> str:
+    """Which ways are best at the least or largest of several scales that were tried."""
+    found = []
+    for name in SETTINGS:
+        path = folder / f"{name}-validation.json"
+        cases = json.loads(path.read_text())["cases"] if path.exists() else {}
+        for key, scores in cases.items():
+            scales = sorted(map(float, scores))
+            best = float(max(scores, key=lambda one: scores[one]))
+            if len(scales) > 1 and best in (scales[0], scales[-1]):
+                count, _, way = key.partition(": ")
+                found.append(f"{way} ({heading(name, int(count))}: {best:g})")
+    return f"at an end of the scales tried: {', '.join(found)}" if found else "none at an end"
+
+
+def heading(name: str, count: int, seeds: int | None = None) -> str:
     """Of a column."""
     setting = SETTINGS[name]
-    over = f", {seeds} seeds" if seeds > 1 else ", 1 seed"
+    over = "" if seeds is None else f", {seeds} seeds" if seeds > 1 else ", 1 seed"
     if setting.suite == "language":
         return f"{count}, {'one start' if setting.one_start else 'own starts'}{over}"
     return f"{count} of rank {setting.rank}{over}"
@@ -224,11 +239,12 @@ def markdown(folder: Path) -> str:
     measured = [
         one for records in held.values() for record in records for one in record["measured"]
     ]
+    ends = at_their_ends(folder)
     parts = [
         f"Test accuracy in per cent ({EXAMPLES['test']} examples a task) of several LoRA adapters "
         "merged into one, mean over training seeds ± standard error; all: the sum of the adapters' "
         "ranks. PEFT's ways (density 0.2) and the published ones chose their scale on the "
-        f"validation split of the first seed. {made_by('bench-adapters', measured)}"
+        f"validation split of the first seed; {ends}. {made_by('bench-adapters', measured)}"
     ]
     for suite in ("language", "images"):
         own = {key: one for key, one in held.items() if SETTINGS[key[0]].suite == suite}

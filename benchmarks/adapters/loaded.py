@@ -22,7 +22,11 @@ class Loaded:
     Attributes:
         peft: the model as PEFT has it, with an adapter a task, by the task's name.
         folders: of the adapters, by task.
+        multiplies: `taken` forms what an adapter adds to weights; not where only the making of the
+            adapter is measured.
     """
+
+    multiplies = True
 
     def __init__(self, model: torch.nn.Module, folders: Mapping[str, Path], judge: Judge) -> None:
         """Load the adapters.
@@ -74,7 +78,7 @@ class Loaded:
         """What an adapter adds that a function makes, called by the name it is given."""
         name = "merged"
         add(name)
-        found = self.deltas(name)
+        found = self.deltas(name) if self.multiplies else {}
         self.peft.delete_adapter(name)
         return found
 

@@ -73,6 +73,8 @@ def merge_loaded(
             model is then as it was.
     """
     started = time.perf_counter()
+    _check_is_peft(model)
+    settings.check_listed(adapters)
     request = settings.request(
         method=method, rank=rank, lambda_=lambda_, rank_ratio=rank_ratio, keep=keep
     )
@@ -104,6 +106,16 @@ def merge_loaded(
     _add(model, name, merge, state)
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _check_is_peft(model: Any) -> None:
+    from peft import PeftMixedModel, PeftModel
+
+    if not isinstance(model, (PeftModel, PeftMixedModel)):
+        raise CartError(
+            f"model must be a PeftModel, got {type(model).__name__}; load the adapters by "
+            "PeftModel.from_pretrained and load_adapter, or merge their folders (merge_adapters)"
+        )
 
 
 def _add(model: Any, name: str, merge: Merge, state: dict[str, Tensor]) -> None:

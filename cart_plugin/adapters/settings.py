@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -80,12 +80,24 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def check_listed(adapters: object) -> None:
+    """Refuse one adapter where a list of them is wanted: a string would be read letter by letter.
+
+    Raises:
+        CartError: that it is.
+    """
+    if isinstance(adapters, (str, Path)):
+        raise CartError(f"adapters must be a list, got {str(adapters)!r} by itself")
+
+
 def shares_of(weights: Sequence[float] | None, count: int) -> list[float]:
     """The adapters' weights, scaled to a sum of 1.
 
     Raises:
         CartError: of another number, not finite, or of no positive sum.
     """
+    if isinstance(weights, (str, Mapping)):
+        raise CartError("weights must be a list, one an adapter in their order")
     if weights is not None and len(weights) != count:
         raise CartError(f"{count} adapters but {len(weights)} weights; give one an adapter")
     for weight in weights or ():

@@ -102,7 +102,7 @@ class Merge:
         return first if room and not others else None
 
     def _scale_of(self, adapter: Adapter) -> float:
-        """That of all its layers; 1 if they differ, or no whole lora_alpha gives it."""
+        """That of all its layers; 1, with the scale in B, if they differ or no whole alpha fits."""
         scales = {layer.scale for layer in adapter.layers.values()}
         alpha = self.rank * max(scales)
         is_whole = alpha >= 1 and math.isclose(alpha, round(alpha), rel_tol=1e-9)

@@ -51,6 +51,17 @@ def test_it_is_what_the_folders_give(
     assert list(report.paths) == ["math", "code", "german"]
 
 
+def test_what_is_no_peft_model_or_no_list(base: Path, trio: list[Path]) -> None:
+    model = load(base)
+    with pytest.raises(CartError, match="must be a PeftModel, got LlamaForCausalLM; load"):
+        merge_loaded(model, ["math", "code"])
+    model.load_adapter(str(trio[0]), adapter_name="math")  # transformers' own door
+    with pytest.raises(CartError, match="must be a PeftModel, got LlamaForCausalLM; load"):
+        merge_loaded(model, ["math"])
+    with pytest.raises(CartError, match="adapters must be a list, got 'math' by itself"):
+        merge_loaded(loaded(base, trio), "math")
+
+
 def test_the_new_one_is_saved_and_loaded_like_any(
     base: Path, trio: list[Path], tmp_path: Path
 ) -> None:

@@ -55,6 +55,24 @@ def test_one_adapter_gives_itself(base: Path, trio: list[Path], tmp_path: Path) 
         assert report.cut[0].error < 1e-5
 
 
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 2**-8), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("config", [{"r": 8, "use_rslora": True}, {"lora_alpha": 12.5}])
+def test_one_adapter_whose_scale_no_whole_alpha_gives_has_it_in_b(
+    config: dict[str, Any], dtype: torch.dtype, error: float, base: Path, tmp_path: Path
+) -> None:
+    """Rounded once, in its dtype: servers read a whole alpha, and llama.cpp no rsLoRA."""
+    one, _ = save_loras(tmp_path, base, [config, {}])
+    change_tensors(one, lambda held: held.update({k: held[k].to(dtype) for k in held}))
+    merge_adapters([one], tmp_path / "alone")
+    merge_adapters([one], tmp_path / "exact", dtype="float32")
+    before, after = tensors(one), tensors(tmp_path / "alone")
+    assert all(torch.equal(after[name], before[name]) for name in before if "lora_A" in name)
+    expected, start = state(base, one), load(base).state_dict()
+    size = max(float((expected[name] - start[name]).abs().max()) for name in expected)
+    assert 0 < farthest(state(base, tmp_path / "alone"), expected) <= error * size
+    assert farthest(state(base, tmp_path / "exact"), expected) <= 1e-6 * size
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     "config", [{}, {"use_rslora": True}, {"lora_alpha": 3}, {"rank_pattern": {"q_proj": 2}}]

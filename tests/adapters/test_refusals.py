@@ -305,6 +305,7 @@ def test_a_truncated_file(own_trio: list[Path]) -> None:
         ({"weights": [1, 2]}, "3 adapters but 2 weights"),
         ({"weights": [1, 2, float("inf")]}, "weights must be finite"),
         ({"weights": [1, "2", 3]}, "weights must be finite numbers, got '2'"),
+        ({"weights": {"math": 1}}, "weights must be a list, one an adapter"),
         ({"weights": [0, 0, 0]}, "weights must sum to more than 0"),
         ({"weights": [1, 1, -0.5]}, "auto takes no negative weights"),
         ({"names": ["a", "b"]}, "3 adapters but 2 names"),
@@ -314,6 +315,12 @@ def test_a_truncated_file(own_trio: list[Path]) -> None:
 )
 def test_options(options: dict[str, Any], part: str, trio: list[Path], tmp_path: Path) -> None:
     refuses(trio, part, out=tmp_path / "out", **options)
+
+
+def test_one_adapter_by_itself(trio: list[Path], tmp_path: Path) -> None:
+    for one in (trio[0], str(trio[0])):
+        with pytest.raises(CartError, match=r"adapters must be a list, got '.*math' by itself"):
+            merge_adapters(one, tmp_path / "out")  # type: ignore[arg-type]
 
 
 def test_a_folder_that_is_there(trio: list[Path], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.adapters import accuracy
+from benchmarks.adapters import accuracy, cost, exact
 from benchmarks.adapters.accuracy import Setting
 from benchmarks.adapters.loaded import Loaded
 from benchmarks.adapters.ways import WAYS
@@ -81,6 +81,47 @@ def test_each_way_changes_all_layers_by_no_more_than_its_rank(
     for delta in deltas.values():
         assert 1 <= int(torch.linalg.matrix_rank(delta, rtol=1e-4)) <= most
     assert set(held.peft.peft_config) == set(TASKS)  # what was made is gone
+
+
+def test_another_best_scale_is_judged_anew(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accuracy, "SETTINGS", {"tiny": Setting("language", 2, (4,))})
+    monkeypatch.setattr(accuracy, "ways_for", lambda _: ["PEFT cat", "linear (the average)"])
+    monkeypatch.setattr(Setting, "load", lambda *_: loaded(folders))
+    accuracy.tune("tiny", tmp_path)
+    accuracy.test("tiny", 0, tmp_path)
+    file = tmp_path / "tiny-validation.json"
+    record = json.loads(file.read_text())
+    del record["cases"]["4: PEFT cat"]["0.125"]  # it was not among the scales
+    record["cases"]["4: PEFT cat"] |= {"0.25": 0.0, "2": 1.0}
+    file.write_text(json.dumps(record))
+    accuracy.tune("tiny", tmp_path)
+    found = json.loads(file.read_text())["cases"]["4: PEFT cat"]
+    assert set(found) == {"0.125", "0.25", "0.5", "1", "2"}
+    assert found["0.25"] == 0.0  # it is known
+    accuracy.test("tiny", 0, tmp_path)
+    cases = json.loads((tmp_path / "tiny-0.json").read_text())["cases"]
+    assert cases["4: PEFT cat"]["scale"] == 2.0
+    assert cases["4: linear (the average)"]["scale"] == 1.0
+
+
+def test_the_exact_form_is_the_whole_models_merge(folders: dict[str, Path]) -> None:
+    found = exact.apart(loaded(folders), 2)
+    assert found["largest"] < 1e-5 < 1e-2 < found["change"]
+    assert found["relative"] < 1e-5
+
+
+def test_costs_are_those_of_the_adapter(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost, "SETTINGS", {cost.SETTING: Setting("language", 2, (4,))})
+    monkeypatch.setattr(Setting, "load", lambda *_: loaded(folders))
+    sides = (16 + 16) + (8 + 16) + (16 + 24)
+    for way, ranks in {"PEFT svd": 1, "auto, 2 r": 2, "KnOTS-TIES": 4}.items():
+        assert cost.work(way)["numbers"] == 2 * ranks * sides
+    assert not any(name.startswith("auto cut") for name in cost.MEASURED)
+    assert cost.work(cost.ONLY_LOADED)["numbers"] == 0
 
 
 def test_all_is_judged_once_and_the_scale_is_the_best_of_validation(
