@@ -47,10 +47,10 @@ PACKAGES = ("torch", "transformers")
 Sets = Mapping[str, Sequence[tuple[Member, ...]]]
 
 
-def open_record(path: Path) -> Record:
-    """A record of measures, and what decides them."""
+def open_record(path: Path, *rooms: str) -> Record:
+    """A record of measures, and what decides them: rooms of the plugin beside the core."""
     current = conditions(
-        ("linalg", "merging"),
+        ("linalg", "merging", *rooms),
         PACKAGES,
         timed=False,
         own=theory.REVISION,
@@ -179,7 +179,7 @@ def parts(folder: Path, methods: Sequence[str]) -> dict[str, Callable[[], None]]
 
 
 def _language(told: Path, file: Path) -> None:
-    measured_models(told, open_record(file))
+    measured_models(told, open_record(file, "adapters"))
 
 
 @click.command()
