@@ -12,9 +12,10 @@ from torch import Tensor
 
 from cart_plugin.inspect.activations import Activations
 from cart_plugin.inspect.measures import judged_on
-from cart_plugin.inspect.weights import Weight, leading
+from cart_plugin.inspect.weights import Weight
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.merging.span_measures import answers
+from cart_plugin.merging.spans import leading
 
 Merges = Callable[[Weight], Iterator[tuple[str, Tensor]]]
 """Gives, for a weight, methods and what each of them adds to the base."""

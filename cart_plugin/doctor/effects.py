@@ -143,16 +143,18 @@ def _base_in_use(decomposed: Sequence[Merge]) -> Iterator[Finding]:
     """What becomes of the base model with `cart_auto`, where there is one."""
     informed = [merge for merge in decomposed if merge.has_base and merge.is_auto]
     taking = sum(merge.takes_base for merge in informed)
-    if taking:
+    if taking and all(merge.are_many for merge in informed):
+        yield ok(
+            "the base model is only asked whether adapters have made the models: five and more "
+            "merge better around their average"
+        )
+    elif taking:
         yield ok(
             f"the base model shows where the tasks' inputs lie in {count(taking, 'tensor')}"
             + ("" if taking == len(decomposed) else f" of {len(decomposed):,} decomposed")
         )
     elif informed:
-        yield ok(
-            "the base model is not used: center says so, or there are five models or more, which "
-            "merge better without it"
-        )
+        yield ok("the base model is not used: center says so")
 
 
 def _range(name: str, values: Sequence[float]) -> str:

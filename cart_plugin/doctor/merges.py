@@ -68,7 +68,7 @@ class Merge:
     @property
     def takes_base(self) -> bool:
         """Whether the base model has a part in the result."""
-        return self._settings.center == "base" or self._is_informed
+        return self.has_base and self._settings.takes_base
 
     @property
     def _settings(self) -> CartSettings:
@@ -87,6 +87,11 @@ class Merge:
     @property
     def _is_informed(self) -> bool:
         return self.has_base and self._settings.is_informed(len(self.counting))
+
+    @property
+    def are_many(self) -> bool:
+        """Whether `cart_auto` merges so many models around their average."""
+        return not self._settings.is_informed(len(self.counting))
 
     @property
     def rule(self) -> RankRule:

@@ -120,10 +120,9 @@ class CartBase(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
                 "task vectors around the pretrained model need one: give the pool a _pretrained_"
             )
         weights = _listed(self.weights, list(pool.model_names))
-        counting = len(pool.model_names) if weights is None else sum(one != 0 for one in weights)
         with self.profile("load models"):
             models = {name: pool.load_model(name) for name in pool.model_names}
-            takes_base = self.settings.takes_base(counting) and pool.has_pretrained
+            takes_base = self.settings.takes_base and pool.has_pretrained
             base = pool.load_pretrained_model() if takes_base else None
         states = {name: _state_dict(model) for name, model in models.items()}
         base_state = None if base is None else _state_dict(base)

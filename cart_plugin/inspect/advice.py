@@ -169,7 +169,7 @@ def _choice(
             "cart_auto with it, which loses less"
         )
     elif count > MOST_INFORMED and method == AUTO:
-        yield f"of more than {MOST_INFORMED} models cart_auto leaves the base model out"
+        yield f"more than {MOST_INFORMED} models are merged by cart_auto around their average"
     if count == 2:
         yield (
             "two models around their average are the average, whatever the method"

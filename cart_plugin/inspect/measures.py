@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cart_plugin.inspect.inputs import Heard, Inputs
 from cart_plugin.inspect.places import Place, place
-from cart_plugin.inspect.weights import Differences, Plain, Weight, leading
+from cart_plugin.inspect.weights import Differences, Plain, Weight
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.rounding import edge_within
 from cart_plugin.linalg.rules import DEFAULT_RANK_RATIO, RankRule, numerical_ranks
@@ -23,6 +23,7 @@ from cart_plugin.merging.interference import (
     reconstruction_errors,
 )
 from cart_plugin.merging.span_measures import Answers, answers, overlaps
+from cart_plugin.merging.spans import leading
 
 REVISION = 3
 """Raised when the records of the same models come to be others."""

@@ -23,11 +23,11 @@ from cart_plugin.linalg.rounding import centred_rounding, difference_rounding
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.linalg.svd import share_of_rank, truncated_svd
 from cart_plugin.merging.cart import centre_of
-from cart_plugin.merging.informed import MOST_INFORMED, Change, informed_sum
+from cart_plugin.merging.informed import MOST_INFORMED, Change, informed_sum, sum_of_low_rank
 from cart_plugin.merging.inputs import check_finite, check_inputs, check_kind, normalised
 from cart_plugin.merging.least_interference import least_interference
 from cart_plugin.merging.settings import CartSettings
-from cart_plugin.merging.spans import Difference, Span, decomposed, merge_in_span
+from cart_plugin.merging.spans import Difference, Span, decomposed, leading, merge_in_span
 from cart_plugin.merging.tensors import is_decomposed, matrix_shape, tensor_seed
 
 AVERAGE = "average"
@@ -281,6 +281,10 @@ def _merges(
         return
 
     def disturbing_least() -> Tensor:
+        if from_base is not None and len(counting) > MOST_INFORMED:
+            added = sum_of_low_rank(_changes(offset, counting, from_base), offset.shape[-1])
+            if added is not None:
+                return added.to(offset.device)
         rank = _rank(_AUTO, offset.shape)
         parts = ((leading(centred.parts[index], rank), weight) for index, weight in counting)
         return least_interference(parts).to(offset.device)
@@ -301,8 +305,7 @@ def _changes(
     for index, weight in counting:
         part = from_base.parts[index]
         energy = from_base.energies[index].to(part.S.device)
-        rounding = from_base.rounding[index]
-        yield Change.of(leading(part, rank), weight, energy, rounding, part.S)
+        yield Change.of(leading(part, rank), weight, energy, from_base.rounding[index], part.S)
 
 
 def _cart(offset: Tensor, counting: Iterable[tuple[int, float]], centred: Differences) -> Tensor:
@@ -321,11 +324,6 @@ def _cart(offset: Tensor, counting: Iterable[tuple[int, float]], centred: Differ
 def _rank(settings: CartSettings, shape: Sequence[int]) -> int:
     """The fixed rank of settings, of matrices ``(stack, m, n)``."""
     return settings.rule.fixed_rank(*shape[1:]) or 0
-
-
-def leading(part: LowRank, rank: int) -> LowRank:
-    """The first directions of factors."""
-    return LowRank(part.U[..., :rank], part.S[..., :rank], part.Vh[..., :rank, :], part.error)
 
 
 def of_factors(
@@ -377,10 +375,12 @@ def of_factors(
         if count > 2:
             yield CART, merge_in_span(span, shares, CartSettings()).total
         if min(shares) >= 0:  # `cart_auto` takes no others
+            with_base = merge_in_span(span, shares, _INFORMED).total
+            are_few = sum(share > 0 for share in shares) <= MOST_INFORMED
             if count > 2:
-                yield AUTO, merge_in_span(span, shares, _AUTO).total
-            if sum(share > 0 for share in shares) <= MOST_INFORMED:
-                yield AUTO_WITH_BASE, merge_in_span(span, shares, _INFORMED).total
+                yield AUTO, merge_in_span(span, shares, _AUTO).total if are_few else with_base
+            if are_few:
+                yield AUTO_WITH_BASE, with_base
         if merged is not None:
             yield MERGED, every.parts[-1].dense()
 

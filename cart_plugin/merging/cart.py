@@ -28,7 +28,7 @@ from cart_plugin.linalg.rounding import centred_rounding, difference_rounding
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.linalg.svd import truncated_svd
 from cart_plugin.linalg.threads import SIDE_BY_SIDE, side_by_side, worth
-from cart_plugin.merging.informed import Change, few_directions, informed_sum
+from cart_plugin.merging.informed import Change, few_directions, informed_sum, sum_of_low_rank
 from cart_plugin.merging.inputs import (
     check_finite,
     check_inputs,
@@ -102,7 +102,12 @@ def merge_tensors(
             centre = base if decompose and settings.center == "base" else None
             merged = centre_of(tensors, shares, centre, models, where)
             if decompose:
-                merged = _add_low_rank(one, merged, settings, kept, has_base=base is not None)
+                of_adapters = _of_low_rank(one, merged, base, settings)
+                merged = (
+                    _add_low_rank(one, merged, settings, kept, has_base=base is not None)
+                    if of_adapters is None
+                    else of_adapters
+                )
         result = merged.to(dtype)
         # The sum alone is cheaper, but may overflow where no value does.
         if not bool(torch.isfinite(result.sum(dtype=merged.dtype)) or torch.isfinite(result).all()):
@@ -262,6 +267,45 @@ def _informed(inputs: Inputs, base: Tensor, settings: CartSettings) -> Tensor:
     start = centre_of(inputs.tensors, inputs.shares, base, inputs.models, inputs.where)
     shape = matrix_shape(inputs.name, average.shape)
 
+    def centred(delta: Tensor, _: int) -> LowRank:
+        return truncated(delta, settings, inputs.name)
+
+    added = informed_sum(
+        _changes(inputs, start, base, settings),
+        (average - start).reshape(shape),
+        lambda: least_interference(inputs.each(average, centred, check=False)),
+    )
+    return average.contiguous().add_(added.to(average.device).view(average.shape))
+
+
+def _of_low_rank(
+    inputs: Inputs, average: Tensor, base: Tensor | None, settings: CartSettings
+) -> Tensor | None:
+    """The average and what `sum_of_low_rank` adds, if that is how so many models are merged."""
+    if not settings.looks_for_low_rank(inputs.counting):
+        return None
+    inputs.check_weights()
+    reference = base if settings.center is None else None
+    if reference is None:
+        models = zip(inputs.tensors, inputs.shares, strict=True)
+        reference = next(tensor for tensor, share in models if share)
+    start = centre_of(inputs.tensors, inputs.shares, reference, inputs.models, inputs.where)
+    shape = matrix_shape(inputs.name, average.shape)
+    if reference is not base:  # what sets the others apart from one model is whole or nothing
+        few = few_directions(*shape[1:])
+        settings = replace(settings, rank_ratio=None, rank=few, energy=None)
+    changes = _changes(inputs, start, reference, settings)
+    added = sum_of_low_rank(changes, shape[-1])
+    if added is None:
+        return None
+    return average.contiguous().add_(added.to(average.device).view(average.shape))
+
+
+def _changes(
+    inputs: Inputs, start: Tensor, base: Tensor, settings: CartSettings
+) -> Iterator[Change]:
+    """What the models differ by from a base, which is `start` in fp32, one after the other."""
+    shape = matrix_shape(inputs.name, start.shape)
     own = settings.informed
     few = few_directions(*shape[1:])
     at_few = replace(own, rank_ratio=None, rank=few, energy=None)
@@ -275,20 +319,8 @@ def _informed(inputs: Inputs, base: Tensor, settings: CartSettings) -> Tensor:
         return factors, leading.S, total_energy(delta.reshape(shape))
 
     parts = zip(inputs.each(start, reduced, check=False), inputs.rounding(shape, base), strict=True)
-    changes = (
-        Change.of(factors, weight, energy, rounding, leading)
-        for ((factors, leading, energy), weight), rounding in parts
-    )
-
-    def centred(delta: Tensor, _: int) -> LowRank:
-        return truncated(delta, settings, inputs.name)
-
-    added = informed_sum(
-        changes,
-        (average - start).reshape(shape),
-        lambda: least_interference(inputs.each(average, centred, check=False)),
-    )
-    return average.contiguous().add_(added.to(average.device).view(average.shape))
+    for ((factors, leading, energy), weight), rounding in parts:
+        yield Change.of(factors, weight, energy, rounding, leading)
 
 
 def centre_of(

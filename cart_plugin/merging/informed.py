@@ -48,7 +48,8 @@ INFORMED_LEAST_KEPT = 0.3
 MOST_INFORMED = 4
 """Models beyond which the base is left out: with six and more of them the centred task vectors hold
 little of each other, and were ahead on images (``benchmarks/notes/auto.md``). Of so many the mean
-of both results is taken, which is better than either, unless the changes are of low rank."""
+of both results is taken, which is better than either. Changes of low rank have forms of their own:
+see `cart_plugin.merging.low_rank_changes`."""
 
 # Singular values below this share of the largest are rounding, or directions of no weight.
 LEAST_SHARE = 1e-2
@@ -183,6 +184,29 @@ def informed_by_base(changes: Iterable[Change], mean: Tensor) -> Found:
         return Found(left @ right, of_low_rank=True, changed=changed)
     system = informed_system(((one.real(), one.weight) for one in chain(held, rest)), mean)
     return Found(system.solve(), of_low_rank=False, changed=changed)
+
+
+def sum_of_low_rank(changes: Iterable[Change], inputs: int) -> Tensor | None:
+    """What to add to the average of more than `MOST_INFORMED` models where LoRA may have made them.
+
+    Args:
+        changes: one a model, one after the other, from the base or one of the models; no more are
+            taken once one is not of low rank.
+        inputs: n, of the weight.
+
+    Returns:
+        M, ``(stack, m, n)``; None if the changes are not of low rank.
+    """
+    held: list[Change] = []
+    for change in changes:
+        if change.is_low_rank is False:
+            return None
+        held.append(change)
+    if not are_of_low_rank(held):
+        return None
+    parts = [(one.real(), one.weight) for one in held]
+    left, right = low_rank_changes.combine_factors(parts, inputs, centred=True, **LOW_RANK)
+    return left @ right
 
 
 def informed_sum(changes: Iterable[Change], mean: Tensor, centred: Callable[[], Tensor]) -> Tensor:

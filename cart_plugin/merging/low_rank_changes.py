@@ -25,12 +25,19 @@ different here (what each is worth on language models: ``benchmarks/notes/auto.m
 The system is the same as there, with ``D_t = W_t - average``, and in the pull the part of D_t that
 acts on the rows of ``tau'_t``. All is done in orthonormal bases of the factors, on matrices of the
 sum of the ranks.
+
+**Of more than four models** the average takes the base's place, as it does for whole models of that
+number: the ``tau_t`` are the differences from it, in which nothing is common and nothing is lacking
+besides, and the mean of the ``tau_s^T tau_s``, ``T / 4`` times, takes the place of ``T m^T m``: the
+rows of all others say more of a task's inputs then than its own. A sum of what each lacks on its
+own rows, as above, is more and more draw (``benchmarks/notes/auto.md``). The base is of use only to
+tell what made the changes; without it the differences from one of the models do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +49,7 @@ from cart_plugin.linalg.rounding import is_drowned, rounding_beyond
 
 _ROUNDING = 1e-8  # a share of squares below which they are none
 _LEFT_OUT = 1e-3
+_FEW_TASKS = 4
 
 
 def is_low_rank(
@@ -89,6 +97,7 @@ def combine(
     ridge: float,
     least_kept: float,
     least_share: float,
+    centred: bool = False,
 ) -> Solution:
     """Solve the system for differences in coordinates.
 
@@ -99,20 +108,27 @@ def combine(
         ridge: r and s, relative to the mean eigenvalue of the directions that are known.
         least_kept: the least rho.
         least_share: of the largest singular value of a ``tau'_t``: below, a direction is rounding.
+        centred: the average takes the base's place. The differences may be from anything that all
+            tasks have in common.
     """
     taus = torch.stack(list(tasks))  # (T, stack, p, q)
     shares = taus.new_tensor(weights) / sum(weights)
     with full_precision(taus.device):
         average = torch.einsum("t,tspq->spq", shares, taus)
-        common = average @ _common(taus, shares, average)
-        own = taus - common
+        if centred:
+            taus = own = taus - average
+            others = torch.einsum("t,tspq,tspr->sqr", shares, taus, taus)
+            others *= (1 / (_FEW_TASKS * shares.square().sum())).clamp_min(1)
+            average = torch.zeros_like(average)
+        else:
+            own = taus - average @ _common(taus, shares, average)
+            others = average.mT @ average / shares.square().sum()
         squares, vectors = eigh(own.mT @ own)
         sizes = taus.square().sum(dim=(-2, -1))  # (T, stack)
         least = torch.maximum(least_share**2 * squares[..., -1], _ROUNDING * sizes)
         squares = torch.where(squares > least[..., None], squares, 0)
         # A task that changed nothing has no inputs, neither its own nor those of the others.
         heavy = torch.where(sizes > 0, taus.new_tensor(weights)[:, None], 0)
-        others = average.mT @ average / shares.square().sum()
         known = torch.zeros(taus.shape[1], device=taus.device)
         fitted, summed = torch.zeros_like(average), torch.zeros_like(average)
         gram, energy = torch.zeros_like(others), torch.zeros_like(known, dtype=torch.float64)
@@ -152,7 +168,7 @@ def _common(taus: Tensor, shares: Tensor, average: Tensor) -> Tensor:
 
 
 def combine_factors(
-    parts: Sequence[tuple[LowRank, float]], inputs: int, **options: float
+    parts: Sequence[tuple[LowRank, float]], inputs: int, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """`combine` for factors of weights, in bases of theirs.
 

@@ -59,9 +59,14 @@ class CartSettings:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise CartError(f"seed must be a whole number, got {self.seed!r}")
 
-    def takes_base(self, models: int) -> bool:
-        """Whether the base model of so many models, if it is given, has a part in the result."""
-        return self.center == "base" or self.is_informed(models)
+    @property
+    def takes_base(self) -> bool:
+        """Whether the base model, if it is given, may have a part in the result."""
+        return self.center == "base" or (self.lambda_ == "auto" and self.center is None)
+
+    def looks_for_low_rank(self, models: int) -> bool:
+        """Whether so many models are merged in another way if their changes are of low rank."""
+        return self.lambda_ == "auto" and self.center != "base" and models > MOST_INFORMED
 
     def is_informed(self, models: int) -> bool:
         """Whether it decides where the inputs of the models' tasks lie."""

@@ -250,10 +250,8 @@ def merge_in_span(
     weights = [len(shares) * share for share in shares]
     with torch.no_grad(), torch.autocast(mean.device.type, enabled=False):
         parts = [(span.parts[index], weights[index]) for index in counting]
-        if settings.is_informed(len(counting)):
-            return _informed(parts, mean, settings, (m, n))
         if settings.lambda_ == "auto":
-            return _centred(parts, mean, settings, (m, n))
+            return _least_interference(parts, mean, settings, (m, n))
         sums = mean.clone()
         for part, weight in parts:
             centred = part.dense() - mean
@@ -267,17 +265,34 @@ def merge_in_span(
 Parts = Sequence[tuple[LowRank, float]]
 
 
-def _informed(parts: Parts, mean: Tensor, settings: CartSettings, of: tuple[int, int]) -> Merged:
-    """As `informed_by_base`, and for four models the mean with the other form."""
+def _least_interference(
+    parts: Parts, mean: Tensor, settings: CartSettings, of: tuple[int, int]
+) -> Merged:
+    """As `cart_auto`, in all its forms."""
+    are_many = settings.looks_for_low_rank(len(parts))
+    if not (are_many or settings.is_informed(len(parts))):
+        return _centred(parts, mean, settings, of)
+    whole = parts
     rank, few = settings.informed.rule.fixed_rank(*of), few_directions(*of)
+    if settings.center is not None:  # whole models without a base tell by one of them
+        first = parts[0][0].dense()
+        rule = RankRule(rank=min(first.shape[-2:]))
+        parts = [
+            (truncated_svd(part.dense() - first, rule, svd="exact"), weight)
+            for part, weight in parts
+        ]
+        rank = few
     changes = [
-        Change(_leading(part, rank), part.S[..., :few], weight, *_norms(part))
+        Change(leading(part, rank), part.S[..., :few], weight, *_norms(part))
         for part, weight in parts
     ]
     if are_of_low_rank(changes):
         taus = [change.real().dense().double() for change in changes]
-        found = combine(taus, [weight for _, weight in parts], of[1], **LOW_RANK)
+        weights = [weight for _, weight in parts]
+        found = combine(taus, weights, of[1], centred=are_many, **LOW_RANK)
         return Merged(mean + found.added.to(mean.dtype), found.metric.to(mean.dtype))
+    if are_many:
+        return _centred(whole, mean, settings, of)
     system = informed_system(((one.real(), one.weight) for one in changes), mean)
     metric = system.metric()
     total = mean + system.solve()
@@ -311,8 +326,9 @@ def _norms(factors: LowRank) -> tuple[Tensor, Tensor]:
     return energy, torch.zeros_like(energy)
 
 
-def _leading(factors: LowRank, rank: int | None) -> LowRank:
-    return LowRank(factors.U[..., :rank], factors.S[..., :rank], factors.Vh[..., :rank, :])
+def leading(part: LowRank, rank: int | None) -> LowRank:
+    """The first directions of factors; all if None."""
+    return LowRank(part.U[..., :rank], part.S[..., :rank], part.Vh[..., :rank, :], part.error)
 
 
 def _truncated(centred: Tensor, settings: CartSettings, of: tuple[int, int]) -> LowRank:

@@ -60,8 +60,7 @@ def merge_state_dicts(
     if is_centre and base is not None:
         holders["the base model"] = base
     check_same_tensors(holders)
-    counting = len(models) if weights is None else sum(weight != 0 for weight in weights)
-    base = base if settings.takes_base(counting) else None
+    base = base if settings.takes_base else None
     counted = Kept() if kept is None else kept
     merged = {}
     for name in named[models[0]]:

@@ -222,7 +222,7 @@ def test_many_models_have_a_page_no_wider_and_files_with_all(
     assert re.search(r"^cart_auto +\d+% +\d+% +model\d +\d+%$", text, re.MULTILINE)
     markdown = (tmp_path / "out" / "report.md").read_text()
     assert "| kept by | model0 | model1 |" in markdown
-    assert "cart_auto leaves the base model out" in text
+    assert "merged by cart_auto around their average" in text
 
 
 def test_experts_stored_one_by_one_are_of_one_cell(run: Run, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from cart_plugin import CartSettings, merge_tensors
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.linalg.svd import truncated_svd
+from cart_plugin.merging.least_interference import least_interference
 from cart_plugin.merging.low_rank_changes import is_low_rank
 from tests.support import random
 
@@ -78,6 +79,77 @@ def test_it_solves_the_equations(weights: list[float], one_start: bool) -> None:
     assert torch.linalg.norm(found - expected) < 1e-4 * torch.linalg.norm(expected)
 
 
+def in_all_ways(taus: Sequence[Tensor], weights: Sequence[float] | None = None) -> list[Tensor]:
+    """Merges of models that changed by these: with their base, without it, with it left out."""
+    base = random(40, 60, seed=9)
+    models = [base + tau for tau in taus]
+    left_out = CartSettings(lambda_="auto", center="average")
+    return [
+        merge_tensors(models, AUTO, base=base, weights=weights, name="w") - base,
+        merge_tensors(models, AUTO, weights=weights, name="w") - base,
+        merge_tensors(models, left_out, base=base, weights=weights, name="w") - base,
+    ]
+
+
+@pytest.mark.parametrize("weights", [[1.0] * 5, [1.0] * 9, [3.0, *[1.0] * 5, 0.0]])
+def test_many_take_their_average_for_the_base(weights: list[float]) -> None:
+    taus = [tau.double() for tau in adapters(len(weights), one_start=False, rank=2)]
+    p = [weight / sum(weights) for weight in weights]
+    m = sum(share * tau for share, tau in zip(p, taus, strict=True))
+    own = [tau - m for tau in taus]
+    tasks = 1 / sum(one**2 for one in p)
+    others = sum(share * d.mT @ d for share, d in zip(p, own, strict=True)) * max(1.0, tasks / 4)
+    gram, fitted, known = torch.zeros_like(others), torch.zeros_like(m), 0
+    for share, d in zip(p, own, strict=True):
+        _, s, _ = torch.linalg.svd(d)
+        known += int((s > 0.01 * s[0]).sum()) if share else 0
+        c = (d.mT @ d + others) / (d.mT @ d + others).trace()
+        gram, fitted = gram + len(p) * share * c, fitted + len(p) * share * d @ c
+    r = 0.3 * gram.trace() / min(60, known)
+    expected = m + torch.linalg.solve(gram + r * torch.eye(60), fitted, left=False)
+    for found in in_all_ways([tau.float() for tau in taus], weights):
+        assert torch.linalg.norm(found - expected) < 1e-4 * torch.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("count", [5, 8])
+def test_many_do_not_drown_in_what_each_has_drawn(count: int) -> None:
+    """A is a draw: each task's inputs meet all rows alike, and no sum of all is scaled up."""
+    taus = adapters(count, one_start=False, rank=3)
+    mean = sum(taus) / count
+
+    def off(change: Tensor) -> float:
+        return sum(float((change - tau).square().sum()) for tau in taus)
+
+    for found in in_all_ways(taus):
+        assert off(found) < 2 * off(mean)
+
+
+@pytest.mark.parametrize("options", [{"rank": 1}, {"rank_ratio": 0.03}])
+def test_a_rank_rule_keeps_none_of_many_in_the_dark(options: dict[str, float]) -> None:
+    """Without a base it is told by differences from one model: neither cut nor order decide."""
+    base = random(40, 60, seed=9)
+    models = [base + tau for tau in adapters(6, one_start=False)]
+    ruled = CartSettings(lambda_="auto", **options)
+    found = merge_tensors(models, ruled, name="w")
+    assert torch.allclose(found, merge_tensors(models, AUTO, name="w"), atol=1e-5)
+    assert torch.allclose(found, merge_tensors(models[::-1], ruled, name="w"), atol=1e-3)
+
+
+def test_many_of_which_one_is_of_full_rank_are_merged_as_whole_models() -> None:
+    base = random(40, 60, seed=9)
+    models = [base + tau for tau in adapters(6, one_start=False)]
+    models[-1] = models[-1] + 0.3 * random(40, 60, seed=8)
+    parts = [
+        (truncated_svd(one - sum(models) / 6, RankRule(0.16), svd="exact"), 1.0) for one in models
+    ]
+    expected = sum(models) / 6 + least_interference(parts)
+    for options in ({}, {"base": base}):
+        found = merge_tensors(
+            models, CartSettings(lambda_="auto", svd="exact"), name="w", **options
+        )
+        assert torch.allclose(found, expected, atol=1e-4)
+
+
 def test_rounding_of_full_rank_beside_an_adapter_changes_little() -> None:
     taus = adapters(3, one_start=False)
     noise = [1e-3 * random(40, 60, seed=seed) for seed in range(3)]
@@ -95,7 +167,7 @@ def test_stacks_are_merged_matrix_by_matrix() -> None:
         assert torch.allclose(found[index], merged(taus), atol=1e-4)
 
 
-@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("count", [2, 3, 4, 6])
 def test_equal_ones_give_themselves_and_nothing_gives_nothing(count: int) -> None:
     tau = adapters(1, one_start=True)[0]
     assert torch.allclose(merged([tau] * count), tau, atol=1e-4)

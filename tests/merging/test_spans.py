@@ -18,6 +18,7 @@ from tests.support import random
 AUTO = CartSettings(lambda_="auto")
 METHODS = {
     "auto": AUTO,
+    "auto without the base": CartSettings(lambda_="auto", center="average"),
     "auto of a rank": CartSettings(lambda_="auto", rank=3),
     "auto of a ratio": CartSettings(lambda_="auto", rank_ratio=0.3),
     "auto of all": CartSettings(lambda_="auto", rank_ratio=0.9),
