@@ -213,7 +213,7 @@ def test_what_becomes_of_the_base_is_said(
         assert shows in text
         assert "the base model is not used" not in text
     text = check([*llamas, *more[1:]], **auto).text
-    assert "the base model is not used" in text
+    assert "only asked whether adapters have made the models: five and more merge better" in text
     assert shows not in text
     text = check(llamas, **auto, parameters={"center": "average"}).text
     assert "the base model is not used" in text
