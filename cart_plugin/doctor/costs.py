@@ -120,7 +120,8 @@ def peak(merge: Merge, config: Recipe) -> float:
             rank = min(m, n) if share is None else round(share * min(m, n))
             ranks = min(n, len(merge.inputs) * rank)
             inputs += 4 * stack * _COPIES_SYSTEM * (ranks * (m + n) + ranks**2)
-            if merge.takes_base:  # the mean of what the models changed; of four both forms' results
+            # The mean of what the models changed; of four both forms' results.
+            if merge.takes_base or merge.looks_for_low_rank:
                 copies += 2 if len(merge.counting) == MOST_INFORMED else 1
         # Small differences are decomposed side by side, and so are small matrices of a large one.
         together = at_a_time(len(merge.inputs), SIDE_BY_SIDE // max(1, elements))

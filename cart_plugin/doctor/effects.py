@@ -143,7 +143,7 @@ def _base_in_use(decomposed: Sequence[Merge]) -> Iterator[Finding]:
     """What becomes of the base model with `cart_auto`, where there is one."""
     informed = [merge for merge in decomposed if merge.has_base and merge.is_auto]
     taking = sum(merge.takes_base for merge in informed)
-    if taking and all(merge.are_many for merge in informed):
+    if taking and all(merge.looks_for_low_rank for merge in informed):
         yield ok(
             "the base model is only asked whether adapters have made the models: five and more "
             "merge better around their average"

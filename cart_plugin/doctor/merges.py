@@ -89,9 +89,9 @@ class Merge:
         return self.has_base and self._settings.is_informed(len(self.counting))
 
     @property
-    def are_many(self) -> bool:
-        """Whether `cart_auto` merges so many models around their average."""
-        return not self._settings.is_informed(len(self.counting))
+    def looks_for_low_rank(self) -> bool:
+        """Whether `cart_auto` merges so many models around their average, by what made them."""
+        return self._settings.looks_for_low_rank(len(self.counting))
 
     @property
     def rule(self) -> RankRule:

@@ -197,14 +197,17 @@ def sum_of_low_rank(changes: Iterable[Change], inputs: int) -> Tensor | None:
     Returns:
         M, ``(stack, m, n)``; None if the changes are not of low rank.
     """
-    held: list[Change] = []
+    parts, is_known = [], False
     for change in changes:
-        if change.is_low_rank is False:
+        told = change.is_low_rank
+        if told is False:
             return None
-        held.append(change)
-    if not are_of_low_rank(held):
+        is_known = is_known or told is True
+        real = change.real()
+        # Copies: views would keep all that was looked at, of every model.
+        parts.append((LowRank(real.U.clone(), real.S, real.Vh.clone()), change.weight))
+    if not is_known:
         return None
-    parts = [(one.real(), one.weight) for one in held]
     left, right = low_rank_changes.combine_factors(parts, inputs, centred=True, **LOW_RANK)
     return left @ right
 
