@@ -299,7 +299,26 @@ def lacking_notes(plan: Plan) -> Iterator[str]:
             )
 
 
+def apart_notes(plan: Plan) -> Iterator[str]:
+    """Says once of adapters that have no module in common: perhaps they only call it otherwise."""
+    for one, other in itertools.combinations(plan.adapters, 2):
+        apart = one.layers and other.layers and not one.layers.keys() & other.layers.keys()
+        # A third that has modules of both calls all of them alike.
+        if apart and not any(
+            one.layers.keys() & third.layers.keys() and other.layers.keys() & third.layers.keys()
+            for third in plan.adapters
+        ):
+            yield (
+                f"{one.name} and {other.name} have no module in common, such as "
+                f"{min(one.layers)} and {min(other.layers)}: if one was saved by another version "
+                "of transformers, which calls the same modules otherwise, the merged adapter does "
+                "not load or does half of its work; train or save both by one version"
+            )
+            return
+
+
 def _notes(plan: Plan) -> Iterator[str]:
+    yield from apart_notes(plan)
     yield from lacking_notes(plan)
     averaged = [name for key, name in plan.whole.items() if key not in plan.tables]
     if averaged and len(plan.adapters) > 1:

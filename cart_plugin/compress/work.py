@@ -134,7 +134,11 @@ def checked_names(paths: Sequence[Path], names: Sequence[str] | None) -> list[st
         CartError: too few models, names that do not fit them, or that name no folder.
     """
     if len(paths) < 2:
-        raise CartError(f"compression needs at least two models to share a base, got {len(paths)}")
+        raise CartError(
+            f"compression needs at least two models to share a base, got {len(paths)}; of one "
+            "model and its base give both as models (and the base as --base), or use "
+            "mergekit-extract-lora"
+        )
     if names is None:
         chosen = [path.resolve().name.replace(".", "_") for path in paths]
     else:

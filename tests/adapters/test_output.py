@@ -346,3 +346,14 @@ def test_progress_is_told(trio: list[Path], tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
     merge_adapters(trio, tmp_path / "out", progress=lambda *step: told.append(step))
     assert told == [("merging", number, 4) for number in range(1, 5)]
+
+
+def test_adapters_with_no_module_in_common_are_pointed_at(base: Path, tmp_path: Path) -> None:
+    """Two versions of transformers may call the same ones otherwise; it is no reason to refuse."""
+    modules = [["q_proj"], ["down_proj"], ["q_proj", "down_proj"]]
+    folders = save_loras(tmp_path, base, [{"target_modules": names} for names in modules])
+    apart = merge_adapters(folders[:2], tmp_path / "apart").notes
+    assert sum("code and math have no module in common" in note for note in apart) == 1
+    for several in (folders, folders[1:]):
+        together = merge_adapters(several, tmp_path / f"together{len(several)}").notes
+        assert not any("no module in common" in note for note in together)

@@ -69,8 +69,8 @@ def test_adapters_writes_reads_and_expands(here: Path) -> None:
     *_, from_python = blocks(FILLED["docs/adapters.md"], "python")  # the others: test_compress.py
     names: dict[str, Any] = {}
     exec(from_python, names)  # noqa: S102  (our own pages)
-    assert names["tasks"]("served") == ["math", "code", "german"]
-    again = load(here / "math-again").state_dict()
+    assert names["tasks"]("stored") == ["math", "code", "german"]
+    again = load(here / "math-restored").state_dict()
     assert all(torch.allclose(again[key], names["weights"][key]) for key in names["weights"])
 
 
