@@ -27,7 +27,7 @@ from benchmarks.adapters.loaded import Loaded
 from benchmarks.adapters.ways import WAYS
 from benchmarks.common.commands import out_option, report_option, workers_option
 from benchmarks.common.provenance import made_by
-from benchmarks.common.record import Record, conditions
+from benchmarks.common.record import MERGES_ADAPTERS, Record, conditions
 from benchmarks.common.tables import markdown_table, percent_cell
 from benchmarks.common.training import in_processes
 
@@ -85,7 +85,7 @@ def mean(accuracies: Mapping[str, float]) -> float:
 def open_record(path: Path) -> Record:
     """What is known of a setting, by number of adapters and way."""
     known = conditions(
-        ("linalg", "merging", "adapters"),
+        MERGES_ADAPTERS,
         PACKAGES,
         timed=False,
         examples=EXAMPLES,

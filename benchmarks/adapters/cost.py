@@ -30,7 +30,7 @@ from benchmarks.common.cache import cache_root
 from benchmarks.common.commands import out_option, publish, runs_option
 from benchmarks.common.measure import measure
 from benchmarks.common.provenance import made_by
-from benchmarks.common.record import Record, conditions
+from benchmarks.common.record import MERGES_ADAPTERS, Record, conditions
 from benchmarks.common.tables import markdown_table
 
 SETTING = "language-own"
@@ -108,8 +108,7 @@ def main(runs: int, out: Path, way: str | None) -> None:
     if way is not None:
         click.echo(json.dumps(work(way)))
         return
-    rooms = ("linalg", "merging", "adapters")
-    known = conditions(rooms, PACKAGES, runs=runs, formulas=formulas.REVISION)
+    known = conditions(MERGES_ADAPTERS, PACKAGES, runs=runs, formulas=formulas.REVISION)
     record = Record(out / "cost.json", known)
     for name in (ONLY_LOADED, *MEASURED):
         if name not in record.cases:

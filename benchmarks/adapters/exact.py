@@ -22,7 +22,7 @@ from benchmarks.adapters.loaded import Loaded
 from benchmarks.adapters.ways import WAYS
 from benchmarks.common.commands import out_option, publish
 from benchmarks.common.provenance import made_by
-from benchmarks.common.record import Record, conditions
+from benchmarks.common.record import MERGES_ADAPTERS, Record, conditions
 from benchmarks.common.tables import markdown_table
 from cart_plugin import CartSettings, merge_tensors
 
@@ -79,8 +79,8 @@ def markdown(record: Record) -> str:
 @click.option("--seeds", default=",".join(map(str, SEEDS)), show_default=True, help="Which.")
 def main(out: Path, settings: str, seeds: str) -> None:
     """Compare merged adapters with merged models."""
-    rooms = ("linalg", "merging", "adapters")
-    record = Record(out / "exact.json", conditions(rooms, ("torch", "peft"), timed=False))
+    known = conditions(MERGES_ADAPTERS, ("torch", "peft"), timed=False)
+    record = Record(out / "exact.json", known)
     for name in settings.split(","):
         for seed in seeds.split(","):
             if (key := f"{name} {seed}") not in record.cases:

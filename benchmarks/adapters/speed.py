@@ -26,7 +26,7 @@ from benchmarks.common.cache import cache_root, new_folder, read_manifest, write
 from benchmarks.common.commands import out_option, publish, quick_option, runs_option
 from benchmarks.common.measure import measure
 from benchmarks.common.provenance import made_by
-from benchmarks.common.record import Record, conditions
+from benchmarks.common.record import MERGES_ADAPTERS, Record, conditions
 from benchmarks.common.tables import markdown_table
 from cart_plugin.adapters import merge_loaded
 
@@ -127,7 +127,7 @@ def _seconds(work: Callable[[], object]) -> float:
 def main(runs: int, quick: bool, out: Path) -> None:
     """Time merges of random adapters."""
     console = Console()
-    known = conditions(("linalg", "merging"), PACKAGES, quick=quick, runs=runs)
+    known = conditions(MERGES_ADAPTERS, PACKAGES, quick=quick, runs=runs)
     record = Record(out / "speed.json", known)
     layers = 1 if quick else LAYERS
     for rank in RANKS:

@@ -19,6 +19,7 @@ from benchmarks.common.measure import machine
 from benchmarks.common.provenance import Provenance, distinct, installed, provenance
 
 MERGES = ("linalg", "merging", "mergekit")  # the rooms that decide what a merge gives
+MERGES_ADAPTERS = ("linalg", "merging", "adapters")
 COMPRESSES = ("linalg", "merging", "checkpoints", "compress")
 
 

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.common import provenance as source
 from benchmarks.common import record
 from benchmarks.common.measure import RESULTS
-from benchmarks.common.record import COMPRESSES, MERGES, Record, conditions
+from benchmarks.common.record import COMPRESSES, MERGES, MERGES_ADAPTERS, Record, conditions
 from cart_plugin import linalg, merging
 
 FIRST = {"cart_plugin": "0.1.0", "commit": "aaa", "date": "2026-01-01"}
@@ -155,6 +155,10 @@ def test_kept_records_say_which_revisions_decide_them_and_tell_all_cases() -> No
     ]
     assert len(records) > 20
     for path, content in records:
-        assert set(content["conditions"]["revisions"]) <= {*MERGES, *COMPRESSES}, path
+        assert set(content["conditions"]["revisions"]) <= {
+            *MERGES,
+            *MERGES_ADAPTERS,
+            *COMPRESSES,
+        }, path
         told = {key for one in content["measured"] for key in one["cases"]}
         assert told == set(content["cases"]), path
