@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -127,8 +128,22 @@ def agree(adapters: Sequence[Adapter], base: str | None) -> Plan:
     return plan
 
 
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+_EXPERTS = re.compile(r"\.experts(\.(gate_up_proj|down_proj|base_layer))*$")
+
+
 def _check_names(adapters: Sequence[Adapter]) -> None:
     """Refuse adapters that call the same modules differently, such as with and without a head."""
+    singles, stacks = (
+        [(adapter, module) for adapter in adapters for module in adapter.layers if test(module)]
+        for test in (_EXPERT.search, _EXPERTS.search)
+    )
+    for (first, single), (other, stack) in itertools.product(singles[:1], stacks[:1]):
+        raise CartError(
+            f"adapter {first.name} has experts one by one ({single}) and {other.name} has them "
+            f"stacked ({stack}), as releases of transformers before 5 and from 5 on do; "
+            f"{_WHOLE_MODELS}"
+        )
     for first, other in itertools.combinations(adapters, 2):
         if first.layers.keys() & other.layers.keys():
             continue

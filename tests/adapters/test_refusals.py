@@ -282,6 +282,21 @@ def test_different_parameters_of_one_module(tmp_path: Path) -> None:
     refuses(adapters, "differ in target_parameters", "merge each into its base")
 
 
+def test_experts_by_two_releases_of_transformers(tmp_path: Path) -> None:
+    base = save_base(tmp_path, "mixtral")
+    stacked = {"target_parameters": ["mlp.experts.gate_up_proj"]}
+    adapters = save_loras(tmp_path, base, [stacked, {"target_modules": ["q_proj"]}])
+
+    def name_as_before(held: dict[str, torch.Tensor]) -> None:
+        expert = "base_model.model.model.layers.0.block_sparse_moe.experts.0.w1"
+        held[f"{expert}.lora_A.weight"] = torch.ones(4, 8)
+        held[f"{expert}.lora_B.weight"] = torch.ones(6, 4)
+
+    change_tensors(adapters[1], name_as_before)
+    change_config(adapters[1], target_modules=["q_proj", "w1"])
+    refuses(adapters, "adapter code has experts one by one", "math has them stacked")
+
+
 def test_a_truncated_file(own_trio: list[Path]) -> None:
     file = own_trio[1] / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
