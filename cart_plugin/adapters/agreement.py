@@ -138,7 +138,8 @@ def _check_names(adapters: Sequence[Adapter]) -> None:
         [(adapter, module) for adapter in adapters for module in adapter.layers if test(module)]
         for test in (_EXPERT.search, _EXPERTS.search)
     )
-    for (first, single), (other, stack) in itertools.product(singles[:1], stacks[:1]):
+    if singles and stacks:
+        (first, single), (other, stack) = singles[0], stacks[0]
         raise CartError(
             f"adapter {first.name} has experts one by one ({single}) and {other.name} has them "
             f"stacked ({stack}), as releases of transformers before 5 and from 5 on do; "
@@ -314,7 +315,7 @@ def lacking_notes(plan: Plan) -> Iterator[str]:
             )
 
 
-def apart_notes(plan: Plan) -> Iterator[str]:
+def _apart_notes(plan: Plan) -> Iterator[str]:
     """Says once of adapters that have no module in common: perhaps they only call it otherwise."""
     for one, other in itertools.combinations(plan.adapters, 2):
         apart = one.layers and other.layers and not one.layers.keys() & other.layers.keys()
@@ -333,7 +334,7 @@ def apart_notes(plan: Plan) -> Iterator[str]:
 
 
 def _notes(plan: Plan) -> Iterator[str]:
-    yield from apart_notes(plan)
+    yield from _apart_notes(plan)
     yield from lacking_notes(plan)
     averaged = [name for key, name in plan.whole.items() if key not in plan.tables]
     if averaged and len(plan.adapters) > 1:

@@ -202,7 +202,7 @@ def sum_of_low_rank(changes: Iterable[Change], inputs: int) -> Tensor | None:
         told = change.is_low_rank
         if told is False:
             return None
-        is_known = is_known or told is True
+        is_known |= told is True
         real = change.real()
         # Copies: views would keep all that was looked at, of every model.
         parts.append((LowRank(real.U.clone(), real.S, real.Vh.clone()), change.weight))
