@@ -13,6 +13,7 @@ import torch
 
 from cart_plugin.adapters.inputs import Adapter, Shape
 from cart_plugin.errors import CartError
+from cart_plugin.wording import count, some
 
 _BASE = "base_model_name_or_path"
 _SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -25,7 +26,7 @@ _WHOLE_MODELS = (
 _OTHERS = {
     "embedding": "tables of tokens",
     "convolution": "convolutions",
-    "experts": "parameters, such as stacked experts,",
+    "experts": "parameters such as those of stacked experts",
 }
 # Of these kinds PEFT knows no bias of B, and refuses lora_bias for the whole adapter.
 _WITHOUT_BIAS = {"experts": "target_parameters", "embedding": "LoRA of embeddings"}
@@ -52,21 +53,6 @@ class Plan:
     tables: list[str]
     common: dict[str, Any]
     notes: list[str] = field(default_factory=list)
-
-    @property
-    def full_rank(self) -> int:
-        """The rank that holds any merge of theirs: the largest sum of ranks over the weights."""
-        return max(self.ranks(module) for module in self.shapes)
-
-    @property
-    def largest_rank(self) -> int:
-        """The largest of theirs."""
-        return max(layer.rank for adapter in self.adapters for layer in adapter.layers.values())
-
-    def ranks(self, module: str) -> int:
-        """The sum of the adapters' ranks in a weight."""
-        held = (adapter.layers.get(module) for adapter in self.adapters)
-        return sum(layer.rank for layer in held if layer is not None)
 
     @property
     def has_bias(self) -> bool:
@@ -122,7 +108,8 @@ def agree(adapters: Sequence[Adapter], base: str | None) -> Plan:
         if plan.has_bias and shape.kind in _WITHOUT_BIAS:
             raise CartError(
                 f"some adapters have biases (lora_bias) and some {_WITHOUT_BIAS[shape.kind]} "
-                f"({module}), and PEFT holds no adapter with both; {_WHOLE_MODELS}"
+                f"({module}), and PEFT holds no adapter with both; if the base's layers have "
+                f"biases, {_WHOLE_MODELS}"
             )
     plan.notes += _notes(plan)
     return plan
@@ -310,8 +297,8 @@ def lacking_notes(plan: Plan) -> Iterator[str]:
         lacking = [module for module in plan.shapes if module not in adapter.layers]
         if lacking:
             yield (
-                f"{adapter.name} lacks {len(lacking):,} of {len(plan.shapes):,} modules, such as "
-                f"{lacking[0]}: a difference of zero there"
+                f"{adapter.name} lacks {len(lacking):,} of {count(len(plan.shapes), 'module')}, "
+                f"such as {lacking[0]}: a difference of zero there"
             )
 
 
@@ -339,9 +326,9 @@ def _notes(plan: Plan) -> Iterator[str]:
     averaged = [name for key, name in plan.whole.items() if key not in plan.tables]
     if averaged and len(plan.adapters) > 1:
         yield (
-            f"{len(averaged):,} tensors that the adapters hold whole, such as {averaged[0]}, are "
-            "averaged: whatever the method, the base's values are not known here. PEFT loads "
-            "them; vLLM, llama.cpp and SGLang do not"
+            f"averaged is what the adapters hold whole ({some(averaged)}): whatever the method, "
+            "the base's values are not known here. PEFT loads such tensors; vLLM, llama.cpp and "
+            "SGLang do not"
         )
     if plan.tables:
         yield (
@@ -352,11 +339,13 @@ def _notes(plan: Plan) -> Iterator[str]:
     if others:
         kinds = sorted({_OTHERS[plan.shapes[module].kind] for module in others})
         yield (
-            f"{len(others):,} modules, such as {others[0]}, are no linear layers but "
-            f"{' and '.join(kinds)}: PEFT loads their LoRA; vLLM, llama.cpp and SGLang refuse it, "
-            "or have not been tried with it"
+            f"{some(others)}: no linear layers but {' and '.join(kinds)}. PEFT loads their LoRA; "
+            "vLLM, llama.cpp and SGLang refuse it, or have not been tried with it"
         )
     if plan.has_bias:
-        yield "the adapters' biases are averaged; PEFT loads them, other servers do not"
+        yield (
+            "the adapters' biases (lora_bias) are averaged; PEFT loads them, but merges them into "
+            "the base only where its layers have biases, too; other servers do not load them"
+        )
     if plan.common[_BASE] is None:
         yield "no adapter names its base; pass --base, or name it wherever the merge is loaded"

@@ -30,11 +30,15 @@ _HANDLED = {
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
     *("megatron_config", "megatron_core"),
 }
-_KNOWN = {
-    "use_dora": "DoRA: it scales the base's own weights, too",
+# PEFT merges none of these into its base.
+_ALONE = {
     "use_qalora": "QA-LoRA: it pools its inputs",
     "alora_invocation_tokens": "an activated LoRA: it acts after certain tokens only",
     "layer_replication": "made for a base whose layers are repeated",
+}
+_KNOWN = {
+    "use_dora": "DoRA: it scales the base's own weights, too",
+    **_ALONE,
     "trainable_token_indices": "one that trains single rows of the embedding",
     "ensure_weight_tying": "one that ties its factors to those of other modules",
 }
@@ -66,7 +70,8 @@ def check_kind(name: str, config: Mapping[str, Any]) -> None:
             continue
         raise CartError(
             f"adapter {name} is {_KNOWN.get(key, 'a variant of LoRA that is not known here')} "
-            f"({key} in adapter_config.json); {WHOLE}"
+            f"({key} in adapter_config.json); "
+            f"{'it can be used by itself only' if key in _ALONE else WHOLE}"
         )
     start = config.get("init_lora_weights")
     if start not in _STARTS:

@@ -27,10 +27,16 @@ _OPTIONS = {
     "lambda": "lambda_",
 }
 _OF_ADAPTER = ("adapter", "name", "weight")
+_PLURALS = {"name": "names", "weight": "weights"}
+_RULES = {"rank_ratio", "keep"}
 
 
-def read_recipe(file: Path) -> dict[str, Any]:
-    """The arguments of `cart_plugin.adapters.merge_adapters` that a recipe gives.
+def read_recipe(file: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `cart_plugin.adapters.merge_adapters` from a recipe and a command line.
+
+    Args:
+        file: the recipe.
+        given: what takes the place of the recipe's, a rank rule that of its other one.
 
     Raises:
         CartError: it cannot be read, or has keys that mean nothing.
@@ -46,19 +52,22 @@ def read_recipe(file: Path) -> dict[str, Any]:
             f"{file} has no list of adapters; write one, as in `adapters: [adapter: ./math, "
             "adapter: ./code]`"
         )
+    for key, plural in _PLURALS.items():
+        if plural in found:
+            raise CartError(f"{file}: give each adapter its `{key}:`, beside `adapter:`")
     _check_keys(found, ("adapters", *_OPTIONS), str(file))
     entries = [_entry(entry, file) for entry in found["adapters"]]
     arguments: dict[str, Any] = {
         _OPTIONS[key]: value for key, value in found.items() if key in _OPTIONS
     }
     arguments["adapters"] = [entry["adapter"] for entry in entries]
-    for key, plural in (("name", "names"), ("weight", "weights")):
-        held = [entry for entry in entries if key in entry]
-        if held and len(held) < len(entries) and key == "name":
-            raise CartError(f"{file}: some adapters have a name and some have none; name all")
-        if held:
-            arguments[plural] = [entry.get(key, 1.0) for entry in entries]
-    return arguments
+    for key, plural in _PLURALS.items():
+        if any(key in entry for entry in entries):
+            otherwise = 1.0 if key == "weight" else None
+            arguments[plural] = [entry.get(key, otherwise) for entry in entries]
+    if _RULES & given.keys():
+        arguments = {key: value for key, value in arguments.items() if key not in _RULES}
+    return {**arguments, **given}
 
 
 def _entry(entry: object, file: Path) -> Mapping[str, Any]:

@@ -16,6 +16,7 @@ from cart_plugin.adapters.work import Done, Merge
 from cart_plugin.checkpoints.files import write_json
 from cart_plugin.checkpoints.servers import Loader
 from cart_plugin.merging.span_measures import Answers
+from cart_plugin.wording import some
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -118,7 +119,7 @@ class Report:
         return {
             "method": request.method,
             "rank": self.rank,
-            "exact_rank": plan.full_rank,
+            "exact_rank": self.merge.full_rank,
             "loaded_by": {loader.name: loader.document() for loader in self.loaders},
             "bytes": self.bytes,
             "seconds": self.seconds,
@@ -174,21 +175,21 @@ class Report:
         found = Table(box=None, pad_edge=False, header_style="bold")
         found.add_column("adapter")
         columns = ["weight", "rank", "kept", "error"]
-        is_cut = self.rank < self.merge.plan.full_rank
+        is_cut = self.rank < self.merge.full_rank
         if is_cut:
-            columns.append(f"kept at rank {self.merge.plan.full_rank}")
+            columns.append(f"kept at rank {self.merge.full_rank}")
         for column in columns:
             found.add_column(column, justify="right")
         for name in self.paths:
             index = self.names.index(name)
-            row = [
+            shares = [self.cut[index].kept, self.cut[index].error]
+            shares += [self.exact[index].kept] if is_cut else []
+            counts = self.merge.shares[index] != 0
+            found.add_row(
+                escape(name),
                 f"{self.merge.shares[index]:.3g}",
                 str(_rank(self.merge, index)),
-                _percent(self.cut[index].kept),
-                _percent(self.cut[index].error),
-            ]
-            found.add_row(
-                escape(name), *row, *([_percent(self.exact[index].kept)] if is_cut else [])
+                *(_percent(share) if counts else "-" for share in shares),
             )
         worst = Table(box=None, pad_edge=False, header_style="bold")
         worst.add_column("modules that keep least", overflow="fold")
@@ -255,11 +256,13 @@ class Sums:
 def _notes(report: Report, norms: Sequence[float], averaged: Sequence[str]) -> Iterator[str]:
     names, merge = report.names, report.merge
     counting = [index for index, share in enumerate(merge.shares) if share]
-    if averaged:
+    if merge.rank > merge.full_rank:
         yield (
-            f"{len(averaged):,} tables of tokens and the like, such as {averaged[0]}, are "
-            "averaged, as in whole models"
+            f"rank {merge.rank} is more than the {merge.full_rank} that lose nothing: the rest is "
+            "zeros, which make the adapter larger and no better"
         )
+    if averaged:
+        yield (f"tables of tokens and the like ({some(averaged)}) are averaged, as in whole models")
     if merge.request.method == "cart" and len(counting) == 2:
         yield (
             "with two adapters the method cart is plain averaging: their differences from the "

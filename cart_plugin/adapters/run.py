@@ -30,7 +30,7 @@ def merge_adapters(
     lambda_: float | None = None,
     rank_ratio: float | None = None,
     keep: int | None = None,
-    names: Sequence[str] | None = None,
+    names: Sequence[str | None] | None = None,
     dtype: str | None = None,
     base: str | None = None,
     progress: Progress | None = None,
@@ -57,7 +57,7 @@ def merge_adapters(
             each difference; as for whole models if neither it nor `keep` is given, which is a part
             of the adapters' rank for ``cart``, and all but always all of it for ``auto``.
         keep: that number of directions instead.
-        names: what to call the adapters; by their folders if None.
+        names: what to call the adapters, each by its folder where None.
         dtype: of the result, one of `checkpoints.dtypes.STORED`; the adapters' own if None.
         base: the base model's name to write; the adapters' own if None, which must then agree.
         progress: is told how far the work is.

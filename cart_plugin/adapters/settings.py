@@ -59,12 +59,18 @@ def request(
         raise CartError(f"dtype must be one of {', '.join(STORED)}, got {dtype!r}")
     if rank not in (None, "full") and not _is_count(rank):
         raise CartError(f"rank must be a positive whole number or 'full', got {rank!r}")
+    if isinstance(lambda_, str):
+        raise CartError(
+            f"lambda must be a number, got {lambda_!r}; the method auto has nothing to set"
+        )
     if lambda_ is not None and method != "cart":
         raise CartError(f"lambda is of the method cart, and {method} has none; leave it out")
     if method == "linear" and not (rank_ratio is keep is None):
         raise CartError("rank_ratio and keep are of cart and auto; linear keeps all directions")
     if rank_ratio is not None and keep is not None:
-        raise CartError(f"rank_ratio={rank_ratio} and keep={keep} are two rules; give one of them")
+        raise CartError(
+            f"rank_ratio ({rank_ratio}) and keep ({keep}) are two rules; give one of them"
+        )
     if keep is not None and not _is_count(keep):
         raise CartError(f"keep must be a positive whole number, got {keep!r}")
     settings = None
@@ -107,17 +113,19 @@ def shares_of(weights: Sequence[float] | None, count: int) -> list[float]:
     return normalised(weights, count, "adapters")
 
 
-def names_of(paths: Sequence[str | Path], names: Sequence[str] | None) -> list[str]:
-    """What to call adapters: by their folders if no names are given.
+def names_of(paths: Sequence[str | Path], names: Sequence[str | None] | None) -> list[str]:
+    """What to call adapters: by their folders where no names are given.
 
     Raises:
         CartError: of another number, empty, or two alike.
     """
     if not paths:
         raise CartError("name at least one adapter")
-    chosen = list(names) if names is not None else told_apart(paths)
-    if len(chosen) != len(paths):
-        raise CartError(f"{len(paths)} adapters but {len(chosen)} names")
+    own = told_apart(paths)
+    given = [None] * len(paths) if names is None else list(names)
+    if len(given) != len(paths):
+        raise CartError(f"{len(paths)} adapters but {len(given)} names")
+    chosen = [name if said is None else said for name, said in zip(own, given, strict=True)]
     for name in chosen:
         if not isinstance(name, str) or not re.search(r"\S", name):
             raise CartError(f"an adapter's name must be a word, got {name!r}")

@@ -53,6 +53,8 @@ class Merge:
 
     Attributes:
         rank: of the merged adapter.
+        full_rank: one that holds any merge of the adapters that count: their largest sum of ranks
+            over the weights.
         scale: what PEFT multiplies its ``B A`` by.
         dtype: of its A and B.
     """
@@ -67,10 +69,16 @@ class Merge:
         """
         self.plan, self.request, self.shares = plan, request, shares
         self.kept = Kept()
+        counting = [one for one, share in zip(plan.adapters, shares, strict=True) if share]
+        ranks = {
+            module: [one.layers[module].rank for one in counting if module in one.layers]
+            for module in plan.shapes
+        }
+        self.full_rank = max(map(sum, ranks.values()))
         if request.rank is None:
-            self.rank = plan.largest_rank
+            self.rank = max(chain.from_iterable(ranks.values()))
         else:
-            self.rank = plan.full_rank if request.rank == "full" else request.rank
+            self.rank = self.full_rank if request.rank == "full" else request.rank
         self.dtype = request.dtype or plan.dtype(
             lambda adapter: chain.from_iterable(
                 (layer.factors.a, layer.factors.b) for layer in adapter.layers.values()
@@ -150,8 +158,9 @@ class Merge:
         for adapter, change in zip(self.plan.adapters, changes, strict=True):
             if change == 0:
                 raise CartError(
-                    f"adapter {adapter.name} changes nothing: all its B (or A) are zero, as before "
-                    "training; leave it out, or name the folder of the trained one"
+                    f"adapter {adapter.name} changes nothing: all its B (or A, or its lora_alpha) "
+                    "are zero, as before training; leave it out, or name the folder of the trained "
+                    "one"
                 )
 
     def _merged(self, module: str) -> Done:

@@ -9,8 +9,9 @@ from pathlib import Path
 import click
 
 from cart_plugin.cli.console import console, print_section
-from cart_plugin.doctor.findings import Finding, Level, Section, count, problem
+from cart_plugin.doctor.findings import Finding, Level, Section, problem
 from cart_plugin.errors import first_line
+from cart_plugin.wording import count
 
 
 @click.command()

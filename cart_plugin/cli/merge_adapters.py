@@ -96,16 +96,16 @@ def merge_adapters(adapters: tuple[str, ...], out: Path, **options: Any) -> None
     terminal = console()
     given = {name: value for name, value in options.items() if value is not None}
     try:
-        arguments: dict[str, Any] = {"adapters": adapters}
+        arguments: dict[str, Any] = {"adapters": adapters, **given}
         recipe = Path(adapters[0])
         if len(adapters) == 1 and recipe.suffix in (".yaml", ".yml") and not recipe.is_dir():
-            arguments = read_recipe(recipe)
+            arguments = read_recipe(recipe, given)
         with progress() as tell:
-            report = run(out=out, progress=tell, **{**arguments, **given})
+            report = run(out=out, progress=tell, **arguments)
     except CartError as error:
         raise click.ClickException(str(error)) from None
     print_report(terminal, report)
-    full = report.merge.plan.full_rank
+    full = report.merge.full_rank
     of = f" of {full}, which would lose nothing (--rank full)" if report.rank < full else ""
     terminal.print(
         f"one adapter of rank {report.rank}{of}, {report.bytes:,} bytes, in "

@@ -13,6 +13,7 @@ from cart_plugin.checkpoints.names import Unit
 from cart_plugin.checkpoints.placement import contradiction, place, quantised
 from cart_plugin.checkpoints.reading import ADAPTER_CONFIG, CONFIG, Checkpoint, open_folder
 from cart_plugin.errors import CartError, CheckpointError
+from cart_plugin.wording import count, some
 
 _QUANTISED = (
     "quantised weights cannot be averaged, convert them to a floating-point checkpoint first"
@@ -144,8 +145,9 @@ def check_holds(model: Checkpoint, wanted: Collection[str], other: Checkpoint) -
     missing = sorted(set(wanted) - set(model.tensors))
     if missing:
         raise CartError(
-            f"model {model.name} lacks {len(missing)} tensors that {other.name} has, such as "
-            f"{missing[0]}; models that share a base must have the same tensors"
+            f"model {model.name} lacks {count(len(missing), 'tensor')} that {other.name} has "
+            f"({some(missing)}); models that share a base must have the same tensors: if both are "
+            "of one architecture, load and save each with one version of transformers"
         )
 
 

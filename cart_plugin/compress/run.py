@@ -238,7 +238,10 @@ def _assign(work: Work, base: Checkpoint, meta: Any, task_type: str | None) -> A
                     f"PEFT's LoRA works for none of the matrices in which the models differ, such "
                     f"as {module}: {why}"
                 )
-            here = " in a linear layer's weights, all that layout='servers' holds"
+            here = (
+                " in a linear layer's weights, all that the layout servers holds (GPT-2's Conv1D "
+                "layers, convolutions and experts are none); the layout peft is for PEFT alone"
+            )
             raise CartError(
                 "the models differ in no matrix that LoRA can hold" + (here if for_servers else "")
             )

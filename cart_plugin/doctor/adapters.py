@@ -15,9 +15,10 @@ from cart_plugin.checkpoints import adapters, names
 from cart_plugin.checkpoints.adapters import LORA, weights_file
 from cart_plugin.checkpoints.headers import TensorInfo, read_header
 from cart_plugin.checkpoints.reading import ADAPTER_CONFIG, Checkpoint, read_config
-from cart_plugin.doctor.findings import Finding, count, problem, some, warning
+from cart_plugin.doctor.findings import Finding, problem, warning
 from cart_plugin.doctor.layout import Recipe, references
 from cart_plugin.errors import CartError, CheckpointError
+from cart_plugin.wording import count, some
 
 _PROMPTS = (
     *("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT"),

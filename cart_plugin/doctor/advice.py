@@ -12,8 +12,8 @@ from mergekit.merge_methods.base import BasePolicy
 from mergekit.options import MergeOptions
 
 from cart_plugin.checkpoints.reading import Checkpoint
-from cart_plugin.doctor.findings import some
 from cart_plugin.doctor.layout import Recipe
+from cart_plugin.wording import some
 
 FLAT = "merge with `mergekit-cart merge RECIPE OUT`, which goes tensor by tensor where it has to"
 

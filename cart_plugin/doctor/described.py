@@ -8,8 +8,9 @@ from mergekit.config import MergeConfiguration
 
 from cart_plugin.checkpoints.placement import contradiction
 from cart_plugin.checkpoints.reading import CONFIG, Checkpoint
-from cart_plugin.doctor.findings import Finding, count, problem, some
+from cart_plugin.doctor.findings import Finding, problem
 from cart_plugin.doctor.layout import Recipe
+from cart_plugin.wording import count, some
 
 _ADVICE = f"correct its {CONFIG}, or copy or download the model again"
 

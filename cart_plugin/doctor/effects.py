@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 
 from mergekit.merge_methods.base import MergeMethod
 
-from cart_plugin.doctor.findings import Finding, count, ok, problem, some, warning
+from cart_plugin.doctor.findings import Finding, ok, problem, warning
 from cart_plugin.doctor.layout import Recipe, conditions, places
 from cart_plugin.doctor.merges import Merge
 from cart_plugin.doctor.parameters import is_cart
 from cart_plugin.doctor.silent import check_divisors
 from cart_plugin.linalg.rules import RANK_RULES
+from cart_plugin.wording import count, some
 
 _MATRIX_PARAMETERS = {*RANK_RULES, "lambda", "center", "svd", "seed"}  # without effect elsewhere
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -54,15 +54,3 @@ def warning(fact: str, advice: str) -> Finding:
 def problem(fact: str, advice: str, *, of_architecture: bool = False) -> Finding:
     """Something that stops the merge or spoils its result, and what to do about it."""
     return Finding(Level.PROBLEM, fact, advice, of_architecture)
-
-
-def count(number: int, noun: str) -> str:
-    """The number with its noun, in the plural where it needs one: `1 tensor`, `1,204 tensors`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def some(names: Iterable[object], limit: int = 3) -> str:
-    """The first few names of a list, and how many more there are."""
-    shown = [str(name) for name in names]
-    rest = len(shown) - limit
-    return ", ".join(shown[:limit]) + (f" and {rest:,} more" if rest > 0 else "")

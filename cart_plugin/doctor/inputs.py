@@ -25,8 +25,9 @@ from cart_plugin.checkpoints.reading import (
     read_weights,
 )
 from cart_plugin.checkpoints.side_files import side_files
-from cart_plugin.doctor.findings import Finding, ok, problem, some, warning
+from cart_plugin.doctor.findings import Finding, ok, problem, warning
 from cart_plugin.errors import CheckpointError
+from cart_plugin.wording import some
 
 MAPPING = '`model: {{model: {{path: "{}"}}}}`'
 """How a recipe names a folder with a sign in its name that means something to mergekit."""

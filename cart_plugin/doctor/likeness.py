@@ -16,9 +16,10 @@ from cart_plugin.checkpoints.configs import Difference, Meaning
 from cart_plugin.checkpoints.headers import StoredTensor
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.checkpoints.tokenizers import Vocabulary
-from cart_plugin.doctor.findings import Finding, problem, some, warning
+from cart_plugin.doctor.findings import Finding, problem, warning
 from cart_plugin.doctor.layout import Recipe
 from cart_plugin.errors import CartError
+from cart_plugin.wording import some
 
 
 def check(

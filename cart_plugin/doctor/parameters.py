@@ -15,7 +15,7 @@ from mergekit.common import ModelReference
 from mergekit.config import ConditionalParameter, ParameterSetting
 from mergekit.merge_methods.base import BasePolicy, MergeMethod, ParameterScope, ParameterSpec
 
-from cart_plugin.doctor.findings import Finding, count, problem, some, warning
+from cart_plugin.doctor.findings import Finding, problem, warning
 from cart_plugin.doctor.layout import (
     Group,
     Place,
@@ -28,6 +28,7 @@ from cart_plugin.doctor.layout import (
 )
 from cart_plugin.linalg.rules import RANK_RULES
 from cart_plugin.mergekit import CartMerge, place_of
+from cart_plugin.wording import count, some
 
 _LOW_LAMBDA = 0.5
 

@@ -14,11 +14,12 @@ from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor import formats, likeness
 from cart_plugin.doctor.advice import flat, in_one_format, lacks_a_head
 from cart_plugin.doctor.effects import check_effects
-from cart_plugin.doctor.findings import Finding, Level, count, problem, some, warning
+from cart_plugin.doctor.findings import Finding, Level, problem, warning
 from cart_plugin.doctor.layout import Recipe, groups
 from cart_plugin.doctor.merges import Merge, vocabulary_rows
 from cart_plugin.doctor.planning import PlannedTensor, outside_class, unreached
 from cart_plugin.doctor.silent import check_casts, check_contributors
+from cart_plugin.wording import count, some
 
 
 def check_plan(

@@ -19,10 +19,11 @@ from cart_plugin.checkpoints import names
 from cart_plugin.checkpoints.files import read_json
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.checkpoints.side_files import belongings, side_files
-from cart_plugin.doctor.findings import Finding, problem, some, warning
+from cart_plugin.doctor.findings import Finding, problem, warning
 from cart_plugin.doctor.layout import Recipe, references
 from cart_plugin.doctor.merges import Merge
 from cart_plugin.errors import CartError
+from cart_plugin.wording import some
 
 # What mergekit 0.1.5 copies of a tokenizer that it does not make anew (`_copy_tokenizer`).
 _COPIED = {

@@ -15,9 +15,10 @@ from cart_plugin.checkpoints.headers import StoredTensor, TensorInfo
 from cart_plugin.checkpoints.placement import computed
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor.advice import in_one_format
-from cart_plugin.doctor.findings import Finding, count, problem, some, warning
+from cart_plugin.doctor.findings import Finding, problem, warning
 from cart_plugin.doctor.layout import Recipe
 from cart_plugin.doctor.planning import PlannedTensor
+from cart_plugin.wording import count, some
 
 
 class Merge(Protocol):

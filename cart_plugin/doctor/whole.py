@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from cart_plugin.doctor import adapters
-from cart_plugin.doctor.findings import Finding, some, warning
+from cart_plugin.doctor.findings import Finding, warning
 from cart_plugin.doctor.layout import Recipe, references
 from cart_plugin.doctor.merges import Merge
 from cart_plugin.linalg.rules import NEARLY_ALL
 from cart_plugin.mergekit import settings_of
 from cart_plugin.merging.tensors import matrix_shape
+from cart_plugin.wording import some
 
 
 def check_rules(merges: Sequence[Merge], config: Recipe) -> Iterator[Finding]:

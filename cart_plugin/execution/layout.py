@@ -19,9 +19,9 @@ from cart_plugin.checkpoints import names
 from cart_plugin.checkpoints.headers import TensorInfo
 from cart_plugin.checkpoints.placement import is_computed, without_place
 from cart_plugin.checkpoints.reading import Checkpoint
-from cart_plugin.doctor.findings import count, some
 from cart_plugin.errors import CartError, first_line
 from cart_plugin.execution.inputs import Inputs
+from cart_plugin.wording import count, some
 
 
 @dataclass(frozen=True)

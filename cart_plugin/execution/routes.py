@@ -26,13 +26,13 @@ from cart_plugin.checkpoints import names
 from cart_plugin.checkpoints.files import read_json, write_json
 from cart_plugin.checkpoints.placement import computed, is_computed
 from cart_plugin.doctor import planning, result, slices
-from cart_plugin.doctor.findings import count, some
 from cart_plugin.doctor.merges import Merge, match
 from cart_plugin.doctor.parameters import check_method
 from cart_plugin.errors import CartError, CartWarning, first_line
 from cart_plugin.execution import outlook, tensorwise
 from cart_plugin.execution.inputs import Inputs, OrderedConfiguration, plain, read_inputs, stop_at
 from cart_plugin.execution.layout import check_described, donor_model, left_out, place, values
+from cart_plugin.wording import count, some
 
 
 @dataclass(frozen=True)

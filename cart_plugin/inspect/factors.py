@@ -18,6 +18,7 @@ from cart_plugin.inspect.activations import Subject
 from cart_plugin.inspect.sources import cached, open_model
 from cart_plugin.inspect.weights import Plain, Weight, of_factors
 from cart_plugin.linalg.gram import total_energy
+from cart_plugin.wording import some
 
 
 class Adapters:
@@ -57,9 +58,8 @@ class Adapters:
         self.notes = list(lacking_notes(own))
         if own.whole:
             self.notes.append(
-                f"{len(own.whole):,} tensors that the adapters hold whole, such as "
-                f"{next(iter(own.whole.values()))}: "
-                "left out, since the base's are not compared"
+                f"what the adapters hold whole ({some(own.whole.values())}) is left out, since the "
+                "base's are not compared"
             )
         self._base = None
         if base is not None and cached(base).is_dir():  # else its name serves recipes alone

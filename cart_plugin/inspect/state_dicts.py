@@ -13,6 +13,7 @@ from cart_plugin.inspect.orientation import as_multiplied
 from cart_plugin.inspect.places import places
 from cart_plugin.inspect.weights import of_tensors
 from cart_plugin.merging.inputs import check_same_tensors
+from cart_plugin.wording import count, some
 
 
 def inspect_state_dicts(
@@ -72,8 +73,8 @@ def records_of(
         missing = [] if held is None else sorted(set(named[models[0]]) - set(held))
         if missing:
             raise CartError(
-                f"{who} lacks {len(missing)} tensors that the models have, such as {missing[0]}; "
-                "give the one that they were made from"
+                f"{who} lacks {count(len(missing), 'tensor')} that the models have "
+                f"({some(missing)}); give the one that they were made from"
             )
     where = places(list(named[models[0]]))
     for name in named[models[0]]:

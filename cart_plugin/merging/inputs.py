@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cart_plugin.errors import CartError
+from cart_plugin.wording import count, some
 
 
 def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -110,10 +111,10 @@ def check_same_tensors(holders: Mapping[str, Mapping[str, Tensor]]) -> None:
     for model, state_dict in holders.items():
         missing = sorted(union - set(state_dict))
         if missing:
-            listed = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
             raise CartError(
-                f"{model} lacks {len(missing)} tensors that other models have: {listed}; merged "
-                "models must have the same architecture (leave task heads out)"
+                f"{model} lacks {count(len(missing), 'tensor')} that other models have: "
+                f"{some(missing)}; merged models must have the same architecture (leave task heads "
+                "out)"
             )
 
 

@@ -13,7 +13,7 @@ from cart_plugin import CartError
 from cart_plugin.adapters import merge_adapters
 from cart_plugin.adapters.recipes import read_recipe
 from cart_plugin.cli import main
-from tests.adapters.lora import change_tensors, config_of, farthest, tensors
+from tests.adapters.lora import change_tensors, config_of, farthest, state, tensors
 
 
 def run(*arguments: object) -> Result:
@@ -126,8 +126,43 @@ def test_options_go_before_a_recipes(trio: list[Path], tmp_path: Path) -> None:
     assert config_of(tmp_path / "out")["r"] == 3
 
 
+def test_an_options_rank_rule_goes_before_a_recipes(trio: list[Path], tmp_path: Path) -> None:
+    recipe = write(tmp_path / "r.yml", {"adapters": list(map(str, trio)), "keep": 1})
+    done = run(recipe, "--out", tmp_path / "out", "--rank-ratio", "0.1", "--rank", "full")
+    assert done.exit_code == 0, done.output
+    merge_adapters(trio, tmp_path / "same", rank_ratio=0.1, rank="full")
+    assert farthest(tensors(tmp_path / "out"), tensors(tmp_path / "same")) == 0
+
+
+def test_some_adapters_of_a_recipe_have_names(trio: list[Path], tmp_path: Path) -> None:
+    first, *others = map(str, trio)
+    recipe = write(tmp_path / "r.yml", {"adapters": [{"adapter": first, "name": "sums"}, *others]})
+    done = run(recipe, "--out", tmp_path / "out")
+    assert [line.split()[0] for line in done.output.splitlines()[1:4]] == ["sums", "code", "german"]
+    done = run(recipe, "--out", tmp_path / "all", "--names", "a,b,c")
+    assert [line.split()[0] for line in done.output.splitlines()[1:4]] == ["a", "b", "c"]
+
+
+def test_a_rank_beyond_need_is_told(trio: list[Path], tmp_path: Path) -> None:
+    done = run(*trio, "--out", tmp_path / "out", "--rank", "20")
+    assert "rank 20 is more than the 12 that lose nothing" in " ".join(done.output.split())
+    assert config_of(tmp_path / "out")["r"] == 20
+
+
+def test_an_adapter_of_no_weight_takes_no_rank(
+    base: Path, trio: list[Path], tmp_path: Path
+) -> None:
+    done = run(*trio, "--out", tmp_path / "out", "--weights", "1,0,1", "--rank", "full")
+    assert done.exit_code == 0, done.output
+    assert config_of(tmp_path / "out")["r"] == 8
+    assert done.output.splitlines()[2].split() == ["code", "0", "4", "-", "-"]
+    merge_adapters([trio[0], trio[2]], tmp_path / "two", rank="full")
+    merged, two = (state(base, tmp_path / name) for name in ("out", "two"))
+    assert farthest(merged, two) < 1e-6
+
+
 def test_a_recipe_with_nothing_but_folders(trio: list[Path], tmp_path: Path) -> None:
-    found = read_recipe(write(tmp_path / "r.yaml", {"adapters": list(map(str, trio))}))
+    found = read_recipe(write(tmp_path / "r.yaml", {"adapters": list(map(str, trio))}), {})
     assert found == {"adapters": list(map(str, trio))}
 
 
@@ -140,12 +175,14 @@ def test_a_recipe_with_nothing_but_folders(trio: list[Path], tmp_path: Path) -> 
         ({"adapters": ["a"], "merge_method": "ties"}, "'merge_method' means nothing here"),
         ({"adapters": [{"model": "a"}]}, "names no adapter"),
         ({"adapters": [{"adapter": "a", "lambda": 2}]}, "a: 'lambda' means nothing here"),
-        ({"adapters": [{"adapter": "a", "name": "x"}, "b"]}, "some adapters have a name"),
+        ({"adapters": ["a", "b"], "weights": [1, 2]}, "give each adapter its `weight:`"),
+        ({"adapters": ["a", "b"], "names": ["x", "y"]}, "give each adapter its `name:`"),
         ({"adapters": [{"adapter": "a", "weight": "x"}, "b"]}, "weights must be finite numbers"),
         ({"adapters": [{"adapter": "a", "name": 3}]}, "must be a word, got 3"),
         ({"adapters": []}, "at least one adapter"),
         ({"adapters": ["a"], "rank": "x"}, "rank must be a positive whole number or 'full'"),
-        ({"adapters": ["a"], "lambda": "x", "method": "cart"}, "lambda must be a finite number"),
+        ({"adapters": ["a"], "lambda": "auto", "method": "cart"}, "lambda must be a number"),
+        ({"adapters": ["a"], "rank_ratio": 0.1, "keep": 2}, "are two rules"),
     ],
 )
 def test_bad_recipes(recipe: Any, part: str, trio: list[Path], tmp_path: Path) -> None:
@@ -177,4 +214,4 @@ def test_numbers_that_mean_nothing_are_not_shown(own_trio: list[Path], tmp_path:
 
 def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(CartError, match="cannot be read"):
-        read_recipe(tmp_path / "none.yaml")
+        read_recipe(tmp_path / "none.yaml", {})

@@ -167,8 +167,8 @@ def _more_layers(folder: Path) -> None:
             "model base is MistralForCausalLM but one is LlamaForCausalLM; models that share a "
             "base must have the same architecture",
         ),
-        (_without_norm, "model base lacks 1 tensors that one has, such as model.norm.weight"),
-        (_more_layers, "model one lacks 9 tensors that base has, such as model.layers.1."),
+        (_without_norm, "model base lacks 1 tensor that one has (model.norm.weight); "),
+        (_more_layers, "model one lacks 9 tensors that base has (model.layers.1."),
         (_short_head, "tensor 'lm_head.weight' is (64, 32) in one but (60, 32) in base"),
         (_nan, "tensor 'model.norm.weight' of base holds 32 NaN or infinite values"),
         (lambda folder: (folder / "config.json").unlink(), "model base has no config.json"),

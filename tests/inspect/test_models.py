@@ -60,7 +60,7 @@ def test_state_dicts_in_memory_say_what_the_files_say(models: list[Path], base: 
 def test_state_dicts_that_lack_tensors_are_refused(models: list[Path]) -> None:
     first, second = (load_file(folder / "model.safetensors") for folder in models[:2])
     del second[DOWN]
-    with pytest.raises(CartError, match=f"lacks 1 tensors.*{DOWN}"):
+    with pytest.raises(CartError, match=f"lacks 1 tensor .*{DOWN}"):
         inspect_state_dicts([first, second])
     with pytest.raises(CartError, match="two models or more, got 1"):
         inspect_state_dicts([first])

@@ -63,11 +63,11 @@ def test_shapes_that_differ_name_both_models() -> None:
 def test_a_missing_tensor_names_the_model_that_lacks_it() -> None:
     models = {name: state_dict(seed) for seed, name in enumerate("abc")}
     del models["b"]["fc.bias"]
-    message = r"b lacks 1 tensors that other models have: fc\.bias; merged models must have"
+    message = r"b lacks 1 tensor that other models have: fc\.bias; merged models must have"
     with pytest.raises(CartError, match=message):
         merge_state_dicts(models)
     base = state_dict(9) | {f"head.{i}": torch.zeros(1) for i in range(5)}
-    with pytest.raises(CartError, match=r"lacks .* head\.0, head\.1, head\.2 \.\.\.;"):
+    with pytest.raises(CartError, match=r"lacks .* head\.0, head\.1, head\.2 and 2 more;"):
         merge_state_dicts([state_dict(0)] * 3, CartSettings(center="base"), base=base)
 
 
