@@ -17,7 +17,7 @@ from benchmarks.common.provenance import made_by
 from benchmarks.common.tables import markdown_table
 from benchmarks.theory.inputs import EXAMPLES
 from cart_plugin.inspect.advice import least_loss
-from cart_plugin.inspect.weights import AUTO_WITH_BASE, AVERAGE
+from cart_plugin.inspect.merges import AUTO_WITH_BASE, AVERAGE
 from cart_plugin.merging.informed import MOST_INFORMED
 
 TARGET = "bench-theory"

@@ -19,7 +19,8 @@ from benchmarks.llm.suite import merged_beside, work_folder
 from benchmarks.theory.merges import measure
 from cart_plugin.checkpoints.reading import Checkpoint, open_folder
 from cart_plugin.inspect.fused import Fused
-from cart_plugin.inspect.weights import AUTO_WITH_BASE, AVERAGE, Weight, of_tensors
+from cart_plugin.inspect.merges import AUTO_WITH_BASE, AVERAGE
+from cart_plugin.inspect.weights import Weight, of_tensors
 from cart_plugin.merging.tensors import is_decomposed
 
 

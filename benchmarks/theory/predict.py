@@ -38,8 +38,9 @@ from benchmarks.theory.language import measured_models
 from benchmarks.theory.merges import measure
 from cart_plugin.inspect.activations import Activations
 from cart_plugin.inspect.measures import REVISION as INSPECT
-from cart_plugin.inspect.weights import AUTO as AUTO_WITHOUT
-from cart_plugin.inspect.weights import AUTO_WITH_BASE, AVERAGE, CART, Weight, of_tensors
+from cart_plugin.inspect.merges import AUTO as AUTO_WITHOUT
+from cart_plugin.inspect.merges import AUTO_WITH_BASE, AVERAGE, CART
+from cart_plugin.inspect.weights import Weight, of_tensors
 
 NUMBER = RESULTS / "auto" / "number"
 LLM = RESULTS / "llm"

@@ -32,7 +32,8 @@ from benchmarks.theory.foretold import LABELS, value
 from benchmarks.theory.geometry import SHARES
 from benchmarks.theory.merges import measure
 from cart_plugin.inspect.measures import REVISION as INSPECT
-from cart_plugin.inspect.weights import AVERAGE, Weight, of_tensors
+from cart_plugin.inspect.merges import AVERAGE
+from cart_plugin.inspect.weights import Weight, of_tensors
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.linalg.svd import truncated_svd
 from cart_plugin.merging.spans import leading

@@ -9,15 +9,9 @@ from pathlib import Path
 
 import yaml
 
+from cart_plugin.inspect.merges import AUTO, AUTO_WITH_BASE, AVERAGE, CART, MERGED
 from cart_plugin.inspect.summary import Judgement, Movement, Pair, title
 from cart_plugin.inspect.weighting import Weighting
-from cart_plugin.inspect.weights import (
-    AUTO,
-    AUTO_WITH_BASE,
-    AVERAGE,
-    CART,
-    MERGED,
-)
 from cart_plugin.merging.informed import MOST_INFORMED
 
 _NAMES = {AVERAGE: "linear", AUTO_WITH_BASE: AUTO}  # mergekit's

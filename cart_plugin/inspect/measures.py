@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from cart_plugin.inspect.inputs import Heard, Inputs
+from cart_plugin.inspect.merges import Differences
 from cart_plugin.inspect.places import Place, place
-from cart_plugin.inspect.weights import Differences, Plain, Weight
+from cart_plugin.inspect.weights import Plain, Weight
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.rounding import edge_within
 from cart_plugin.linalg.rules import DEFAULT_RANK_RATIO, RankRule, numerical_ranks

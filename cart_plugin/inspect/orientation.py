@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from cart_plugin.checkpoints import names
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.inspect.inputs import Heard, Inputs
-from cart_plugin.inspect.weights import Differences, Plain, Weight
+from cart_plugin.inspect.merges import Differences
+from cart_plugin.inspect.weights import Plain, Weight
 from cart_plugin.linalg.factors import LowRank
 
 # What transformers calls its `Conv1D`s: without one and without a stack a model is not built.

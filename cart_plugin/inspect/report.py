@@ -12,10 +12,10 @@ from cart_plugin.inspect import summary
 from cart_plugin.inspect.advice import Advice, advise
 from cart_plugin.inspect.journal import KIND, REPORT
 from cart_plugin.inspect.measures import RATIOS, Record
+from cart_plugin.inspect.merges import MERGED
 from cart_plugin.inspect.page import WORDS, Table, html
 from cart_plugin.inspect.state_dicts import rows_of
 from cart_plugin.inspect.weighting import Weighting
-from cart_plugin.inspect.weights import MERGED
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

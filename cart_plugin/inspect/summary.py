@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from cart_plugin.inspect.measures import RATIOS, Record
-from cart_plugin.inspect.weights import AUTO, AUTO_WITH_BASE, TASK_ARITHMETIC
+from cart_plugin.inspect.merges import AUTO, AUTO_WITH_BASE, TASK_ARITHMETIC
 
 _LOW_RANK = 0.25  # share of the full rank: a change of more is none of LoRA
 _MOST = 0.9  # share of the weights that a statement about all of them has to hold for

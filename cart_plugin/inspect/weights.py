@@ -7,64 +7,47 @@ relative to a centre: the base model where it is known, else the average.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cart_plugin.inspect.inputs import Heard, Inputs
+from cart_plugin.inspect.merges import (
+    ALONE,
+    AUTO,
+    AUTO_WITH_BASE,
+    AVERAGE,
+    CART,
+    INFORMED,
+    MERGED,
+    SCALE,
+    TASK_ARITHMETIC,
+    Differences,
+    merges_of,
+    rank_of,
+)
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.gram import total_energy
 from cart_plugin.linalg.precision import full_precision
 from cart_plugin.linalg.rounding import centred_rounding, difference_rounding
 from cart_plugin.linalg.rules import RankRule
-from cart_plugin.linalg.svd import share_of_rank, truncated_svd
-from cart_plugin.merging.cart import centre_of
-from cart_plugin.merging.informed import MOST_INFORMED, Change, informed_sum, sum_of_low_rank
+from cart_plugin.linalg.svd import truncated_svd
+from cart_plugin.merging.cart import Inputs as Tensors
+from cart_plugin.merging.cart import centre_of, changes_of_many
+from cart_plugin.merging.informed import MOST_INFORMED, Change
 from cart_plugin.merging.inputs import check_finite, check_inputs, check_kind, normalised
-from cart_plugin.merging.least_interference import least_interference
 from cart_plugin.merging.settings import CartSettings
-from cart_plugin.merging.spans import Difference, Span, decomposed, leading, merge_in_span
+from cart_plugin.merging.spans import Difference, Span, decomposed, merge_in_span
 from cart_plugin.merging.tensors import is_decomposed, matrix_shape, tensor_seed
 
-AVERAGE = "average"
-TASK_ARITHMETIC = "task_arithmetic"
-CART = "cart"
-AUTO = "cart_auto"
-AUTO_WITH_BASE = "cart_auto with base"
-MERGED = "merged"
-
-SCALE = 0.3
-"""Of task arithmetic, whose tools have it as the default or recommend it."""
-
 _CHUNK = 2**16  # numbers: their copies in fp64 stay in the cache
-_AUTO = CartSettings(lambda_="auto", center="average")
 # From this side on differences from the average are sketched, as those from a base are, in half the
 # time. Of a sketch the last directions are the poorest: a quarter more are asked for.
 _SKETCHED = 512
 _MARGIN = 1.25
-_INFORMED = CartSettings(lambda_="auto")
-
-
-@dataclass
-class Differences:
-    """One difference a model, from one centre.
-
-    Attributes:
-        parts: their leading directions, ``(stack, m, K)`` and so on; coordinates may stand for
-            rows and columns.
-        energies: squared norms of all of each, ``(T, stack)``, in fp64.
-        rounding: what of them is rounding (`cart_plugin.linalg.rounding`), the same.
-        inner: inner products of all of them, ``(T, T)``, in fp64.
-    """
-
-    parts: list[LowRank]
-    energies: Tensor
-    rounding: Tensor
-    inner: Tensor
 
 
 @dataclass
@@ -141,7 +124,7 @@ def of_tensors(
         CartError: tensors that no method can merge: of different shapes, not finite, quantised; or
             weights that sum to nothing.
     """
-    _, where = check_inputs(tensors, base, None, name, models)
+    models, where = check_inputs(tensors, base, None, name, models)
     shares = normalised(weights, len(tensors), where)
     with torch.no_grad():
         mean = centre_of(tensors, shares, None, models, where)
@@ -153,13 +136,13 @@ def of_tensors(
         if not is_decomposed(name, mean.shape):
             return Plain(name, tuple(mean.shape), norms, inner)
         known = exact or {}
-        return _decomposed(name, tensors, shares, mean, base, start, merged, norms, inner, known)
+        every = Tensors(tensors, shares, models, name, where)
+        return _decomposed(name, every, mean, base, start, merged, norms, inner, known)
 
 
 def _decomposed(
     name: str,
-    tensors: Sequence[Tensor],
-    shares: Sequence[float],
+    every: Tensors,
     mean: Tensor,
     base: Tensor | None,
     start: Tensor,
@@ -168,19 +151,23 @@ def _decomposed(
     inner: Tensor,
     exact: Mapping[int, Difference],
 ) -> Weight:
+    tensors, shares = every.tensors, every.shares
     shape = matrix_shape(name, mean.shape)
     own = centred_rounding(_rounding(tensors, shape, exact), shares)
     products = _centred(inner, shares)
-    centred = _differences(name, tensors, mean, shape, _AUTO, own, products, {})
+    centred = _differences(name, tensors, mean, shape, ALONE, own, products, {})
     from_base = None
     if base is not None:
-        informed = _INFORMED.informed
+        informed = INFORMED.informed
         own = _rounding(tensors, shape, exact, base)
         from_base = _differences(name, tensors, start, shape, informed, own, inner, exact)
     offset = (mean - start).reshape(shape)
 
+    def of_many() -> Iterator[Change]:
+        return changes_of_many(every, None, INFORMED)
+
     def merges() -> Iterator[tuple[str, Tensor]]:
-        yield from _merges(offset, shares, centred, from_base)
+        yield from merges_of(offset, shares, centred, from_base, of_many)
         if merged is not None:
             yield MERGED, (merged - start).reshape(shape)
 
@@ -243,8 +230,8 @@ def _differences(
     svd, rule = settings.solver, settings.rule
     if min(shape[1:]) >= _SKETCHED:
         # From a base `cart_auto` takes more of them than anything is said of, anyway.
-        svd, rank = "sketch", _rank(settings, shape)
-        rule = RankRule(rank=max(rank, math.ceil(_MARGIN * _rank(_AUTO, shape))))
+        svd, rank = "sketch", rank_of(settings, shape)
+        rule = RankRule(rank=max(rank, math.ceil(_MARGIN * rank_of(ALONE, shape))))
     for index, tensor in enumerate(tensors):
         if index in exact:
             left, right = (one.to(centre) for one in exact[index])
@@ -257,73 +244,6 @@ def _differences(
         parts.append(truncated_svd(delta, rule, svd=svd, seed=seed))
         energies.append(total_energy(delta).cpu())
     return Differences(parts, torch.stack(energies), torch.stack(list(rounding)), inner)
-
-
-def _merges(
-    offset: Tensor, shares: Sequence[float], centred: Differences, from_base: Differences | None
-) -> Iterator[tuple[str, Tensor]]:
-    """What the methods add to the base or, without one, to the average.
-
-    Args:
-        offset: the average less the base, ``(stack, m, n)``; zero without one.
-        shares: of the models.
-        centred: of the rank that `cart_auto` keeps, or more; `cart` keeps fewer.
-        from_base: of the rank that it keeps with a base model, or more.
-    """
-    count = len(shares)
-    counting = [(index, count * share) for index, share in enumerate(shares) if share]
-    yield AVERAGE, offset
-    if from_base is not None:
-        yield TASK_ARITHMETIC, SCALE * count * offset
-    if count > 2:  # of two the differences from the average are opposite
-        yield CART, _cart(offset, counting, centred)
-    if min(shares) < 0:  # which `cart_auto` does not take
-        return
-
-    def disturbing_least() -> Tensor:
-        if from_base is not None and len(counting) > MOST_INFORMED:
-            added = sum_of_low_rank(_changes(offset, counting, from_base), offset.shape[-1])
-            if added is not None:
-                return added.to(offset.device)
-        rank = _rank(_AUTO, offset.shape)
-        parts = ((leading(centred.parts[index], rank), weight) for index, weight in counting)
-        return least_interference(parts).to(offset.device)
-
-    others = functools.cache(disturbing_least)
-    if count > 2:
-        yield AUTO, offset + others()
-    if from_base is not None and len(counting) <= MOST_INFORMED:
-        added = informed_sum(_changes(offset, counting, from_base), offset, others)
-        yield AUTO_WITH_BASE, offset + added.to(offset.device)
-
-
-def _changes(
-    offset: Tensor, counting: Iterable[tuple[int, float]], from_base: Differences
-) -> Iterator[Change]:
-    """What `cart_auto` takes of the changes: of those that are factors perhaps not all."""
-    rank = _rank(_INFORMED.informed, offset.shape)
-    for index, weight in counting:
-        part = from_base.parts[index]
-        energy = from_base.energies[index].to(part.S.device)
-        yield Change.of(leading(part, rank), weight, energy, from_base.rounding[index], part.S)
-
-
-def _cart(offset: Tensor, counting: Iterable[tuple[int, float]], centred: Differences) -> Tensor:
-    """What `cart` adds, at its defaults, from parts that hold more."""
-    total = offset.clone()
-    rank = _rank(CartSettings(), offset.shape)
-    for index, weight in counting:
-        first = leading(centred.parts[index], rank)
-        energy, rounding = (
-            found[index].to(first.S.device) for found in (centred.energies, centred.rounding)
-        )
-        share_of_rank(first, energy, rounding).add_to_(total, weight)
-    return total
-
-
-def _rank(settings: CartSettings, shape: Sequence[int]) -> int:
-    """The fixed rank of settings, of matrices ``(stack, m, n)``."""
-    return settings.rule.fixed_rank(*shape[1:]) or 0
 
 
 def of_factors(
@@ -375,10 +295,10 @@ def of_factors(
         if count > 2:
             yield CART, merge_in_span(span, shares, CartSettings()).total
         if min(shares) >= 0:  # `cart_auto` takes no others
-            with_base = merge_in_span(span, shares, _INFORMED).total
+            with_base = merge_in_span(span, shares, INFORMED).total
             are_few = sum(share > 0 for share in shares) <= MOST_INFORMED
             if count > 2:
-                yield AUTO, merge_in_span(span, shares, _AUTO).total if are_few else with_base
+                yield AUTO, merge_in_span(span, shares, ALONE).total if are_few else with_base
             if are_few:
                 yield AUTO_WITH_BASE, with_base
         if merged is not None:

@@ -102,7 +102,7 @@ def merge_tensors(
             centre = base if decompose and settings.center == "base" else None
             merged = centre_of(tensors, shares, centre, models, where)
             if decompose:
-                of_adapters = _of_low_rank(one, merged, base, settings)
+                of_adapters = of_low_rank(one, merged, base, settings)
                 merged = (
                     _add_low_rank(one, merged, settings, kept, has_base=base is not None)
                     if of_adapters is None
@@ -278,27 +278,36 @@ def _informed(inputs: Inputs, base: Tensor, settings: CartSettings) -> Tensor:
     return average.contiguous().add_(added.to(average.device).view(average.shape))
 
 
-def _of_low_rank(
+def of_low_rank(
     inputs: Inputs, average: Tensor, base: Tensor | None, settings: CartSettings
 ) -> Tensor | None:
     """The average and what `sum_of_low_rank` adds, if that is how so many models are merged."""
     if not settings.looks_for_low_rank(inputs.counting):
         return None
     inputs.check_weights()
+    changes = changes_of_many(inputs, base, settings)
+    added = sum_of_low_rank(changes, matrix_shape(inputs.name, average.shape)[-1])
+    if added is None:
+        return None
+    return average.contiguous().add_(added.to(average.device).view(average.shape))
+
+
+def changes_of_many(
+    inputs: Inputs, base: Tensor | None, settings: CartSettings
+) -> Iterator[Change]:
+    """What so many models differ by from the base if it is given, or else from one of them.
+
+    Those of no weight are left out.
+    """
     reference = base if settings.center is None else None
     if reference is None:
         models = zip(inputs.tensors, inputs.shares, strict=True)
         reference = next(tensor for tensor, share in models if share)
     start = centre_of(inputs.tensors, inputs.shares, reference, inputs.models, inputs.where)
-    shape = matrix_shape(inputs.name, average.shape)
     if reference is not base:  # what sets the others apart from one model is whole or nothing
-        few = few_directions(*shape[1:])
+        few = few_directions(*matrix_shape(inputs.name, start.shape)[1:])
         settings = replace(settings, rank_ratio=None, rank=few, energy=None)
-    changes = _changes(inputs, start, reference, settings)
-    added = sum_of_low_rank(changes, shape[-1])
-    if added is None:
-        return None
-    return average.contiguous().add_(added.to(average.device).view(average.shape))
+    return _changes(inputs, start, reference, settings)
 
 
 def _changes(

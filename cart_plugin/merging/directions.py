@@ -6,7 +6,8 @@ CART and `cart_auto` are both of the form ::
 
 where ``b_ti`` is 1 for the directions that the rank rule keeps and 0 for the others, and the scale
 is CART's lambda, or 1: in the sum of least interference each direction has a strength and a right
-vector of its own (`cart_plugin.merging.least_interference.by_direction`). AdaMerging (arXiv
+vector of its own (`cart_plugin.merging.least_interference.by_direction`, or for more than four
+models that LoRA may have made the one of `cart_plugin.merging.low_rank_changes`). AdaMerging (arXiv
 2310.02575) adapts a factor for each task, AdaRank (arXiv 2503.22178) the ``b_ti``, too.
 """
 
@@ -22,7 +23,8 @@ from torch import Tensor
 from cart_plugin.errors import CartError
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.rules import RankRule
-from cart_plugin.merging.cart import Inputs, centre_of, factors_of, truncated
+from cart_plugin.merging.cart import Inputs, centre_of, changes_of_many, factors_of, truncated
+from cart_plugin.merging.informed import low_rank_by_direction, parts_of_low_rank
 from cart_plugin.merging.inputs import check_finite, check_inputs, normalised
 from cart_plugin.merging.least_interference import by_direction
 from cart_plugin.merging.settings import CartSettings
@@ -79,6 +81,13 @@ def directions_of(
         around = base if settings.center == "base" else None
         centre = centre_of(tensors, shares, around, models, where)
         shape = matrix_shape(name, centre.shape)
+        if settings.lambda_ == "auto":
+            inputs.check_weights()
+        if (of_lora := _of_lora(inputs, centre, settings)) is not None:
+            if candidates is not None:
+                rank = max(factors.rank for factors in of_lora.factors)
+                _most(candidates, rank, shape, where)
+            return of_lora
         of_rank = settings.rule.of_numerical_rank
         rounding = iter(inputs.centred_rounding(shape) if of_rank else ())
         found, ranks = [], []
@@ -96,10 +105,36 @@ def directions_of(
             for factors, rank in zip(found, ranks, strict=True)
         ]
         if settings.lambda_ == "auto":
-            inputs.check_weights()
             counts = [len(tensors) * share for share in shares]
             found = by_direction(list(zip(found, counts, strict=True)), ranks)
         return Directions(centre, tuple(found), tuple(kept))
+
+
+def _of_lora(inputs: Inputs, centre: Tensor, settings: CartSettings) -> Directions | None:
+    """The same for more than four models that LoRA may have made, of which all is kept."""
+    if not settings.looks_for_low_rank(inputs.counting):
+        return None
+    parts = parts_of_low_rank(changes_of_many(inputs, None, settings))
+    if parts is None:
+        return None
+    made = iter(low_rank_by_direction(parts, matrix_shape(inputs.name, centre.shape)[-1]))
+    # What has no weight is not in the sums: its difference as it is.
+    found = [
+        next(made) if share else truncated(tensor - centre, settings, inputs.name)
+        for tensor, share in zip(inputs.tensors, inputs.shares, strict=True)
+    ]
+    return Directions(centre, tuple(found), tuple(factors.S > 0 for factors in found))
+
+
+def _most(candidates: float, rank: int, shape: Sequence[int], where: str) -> int:
+    """The number of candidates, which must hold those of a rank that are kept."""
+    most = max(1, math.floor(candidates * min(shape[-2:])))
+    if rank > most:
+        raise CartError(
+            f"{where}: the merge keeps {rank} singular directions, but candidates={candidates} are "
+            f"{most}; give more candidates, or start from a lower rank"
+        )
+    return most
 
 
 def _with_candidates(
@@ -114,12 +149,7 @@ def _with_candidates(
 
     They are not decomposed anew, so that the merge is the same with any solver.
     """
-    most = max(1, math.floor(candidates * min(delta.shape[-2:])))
-    if kept.rank > most:
-        raise CartError(
-            f"{where}: the merge keeps {kept.rank} singular directions, but "
-            f"candidates={candidates} are {most}; give more candidates, or start from a lower rank"
-        )
+    most = _most(candidates, kept.rank, delta.shape, where)
     if kept.rank == most:
         return kept
     rest = kept.add_to_(delta.clone(), -1.0)

@@ -28,7 +28,7 @@ the sum of the ``tau_t`` in the place of P. What was tried besides, and what it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -186,16 +186,15 @@ def informed_by_base(changes: Iterable[Change], mean: Tensor) -> Found:
     return Found(system.solve(), of_low_rank=False, changed=changed)
 
 
-def sum_of_low_rank(changes: Iterable[Change], inputs: int) -> Tensor | None:
-    """What to add to the average of more than `MOST_INFORMED` models where LoRA may have made them.
+def parts_of_low_rank(changes: Iterable[Change]) -> list[tuple[LowRank, float]] | None:
+    """The factors and weights of more than `MOST_INFORMED` models' changes that LoRA may have made.
 
     Args:
         changes: one a model, one after the other, from the base or one of the models; no more are
             taken once one is not of low rank.
-        inputs: n, of the weight.
 
     Returns:
-        M, ``(stack, m, n)``; None if the changes are not of low rank.
+        None if the changes are not of low rank.
     """
     parts, is_known = [], False
     for change in changes:
@@ -206,10 +205,29 @@ def sum_of_low_rank(changes: Iterable[Change], inputs: int) -> Tensor | None:
         real = change.real()
         # Copies: views would keep all that was looked at, of every model.
         parts.append((LowRank(real.U.clone(), real.S, real.Vh.clone()), change.weight))
-    if not is_known:
+    return parts if is_known else None
+
+
+def sum_of_low_rank(changes: Iterable[Change], inputs: int) -> Tensor | None:
+    """What to add to the average of so many models where LoRA may have made them.
+
+    Args:
+        changes: see `parts_of_low_rank`.
+        inputs: n, of the weight.
+
+    Returns:
+        M, ``(stack, m, n)``; None if the changes are not of low rank.
+    """
+    parts = parts_of_low_rank(changes)
+    if parts is None:
         return None
     left, right = low_rank_changes.combine_factors(parts, inputs, centred=True, **LOW_RANK)
     return left @ right
+
+
+def low_rank_by_direction(parts: Sequence[tuple[LowRank, float]], inputs: int) -> list[LowRank]:
+    """The same sum over tasks and directions; see `low_rank_changes.by_direction`."""
+    return low_rank_changes.by_direction(parts, inputs, **LOW_RANK)
 
 
 def informed_sum(changes: Iterable[Change], mean: Tensor, centred: Callable[[], Tensor]) -> Tensor:

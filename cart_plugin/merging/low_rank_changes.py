@@ -83,10 +83,12 @@ class Solution(NamedTuple):
     Attributes:
         added: M, ``(stack, p, q)``.
         metric: ``sum w C + r I``, ``(stack, q, q)``.
+        strength: ``s / rho``, ``(stack,)``.
     """
 
     added: Tensor
     metric: Tensor
+    strength: Tensor
 
 
 def combine(
@@ -111,9 +113,18 @@ def combine(
         centred: the average takes the base's place. The differences may be from anything that all
             tasks have in common.
     """
-    taus = torch.stack(list(tasks))  # (T, stack, p, q)
-    shares = taus.new_tensor(weights) / sum(weights)
-    with full_precision(taus.device):
+    with full_precision(tasks[0].device):
+        return _System(tasks, weights, least_share, centred).solve(inputs, ridge, least_kept)
+
+
+class _System:
+    """The sums of the system, in coordinates; see `combine`."""
+
+    def __init__(
+        self, tasks: Sequence[Tensor], weights: Sequence[float], least_share: float, centred: bool
+    ) -> None:
+        taus = torch.stack(list(tasks))  # (T, stack, p, q)
+        shares = taus.new_tensor(weights) / sum(weights)
         average = torch.einsum("t,tspq->spq", shares, taus)
         if centred:
             taus = own = taus - average
@@ -126,20 +137,35 @@ def combine(
         squares, vectors = eigh(own.mT @ own)
         sizes = taus.square().sum(dim=(-2, -1))  # (T, stack)
         least = torch.maximum(least_share**2 * squares[..., -1], _ROUNDING * sizes)
-        squares = torch.where(squares > least[..., None], squares, 0)
+        self.taus, self.average, self.others, self.vectors = taus, average, others, vectors
+        self.squares = torch.where(squares > least[..., None], squares, 0)
+        self.weights = weights
         # A task that changed nothing has no inputs, neither its own nor those of the others.
-        heavy = torch.where(sizes > 0, taus.new_tensor(weights)[:, None], 0)
-        known = torch.zeros(taus.shape[1], device=taus.device)
-        fitted, summed = torch.zeros_like(average), torch.zeros_like(average)
-        gram, energy = torch.zeros_like(others), torch.zeros_like(known, dtype=torch.float64)
-        for tau, values, columns, weight in zip(taus, squares, vectors, heavy, strict=True):
-            real = (values > 0) & (weight > 0)[..., None]
+        self.heavy = torch.where(sizes > 0, taus.new_tensor(weights)[:, None], 0)
+
+    def covariance(self, task: int, weight: Tensor) -> Tensor:
+        """Of a task, times a weight, ``(stack, q, q)``."""
+        columns = self.vectors[task]
+        found = (columns * self.squares[task][..., None, :]) @ columns.mT + self.others
+        trace = found.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+        found *= (weight / torch.where(trace > 0, trace, 1))[..., None, None]
+        return found
+
+    def acting(self, task: int, rows: Tensor, real: Tensor) -> Tensor:
+        """The part of rows that acts on a task's own ones, of those that are real."""
+        columns = self.vectors[task]
+        return ((rows @ columns) * real[..., None, :]) @ columns.mT
+
+    def solve(self, inputs: int, ridge: float, least_kept: float) -> Solution:
+        known = torch.zeros(self.taus.shape[1], device=self.taus.device)
+        fitted, summed = torch.zeros_like(self.average), torch.zeros_like(self.average)
+        gram, energy = torch.zeros_like(self.others), torch.zeros_like(known, dtype=torch.float64)
+        for task, (tau, weight) in enumerate(zip(self.taus, self.heavy, strict=True)):
+            real = (self.squares[task] > 0) & (weight > 0)[..., None]
             known = known + real.sum(dim=-1)
-            covariance = (columns * values[..., None, :]) @ columns.mT + others
-            trace = covariance.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
-            covariance *= (weight / torch.where(trace > 0, trace, 1))[..., None, None]
-            lacking = tau - average
-            acting = ((lacking @ columns) * real[..., None, :]) @ columns.mT
+            covariance = self.covariance(task, weight)
+            lacking = tau - self.average
+            acting = self.acting(task, lacking, real)
             gram += covariance
             fitted += lacking @ covariance
             summed += weight[..., None, None] * acting
@@ -147,10 +173,11 @@ def combine(
         total = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
         shift = ridge * torch.where(total > 0, total, 1) / known.clamp(1, inputs)
         kept = summed.square().sum(dim=(-2, -1)) / torch.where(energy > 0, energy, 1)
-        strength = shift / kept.clamp_min(least_kept * sum(weights) / len(weights))
+        counting = sum(weight > 0 for weight in self.weights)
+        strength = shift / kept.clamp_min(least_kept * sum(self.weights) / counting)
         gram.diagonal(dim1=-2, dim2=-1).add_(shift[..., None])
         right = fitted + strength[..., None, None] * summed
-        return Solution(torch.linalg.solve(gram, right, left=False), gram)
+        return Solution(torch.linalg.solve(gram, right, left=False), gram, strength)
 
 
 def _common(taus: Tensor, shares: Tensor, average: Tensor) -> Tensor:
@@ -180,13 +207,64 @@ def combine_factors(
     Returns:
         What to add to the average, as ``left @ right``: ``(stack, m, p)`` and ``(stack, p, n)``.
     """
-    dtype = parts[0][0].S.dtype
     with full_precision(parts[0][0].S.device):
-        left = torch.linalg.qr(torch.cat([one.U for one, _ in parts], dim=-1))[0]
-        right = torch.linalg.qr(torch.cat([one.Vh.mT for one, _ in parts], dim=-1))[0]
-        taus = [
-            ((left.mT @ one.U) * one.S[..., None, :]).double() @ (one.Vh @ right).double()
-            for one, _ in parts
-        ]
+        left, taus, right = _in_coordinates([one for one, _ in parts])
         found = combine(taus, [weight for _, weight in parts], inputs, **options)
-        return left @ found.added.to(dtype), right.mT
+        return left @ found.added.to(left.dtype), right.mT
+
+
+def by_direction(
+    parts: Sequence[tuple[LowRank, float]],
+    inputs: int,
+    *,
+    ridge: float,
+    least_kept: float,
+    least_share: float,
+) -> list[LowRank]:
+    """What is added to the average of many, as a sum over tasks and singular directions.
+
+    The right-hand sides of the system are sums over the directions ``u_i s_i v_i^T`` of tasks'
+    differences from the average, so that ``M = sum_t w_t Q_t`` for ::
+
+        Q_t = sum_i u_i s_i v_i^T (C_t + s / rho I) (sum_t w_t C_t + r I)^-1
+
+    Args:
+        parts: of ``tau_t``, ``(stack, m, n)``, and its weight, of mean 1; of weight 0 it is left
+            out of the sums.
+        inputs: n.
+        ridge: as in `combine`, centred.
+        least_kept: as there.
+        least_share: as there.
+
+    Returns:
+        ``Q_t`` for each task, as factors; the rows of ``Vh`` are not orthogonal.
+    """
+    with full_precision(parts[0][0].S.device):
+        left, taus, right = _in_coordinates([one for one, _ in parts])
+        system = _System(taus, [weight for _, weight in parts], least_share, centred=True)
+        solved = system.solve(inputs, ridge, least_kept)
+        found = []
+        for task, tau in enumerate(system.taus):
+            u, s, vh = torch.linalg.svd(tau, full_matrices=False)
+            known = s.square() > _ROUNDING * s.square().sum(dim=-1, keepdim=True)
+            count = int(known.flatten(end_dim=-2).sum(dim=-1).max())
+            s = torch.where(known, s, 0)[..., :count]
+            u, vh = u[..., :count], vh[..., :count, :]
+            rows = vh @ system.covariance(task, torch.ones_like(solved.strength))
+            acting = system.acting(task, vh, system.squares[task] > 0)
+            rows += solved.strength[..., None, None] * acting
+            rows = torch.linalg.solve(solved.metric, rows, left=False)
+            dtype = left.dtype
+            found.append(LowRank(left @ u.to(dtype), s.to(dtype), rows.to(dtype) @ right.mT))
+        return found
+
+
+def _in_coordinates(tasks: Sequence[LowRank]) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Orthonormal bases of the columns and rows, and in them the tasks, in fp64."""
+    left = torch.linalg.qr(torch.cat([one.U for one in tasks], dim=-1))[0]
+    right = torch.linalg.qr(torch.cat([one.Vh.mT for one in tasks], dim=-1))[0]
+    taus = [
+        ((left.mT @ one.U) * one.S[..., None, :]).double() @ (one.Vh @ right).double()
+        for one in tasks
+    ]
+    return left, taus, right

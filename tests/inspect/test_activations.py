@@ -15,7 +15,7 @@ from torch import Tensor
 from cart_plugin.errors import CartError
 from cart_plugin.inspect import inspect_models
 from cart_plugin.inspect.activations import Examples, Subject, collect
-from cart_plugin.inspect.weights import MERGED
+from cart_plugin.inspect.merges import MERGED
 from tests.adapters.lora import load, save_base, save_lora, state
 from tests.inspect.conftest import save_tokenizer, tune
 

@@ -14,8 +14,7 @@ from cart_plugin import CartSettings, CartWarning, merge_tensors
 from cart_plugin.errors import CartError
 from cart_plugin.inspect.inputs import Inputs
 from cart_plugin.inspect.measures import record
-from cart_plugin.inspect.places import place
-from cart_plugin.inspect.weights import (
+from cart_plugin.inspect.merges import (
     AUTO,
     AUTO_WITH_BASE,
     AVERAGE,
@@ -23,10 +22,9 @@ from cart_plugin.inspect.weights import (
     MERGED,
     SCALE,
     TASK_ARITHMETIC,
-    Weight,
-    of_factors,
-    of_tensors,
 )
+from cart_plugin.inspect.places import place
+from cart_plugin.inspect.weights import Weight, of_factors, of_tensors
 from cart_plugin.merging.spans import Difference
 from tests.support import power_law, random, relative_error, with_spectrum
 
@@ -63,6 +61,16 @@ def answer(change: Tensor, total: Tensor, few: int) -> tuple[float, float]:
     own, got = change.double() @ inputs, total.double() @ inputs
     size = own.square().sum()
     return float((own * got).sum() / size), float((own - got).square().sum() / size)
+
+
+@pytest.mark.parametrize("has_base", [True, False])
+def test_many_that_lora_has_made_are_merged_as_such(has_base: bool) -> None:
+    base = random(24, 32, seed=9)
+    tensors = [base + random(24, 2, seed=t) @ random(2, 32, seed=50 + t) for t in range(6)]
+    start = base if has_base else torch.stack(tensors).mean(dim=0)
+    found = dict(weight_of(tensors, base if has_base else None).merges())
+    expected = merge_tensors(tensors, CartSettings(lambda_="auto"), name=NAME)
+    assert torch.allclose(start + found[AUTO][0], expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5])

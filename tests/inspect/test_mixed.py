@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from cart_plugin import CartError, merge_state_dicts
 from cart_plugin.inspect import inspect_models
 from cart_plugin.inspect.fused import Fused
+from cart_plugin.inspect.merges import MERGED
 from cart_plugin.inspect.sources import open_model
-from cart_plugin.inspect.weights import MERGED
 from tests.adapters.lora import save_base, save_lora, state
 from tests.inspect.conftest import tune
 

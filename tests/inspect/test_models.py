@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from cart_plugin import CartError, merge_state_dicts
 from cart_plugin.adapters import merge_adapters
 from cart_plugin.inspect import inspect_models, inspect_state_dicts
-from cart_plugin.inspect.weights import MERGED
+from cart_plugin.inspect.merges import MERGED
 from tests.adapters.lora import save_base, save_loras, state
 from tests.inspect.conftest import NAMES, break_tensor, numbers, report, tune
 

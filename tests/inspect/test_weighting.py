@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from cart_plugin import CartError, CartSettings, merge_state_dicts
 from cart_plugin.execution.subjects import subjects
 from cart_plugin.inspect import inspect_models, inspect_state_dicts
+from cart_plugin.inspect.merges import MERGED
 from cart_plugin.inspect.state_dicts import records_of
-from cart_plugin.inspect.weights import MERGED
 from cart_plugin.mergekit import register
 from tests.inspect.conftest import report, tune
 

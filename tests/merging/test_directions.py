@@ -86,3 +86,26 @@ def test_a_model_without_weight_has_directions_but_no_part() -> None:
 def test_fewer_candidates_than_are_kept_are_refused() -> None:
     with pytest.raises(CartError, match=r"keeps 8 singular directions, but candidates=0.25 are 4"):
         directions_of(versions(16, 24), CartSettings(rank=8), candidates=0.25)
+
+
+@pytest.mark.parametrize("weights", [[1.0] * 6, [2.0, 1.0, 0.0, 1.0, 0.5, 1.0]], ids=str)
+@pytest.mark.parametrize("candidates", [None, 1.0])
+@pytest.mark.parametrize("shape", [(40, 60), (2, 40, 60)], ids=str)
+def test_the_directions_of_many_that_lora_has_made(
+    weights: list[float], candidates: float | None, shape: tuple[int, ...]
+) -> None:
+    """Of so many `cart_auto` has another form, which keeps all of each."""
+    stack = shape[:-2]
+    base, auto = random(*shape, seed=9), CartSettings(lambda_="auto")
+    tensors = [
+        base + random(*stack, 40, 3, seed=2 * task) @ random(*stack, 3, 60, seed=2 * task + 1)
+        for task in range(len(weights))
+    ]
+    name = "mlp.experts.up_proj" if stack else "x"
+    expected = merge_tensors(tensors, auto, weights=weights, name=name)
+    found = directions_of(tensors, auto, weights=weights, name=name, candidates=candidates)
+    assert torch.allclose(merged(found, weights, 1.0).float(), expected, atol=1e-4)
+    for factors, weight in zip(found.factors, weights, strict=True):
+        assert factors.rank > 3 or not weight  # of the difference from the average, all of it
+    with pytest.raises(CartError, match="singular directions, but candidates=0"):
+        directions_of(tensors, auto, weights=weights, name=name, candidates=0.1)
