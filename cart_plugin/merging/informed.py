@@ -45,7 +45,7 @@ INFORMED_RANK_RATIO = 0.24
 INFORMED_RIDGE = 0.3
 INFORMED_LEAST_KEPT = 0.3
 """The least rho."""
-MOST_INFORMED = 4
+MOST_INFORMED = low_rank_changes.FEW_TASKS
 """Models beyond which the base is left out: with six and more of them the centred task vectors hold
 little of each other, and were ahead on images (``benchmarks/notes/auto.md``). Of so many the mean
 of both results is taken, which is better than either. Changes of low rank have forms of their own:

@@ -49,7 +49,8 @@ from cart_plugin.linalg.rounding import is_drowned, rounding_beyond
 
 _ROUNDING = 1e-8  # a share of squares below which they are none
 _LEFT_OUT = 1e-3
-_FEW_TASKS = 4
+FEW_TASKS = 4
+"""Of more, the average takes the base's place."""
 
 
 def is_low_rank(
@@ -129,7 +130,7 @@ class _System:
         if centred:
             taus = own = taus - average
             others = torch.einsum("t,tspq,tspr->sqr", shares, taus, taus)
-            others *= (1 / (_FEW_TASKS * shares.square().sum())).clamp_min(1)
+            others *= (1 / (FEW_TASKS * shares.square().sum())).clamp_min(1)
             average = torch.zeros_like(average)
         else:
             own = taus - average @ _common(taus, shares, average)
