@@ -33,7 +33,7 @@ from cart_plugin.compress.work import (
 )
 from cart_plugin.errors import CartError
 from cart_plugin.linalg.rules import RankRule
-from cart_plugin.merging.cart import factors_of
+from cart_plugin.merging.differences import factors_of
 
 # Short sides from which on a near best subspace takes the place of the best one.
 _LARGE = 512

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cart_plugin.linalg.factors import LowRank
+from cart_plugin.linalg.rounding import beyond_rounding
 from cart_plugin.linalg.svd import share_of_rank
 from cart_plugin.merging.informed import MOST_INFORMED, Change, informed_sum, sum_of_low_rank
 from cart_plugin.merging.least_interference import least_interference
@@ -82,8 +83,16 @@ def merges_of(
             if added is not None:
                 return added.to(offset.device)
         rank = rank_of(ALONE, offset.shape)
-        parts = ((leading(centred.parts[index], rank), weight) for index, weight in counting)
-        return least_interference(parts).to(offset.device)
+
+        def real(index: int) -> LowRank:
+            part = leading(centred.parts[index], rank)
+            energy, rounding = centred.energies[index], centred.rounding[index]
+            device = part.S.device
+            return beyond_rounding(part, energy.to(device), rounding.to(device))
+
+        parts = ((real(index), weight) for index, weight in counting)
+        rounding = [centred.rounding[index] for index, _ in counting]
+        return least_interference(parts, rounding=rounding).to(offset.device)
 
     others = functools.cache(disturbing_least)
     if count > 2:

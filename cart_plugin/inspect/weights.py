@@ -35,8 +35,8 @@ from cart_plugin.linalg.precision import full_precision
 from cart_plugin.linalg.rounding import centred_rounding, difference_rounding
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.linalg.svd import truncated_svd
-from cart_plugin.merging.cart import Inputs as Tensors
-from cart_plugin.merging.cart import centre_of, changes_of_many
+from cart_plugin.merging.differences import Inputs as Tensors
+from cart_plugin.merging.differences import centre_of, changes_of_many
 from cart_plugin.merging.informed import MOST_INFORMED, Change
 from cart_plugin.merging.inputs import check_finite, check_inputs, check_kind, normalised
 from cart_plugin.merging.settings import CartSettings
@@ -159,7 +159,7 @@ def _decomposed(
     from_base = None
     if base is not None:
         informed = INFORMED.informed
-        own = _rounding(tensors, shape, exact, base)
+        own = _rounding(tensors, shape, exact)
         from_base = _differences(name, tensors, start, shape, informed, own, inner, exact)
     offset = (mean - start).reshape(shape)
 
@@ -185,12 +185,10 @@ def _rounding(
     tensors: Sequence[Tensor],
     shape: tuple[int, int, int],
     exact: Mapping[int, Difference],
-    base: Tensor | None = None,
 ) -> list[Tensor]:
     """Of each model, ``(stack,)``, on the CPU; nothing where a difference is exact."""
     weights = [tensor.reshape(shape) for tensor in tensors]
-    start = None if base is None else base.reshape(shape)
-    found = [one.cpu() for one in difference_rounding(weights, start)]
+    found = [one.cpu() for one in difference_rounding(weights)]
     return [torch.zeros_like(one) if i in exact else one for i, one in enumerate(found)]
 
 

@@ -9,11 +9,13 @@ that the errors in a matrix W have a squared norm of ``eps^2 ||W||_F^2 / 22``.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.gram import total_energy
 
 _NARROW = (torch.bfloat16, torch.float16)
@@ -52,25 +54,23 @@ def stored_dtype(weights: Tensor) -> torch.dtype:
     return weights.dtype
 
 
-def difference_rounding(weights: Sequence[Tensor], base: Tensor | None = None) -> list[Tensor]:
-    """`rounding_energy` of each weight's difference from a base, or from what has no errors.
+def is_rounded(weights: Tensor) -> bool:
+    """Whether weights are stored in so few bits that rounding shows in what training changes."""
+    return stored_dtype(weights) in _NARROW
 
-    The base has errors of its own only if it is in fewer bits than the weight: else it is what
-    training started from.
+
+def difference_rounding(weights: Sequence[Tensor], other: Tensor | None = None) -> list[Tensor]:
+    """`rounding_energy` of each weight's difference from another one, or from what has no errors.
+
+    That is so of the base that training started from, in however few bits: what was trained was
+    the stored one.
 
     Args:
         weights: ``(stack, m, n)`` each.
-        base: the same.
+        other: the same, of another trained model.
     """
-    eps = 0.0 if base is None else stored_eps(base)
-    found, own = [], None
-    for weight in weights:
-        energy = rounding_energy(weight)
-        if base is not None and eps > stored_eps(weight):
-            own = rounding_energy(base) if own is None else own
-            energy = energy + own
-        found.append(energy)
-    return found
+    beside = 0.0 if other is None else rounding_energy(other)
+    return [rounding_energy(weight) + beside for weight in weights]
 
 
 def centred_rounding(own: Sequence[Tensor], shares: Sequence[float]) -> list[Tensor]:
@@ -117,6 +117,46 @@ def rounding_beyond(rounding: Tensor, k: int, m: int, n: int) -> Tensor:
     return rounding * ((1 - k / m) * (1 - k / n))
 
 
+def rounding_left(values: Tensor, rounding: Tensor, m: int, n: int) -> Tensor:
+    """What of the rounding to expect outside of the leading directions of ``(m, n)`` matrices.
+
+    Leading singular values above the `rounding_edge` are of something else, beside which the
+    rounding is that of `rounding_beyond`; the others are rounding's own largest ones, as Marchenko
+    and Pastur's law has them.
+
+    Args:
+        values: the leading singular values, ``(stack, k)``.
+        rounding: squared norms, ``(stack,)``.
+        m: rows.
+        n: columns.
+    """
+    k = values.shape[-1]
+    others = (values > rounding_edge(rounding, m, n).to(values)[..., None]).sum(dim=-1)
+    left = [
+        (1 - r / m) * (1 - r / n) * _energy_beyond(k - r, min(m, n) - r, max(m, n) - r)
+        for r in others.tolist()
+    ]
+    return rounding * torch.tensor(left, dtype=rounding.dtype, device=rounding.device)
+
+
+@functools.cache
+def _energy_beyond(k: int, p: int, q: int) -> float:
+    """The share of squares outside the k leading directions of a (p, q) matrix of noise, p <= q."""
+    if k <= 0 or k >= p:
+        return float(k <= 0)
+    ratio = p / q
+    low, high = (1 - ratio**0.5) ** 2, (1 + ratio**0.5) ** 2
+    # lambda = low + (high - low) sin^2: the roots of the density become smooth. From the top down.
+    steps = torch.linspace(0, torch.pi / 2, 4097, dtype=torch.float64)
+    middles = (steps[1:] + steps[:-1]).flip(0) / 2
+    values = low + (high - low) * middles.sin().square()
+    count = (middles.sin() * middles.cos()).square() / values
+    counted = count.cumsum(0) / count.sum()
+    squares = (count * values).cumsum(0) / (count * values).sum()
+    last = int(torch.searchsorted(counted, k / p).clamp_max(len(counted) - 1))
+    return float(1 - squares[last])
+
+
 def rounding_edge(energy: Tensor, m: int, n: int) -> Tensor:
     """The largest singular value to expect of errors with independent entries, ``(stack,)``.
 
@@ -143,3 +183,22 @@ def edge_within(total: Tensor, rounding: Tensor, m: int, n: int) -> Tensor:
         n: columns.
     """
     return rounding_edge(torch.minimum(rounding, total / 2), m, n)
+
+
+def beyond_rounding(
+    factors: LowRank, total: Tensor, rounding: Tensor, least_share: float = 0.0
+) -> LowRank:
+    """The directions of differences that are no rounding; of a stack those of any matrix.
+
+    Args:
+        factors: of the differences, ``(stack, m, n)``.
+        total: squared norms of the differences, ``(stack,)``.
+        rounding: what of them is rounding by `rounding_energy`.
+        least_share: of the largest singular value, below which directions are none, either.
+    """
+    values = factors.S
+    edge = edge_within(total, rounding, factors.U.shape[-2], factors.Vh.shape[-1]).to(values)
+    known = values > torch.maximum(least_share * values[..., :1], edge[..., None])
+    count = max(1, int(known.flatten(end_dim=-2).sum(dim=-1).max()))
+    values = torch.where(known, values, 0)[..., :count]
+    return LowRank(factors.U[..., :count], values, factors.Vh[..., :count, :])

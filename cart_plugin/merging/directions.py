@@ -23,7 +23,13 @@ from torch import Tensor
 from cart_plugin.errors import CartError
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.rules import RankRule
-from cart_plugin.merging.cart import Inputs, centre_of, changes_of_many, factors_of, truncated
+from cart_plugin.merging.differences import (
+    Inputs,
+    centre_of,
+    changes_of_many,
+    factors_of,
+    truncated,
+)
 from cart_plugin.merging.informed import low_rank_by_direction, parts_of_low_rank
 from cart_plugin.merging.inputs import check_finite, check_inputs, normalised
 from cart_plugin.merging.least_interference import by_direction
@@ -88,13 +94,13 @@ def directions_of(
                 rank = max(factors.rank for factors in of_lora.factors)
                 _most(candidates, rank, shape, where)
             return of_lora
-        of_rank = settings.rule.of_numerical_rank
-        rounding = iter(inputs.centred_rounding(shape) if of_rank else ())
+        known = iter(inputs.rounding_in(settings, shape))
+        rounding = [next(known) if share else None for share in shares]
         found, ranks = [], []
-        for tensor, share, model in zip(tensors, shares, models, strict=True):
+        for tensor, model, noise in zip(tensors, models, rounding, strict=True):
             delta = tensor - centre
             check_finite(delta, [model], [tensor], where)
-            factors = truncated(delta, settings, name, next(rounding, None) if share else None)
+            factors = truncated(delta, settings, name, noise)
             ranks.append(factors.rank)
             if candidates is not None:
                 rest = delta.reshape(shape)
@@ -106,7 +112,7 @@ def directions_of(
         ]
         if settings.lambda_ == "auto":
             counts = [len(tensors) * share for share in shares]
-            found = by_direction(list(zip(found, counts, strict=True)), ranks)
+            found = by_direction(list(zip(found, counts, strict=True)), ranks, rounding)
         return Directions(centre, tuple(found), tuple(kept))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.linalg.spectra import spectrum
-from cart_plugin.merging.cart import centre_of, factors_of
+from cart_plugin.merging.differences import centre_of, factors_of
 from cart_plugin.merging.inputs import check_finite, check_inputs, normalised
 from cart_plugin.merging.settings import CartSettings
 from cart_plugin.merging.tensors import is_decomposed, matrix_shape

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.precision import full_precision
-from cart_plugin.linalg.rounding import edge_within
+from cart_plugin.linalg.rounding import beyond_rounding
 from cart_plugin.merging import low_rank_changes
 from cart_plugin.merging.normal_equations import System
 
@@ -115,13 +115,7 @@ class Change(NamedTuple):
 
     def real(self) -> LowRank:
         """The factors without directions that are rounding; with those of any of a stack."""
-        values = self.factors.S
-        edge = edge_within(self.energy, self.rounding, *self.shape).to(values)
-        least = torch.maximum(LEAST_SHARE * values[..., :1], edge[..., None])
-        known = values > least
-        count = max(1, int(known.flatten(end_dim=-2).sum(dim=-1).max()))
-        values = torch.where(known, values, 0)[..., :count]
-        return LowRank(self.factors.U[..., :count], values, self.factors.Vh[..., :count, :])
+        return beyond_rounding(self.factors, self.energy, self.rounding, LEAST_SHARE)
 
 
 def few_directions(m: int, n: int) -> int:

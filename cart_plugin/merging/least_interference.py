@@ -38,6 +38,7 @@ tried besides, and what it brought: ``benchmarks/notes/auto.md``.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -53,7 +54,11 @@ AUTO_RANK_RATIO = 0.16
 
 
 def least_interference(
-    parts: Iterable[tuple[LowRank, float]], ridge: float = RIDGE, pull: float = PULL
+    parts: Iterable[tuple[LowRank, float]],
+    ridge: float = RIDGE,
+    pull: float = PULL,
+    *,
+    rounding: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
     """The matrix that disturbs the tasks least on their own inputs; see the module.
 
@@ -68,18 +73,23 @@ def least_interference(
         ridge: r, relative to the mean eigenvalue of ``sum_t w_t C_t``; above 0. Towards infinity,
             at a fixed `pull`, M goes to zero, that is, the merged weight to the centre.
         pull: s, relative to the same. At 0, M is zero where no task moved.
+        rounding: for each part the squared norm of the rounding in all of its task vector,
+            ``(stack,)``, or None for nothing: what of P is rounding is not scaled up.
 
     Returns:
         M, of the factors' dtype, ``(m, n)`` or a stack. Zero if all task vectors are.
     """
     total = System()
+    noise = itertools.repeat(None) if rounding is None else iter(rounding)
     for factors, weight in parts:
-        total.add(factors, weight)
+        total.add(factors, weight, rounding=next(noise))
     return total.solve(ridge, pull)
 
 
 def by_direction(
-    parts: Sequence[tuple[LowRank, float]], ranks: Sequence[int] | None = None
+    parts: Sequence[tuple[LowRank, float]],
+    ranks: Sequence[int] | None = None,
+    rounding: Sequence[Tensor | None] | None = None,
 ) -> list[LowRank]:
     """The same matrix as a sum over tasks and singular directions, ``M = sum_t w_t Q_t``.
 
@@ -91,6 +101,7 @@ def by_direction(
         parts: as in `least_interference`; a weight of 0 leaves a task out of the sums.
         ranks: how many leading directions of each make M; the others are scaled in the same way,
             as what they would add to it. All if None.
+        rounding: as in `least_interference`.
 
     Returns:
         ``Q_t`` for each task, as factors with as many directions as were given; the rows of ``Vh``
@@ -98,12 +109,13 @@ def by_direction(
     """
     system, device = System(), parts[0][0].S.device
     ranks = [factors.rank for factors, _ in parts] if ranks is None else ranks
-    for (factors, weight), rank in zip(parts, ranks, strict=True):
+    noise = [None] * len(parts) if rounding is None else rounding
+    for (factors, weight), rank, own in zip(parts, ranks, noise, strict=True):
         if weight:
             leading = LowRank(
                 factors.U[..., :rank], factors.S[..., :rank], factors.Vh[..., :rank, :]
             )
-            system.add(leading, weight)
+            system.add(leading, weight, rounding=own)
     strength = system.strength(PULL)
     root = torch.linalg.cholesky(system.metric(RIDGE))
     found = []

@@ -45,10 +45,11 @@ from torch import Tensor
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.gram import eigh
 from cart_plugin.linalg.precision import full_precision
-from cart_plugin.linalg.rounding import is_drowned, rounding_beyond
+from cart_plugin.linalg.rounding import is_drowned, rounding_left
 
 _ROUNDING = 1e-8  # a share of squares below which they are none
 _LEFT_OUT = 1e-3
+_MARGIN = 1.1  # of what rounding is expected to be: it is an estimate
 FEW_TASKS = 4
 """Of more, the average takes the base's place."""
 
@@ -72,7 +73,7 @@ def is_low_rank(
     """
     drowned = is_drowned(energy, rounding) | (energy == 0)
     lost = energy - values.double().square().sum(dim=-1)
-    allowed = _LEFT_OUT * energy + rounding_beyond(rounding, values.shape[-1], *shape)
+    allowed = _LEFT_OUT * energy + _MARGIN * rounding_left(values, rounding, *shape)
     if bool(((lost > allowed) & ~drowned).any()):
         return False
     return None if bool(drowned.all()) else True

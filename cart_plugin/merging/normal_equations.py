@@ -63,6 +63,7 @@ class System:
         self.weights: list[float] = []
         self.trace = torch.zeros(())  # of sum w C
         self.energy = torch.zeros(())  # sum w ||D||^2, in fp64: fp32 has no room for squares
+        self.noise: Tensor | None = None  # what of ||sum w D||^2 to expect of rounding
 
     def add(
         self,
@@ -70,6 +71,7 @@ class System:
         weight: float,
         size: Tensor | None = None,
         energy: Tensor | None = None,
+        rounding: Tensor | None = None,
     ) -> None:
         """Add a task's terms.
 
@@ -79,6 +81,8 @@ class System:
             size: z, one number a matrix of a stack and a dimension of 1; the largest singular value
                 if None, so that the covariance's largest eigenvalue is 1.
             energy: ``||D||^2`` in fp64, if U is not orthogonal.
+            rounding: squared norm of the rounding in all of the task vector, in fp64; None for
+                nothing.
         """
         if factors.S.device.type == "mps":  # no fp64, and not all of the linear algebra
             factors = factors.to(torch.device("cpu"))
@@ -89,6 +93,10 @@ class System:
         self.waiting.append(term)
         self.trace = self.trace + weight * term.shares.square().sum(dim=-1)
         self.energy = self.energy + weight * energy
+        if rounding is not None:
+            m, n, k = factors.U.shape[-2], factors.Vh.shape[-1], (factors.S > 0).sum(dim=-1)
+            within = rounding.to(energy.device) * (1 - (1 - k / m) * (1 - k / n))
+            self.noise = weight**2 * within + (0 if self.noise is None else self.noise)
         self.ranks += factors.rank
         if self.ranks >= factors.Vh.shape[-1]:
             self._pour()
@@ -221,7 +229,11 @@ class System:
         return torch.where(self.trace > 0, self.trace, 1) / count
 
     def _strength(self, energy_of_sum: Tensor, pull: Tensor, least_kept: float) -> Tensor:
-        """What ``sum w D`` is multiplied by: ``pull / rho``."""
+        """What ``sum w D`` is multiplied by: ``pull / rho``, less for what of it is rounding."""
+        if self.noise is not None:
+            real = (energy_of_sum - self.noise).clamp_min(0)
+            pull = pull * (real / torch.where(energy_of_sum > 0, energy_of_sum, 1)).to(pull.dtype)
+            energy_of_sum = real
         kept = energy_of_sum / torch.where(self.energy > 0, self.energy, 1)
         mean_weight = sum(self.weights) / len(self.weights)
         return (pull / kept.clamp_min(least_kept * mean_weight)).to(pull.dtype)

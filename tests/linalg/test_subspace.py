@@ -13,7 +13,8 @@ from cart_plugin.linalg import subspace
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.linalg.subspace import GAIN, near_subspace, oversampled
 from cart_plugin.linalg.svd import truncated_svd
-from cart_plugin.merging.cart import merge_tensors, truncated
+from cart_plugin.merging.cart import merge_tensors
+from cart_plugin.merging.differences import truncated
 from cart_plugin.merging.least_interference import least_interference
 from tests.devices import DEVICE
 from tests.support import SPECTRA, power_law, random, rank_deficient, relative_error, with_spectrum

@@ -109,3 +109,17 @@ def test_the_directions_of_many_that_lora_has_made(
         assert factors.rank > 3 or not weight  # of the difference from the average, all of it
     with pytest.raises(CartError, match="singular directions, but candidates=0"):
         directions_of(tensors, auto, weights=weights, name=name, candidates=0.1)
+
+
+@pytest.mark.parametrize("weights", [[1.0] * 4, [1.0, 0.0, 2.0, 1.0]], ids=str)
+def test_directions_that_are_rounding_are_left_out(weights: list[float]) -> None:
+    """Adapters that were merged into bf16 weights, without a base."""
+    base, auto = 2 * random(60, 80, seed=9), CartSettings(lambda_="auto")
+    tensors = [
+        (base + 0.1 * random(60, 2, seed=2 * task) @ random(2, 80, seed=2 * task + 1)).bfloat16()
+        for task in range(4)
+    ]
+    found = directions_of([one.float() for one in tensors], auto, weights=weights, name="x")
+    expected = merge_tensors([one.float() for one in tensors], auto, weights=weights, name="x")
+    assert torch.allclose(merged(found, weights, 1.0).float(), expected, atol=1e-4)
+    assert all(one.rank <= 8 for one, share in zip(found.factors, weights, strict=True) if share)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import pytest
 import scipy.linalg
@@ -248,22 +249,33 @@ def test_adapters_merged_into_bf16_weights_are_of_low_rank(loaded: torch.dtype) 
     assert error_of(other, merged(taus)) > 0.4  # the form of full rank
 
 
+def falling(count: int, base: float = 0.8) -> list[Tensor]:
+    """What full fine-tuning changes: all directions, less and less."""
+    values = base ** torch.arange(40)
+    lefts = [torch.linalg.qr(random(40, 40, seed=task))[0] for task in range(count)]
+    rights = [torch.linalg.qr(random(60, 40, seed=10 + task))[0] for task in range(count)]
+    return [left * values @ right.mT for left, right in zip(lefts, rights, strict=True)]
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.1, 1.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_copy_of_the_base_in_fewer_bits_is_told_too(dtype: torch.dtype) -> None:
-    taus = [0.3 * tau for tau in adapters(3, one_start=True, shared=0.5)]
+def test_what_was_trained_from_a_base_in_few_bits_has_no_rounding(
+    dtype: torch.dtype, scale: float
+) -> None:
+    """Stored in fp32 it is what training made of that base, however large the base's spacing."""
     exact = 20 * random(40, 60, seed=9)
-    models, copy = [exact + tau for tau in taus], exact.to(dtype)
-    for base in (copy, copy.float()):
-        found = merge_tensors(models, AUTO, base=base, name="w") - exact
-        assert error_of(found, merged(taus)) < 0.25
+    stored = exact.to(dtype).float()
+    taus = [scale * tau for tau in falling(3)]
+    found, expected = (
+        merge_tensors([base + tau for tau in taus], AUTO, base=base, name="w") - base
+        for base in (stored, exact)
+    )
+    assert error_of(found, expected) < 1e-2
 
 
 def test_full_fine_tuning_in_bf16_is_not_of_low_rank() -> None:
     """Its spectrum falls, and a quarter of the directions lacks 2 %, as much as rounding adds."""
-    falling = 0.8 ** torch.arange(40)
-    lefts = [torch.linalg.qr(random(40, 40, seed=task))[0] for task in range(3)]
-    rights = [torch.linalg.qr(random(60, 40, seed=10 + task))[0] for task in range(3)]
-    taus = [left * falling @ right.mT for left, right in zip(lefts, rights, strict=True)]
+    taus = falling(3)
     base, models = base_and_models(torch.bfloat16, taus, scale=3.3)
     for one, tau in zip(models, taus, strict=True):
         assert 0.01 < error_of(one - base, tau) ** 2 < 0.05
@@ -296,3 +308,39 @@ def test_a_barely_changed_model_does_not_decide_for_the_others() -> None:
     base, models = base_and_models(torch.bfloat16, taus)
     found = merge_tensors(models, AUTO, base=base, name="w").float() - base
     assert error_of(found, merged(taus)) < 0.3
+
+
+@pytest.mark.parametrize("count", [5, 6])
+def test_many_adapters_in_bf16_are_told_without_a_base_too(count: int) -> None:
+    """What sets two models apart has the rounding of both."""
+    taus = [0.03 * tau for tau in adapters(count, one_start=False)]
+    base, models = base_and_models(torch.bfloat16, taus)
+    expected = merged(taus)
+    for known in (base, None):
+        found = merge_tensors(models, AUTO, base=known, name="w").float() - base
+        assert error_of(found, expected) < 0.25
+    exact = merge_tensors([base + tau for tau in taus], AUTO, name="w") - base
+    assert error_of(exact, expected) < 1e-2
+
+
+@pytest.mark.parametrize("center", [None, "average"])
+@pytest.mark.parametrize("count", [3, 4])
+def test_rounding_of_adapters_is_not_scaled_up_without_a_base(
+    count: int, center: Literal["average"] | None
+) -> None:
+    """Without a base their sum cancels: rounding is what would be left to scale up."""
+    base = (2 * random(160, 200, seed=9)).bfloat16().float()
+    taus = [
+        0.02 * random(160, 3, seed=2 * task) @ random(3, 200, seed=2 * task + 1)
+        for task in range(count)
+    ]
+    models = [(base + tau).bfloat16().float() for tau in taus]
+    settings = CartSettings(lambda_="auto", center=center)
+    found = merge_tensors(models, settings, name="w") - base
+    clean = merge_tensors([base + tau for tau in taus], settings, name="w") - base
+    rows = torch.linalg.svd(torch.cat(taus))[2][3 * count :]  # that no task has
+    noise = float(torch.linalg.norm((sum(models) / count - base) @ rows.mT))
+    assert noise > 0.03 * torch.linalg.norm(taus[0])
+    assert torch.linalg.norm(clean @ rows.mT) < 1e-2 * noise
+    assert torch.linalg.norm(found @ rows.mT) < 1.5 * noise
+    assert error_of(found, clean) < 0.3

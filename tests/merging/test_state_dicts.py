@@ -88,7 +88,7 @@ def test_each_tensor_has_its_own_random_start(monkeypatch: pytest.MonkeyPatch) -
         seeds.append(seed)
         return truncated_svd(x, rule, svd=svd, seed=seed, rounding=rounding)
 
-    monkeypatch.setattr("cart_plugin.merging.cart.truncated_svd", recorded)
+    monkeypatch.setattr("cart_plugin.merging.differences.truncated_svd", recorded)
     tensors = versions(8, 8, count=3)
     for name, seed in (("a.weight", 0), ("b.weight", 0), ("a.weight", 5), ("a.weight", 0)):
         merge_tensors(tensors, CartSettings(seed=seed), name=name)
