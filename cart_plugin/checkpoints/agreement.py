@@ -118,7 +118,8 @@ def stranger_fact(
     advice = "save all models with one class (the `...For...` class of the fine-tuned ones)"
     if is_base:
         advice = (
-            "leave base_model out where nothing needs it (center: base and task arithmetic do), "
-            "or save the base with the class of the fine-tuned models"
+            "save the base with the class of the fine-tuned models, or leave base_model out where "
+            "nothing needs it (center: base and task arithmetic do; cart_auto of two to four "
+            "models is the better for it)"
         )
     return fact, advice

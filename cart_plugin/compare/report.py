@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -214,13 +215,14 @@ def _heat(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     size = (0.3 + left + 0.62 * len(names), 0.3 + 0.7 * below + 0.3 * len(rows))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
-    axes.imshow(values, aspect="auto", cmap="Blues", vmin=0)
+    known = [value for line in values for value in line if math.isfinite(value)]
+    low, top = min([0.0, *known]), max([0.0, *known])  # of log-likelihoods all are below zero
+    axes.imshow(values, aspect="auto", cmap="Blues", vmin=low, vmax=top)
     axes.set_xticks(range(len(names)), [_short(name) for name in names], rotation=40, ha="right")
     axes.set_yticks(range(len(rows)), [_short(title(row)) for row in rows])
-    top = max(max(value for value in line if value == value) for line in values)
     for y, line in enumerate(values):
         for x, value in enumerate(line):
-            colour = "white" if value > 0.6 * top else "black"
+            colour = "white" if value - low > 0.6 * (top - low) else "black"
             axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
     return _svg(figure)
 

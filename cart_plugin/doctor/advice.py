@@ -13,6 +13,7 @@ from mergekit.options import MergeOptions
 
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor.layout import Recipe
+from cart_plugin.merging.informed import MOST_INFORMED
 from cart_plugin.wording import some
 
 FLAT = "merge with `mergekit-cart merge RECIPE OUT`, which goes tensor by tensor where it has to"
@@ -101,6 +102,12 @@ def _without_base(config: Recipe, checkpoints: Mapping[str, Checkpoint]) -> str:
     needed = merge_methods.get(config.merge_method).spec.contract.base == BasePolicy.REQUIRED
     if needed or (config.parameters or {}).get("center") == "base":
         return f"{what}: name one of the models' own class as base, or use a method without a base"
+    if config.merge_method == "cart_auto" and len(checkpoints) - 1 <= MOST_INFORMED:
+        return (
+            f"{what}: save it with the models' own class (its from_pretrained, then "
+            "save_pretrained), or name one of that class; without a base cart_auto merges so few "
+            "models worse, and of two it makes their average"
+        )
     return f"{what}: leave `base_model` out, {config.merge_method} does not need it"
 
 

@@ -19,6 +19,8 @@ _ALIKE = 0.3  # difference of two models, relative to what they moved: one is ne
 _GAIN = 0.02  # of what is lost: less than that is no reason for another method than the average
 _LITTLE = 0.5  # kept of a model: below, a merge is hardly that model
 _STRANGE = 0.5  # moved, of a model's weights: fine-tuning does not; to another model it is 1.4
+_FAR = 0.1  # the same, where all models moved nearly alike: then the base is another one
+_SAME = 0.7  # cosine of all pairs, which then is more than siblings' changes have
 _COMMON = 0.4  # cosine of all pairs: of siblings' changes, from one of them, it is a half
 _LARGE = 3.0  # how much farther one model moved than the median
 
@@ -96,7 +98,10 @@ def advise(
         *_choice(method, methods, len(movements), base, hints, of_adapters=of_adapters),
         *_others(method, methods, hints, is_low=is_low),
         *_ranks(movements),
-        *(_strangers(movements, base, hints) or (*_pairs(pairs), *_common(pairs, base, hints))),
+        *(
+            _strangers(movements, pairs, base, hints)
+            or (*_pairs(pairs), *_common(pairs, base, hints))
+        ),
         *_sizes(movements),
     ]
     alone = of_adapters and not any("+" in path for path in paths)
@@ -141,9 +146,13 @@ def _choice(
     centred = base is None and not of_adapters
     if method == AVERAGE:
         kept = "" if centred else f", which keeps {average.mean_kept:.0%}"
-        ahead = _ahead(method, methods)
-        who = f"{title(_preferred(methods))} does not lose" if ahead else "no method loses"
-        yield f"{who} clearly less than the average{kept}"
+        preferred = _preferred(methods)
+        if preferred != AVERAGE and _ahead(method, methods):
+            yield f"{title(preferred)} does not lose clearly less than the average{kept}"
+        elif preferred != AVERAGE or (count == 2 and base is None):
+            yield f"no method loses clearly less than the average{kept}"
+        else:
+            yield f"of the methods that can be recommended the average is left{kept}"
     elif centred:  # of that the average has nothing: a figure would look measured
         yield (
             f"{title(method)} keeps {found.mean_kept:.0%} of what sets the models apart from their "
@@ -155,7 +164,8 @@ def _choice(
             f"{found.mean_lost:.0%}; the average keeps {average.mean_kept:.0%} and loses "
             f"{average.mean_lost:.0%}"
         )
-    if methods and count > 2 and AUTO not in methods:
+    has_auto = not methods.keys().isdisjoint((AUTO, AUTO_WITH_BASE))
+    if not has_auto and (count > 2 or base is not None):
         yield "a weight is below 0, which cart_auto does not take: it is left out"
     elif centred and count <= MOST_INFORMED:
         yield (
@@ -213,12 +223,16 @@ def _ranks(movements: Sequence[Movement]) -> Iterator[str]:
         )
 
 
-def _strangers(movements: Sequence[Movement], base: str | None, hints: Hints) -> list[str]:
+def _strangers(
+    movements: Sequence[Movement], pairs: Sequence[Pair], base: str | None, hints: Hints
+) -> list[str]:
     """Says that models differ by more than fine-tuning explains.
 
     Then pairs tell nothing: from what is no base of theirs all models move alike.
     """
-    found = [one for one in movements if one.share is not None and one.share > _STRANGE]
+    least = min((pair.cosine for pair in pairs), default=0.0)
+    most = _FAR if base is not None and least >= _SAME else _STRANGE
+    found = [one for one in movements if one.share is not None and one.share > most]
     if not found:
         return []
     named = ", ".join(f"{one.model} by {one.share:.0%}" for one in found)

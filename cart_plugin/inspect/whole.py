@@ -87,7 +87,10 @@ class Whole:
             )
             if place(name).layer is not None:
                 raise CartError(f"{shapes}: models of different shapes cannot be merged")
-            yield f"{shapes}: left out, as heads and vocabularies of different sizes have to be"
+            yield (
+                f"{shapes}: left out, as heads of different sizes have to be; of vocabularies "
+                "mergekit makes one with `tokenizer: {source: union}` in the recipe"
+            )
         if lacking:
             what = "tensors are" if len(lacking) > 1 else "tensor is"
             yield (

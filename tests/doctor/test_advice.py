@@ -76,6 +76,8 @@ def test_a_base_of_another_class_can_go(
     advice = "name one of the models' own class" if needed else "leave `base_model` out"
     report.has_only_problem("cannot plan", "only the base model is a 'LlamaForCausalLM'", advice)
     assert check(models).problems == []
+    report = check(models[:2], base_model=llamas[0], merge_method="cart_auto")
+    report.has_only_problem("cannot plan", "save it with the models' own class", "their average")
 
 
 # Signs in names

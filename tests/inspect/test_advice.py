@@ -106,6 +106,22 @@ def test_where_nothing_is_to_be_gained_the_average_will_do() -> None:
     assert "no method loses clearly less" in said(found)
 
 
+def test_a_base_of_other_models_is_doubted_where_all_moved_far_and_alike() -> None:
+    found = said(advice(share=0.48, cosine=0.96, apart=0.27))
+    assert "model0 by 48%" in found
+    assert "if base is not the model that they were fine-tuned from" in found
+    assert "count twice" not in found
+    assert "count twice" in said(advice(share=0.02, cosine=0.96, apart=0.27))
+    assert "fine-tuning moves" not in said(advice(share=0.3, cosine=0.3))
+
+
+def test_a_negative_weight_leaves_the_average() -> None:
+    found = said(advice({"average": 2.6, "task_arithmetic": 0.9}, count=2))
+    assert "a weight is below 0, which cart_auto does not take" in found
+    assert "of the methods that can be recommended the average is left" in found
+    assert "loses less by this measure (90%)" in found
+
+
 @pytest.mark.parametrize("ahead", ["cart", "task_arithmetic"])
 def test_that_no_method_is_better_is_said_where_none_is(ahead: str) -> None:
     found = advice({"average": 0.5, ahead: 0.2, "cart_auto with base": 0.5, "cart_auto": 0.5})
