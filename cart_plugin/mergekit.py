@@ -320,8 +320,8 @@ class CartMerge(GroupMergeMethod):
         nothing = not of_recipe and bool(known) and max(known.values()) < 2
         if nothing or (of_recipe and not alone and len(tuned) < 2):
             raise CartError(
-                f"{self.spec.name} needs at least two fine-tuned models beside the base model "
-                f"(three to gain from it), got {len(tuned)}: {', '.join(tuned) or 'none'}"
+                f"{self.spec.name} needs at least two fine-tuned models beside the base model, "
+                f"got {len(tuned)}: {', '.join(tuned) or 'none'}"
             )
         # A name that comes again is of another recipe, after one that failed.
         before = {} if group_name in known or not of_slice else known

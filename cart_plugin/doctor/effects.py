@@ -149,6 +149,11 @@ def _base_in_use(decomposed: Sequence[Merge]) -> Iterator[Finding]:
             "the base model is only asked whether adapters have made the models: five and more "
             "merge better around their average"
         )
+    elif taking and all(merge.is_around_base for merge in informed):
+        yield ok(
+            "center is the base model: cart_auto adds its sum to that, and the average has no part "
+            "(its usual way with a base is without a center)"
+        )
     elif taking:
         yield ok(
             f"the base model shows where the tasks' inputs lie in {count(taking, 'tensor')}"

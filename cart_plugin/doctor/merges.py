@@ -85,6 +85,11 @@ class Merge:
         return self._settings.lambda_ == "auto"
 
     @property
+    def is_around_base(self) -> bool:
+        """Whether differences are taken from the base model."""
+        return self._settings.center == "base"
+
+    @property
     def _is_informed(self) -> bool:
         return self.has_base and self._settings.is_informed(len(self.counting))
 

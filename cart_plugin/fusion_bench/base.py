@@ -112,7 +112,7 @@ class CartBase(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         pool = modelpool if isinstance(modelpool, BaseModelPool) else BaseModelPool(modelpool)
         if len(pool.model_names) < 2:
             raise CartError(
-                "CART needs at least two fine-tuned models (three to gain from it); the pool has "
+                "CART needs at least two fine-tuned models; the pool has "
                 f"{', '.join(pool.model_names) or 'none'}"
             )
         if self.center == "base" and not pool.has_pretrained:

@@ -103,7 +103,7 @@ def merge_tensors(
             if decompose:
                 of_adapters = of_low_rank(one, merged, base, settings)
                 merged = (
-                    _add_low_rank(one, merged, settings, kept, has_base=base is not None)
+                    _add_low_rank(one, merged, settings, kept)
                     if of_adapters is None
                     else of_adapters
                 )
@@ -119,7 +119,7 @@ def merge_tensors(
 
 
 def _add_low_rank(
-    inputs: Inputs, centre: Tensor, settings: CartSettings, kept: Kept | None, *, has_base: bool
+    inputs: Inputs, centre: Tensor, settings: CartSettings, kept: Kept | None
 ) -> Tensor:
     """``centre + lambda * T * sum_t share_t SVD_k(W_t - centre)``, for shares that sum to 1.
 
@@ -138,7 +138,7 @@ def _add_low_rank(
                 _count_whole(inputs, centre, kept)
             return centre
         if are_two:
-            warnings.warn(_two_models(settings, has_base=has_base), CartWarning, stacklevel=3)
+            warnings.warn(_two_models(settings), CartWarning, stacklevel=3)
 
     rounding = inputs.rounding_in(settings, shape)
     if kept is not None:
@@ -181,14 +181,14 @@ def _count_whole(inputs: Inputs, centre: Tensor, kept: Kept) -> None:
         kept.add(inputs.name or "", energy, None, None)
 
 
-def _two_models(settings: CartSettings, *, has_base: bool) -> str:
+def _two_models(settings: CartSettings) -> str:
     """What to say where two models are merged around their average."""
     if settings.lambda_ == "auto" and settings.center is None:
         advice = "give their base model, which shows where the inputs of each lie"
     elif settings.lambda_ == "auto":
         advice = "leave center out, with the base model given"
     else:
-        advice = "use cart_auto" + ("" if has_base else " with their base model")
+        advice = "use cart_auto (lambda: auto) with their base model"
     return (
         "with two models CART is plain averaging: their centred task vectors are opposite and "
         f"cancel at any rank; {advice}, or use three models or more (of weight above 0)"

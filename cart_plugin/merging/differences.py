@@ -100,7 +100,8 @@ class Inputs(NamedTuple):
         """Refuse negative weights, which have no meaning in a least-squares sum."""
         if min(self.shares) < 0:
             raise CartError(
-                f"{self.where}: cart_auto (lambda: auto) takes no negative weights; merge with cart"
+                f"{self.where}: cart_auto (lambda: auto) takes no negative weights, such as that "
+                f"of {self.models[self.shares.index(min(self.shares))]}; merge with cart"
             )
 
 

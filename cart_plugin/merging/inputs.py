@@ -27,6 +27,8 @@ def normalised(weights: Sequence[float] | None, count: int, where: str) -> list[
         raise CartError(f"{where}: weights are a list in the order of the models, not a mapping")
     if len(weights) != count:
         raise CartError(f"{where}: {count} models but {len(weights)} weights")
+    if any(weight is None or isinstance(weight, str) for weight in weights):
+        raise CartError(f"{where}: weights must be numbers, got {list(weights)}")
     total = sum(weights)
     if not math.isfinite(total):
         raise CartError(f"{where}: weights must be finite numbers, got {list(weights)}")
@@ -51,7 +53,7 @@ def check_inputs(
     where = f"tensor {name!r}" if name is not None else "tensor"
     if len(tensors) < 2:
         raise CartError(
-            f"CART needs at least two fine-tuned models (three to gain from it); "
+            f"CART needs at least two fine-tuned models; "
             f"{where} comes from {len(tensors)}: {', '.join(models) or 'none'}"
         )
     if center == "base" and base is None:

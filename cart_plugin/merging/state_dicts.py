@@ -55,7 +55,16 @@ def merge_state_dicts(
     if not models:
         raise CartError("CART needs at least two fine-tuned models, got none")
     settings = settings or CartSettings()
+    if not isinstance(settings, CartSettings):
+        raise CartError(f"settings must be CartSettings(...), got {type(settings).__name__}")
     holders = dict(named)
+    for who, held in (*holders.items(), ("the base model", base)):
+        if held is not None and not hasattr(held, "keys"):
+            raise CartError(
+                f"{who} must be a state dict, a mapping from names to tensors, got "
+                f"{type(held).__name__}; load files with safetensors.torch.load_file, and give "
+                "the state_dict() of a module"
+            )
     is_centre = settings.center == "base"
     if is_centre and base is not None:
         holders["the base model"] = base

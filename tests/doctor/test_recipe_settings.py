@@ -240,6 +240,15 @@ def test_a_model_named_twice(check: Callable[..., Report], llamas: list[str]) ->
     check(models=entries([*llamas, llamas[0]])).has_only_problem("names a model twice")
 
 
+def test_center_base_of_cart_auto(check: Callable[..., Report], llamas: list[str]) -> None:
+    models = entries(llamas[:2])
+    recipe = {"models": models, "base_model": llamas[2], "merge_method": "cart_auto"}
+    report = check(**recipe, parameters={"center": "base"})
+    assert "center is the base model: cart_auto adds its sum to that" in report.text
+    assert "shows where the tasks' inputs lie" not in report.text
+    assert "shows where the tasks' inputs lie" in check(**recipe).text
+
+
 def test_center_base_without_base(check: Callable[..., Report]) -> None:
     report = check(parameters={"center": "base"})
     report.has_only_problem("center is base, but there is no base model", "base_model")

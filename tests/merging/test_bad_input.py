@@ -72,9 +72,7 @@ def test_a_missing_tensor_names_the_model_that_lacks_it() -> None:
 
 
 def test_fewer_than_two_models_are_refused() -> None:
-    message = (
-        r"at least two fine-tuned models \(three to gain from it\); tensor 'w' comes from 1: a"
-    )
+    message = r"at least two fine-tuned models; tensor 'w' comes from 1: a"
     with pytest.raises(CartError, match=message):
         merge_tensors([random(3, 3)], name="w", models=["a"])
     with pytest.raises(CartError, match="comes from 0: none"):
@@ -85,14 +83,26 @@ def test_fewer_than_two_models_are_refused() -> None:
         merge_state_dicts([])
 
 
+def test_what_is_no_state_dict_is_named() -> None:
+    held = {name: state_dict(seed) for seed, name in enumerate("ab")}
+    for wrong in ("./models/math", torch.nn.Linear(2, 2)):
+        with pytest.raises(CartError, match=r"^b must be a state dict, .* got (str|Linear);"):
+            merge_state_dicts(held | {"b": wrong})
+    with pytest.raises(CartError, match=r"^the base model must be a state dict"):
+        merge_state_dicts(held, base="./models/base")
+    with pytest.raises(CartError, match=r"settings must be CartSettings\(...\), got dict"):
+        merge_state_dicts(held, {"lambda_": "auto"})
+    with pytest.raises(CartError, match=r"weights must be numbers, got \['1', 2\]"):
+        merge_state_dicts(held, weights=["1", 2])
+
+
 def test_two_models_warn_only_where_it_matters() -> None:
     pair = versions(5, 6, count=2)
     base = random(5, 6, seed=9)
     auto = CartSettings(lambda_="auto")
-    with pytest.warns(CartWarning, match=r"; use cart_auto with their base model, or use three"):
-        merge_tensors(pair)
-    with pytest.warns(CartWarning, match=r"; use cart_auto, or use three"):
-        merge_tensors(pair, base=base)
+    for known in (None, base):
+        with pytest.warns(CartWarning, match=r"; use cart_auto \(lambda: auto\) with their base"):
+            merge_tensors(pair, base=known)
     with pytest.warns(CartWarning, match=r"; give their base model, which shows where"):
         merge_tensors(pair, auto)
     with pytest.warns(CartWarning, match=r"; leave center out, with the base model given"):
