@@ -68,9 +68,14 @@ class CartAnalysisAlgorithm(LightningFabricMixin, BaseAlgorithm):
             The pretrained model or, without one, the first: methods have to return a model.
 
         Raises:
-            CartError: fewer than two models, or such as cannot be merged.
+            CartError: fewer than two models, or such as cannot be merged; or the program is told to
+                save what is merged.
         """
         started = time.perf_counter()
+        if (path := getattr(self._program, "merged_model_save_path", None)) is not None:
+            raise CartError(
+                f"merged_model_save_path is {path}, but cart/analysis merges nothing: leave it out"
+            )
         out = self.output_path
         pool = modelpool if isinstance(modelpool, BaseModelPool) else BaseModelPool(modelpool)
         models = {name: pool.load_model(name) for name in pool.model_names}

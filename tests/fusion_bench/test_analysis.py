@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -95,6 +96,13 @@ def test_too_few_models_and_a_pretrained_one_of_another_kind_are_refused(tmp_pat
     with pytest.raises(CartError, match="the base model lacks"):
         method.run(BaseModelPool({**models(2), "_pretrained_": nn.Linear(2, 2)}))
     assert not (tmp_path / "out").exists()
+
+
+def test_there_is_nothing_to_save(tmp_path: Path) -> None:
+    method = CartAnalysisAlgorithm(output_path=str(tmp_path / "out"))
+    method._program = SimpleNamespace(merged_model_save_path="merged")
+    with pytest.raises(CartError, match="cart/analysis merges nothing"):
+        method.run(models(2))
 
 
 def test_without_a_folder_it_says_so() -> None:
