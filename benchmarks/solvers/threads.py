@@ -34,7 +34,7 @@ from benchmarks.common.tables import markdown_table
 from benchmarks.solvers.matrices import MatrixMaker
 from cart_plugin import CartSettings, RankRule, merge_tensors, truncated_svd
 from cart_plugin.linalg import svd
-from cart_plugin.merging import cart
+from cart_plugin.merging import differences
 
 MODELS = 4
 RATIO = 0.08
@@ -56,7 +56,7 @@ def merges(tensors: list[Tensor]) -> Ways:
 
     def one_after_the_other() -> object:
         with ExitStack() as patched:
-            for module in (cart, svd):
+            for module in (differences, svd):
                 patched.enter_context(patch.object(module, "SIDE_BY_SIDE", 1))
                 patched.enter_context(patch.object(module, "worth", _all_threads))
             return merged()

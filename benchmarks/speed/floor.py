@@ -16,7 +16,7 @@ from cart_plugin import CartSettings, merge_tensors, truncated_svd
 from cart_plugin.checkpoints.reading import Checkpoint, open_folder
 from cart_plugin.checkpoints.writing import TensorFile
 from cart_plugin.linalg import krylov
-from cart_plugin.merging import cart
+from cart_plugin.merging import differences
 
 RATIO = 0.08
 _REPEATS = 3
@@ -106,7 +106,7 @@ def _one(tensors: list[Tensor], name: str) -> dict[str, float]:
     settings = CartSettings(rank_ratio=RATIO)
     decompose = False if is_table(name) else None
     whole = _seconds(lambda: merge_tensors(tensors, settings, name=name, decompose=decompose))
-    with patch.object(cart, "truncated_svd", timed), patch.object(krylov, "_extend", noted):
+    with patch.object(differences, "truncated_svd", timed), patch.object(krylov, "_extend", noted):
         merge_tensors(tensors, settings, name=name, decompose=decompose)
     return {
         "products": products,

@@ -42,12 +42,15 @@ class Differences:
         energies: squared norms of all of each, ``(T, stack)``, in fp64.
         rounding: what of them is rounding (`cart_plugin.linalg.rounding`), the same.
         inner: inner products of all of them, ``(T, T)``, in fp64.
+        cut: of those from the average, what a merge without a base takes for rounding in those that
+            count (`cart_plugin.merging.differences.Inputs.rounding_in`).
     """
 
     parts: list[LowRank]
     energies: Tensor
     rounding: Tensor
     inner: Tensor
+    cut: Sequence[Tensor | None] = ()
 
 
 def merges_of(
@@ -84,15 +87,18 @@ def merges_of(
                 return added.to(offset.device)
         rank = rank_of(ALONE, offset.shape)
 
-        def real(index: int) -> LowRank:
-            part = leading(centred.parts[index], rank)
-            energy, rounding = centred.energies[index], centred.rounding[index]
-            device = part.S.device
-            return beyond_rounding(part, energy.to(device), rounding.to(device))
+        cut = centred.cut or [None] * len(counting)
 
-        parts = ((real(index), weight) for index, weight in counting)
-        rounding = [centred.rounding[index] for index, _ in counting]
-        return least_interference(parts, rounding=rounding).to(offset.device)
+        def real(index: int, rounding: Tensor | None) -> LowRank:
+            part = leading(centred.parts[index], rank)
+            if rounding is None:
+                return part
+            energy = centred.energies[index].to(part.S.device)
+            return beyond_rounding(part, energy, rounding.to(energy.device))
+
+        pairs = zip(counting, cut, strict=True)
+        parts = ((real(index, own), weight) for (index, weight), own in pairs)
+        return least_interference(parts, rounding=cut).to(offset.device)
 
     others = functools.cache(disturbing_least)
     if count > 2:

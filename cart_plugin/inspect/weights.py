@@ -156,6 +156,7 @@ def _decomposed(
     own = centred_rounding(_rounding(tensors, shape, exact), shares)
     products = _centred(inner, shares)
     centred = _differences(name, tensors, mean, shape, ALONE, own, products, {})
+    centred.cut = every.rounding_in(ALONE, shape)
     from_base = None
     if base is not None:
         informed = INFORMED.informed

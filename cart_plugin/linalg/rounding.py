@@ -136,7 +136,7 @@ def rounding_left(values: Tensor, rounding: Tensor, m: int, n: int) -> Tensor:
         (1 - r / m) * (1 - r / n) * _energy_beyond(k - r, min(m, n) - r, max(m, n) - r)
         for r in others.tolist()
     ]
-    return rounding * torch.tensor(left, dtype=rounding.dtype, device=rounding.device)
+    return rounding * rounding.new_tensor(left)
 
 
 @functools.cache

@@ -141,7 +141,7 @@ def _add_low_rank(
             warnings.warn(_two_models(settings), CartWarning, stacklevel=3)
 
     rounding = inputs.rounding_in(settings, shape)
-    if kept is not None:
+    if kept is not None and not settings.rule.of_numerical_rank:
         rounding = inputs.centred_rounding(shape)
     check = settings.center == "base"
 

@@ -76,20 +76,36 @@ class Inputs(NamedTuple):
 
         With another model's in its difference from that: see `difference_rounding`.
         """
-        pairs = zip(self.tensors, self.shares, strict=True)
-        counting = [tensor.reshape(shape) for tensor, share in pairs if share]
-        return difference_rounding(counting, None if other is None else other.reshape(shape))
+        beside = other.reshape(shape) if other is not None and self._are_rounded(shape) else None
+        return difference_rounding(self._counting(shape), beside)
 
     def centred_rounding(self, shape: tuple[int, int, int]) -> list[Tensor]:
         """The same of the differences from the weighted mean."""
-        return centred_rounding(self.rounding(shape), [share for share in self.shares if share])
+        counting, own = self._counting(shape), self.rounding(shape)
+        for place, tensor in enumerate(counting):
+            others = counting[:place] + counting[place + 1 :]
+            # Models that are equal here were not trained here: nothing was rounded.
+            if is_rounded(tensor) and any(torch.equal(tensor, other) for other in others):
+                own[place] = torch.zeros_like(own[place])
+        return centred_rounding(own, [share for share in self.shares if share])
+
+    def _counting(self, shape: tuple[int, int, int]) -> list[Tensor]:
+        pairs = zip(self.tensors, self.shares, strict=True)
+        return [tensor.reshape(shape) for tensor, share in pairs if share]
+
+    def _are_rounded(self, shape: tuple[int, int, int]) -> bool:
+        """Whether rounding shows in what training changed.
+
+        Not so if any model has more bits: then one with fewer is what training left as it was.
+        """
+        return all(map(is_rounded, self._counting(shape)))
 
     def rounding_in(
         self, settings: CartSettings, shape: tuple[int, int, int]
     ) -> Sequence[Tensor | None]:
         """The same of the differences from the centre, where what is kept of them depends on it."""
         if settings.lambda_ == "auto":
-            matters = any(is_rounded(tensor.reshape(shape)) for tensor in self.tensors)
+            matters = self._are_rounded(shape)
         else:
             matters = settings.rule.of_numerical_rank
         if not matters:

@@ -90,9 +90,14 @@ def directions_of(
         if settings.lambda_ == "auto":
             inputs.check_weights()
         if (of_lora := _of_lora(inputs, centre, settings)) is not None:
-            if candidates is not None:
-                rank = max(factors.rank for factors in of_lora.factors)
-                _most(candidates, rank, shape, where)
+            rank, least = max(factors.rank for factors in of_lora.factors), min(shape[-2:])
+            if candidates is not None and rank > _most(candidates, shape):
+                raise CartError(
+                    f"{where}: of more than four adapters the merge keeps all of what sets them "
+                    f"apart from their average, {rank} singular directions, but candidates="
+                    f"{candidates} are {_most(candidates, shape)}; give at least "
+                    f"{math.ceil(100 * rank / least) / 100}, or start from a scaling factor"
+                )
             return of_lora
         known = iter(inputs.rounding_in(settings, shape))
         rounding = [next(known) if share else None for share in shares]
@@ -124,23 +129,16 @@ def _of_lora(inputs: Inputs, centre: Tensor, settings: CartSettings) -> Directio
     if parts is None:
         return None
     made = iter(low_rank_by_direction(parts, matrix_shape(inputs.name, centre.shape)[-1]))
-    # What has no weight is not in the sums: its difference as it is.
+    # What has no weight is not in the sums: its difference as it is, at no other strength.
     found = [
-        next(made) if share else truncated(tensor - centre, settings, inputs.name)
+        next(made).to(centre.device) if share else truncated(tensor - centre, settings, inputs.name)
         for tensor, share in zip(inputs.tensors, inputs.shares, strict=True)
     ]
     return Directions(centre, tuple(found), tuple(factors.S > 0 for factors in found))
 
 
-def _most(candidates: float, rank: int, shape: Sequence[int], where: str) -> int:
-    """The number of candidates, which must hold those of a rank that are kept."""
-    most = max(1, math.floor(candidates * min(shape[-2:])))
-    if rank > most:
-        raise CartError(
-            f"{where}: the merge keeps {rank} singular directions, but candidates={candidates} are "
-            f"{most}; give more candidates, or start from a lower rank"
-        )
-    return most
+def _most(candidates: float, shape: Sequence[int]) -> int:
+    return max(1, math.floor(candidates * min(shape[-2:])))
 
 
 def _with_candidates(
@@ -155,7 +153,12 @@ def _with_candidates(
 
     They are not decomposed anew, so that the merge is the same with any solver.
     """
-    most = _most(candidates, kept.rank, delta.shape, where)
+    most = _most(candidates, delta.shape)
+    if kept.rank > most:
+        raise CartError(
+            f"{where}: the merge keeps {kept.rank} singular directions, but "
+            f"candidates={candidates} are {most}; give more candidates, or start from a lower rank"
+        )
     if kept.rank == most:
         return kept
     rest = kept.add_to_(delta.clone(), -1.0)

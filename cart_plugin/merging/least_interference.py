@@ -38,7 +38,6 @@ tried besides, and what it brought: ``benchmarks/notes/auto.md``.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -74,15 +73,19 @@ def least_interference(
             at a fixed `pull`, M goes to zero, that is, the merged weight to the centre.
         pull: s, relative to the same. At 0, M is zero where no task moved.
         rounding: for each part the squared norm of the rounding in all of its task vector,
-            ``(stack,)``, or None for nothing: what of P is rounding is not scaled up.
+            ``(stack,)``, or None for nothing: a sum that is nearly all rounding, because what is
+            real in it cancels, is not scaled up.
 
     Returns:
         M, of the factors' dtype, ``(m, n)`` or a stack. Zero if all task vectors are.
     """
     total = System()
-    noise = itertools.repeat(None) if rounding is None else iter(rounding)
-    for factors, weight in parts:
-        total.add(factors, weight, rounding=next(noise))
+    if rounding is None:
+        for factors, weight in parts:
+            total.add(factors, weight)
+    else:
+        for (factors, weight), own in zip(parts, rounding, strict=True):
+            total.add(factors, weight, rounding=own)
     return total.solve(ridge, pull)
 
 

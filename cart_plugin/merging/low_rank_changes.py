@@ -175,8 +175,8 @@ class _System:
         total = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
         shift = ridge * torch.where(total > 0, total, 1) / known.clamp(1, inputs)
         kept = summed.square().sum(dim=(-2, -1)) / torch.where(energy > 0, energy, 1)
-        counting = sum(weight > 0 for weight in self.weights)
-        strength = shift / kept.clamp_min(least_kept * sum(self.weights) / counting)
+        mean_weight = sum(self.weights) / len(self.weights)
+        strength = shift / kept.clamp_min(least_kept * mean_weight)
         gram.diagonal(dim1=-2, dim2=-1).add_(shift[..., None])
         right = fitted + strength[..., None, None] * summed
         return Solution(torch.linalg.solve(gram, right, left=False), gram, strength)
@@ -231,8 +231,7 @@ def by_direction(
         Q_t = sum_i u_i s_i v_i^T (C_t + s / rho I) (sum_t w_t C_t + r I)^-1
 
     Args:
-        parts: of ``tau_t``, ``(stack, m, n)``, and its weight, of mean 1; of weight 0 it is left
-            out of the sums.
+        parts: of ``tau_t``, ``(stack, m, n)``, and its weight, positive, of mean 1.
         inputs: n.
         ridge: as in `combine`, centred.
         least_kept: as there.

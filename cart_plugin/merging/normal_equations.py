@@ -229,7 +229,11 @@ class System:
         return torch.where(self.trace > 0, self.trace, 1) / count
 
     def _strength(self, energy_of_sum: Tensor, pull: Tensor, least_kept: float) -> Tensor:
-        """What ``sum w D`` is multiplied by: ``pull / rho``, less for what of it is rounding."""
+        """What ``sum w D`` is multiplied by: ``pull / rho``.
+
+        With rounding in the sum, it is by Wiener's estimate of what is real in it, at the strength
+        of that: the same, until what is real keeps less than `least_kept`.
+        """
         if self.noise is not None:
             real = (energy_of_sum - self.noise).clamp_min(0)
             pull = pull * (real / torch.where(energy_of_sum > 0, energy_of_sum, 1)).to(pull.dtype)

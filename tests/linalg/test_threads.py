@@ -13,7 +13,7 @@ from cart_plugin import CartSettings, RankRule, merge_tensors, truncated_svd
 from cart_plugin.errors import CartError
 from cart_plugin.linalg import gram, svd
 from cart_plugin.linalg.threads import side_by_side, worth
-from cart_plugin.merging import cart
+from cart_plugin.merging import differences
 from tests.support import random
 
 
@@ -97,7 +97,7 @@ def test_differences_side_by_side_give_what_one_after_the_other_does(
 
     found = merged()
     assert torch.equal(found, merged())
-    monkeypatch.setattr(cart, "SIDE_BY_SIDE", 1)
+    monkeypatch.setattr(differences, "SIDE_BY_SIDE", 1)
     assert torch.allclose(found, merged(), atol=1e-5)
 
 

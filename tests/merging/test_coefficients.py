@@ -14,6 +14,7 @@ from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.linalg.svd import truncated_svd
 from cart_plugin.merging.least_interference import least_interference
+from cart_plugin.merging.normal_equations import System
 
 AUTO = CartSettings(lambda_="auto")
 
@@ -254,3 +255,20 @@ def test_negative_weights_and_other_words_are_refused() -> None:
         merge_tensors(matrices(3, 8, 8), AUTO, weights=[2.0, 1.0, -0.5], name="w")
     with pytest.raises(CartError, match="lambda must be a finite number or 'auto', got 'best'"):
         CartSettings(lambda_="best")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("noise", "strength"), [(0.0, 1.25), (6.0, 1.25), (7.5, 0.625), (9.0, 0)])
+def test_a_sum_that_is_nearly_all_rounding_is_not_scaled_up(noise: float, strength: float) -> None:
+    """The sum keeps 8 of 10 squares: less than a tenth of these is real from 7 of rounding on."""
+    size = torch.tensor([4.0**0.5, 1.0])
+    parts = [
+        LowRank(torch.eye(2), size, torch.eye(2)),
+        LowRank(torch.eye(2), size, torch.diag(torch.tensor([0.0, 1.0]))),
+    ]
+    system = System()
+    for part in parts:
+        system.add(part, 1.0, rounding=torch.tensor(noise / 2, dtype=torch.float64))
+    total = sum(part.dense() for part in parts)
+    assert float(total.square().sum()) == 8
+    assert float(system.energy) == 10
+    assert float(system.strength(1.0)) * 2 / float(system.trace) == pytest.approx(strength)

@@ -325,7 +325,7 @@ def test_many_adapters_in_bf16_are_told_without_a_base_too(count: int) -> None:
 
 @pytest.mark.parametrize("center", [None, "average"])
 @pytest.mark.parametrize("count", [3, 4])
-def test_rounding_of_adapters_is_not_scaled_up_without_a_base(
+def test_rounding_of_adapters_is_not_scaled_up_around_their_average(
     count: int, center: Literal["average"] | None
 ) -> None:
     """Without a base their sum cancels: rounding is what would be left to scale up."""
@@ -336,11 +336,40 @@ def test_rounding_of_adapters_is_not_scaled_up_without_a_base(
     ]
     models = [(base + tau).bfloat16().float() for tau in taus]
     settings = CartSettings(lambda_="auto", center=center)
-    found = merge_tensors(models, settings, name="w") - base
-    clean = merge_tensors([base + tau for tau in taus], settings, name="w") - base
+    known = None if center is None else base
+    found = merge_tensors(models, settings, base=known, name="w") - base
+    clean = merge_tensors([base + tau for tau in taus], settings, base=known, name="w") - base
     rows = torch.linalg.svd(torch.cat(taus))[2][3 * count :]  # that no task has
     noise = float(torch.linalg.norm((sum(models) / count - base) @ rows.mT))
     assert noise > 0.03 * torch.linalg.norm(taus[0])
     assert torch.linalg.norm(clean @ rows.mT) < 1e-2 * noise
     assert torch.linalg.norm(found @ rows.mT) < 1.5 * noise
     assert error_of(found, clean) < 0.3
+
+
+@pytest.mark.parametrize("has_base", [True, False])
+@pytest.mark.parametrize("count", [3, 4, 6])
+def test_a_weight_that_one_model_left_as_it_was_has_no_rounding(count: int, has_base: bool) -> None:
+    """In fp32, of a base that bf16 holds: no order of models makes adapters of fine-tunes."""
+    exact = 2 * random(40, 60, seed=9)
+    stored = exact.bfloat16().float()
+    taus = [0.02 * tau for tau in falling(count)]
+    for place in (0, count - 1):
+        taus[place] = torch.zeros(40, 60)
+        found, expected = (
+            merge_tensors(
+                [base + tau for tau in taus], AUTO, base=base if has_base else None, name="w"
+            )
+            - base
+            for base in (stored, exact)
+        )
+        assert error_of(found, expected) < 1e-2
+
+
+def test_models_that_are_equal_in_bf16_were_not_trained() -> None:
+    """The one that was is alone: what it changed cancels with what the others lack of it."""
+    base = (2 * random(40, 60, seed=9)).bfloat16().float()
+    trained = (base + falling(1)[0]).bfloat16().float()
+    found = merge_tensors([trained, base, base], AUTO, name="w")
+    average = (trained + 2 * base) / 3
+    assert error_of(found - base, average - base) < 0.1

@@ -8,15 +8,15 @@ import torch
 
 from benchmarks.common.measure import RESULTS
 from benchmarks.solvers import threads
-from cart_plugin.merging import cart
+from cart_plugin.merging import differences
 
 
 def test_both_ways_merge_the_same_and_leave_things_as_they_were() -> None:
     tensors = [torch.randn(24, 32, generator=torch.Generator().manual_seed(s)) for s in range(4)]
-    rule, before = cart.worth, torch.get_num_threads()
+    rule, before = differences.worth, torch.get_num_threads()
     as_it_is, other = (way() for way in threads.merges(tensors).values())
     assert torch.allclose(as_it_is, other, atol=1e-5)  # type: ignore[arg-type]
-    assert cart.worth is rule
+    assert differences.worth is rule
     one, every = (way() for way in threads.decompositions(tensors[0], "exact").values())
     assert torch.allclose(one.dense(), every.dense(), atol=1e-5)  # type: ignore[attr-defined]
     assert torch.get_num_threads() == before
