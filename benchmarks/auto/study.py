@@ -27,7 +27,7 @@ from benchmarks.auto import informed
 from benchmarks.auto.informed import Informed, combine
 from benchmarks.auto.search import key_of
 from benchmarks.common import peers
-from benchmarks.common.commands import out_option, workers_option
+from benchmarks.common.commands import out_option, report_option, workers_option
 from benchmarks.common.data_free import tsvm
 from benchmarks.common.provenance import made_by
 from benchmarks.common.record import Record, conditions
@@ -234,32 +234,35 @@ def markdown(folder: Path) -> str:
     return (
         f"Accuracy in per cent on the validation splits ({EXAMPLES} examples a task), by suite and "
         f"number of tasks (four pairs, two triples, and the first 4, 6 and 8); fine-tuning seeds: "
-        f"{seeds}. {made_by('bench-auto', measured)}\n\n{table}\n"
+        f"{seeds}; in brackets where it is fewer. {made_by('bench-auto', measured)}\n\n{table}\n"
     )
 
 
 def _cells(
     key: str, records: Mapping[str, Sequence[Mapping[str, Any]]], columns: Sequence[tuple[str, str]]
 ) -> list[str]:
-    def over_seeds(suite: str, count: str) -> float:
-        return statistics.fmean(mean(one["cases"][key][count]) for one in records[suite])
+    def cell(suite: str, count: str) -> str:
+        known = [one["cases"][key][count] for one in records[suite] if key in one["cases"]]
+        if not known:
+            return "-"
+        few = "" if len(known) == len(records[suite]) else f" ({len(known)})"
+        return f"{100 * statistics.fmean(map(mean, known)):.1f}{few}"
 
-    known = {suite: all(key in one["cases"] for one in held) for suite, held in records.items()}
-    return [
-        f"{100 * over_seeds(suite, count):.1f}" if known[suite] else "-" for suite, count in columns
-    ]
+    return [cell(suite, count) for suite, count in columns]
 
 
 @click.command()
 @workers_option
 @out_option("auto")
+@report_option
 @click.option("--suites", default=",".join(SUITES), show_default=True, help="Which.")
 @click.option("--seeds", default=",".join(map(str, SEEDS)), show_default=True, help="Which.")
-def main(workers: int, out: Path, suites: str, seeds: str) -> None:
+def main(workers: int, out: Path, only_report: bool, suites: str, seeds: str) -> None:
     """Judge ways to merge with a base model on the suites' validation splits."""
     folder = out / "study"
     pairs = [(suite, int(seed)) for seed in seeds.split(",") for suite in suites.split(",")]
-    in_processes([partial(study, suite, seed, folder) for suite, seed in pairs], workers)
+    if not only_report:
+        in_processes([partial(study, suite, seed, folder) for suite, seed in pairs], workers)
     (out / "study.md").write_text(markdown(folder))
     click.echo(markdown(folder))
 
