@@ -262,7 +262,7 @@ def _notes(report: Report, norms: Sequence[float], averaged: Sequence[str]) -> I
             "zeros, which make the adapter larger and no better"
         )
     if averaged:
-        yield (f"tables of tokens and the like ({some(averaged)}) are averaged, as in whole models")
+        yield f"tables of tokens and the like ({some(averaged)}) are averaged, as in whole models"
     if merge.request.method == "cart" and len(counting) == 2:
         yield (
             "with two adapters the method cart is plain averaging: their differences from the "

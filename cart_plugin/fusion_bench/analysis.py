@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cart_plugin.errors import CartError
+from cart_plugin.fusion_bench.base import refuse_saving
 from cart_plugin.inspect.orientation import turned_parameters
 from cart_plugin.inspect.report import Report
 from cart_plugin.inspect.state_dicts import records_of
@@ -72,10 +73,7 @@ class CartAnalysisAlgorithm(LightningFabricMixin, BaseAlgorithm):
                 save what is merged.
         """
         started = time.perf_counter()
-        if (path := getattr(self._program, "merged_model_save_path", None)) is not None:
-            raise CartError(
-                f"merged_model_save_path is {path}, but cart/analysis merges nothing: leave it out"
-            )
+        refuse_saving(self, "cart/analysis merges nothing")
         out = self.output_path
         pool = modelpool if isinstance(modelpool, BaseModelPool) else BaseModelPool(modelpool)
         models = {name: pool.load_model(name) for name in pool.model_names}

@@ -23,6 +23,21 @@ BASE = "the base model"
 Weights = Mapping[str, float] | Iterable[float] | None
 
 
+def refuse_saving(method: BaseAlgorithm, reason: str) -> None:
+    """Refuse to start where the program is told to save what is no merged model.
+
+    Args:
+        method: whose program it is.
+        reason: why not.
+
+    Raises:
+        CartError: the program is told to.
+    """
+    path = getattr(method._program, "merged_model_save_path", None)
+    if path is not None:
+        raise CartError(f"merged_model_save_path is {path}, but {reason}: leave it out")
+
+
 class CartBase(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
     """Parameters of all CART methods.
 
@@ -95,12 +110,7 @@ class CartBase(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         Raises:
             CartError: the program is told to save what the method returns.
         """
-        path = getattr(self._program, "merged_model_save_path", None)
-        if path is not None:
-            raise CartError(
-                f"merged_model_save_path is {path}, but this method returns several models, which "
-                "FusionBench cannot save: leave it out"
-            )
+        refuse_saving(self, "this method returns several models, which FusionBench cannot save")
 
     def load(self, modelpool: BaseModelPool | dict[str, nn.Module]) -> Fleet:
         """All models of a pool, and what to decompose of them.

@@ -42,21 +42,19 @@ class Differences:
         energies: squared norms of all of each, ``(T, stack)``, in fp64.
         rounding: what of them is rounding (`cart_plugin.linalg.rounding`), the same.
         inner: inner products of all of them, ``(T, T)``, in fp64.
-        cut: of those from the average, what a merge without a base takes for rounding in those that
-            count (`cart_plugin.merging.differences.Inputs.rounding_in`).
     """
 
     parts: list[LowRank]
     energies: Tensor
     rounding: Tensor
     inner: Tensor
-    cut: Sequence[Tensor | None] = ()
 
 
 def merges_of(
     offset: Tensor,
     shares: Sequence[float],
     centred: Differences,
+    rounding: Sequence[Tensor | None],
     from_base: Differences | None,
     of_many: Callable[[], Iterable[Change]],
 ) -> Iterator[tuple[str, Tensor]]:
@@ -66,6 +64,8 @@ def merges_of(
         offset: the average less the base, ``(stack, m, n)``; zero without one.
         shares: of the models.
         centred: of the rank that `cart_auto` keeps, or more; `cart` keeps fewer.
+        rounding: what `cart_auto` takes for rounding in those of the models that count
+            (`cart_plugin.merging.differences.Inputs.rounding_in`).
         from_base: of the rank that it keeps with a base model, or more.
         of_many: what more than `MOST_INFORMED` models differ by from one of them, without a base.
     """
@@ -87,18 +87,16 @@ def merges_of(
                 return added.to(offset.device)
         rank = rank_of(ALONE, offset.shape)
 
-        cut = centred.cut or [None] * len(counting)
-
-        def real(index: int, rounding: Tensor | None) -> LowRank:
+        def real(index: int, noise: Tensor | None) -> LowRank:
             part = leading(centred.parts[index], rank)
-            if rounding is None:
+            if noise is None:
                 return part
             energy = centred.energies[index].to(part.S.device)
-            return beyond_rounding(part, energy, rounding.to(energy.device))
+            return beyond_rounding(part, energy, noise.to(energy.device))
 
-        pairs = zip(counting, cut, strict=True)
+        pairs = zip(counting, rounding, strict=True)
         parts = ((real(index, own), weight) for (index, weight), own in pairs)
-        return least_interference(parts, rounding=cut).to(offset.device)
+        return least_interference(parts, rounding=rounding).to(offset.device)
 
     others = functools.cache(disturbing_least)
     if count > 2:

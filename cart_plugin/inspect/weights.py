@@ -153,14 +153,13 @@ def _decomposed(
 ) -> Weight:
     tensors, shares = every.tensors, every.shares
     shape = matrix_shape(name, mean.shape)
-    own = centred_rounding(_rounding(tensors, shape, exact), shares)
-    products = _centred(inner, shares)
-    centred = _differences(name, tensors, mean, shape, ALONE, own, products, {})
-    centred.cut = every.rounding_in(ALONE, shape)
+    own = _rounding(tensors, shape, exact)
+    products, about = _centred(inner, shares), centred_rounding(own, shares)
+    centred = _differences(name, tensors, mean, shape, ALONE, about, products, {})
+    rounding = every.rounding_in(ALONE, shape)
     from_base = None
     if base is not None:
         informed = INFORMED.informed
-        own = _rounding(tensors, shape, exact)
         from_base = _differences(name, tensors, start, shape, informed, own, inner, exact)
     offset = (mean - start).reshape(shape)
 
@@ -168,7 +167,7 @@ def _decomposed(
         return changes_of_many(every, None, INFORMED)
 
     def merges() -> Iterator[tuple[str, Tensor]]:
-        yield from merges_of(offset, shares, centred, from_base, of_many)
+        yield from merges_of(offset, shares, centred, rounding, from_base, of_many)
         if merged is not None:
             yield MERGED, (merged - start).reshape(shape)
 
