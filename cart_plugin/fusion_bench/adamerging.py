@@ -12,7 +12,7 @@ One coefficient a task rather than one a task and parameter: ``method.granularit
 adapted coefficients again, without adaptation::
 
     fusion_bench method=cart/adamerging method.decompose=clip method.rank_ratio=0.12 \
-        method.merging_weights_load_path=$PWD/merging_weights.pt \
+        method.merging_weights_load_path=$PWD/merging_weights.safetensors \
         modelpool=CLIPVisionModelPool/clip-vit-base-patch32_TA8 \
         taskpool=cart/clip-vit-classification_TA8
 
@@ -29,14 +29,19 @@ Image classification pools: `cart_plugin.fusion_bench.image_adamerging`.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+from fusion_bench.modelpool import BaseModelPool
 from torch import nn
 
+from cart_plugin.errors import CartWarning
 from cart_plugin.fusion_bench.adaptation import PRETRAINED, Adaptation
 from cart_plugin.fusion_bench.base import CartBase
 from cart_plugin.fusion_bench.inputs import ClipInputs, FlanT5Inputs, GPT2Inputs
+from cart_plugin.fusion_bench.merged import Merged
 from cart_plugin.fusion_bench.parts import Parts, cart_parts, full_parts
+from cart_plugin.merging.informed import MOST_INFORMED
 
 
 class CartAdaMerging(Adaptation, CartBase):
@@ -56,6 +61,19 @@ class CartAdaMerging(Adaptation, CartBase):
     def parts(self, models: dict[str, nn.Module]) -> Parts:
         """The average, and truncated centred task vectors."""
         return cart_parts(self.load(models), self.settings)
+
+    def construct(self, pool: BaseModelPool) -> Merged:
+        """The merged model before it is adapted; says where `cart/auto` has another one."""
+        of_average = self.scaling_factor == "auto" and self.center == "average"
+        if of_average and len(pool.model_names) <= MOST_INFORMED and pool.has_pretrained:
+            warnings.warn(
+                "scaling_factor=auto starts from cart_auto's merge without the pretrained model; "
+                f"of {MOST_INFORMED} models or fewer cart/auto itself takes that into account, and "
+                "merges them better",
+                CartWarning,
+                stacklevel=2,
+            )
+        return super().construct(pool)
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -7,6 +7,8 @@ in `cart_plugin.fusion_bench.inputs` and `cart_plugin.fusion_bench.images`.
 
 from __future__ import annotations
 
+import itertools
+import logging
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -25,18 +27,17 @@ from tqdm.auto import tqdm
 
 from cart_plugin.errors import CartError
 from cart_plugin.fusion_bench import compat
-from cart_plugin.fusion_bench.adapted import (
-    load_coefficients,
-    load_state,
-    save_coefficients,
-    save_state,
-)
-from cart_plugin.fusion_bench.base import copied
+from cart_plugin.fusion_bench.adapted import load_adapted, load_state, save_adapted, save_state
+from cart_plugin.fusion_bench.fleet import copied
 from cart_plugin.fusion_bench.merged import GRANULARITIES, Merged
+from cart_plugin.fusion_bench.parameters import check_rate, check_whole, check_writable
 from cart_plugin.fusion_bench.parts import Parts
 
 compat.prepare()
+log = logging.getLogger(__name__)
 
+# Of `fabric.precision`: others convert the merge's own tensors, too.
+_PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 PRETRAINED = "_pretrained_"
 
 
@@ -51,8 +52,8 @@ class Adaptation(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         num_workers: processes that load a task's batches.
         merging_weights_load_path: what a run with the same models and settings has saved, to merge
             with, without adaptation.
-        merging_weights_save_path: where to save what was adapted; a bare name goes to the log
-            folder.
+        merging_weights_save_path: where to save what was adapted; a name without a folder goes to
+            the log folder.
         checkpoint_path: a file that keeps the state of the run; a run that finds it goes on from
             there, to the same result.
         checkpoint_every: steps between two states.
@@ -88,6 +89,7 @@ class Adaptation(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             raise CartError(f"granularity must be layer or task, got {granularity!r}")
         check_whole("max_steps", max_steps, 0)
         check_whole("batch_size", batch_size, 1)
+        check_whole("num_workers", num_workers, 0)
         check_whole("checkpoint_every", checkpoint_every, 1)
         check_rate("lr", lr)
         self.granularity, self.max_steps, self.lr = granularity, max_steps, lr
@@ -95,6 +97,11 @@ class Adaptation(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         self.merging_weights_load_path = merging_weights_load_path
         self.merging_weights_save_path = merging_weights_save_path
         self.checkpoint_path, self.checkpoint_every = checkpoint_path, checkpoint_every
+
+    # Whether inputs are numbers, of a dtype of their own.
+    takes_images = False
+    # Parameters that are files to be written.
+    written: tuple[str, ...] = ("merging_weights_save_path", "checkpoint_path")
 
     @property
     def adapts(self) -> bool:
@@ -121,6 +128,8 @@ class Adaptation(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         saved = self.merging_weights_load_path and Path(self.merging_weights_load_path)
         if saved and not saved.is_file():
             raise CartError(f"merging_weights_load_path: there is no file {saved}")
+        for name in self.written:
+            check_writable(name, getattr(self, name))
         if self.needs_pretrained and not pool.has_pretrained:
             raise CartError(
                 "task vectors around the pretrained model need one: give the pool a _pretrained_, "
@@ -128,6 +137,7 @@ class Adaptation(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             )
         if self.adapts:
             self.check_pool(pool)
+            self.prepare_inputs(pool)
         with self.profile("construct the merged model"), torch.no_grad():
             module = self.construct(pool)
         if saved:
@@ -145,7 +155,8 @@ class Adaptation(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         """Refuse what has nothing to adapt to, before its models are loaded.
 
         Raises:
-            CartError: a model without test data, or several processes.
+            CartError: a model without test data, several processes, or numbers in which steps are
+                lost.
         """
         missing = [name for name in pool.model_names if name not in pool.test_dataset_names]
         if missing:
@@ -156,6 +167,12 @@ class Adaptation(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         if self.fabric.world_size > 1:
             raise CartError(
                 f"adaptation runs in one process, got {self.fabric.world_size}: fabric.devices=1"
+            )
+        precision = self.fabric.strategy.precision.precision
+        if precision not in _PRECISIONS:
+            raise CartError(
+                f"fabric.precision={precision} would turn coefficients and task vectors into "
+                f"numbers in which Adam's steps are lost; take one of {', '.join(_PRECISIONS)}"
             )
 
     def construct(self, pool: BaseModelPool) -> Merged:
@@ -170,10 +187,28 @@ class Adaptation(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
                     f"{name} is a {type(model).__name__}: adaptation runs the models, give it a "
                     "pool that loads modules"
                 )
+        if self.adapts and self.takes_images:
+            self.check_dtypes(models)
         parts = self.parts(self.bodies(models))
         first = models[names[0]]
         host = self.host(copied(first) if pool.has_instance_models else first, models, parts)
         return Merged(host, parts.terms, parts.start, self.granularity).eval()
+
+    def check_dtypes(self, models: dict[str, nn.Module]) -> None:
+        """Refuse models that cannot run on images in fp32.
+
+        Raises:
+            CartError: they are in fewer bits.
+        """
+        if self.fabric.strategy.precision.precision != "32-true":
+            return
+        for name, model in models.items():
+            for parameter in model.parameters():
+                if parameter.dtype in (torch.bfloat16, torch.float16):
+                    raise CartError(
+                        f"{name} is in {parameter.dtype}, the images are in float32: load the "
+                        "models with dtype: float32, or adapt with fabric.precision=bf16-mixed"
+                    )
 
     def bodies(self, models: dict[str, nn.Module]) -> dict[str, nn.Module]:
         """What of the models is merged."""
@@ -212,7 +247,6 @@ class Adaptation(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         would make noise of the entropies, and batch norms see one task's batch, and move their
         running statistics.
         """
-        self.prepare_inputs(pool)
         batches = {task: self.batches(task) for task in pool.model_names}
         optimizer = torch.optim.Adam(self.groups(module), lr=self.lr, betas=(0.9, 0.999))
         ready, optimizer = self.fabric.setup(module, optimizer)
@@ -221,14 +255,8 @@ class Adaptation(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         for _ in range(done):  # the run that went so far has seen these
             for batch in batches.values():
                 next(batch)
-        bar = tqdm(
-            range(done, steps),
-            type(self).title,
-            total=steps,
-            initial=done,
-            disable=not self.fabric.is_global_zero,
-            dynamic_ncols=True,
-        )
+        title = type(self).title
+        bar = tqdm(range(done, steps), title, total=steps, initial=done, dynamic_ncols=True)
         for step in bar:
             entropies = self.step(module, ready, batches)
             optimizer.step()
@@ -258,7 +286,8 @@ class Adaptation(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         module.hold(held)
         entropies = {}
         for task, iterator in batches.items():
-            loss = entropy_loss(self.logits(ready, next(iterator), task))
+            # What entropies add to probabilities before the logarithm is 0 in fp16.
+            loss = entropy_loss(self.logits(ready, next(iterator), task).float())
             if not math.isfinite(found := loss.item()):
                 raise CartError(
                     f"the entropy of {task}'s predictions is {found}: the merged model has left "
@@ -314,40 +343,21 @@ class Adaptation(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
 
     def restore(self, path: Path, module: Merged) -> None:
         """Take over what an earlier run has saved."""
-        load_coefficients(path, module)
-
-    def store(self, path: Path, module: Merged) -> None:
-        """Save what was adapted."""
-        save_coefficients(path, module)
+        load_adapted(path, module, list(self.modelpool.model_names))
 
     def finish(self, module: Merged) -> None:
         """Save what is asked for."""
         if self.merging_weights_save_path is not None:
-            self.store(self.place(self.merging_weights_save_path), module)
+            path = self.place(self.merging_weights_save_path)
+            save_adapted(path, module, list(self.modelpool.model_names))
+            log.info("what was adapted: %s", path)
 
     def place(self, given: str) -> Path:
-        """Where a file goes: a bare name to the log folder."""
-        if given.startswith(("/", ".")) or self.log_dir is None:
-            return Path(given)
-        return Path(self.log_dir) / given
-
-
-def check_whole(name: str, value: object, least: int) -> None:
-    """Refuse what is no whole number, or below the least one.
-
-    Raises:
-        CartError: it is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise CartError(f"{name} must be a whole number from {least} on, got {value!r}")
-
-
-def check_rate(name: str, value: object) -> None:
-    """Refuse what is no positive number.
-
-    Raises:
-        CartError: it is not.
-    """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and 0 < value < math.inf):  # type: ignore[operator]
-        raise CartError(f"{name} must be a positive number, got {value!r}")
+        """Where a file goes: without a folder to the log folder, beside those of other jobs."""
+        path = Path(given)
+        if self.log_dir is None or given != path.name:
+            return path
+        path = Path(self.log_dir) / path
+        names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+        # All jobs of a multi-run have one log folder: FusionBench 0.2.33 takes the time once.
+        return path if not path.exists() else next(name for name in names if not name.exists())

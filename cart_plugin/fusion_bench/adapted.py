@@ -17,33 +17,13 @@ from cart_plugin.checkpoints.files import replacing
 from cart_plugin.errors import CartError
 from cart_plugin.fusion_bench.merged import Merged
 
-_FORMAT = "cart-adarank-1"
+_FORMAT = "cart-adapted-1"
 _MASK = "mask."
 # How far norms of the same models may lie apart on other devices.
 _TOLERANCE = 1e-3
 
 
-def save_coefficients(path: Path, module: Merged) -> None:
-    """Write coefficients as FusionBench's AdaMerging does: one tensor, as of ``torch.save``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as scratch:
-        torch.save(module.merge_weight.detach().cpu(), scratch)
-
-
-def load_coefficients(path: Path, module: Merged) -> None:
-    """Read coefficients that `save_coefficients` or FusionBench's AdaMerging wrote.
-
-    Raises:
-        CartError: something else in it, another shape, or values that are not finite.
-    """
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CartError(f"{path} does not load as a tensor of coefficients: {error}") from error
-    _set_coefficients(path, module, found)
-
-
-def save_masks(path: Path, module: Merged, tasks: Sequence[str]) -> None:
+def save_adapted(path: Path, module: Merged, tasks: Sequence[str]) -> None:
     """Write coefficients and masks as a safetensors file.
 
     ``coefficients`` as in `Merged`, ``mask.<parameter>`` as bool, ``(stack, K)`` with the tasks'
@@ -59,8 +39,10 @@ def save_masks(path: Path, module: Merged, tasks: Sequence[str]) -> None:
         save_file(tensors, scratch, {"format": _FORMAT, "tasks": json.dumps(list(tasks))})
 
 
-def load_masks(path: Path, module: Merged, tasks: Sequence[str]) -> None:
-    """Read what `save_masks` wrote.
+def load_adapted(path: Path, module: Merged, tasks: Sequence[str]) -> None:
+    """Read what `save_adapted` wrote; or, where there are no masks, FusionBench's AdaMerging.
+
+    Its file is one tensor of coefficients, as of ``torch.save``: nothing tells of which models.
 
     Raises:
         CartError: another file, or one of other models, tasks or settings.
@@ -70,18 +52,24 @@ def load_masks(path: Path, module: Merged, tasks: Sequence[str]) -> None:
             metadata = file.metadata() or {}
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise CartError(f"{path} does not load as a file of masks: {error}") from error
-    if metadata.get("format") != _FORMAT:
-        raise CartError(f"{path} holds no masks of cart/adarank")
+        if module.masked:
+            raise CartError(f"{path} does not load as a file of masks: {error}") from error
+        _load_tensor(path, module)
+        return
+    if metadata.get("format") != _FORMAT or not {"coefficients", "sizes"} <= set(found):
+        raise CartError(f"{path} holds nothing that an adaptation has saved")
     if (theirs := json.loads(metadata["tasks"])) != list(tasks):
         raise CartError(
-            f"{path} has masks for {', '.join(theirs)}, the pool has {', '.join(tasks)}"
+            f"{path} was adapted to {', '.join(theirs)}, the pool has {', '.join(tasks)}"
         )
     _check_sizes(path, module, found["sizes"])
     _set_coefficients(path, module, found["coefficients"])
     masked = module.masked
+    masks = {name.removeprefix(_MASK): one for name, one in found.items() if name.startswith(_MASK)}
+    if masks and not masked:
+        raise CartError(f"{path} holds masks: of cart/adarank, which this method is not")
     for name, term in masked.items():
-        mask = found.get(f"{_MASK}{name}")
+        mask = masks.get(name)
         if mask is None or mask.shape != term.values.shape:
             what = "none" if mask is None else f"one of shape {tuple(mask.shape)}"
             raise CartError(
@@ -90,6 +78,17 @@ def load_masks(path: Path, module: Merged, tasks: Sequence[str]) -> None:
             )
         assert term.scores is not None
         term.scores.data = mask.to(term.scores)
+
+
+def _load_tensor(path: Path, module: Merged) -> None:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CartError(
+            f"{path} holds neither what an adaptation has saved nor a tensor of coefficients: "
+            f"{error}"
+        ) from error
+    _set_coefficients(path, module, found)
 
 
 def save_state(

@@ -25,19 +25,18 @@ The adapted masks and coefficients again, without adaptation:
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any, Literal
 
+from rich.console import Console
 from torch import nn
 
 from cart_plugin.checkpoints.files import write_json
 from cart_plugin.errors import CartError
 from cart_plugin.fusion_bench.adamerging import CartAdaMerging
-from cart_plugin.fusion_bench.adaptation import check_rate
-from cart_plugin.fusion_bench.adapted import load_masks, save_masks
 from cart_plugin.fusion_bench.images import ImageInputs
 from cart_plugin.fusion_bench.inputs import ClipInputs, FlanT5Inputs, GPT2Inputs
 from cart_plugin.fusion_bench.merged import Merged
+from cart_plugin.fusion_bench.parameters import check_rate
 from cart_plugin.fusion_bench.parts import Parts, cart_parts
 from cart_plugin.fusion_bench.ranks import mean_rank, ranks_of, report, summary
 
@@ -57,12 +56,13 @@ class CartAdaRank(CartAdaMerging):
             up to twice the memory of the dense differences, half of them no more than these; a
             task's part of memory is ``candidates * min(m, n) * (m + n)`` numbers a matrix.
         center: ``average``, or ``base``: uncentred, around the pool's pretrained model.
-        ranks_save_path: where to report the ranks by layer and task, as JSON; a bare name goes to
-            the log folder. Nowhere if None.
+        ranks_save_path: where to report the ranks by layer and task, as JSON; a name without a
+            folder goes to the log folder. Nowhere if None.
         **kwargs: parameters of `CartAdaMerging`.
     """
 
     title = "AdaRank"
+    written = (*CartAdaMerging.written, "ranks_save_path")
     _config_mapping = CartAdaMerging._config_mapping | {
         name: name for name in ("mask_lr", "candidates", "center", "ranks_save_path")
     }
@@ -98,21 +98,6 @@ class CartAdaRank(CartAdaMerging):
         """The centre, and candidates of each task vector with masks."""
         return cart_parts(self.load(models), self.settings, self.candidates)
 
-    def construct(self, pool: Any) -> Merged:
-        """The merged model before it is adapted.
-
-        Raises:
-            CartError: as `cart_plugin.fusion_bench.adaptation.Adaptation.construct`, or nothing is
-                decomposed.
-        """
-        module = super().construct(pool)
-        if not module.masked:
-            raise CartError(
-                "none of the parameters is decomposed, so that there are no ranks to adapt: see "
-                "decompose and exclude_keys"
-            )
-        return module
-
     def groups(self, module: Merged) -> list[dict[str, Any]]:
         """Coefficients and scores."""
         scores = [term.scores for term in module.masked.values()]
@@ -122,23 +107,17 @@ class CartAdaRank(CartAdaMerging):
         """The mean rank of a task's matrix."""
         return {"rank": mean_rank(module)}
 
-    def restore(self, path: Path, module: Merged) -> None:
-        """Take over masks and coefficients that an earlier run has saved."""
-        load_masks(path, module, list(self.modelpool.model_names))
-
-    def store(self, path: Path, module: Merged) -> None:
-        """Save masks and coefficients."""
-        save_masks(path, module, list(self.modelpool.model_names))
-
     def finish(self, module: Merged) -> None:
         """Also report the ranks."""
         super().finish(module)
         layers, tasks = ranks_of(module), list(self.modelpool.model_names)
-        log.info("%s", summary(layers, tasks))
+        # Not through the log, which breaks lines.
+        Console().print(summary(layers, tasks), soft_wrap=True, highlight=False, markup=False)
         if self.ranks_save_path is not None:
             path = self.place(self.ranks_save_path)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, report(layers, tasks))
+            log.info("ranks: %s", path)
 
 
 class CartCLIPAdaRankAlgorithm(ClipInputs, CartAdaRank):

@@ -40,8 +40,10 @@ from torch import Tensor, nn
 
 from cart_plugin.compress.ranks import Matrices, by_size, checked_rule
 from cart_plugin.errors import CartError, CartWarning
-from cart_plugin.fusion_bench.base import CartBase, Fleet, copied
+from cart_plugin.fusion_bench.base import CartBase
+from cart_plugin.fusion_bench.fleet import Fleet, copied
 from cart_plugin.merging.indexing import index_tensors, spectra_of, stored_share
+from cart_plugin.merging.inputs import check_range
 from cart_plugin.merging.kept import Kept
 from cart_plugin.merging.settings import CartSettings
 from cart_plugin.merging.state_dicts import merge_state_dicts
@@ -214,8 +216,8 @@ def _restore(
         ranks=ranks,
     )
     for index, (model, tensor) in enumerate(tensors.items()):
-        whole = indexed.restored(index, scale)
-        restored[model][name] = whole.to(fleet.home(name), tensor.dtype)
+        whole = indexed.restored(index, scale).to(fleet.home(name), tensor.dtype)
+        restored[model][name] = check_range(whole, f"tensor {name!r} of {model}", "")
     return indexed.stored
 
 

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fusion_bench import BaseAlgorithm, LightningFabricMixin
+from fusion_bench import BaseAlgorithm, LazyStateDict, LightningFabricMixin
 from fusion_bench.modelpool import BaseModelPool
-from fusion_bench.models.utils import get_target_state_dict
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cart_plugin.errors import CartError
 from cart_plugin.fusion_bench.base import refuse_saving
+from cart_plugin.fusion_bench.fleet import module_of, state_of
 from cart_plugin.inspect.orientation import turned_parameters
 from cart_plugin.inspect.report import Report
 from cart_plugin.inspect.state_dicts import records_of
@@ -101,15 +101,15 @@ class CartAnalysisAlgorithm(LightningFabricMixin, BaseAlgorithm):
         out.mkdir(parents=True, exist_ok=True)
         report.write(out)
         log.info("report: %s", out / "report.html")
-        return next(iter(models.values())) if base is None else base
+        one = next(iter(models.values())) if base is None else base
+        return module_of(one) if isinstance(one, LazyStateDict) else one
 
 
 class _OnDevice(Mapping[str, Tensor]):
     """A model's tensors, each moved when it is asked for."""
 
     def __init__(self, model: Any, device: torch.device) -> None:
-        # A lazy state dict reads each tensor when it is asked for it.
-        self._state = model if isinstance(model, Mapping) else get_target_state_dict(model)
+        self._state = state_of(model)
         self._device = device
 
     def __getitem__(self, name: str) -> Tensor:

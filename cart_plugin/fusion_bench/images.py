@@ -20,7 +20,9 @@ from torch.utils.data import DataLoader
 
 from cart_plugin.errors import CartError
 from cart_plugin.fusion_bench.adaptation import PRETRAINED, Adaptation
+from cart_plugin.fusion_bench.base import refuse_saving
 from cart_plugin.fusion_bench.parts import Parts
+from cart_plugin.fusion_bench.unlabelled import Unlabelled
 
 # What transformers and torchvision call the last layer.
 HEAD_NAMES = ("classifier", "fc")
@@ -40,6 +42,7 @@ class ImageInputs(Adaptation):
     """
 
     _config_mapping = Adaptation._config_mapping | {"heads": "heads", "processor": "processor"}
+    takes_images = True
 
     def __init__(
         self,
@@ -49,6 +52,24 @@ class ImageInputs(Adaptation):
     ) -> None:
         super().__init__(**kwargs)
         self.heads, self.processor = dict(heads or {}), processor
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Also whose heads are taken."""
+        return super().identity | {"heads": {task: str(one) for task, one in self.heads.items()}}
+
+    def run(self, modelpool: BaseModelPool | dict[str, nn.Module]) -> nn.Module:
+        """Merge the bodies of a pool's models; see `Adaptation.run`.
+
+        Raises:
+            CartError: as there, or the program is told to save the merged model.
+        """
+        refuse_saving(
+            self,
+            "the merged model has a head for each task, which no model class of transformers can "
+            "load; what was adapted is saved in merging_weights_save_path and merges again",
+        )
+        return super().run(modelpool)
 
     def check_pool(self, pool: BaseModelPool) -> None:
         """Also find the processor before any model is loaded.
@@ -80,8 +101,14 @@ class ImageInputs(Adaptation):
         return first
 
     def prepare_inputs(self, pool: BaseModelPool) -> None:
-        """Load the test data."""
-        self._data = {task: pool.load_test_dataset(task) for task in pool.model_names}
+        """Load the test data.
+
+        Raises:
+            CartError: there is none.
+        """
+        self._data = {task: Unlabelled(pool.load_test_dataset(task)) for task in pool.model_names}
+        if empty := [task for task, data in self._data.items() if not len(data)]:
+            raise CartError(f"the test data of {', '.join(empty)} are empty")
 
     def batches(self, task: str) -> Iterator[Tensor]:
         """Images, as the processor makes them."""
@@ -166,7 +193,10 @@ def _processor(given: Any, pool: BaseModelPool) -> Any:
     if given is not None:
         from transformers import AutoImageProcessor
 
-        return AutoImageProcessor.from_pretrained(given)
+        try:
+            return AutoImageProcessor.from_pretrained(given)
+        except (OSError, ValueError) as error:
+            raise CartError(f"the image processor does not load: {error}") from error
     if not hasattr(pool, "load_processor"):
         raise CartError(
             f"a {type(pool).__name__} knows no image processor: give the method one, "

@@ -16,16 +16,32 @@ from torch import Tensor, nn
 
 from cart_plugin.errors import CartError
 from cart_plugin.fusion_bench.adaptation import Adaptation
+from cart_plugin.fusion_bench.unlabelled import UnlabelledPool
 
 
 class FusionBenchInputs(Adaptation):
     """What the three have in common."""
 
+    # A method of the pools that they are made for, and such a pool.
+    needs: tuple[str, str] | None = None
+
+    def check_pool(self, pool: BaseModelPool) -> None:
+        """Also refuse a pool of another kind.
+
+        Raises:
+            CartError: as `Adaptation.check_pool`, or such a pool.
+        """
+        super().check_pool(pool)
+        if self.needs is not None and not hasattr(pool, self.needs[0]):
+            raise CartError(
+                f"this method takes a pool such as {self.needs[1]}, got a {type(pool).__name__}"
+            )
+
     @abstractmethod
     def source(self) -> Any:
         """FusionBench's algorithm."""
 
-    def prepare_inputs(self, pool: BaseModelPool) -> None:
+    def prepare_inputs(self, pool: BaseModelPool | UnlabelledPool) -> None:
         """Set up FusionBench's algorithm, and its heads."""
         # Kept: when FusionBench's algorithms are collected, they close the loggers of the fabric.
         self._source = self.source()
@@ -57,11 +73,15 @@ class ClipInputs(FusionBenchInputs):
     folder when another model comes to lie in the same path.
     """
 
+    takes_images = True
+    needs = ("load_clip_model", "CLIPVisionModelPool")
+
     def check_pool(self, pool: BaseModelPool) -> None:
         """Also refuse a pool without the pretrained CLIP, whose text encoder makes the heads.
 
         Raises:
-            CartError: as `Adaptation.check_pool`, or no pretrained model.
+            CartError: as `FusionBenchInputs.check_pool`, no pretrained model, or a task whose class
+                names FusionBench does not know.
         """
         super().check_pool(pool)
         if not pool.has_pretrained:
@@ -69,6 +89,21 @@ class ClipInputs(FusionBenchInputs):
                 "the zero-shot heads that CLIP is adapted on come from the pretrained model's "
                 "text encoder: give the pool a _pretrained_"
             )
+        from fusion_bench.tasks.clip_classification import get_classnames_and_templates
+
+        for task in pool.model_names:
+            try:
+                get_classnames_and_templates(task)
+            except Exception as error:  # an import, a lookup or an error of its own
+                raise CartError(
+                    f"FusionBench has no class names of a task {task}, for CLIP's zero-shot heads: "
+                    "name each model after its data set, as in FusionBench's "
+                    "clip-vit-base-patch32_TA8"
+                ) from error
+
+    def prepare_inputs(self, pool: BaseModelPool) -> None:
+        """Set up the heads, and images without labels."""
+        super().prepare_inputs(UnlabelledPool(pool))
 
     def source(self) -> Any:
         """FusionBench's layer-wise AdaMerging for CLIP."""
@@ -87,7 +122,12 @@ class ClipInputs(FusionBenchInputs):
 
 
 class GPT2Inputs(FusionBenchInputs):
-    """Texts of a GPT-2 pool, on the fine-tuned models' own ``score`` heads."""
+    """Texts of a GPT-2 pool, on the fine-tuned models' own ``score`` heads.
+
+    FusionBench reads the last token before GPT-2's own padding, 50256.
+    """
+
+    needs = ("load_classifier", "GPT2ForSequenceClassificationPool")
 
     def source(self) -> Any:
         """FusionBench's layer-wise AdaMerging for GPT-2."""
@@ -99,7 +139,10 @@ class GPT2Inputs(FusionBenchInputs):
 
 
 class FlanT5Inputs(FusionBenchInputs):
-    """Texts of a Flan-T5 pool, on the first generated token."""
+    """Texts of a Flan-T5 pool, on the token that follows T5's end of sequence.
+
+    FusionBench starts the decoder with that one, not with the token that T5 starts with.
+    """
 
     def source(self) -> Any:
         """FusionBench's layer-wise AdaMerging for Flan-T5."""

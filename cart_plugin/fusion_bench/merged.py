@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from cart_plugin.fusion_bench.fleet import aliases
 from cart_plugin.linalg.precision import full_precision
 from cart_plugin.merging.directions import Directions
+from cart_plugin.merging.inputs import check_range
 
 GRANULARITIES = ("layer", "task")
 # Between what a mask starts with: 1 for a direction that the merge keeps, 0 for the others.
@@ -71,11 +73,16 @@ class Whole(Term):
     def added(self, coefficients: Tensor) -> Tensor:
         """The weighted sum of the task vectors."""
         with full_precision(self.vectors.device):
-            return coefficients @ self.vectors.flatten(1).to(coefficients.dtype)
+            return coefficients @ self.rows.to(coefficients.dtype)
+
+    @property
+    def rows(self) -> Tensor:
+        """The task vectors as rows, ``(tasks, entries)``."""
+        return self.vectors.reshape(len(self.vectors), -1)
 
     def sizes(self) -> Tensor:
         """Frobenius norms of the task vectors."""
-        return torch.linalg.vector_norm(self.vectors.flatten(1), dim=1, dtype=torch.float64)
+        return torch.linalg.vector_norm(self.rows, dim=1, dtype=torch.float64)
 
 
 class LowRankTerm(Term):
@@ -160,6 +167,7 @@ class Merged(nn.Module):
         self, model: nn.Module, terms: Mapping[str, Term], start: Sequence[float], by: str
     ) -> None:
         super().__init__()
+        self._trainable = [one for one in model.parameters() if one.requires_grad]
         self.model = model.requires_grad_(False)
         self.names = [name for name, _ in model.named_parameters() if name in terms]
         self._terms = nn.ModuleList(terms[name] for name in self.names)
@@ -214,17 +222,14 @@ class Merged(nn.Module):
 
     @torch.no_grad()
     def unload(self) -> nn.Module:
-        """The model with the merged weights in it."""
+        """The model with the merged weights in it.
+
+        Raises:
+            CartError: weights that their dtype cannot hold.
+        """
         for name, weight in self.weights().items():
-            self.model.get_parameter(name).copy_(weight)
+            remedy = ", a lower lr or a smaller scaling_factor"
+            self.model.get_parameter(name).copy_(check_range(weight, f"tensor {name!r}", remedy))
+        for one in self._trainable:
+            one.requires_grad_()
         return self.model
-
-
-def aliases(model: nn.Module) -> dict[str, str]:
-    """Further names of tied parameters, with the name under which each is listed first."""
-    first: dict[Tensor, str] = {}
-    shared = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if first.setdefault(parameter, name) != name:
-            shared[name] = first[parameter]
-    return shared

@@ -7,17 +7,18 @@ plain AdaMerging (arXiv 2310.02575) they are the pretrained model and whole diff
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from cart_plugin.errors import CartError
-from cart_plugin.fusion_bench.base import BASE, Fleet
-from cart_plugin.fusion_bench.merged import LowRankTerm, Term, Whole, aliases
+from cart_plugin.fusion_bench.base import BASE
+from cart_plugin.fusion_bench.fleet import Fleet
+from cart_plugin.fusion_bench.merged import LowRankTerm, Term, Whole
 from cart_plugin.merging.directions import directions_of
 from cart_plugin.merging.indexing import index_tensors
-from cart_plugin.merging.inputs import check_finite, check_same_tensors
+from cart_plugin.merging.inputs import check_finite, check_state_dicts
 from cart_plugin.merging.kept import Kept
 from cart_plugin.merging.settings import CartSettings
 from cart_plugin.merging.state_dicts import merge_state_dicts
@@ -33,9 +34,9 @@ class Parts:
         start: the coefficients' first values, one a task.
     """
 
-    centre: dict[str, Tensor] = field(default_factory=dict)
-    terms: dict[str, Term] = field(default_factory=dict)
-    start: list[float] = field(default_factory=list)
+    centre: dict[str, Tensor]
+    terms: dict[str, Term]
+    start: list[float]
 
 
 def cart_parts(fleet: Fleet, settings: CartSettings, candidates: float | None = None) -> Parts:
@@ -57,14 +58,12 @@ def cart_parts(fleet: Fleet, settings: CartSettings, candidates: float | None = 
         CartError: as `cart_plugin.merging.directions.directions_of`.
     """
     model: nn.Module = fleet.models[fleet.names[0]]
-    shared, parameters = aliases(model), dict(model.named_parameters())
-    parts = Parts()
+    parameters, centre = dict(model.named_parameters()), {}
+    terms: dict[str, Term] = {}
     average = replace(settings, center="average")
     masked = candidates is not None
     for name, tensors in fleet.tensors("CART task vectors"):
         home, dtype = fleet.home(name), next(iter(tensors.values())).dtype
-        if name in shared:
-            continue
         values, base = list(tensors.values()), fleet.base_tensor(name)
         shape = values[0].shape
         decompose = fleet.decompose(name, shape) and values[0].numel() > 0
@@ -78,7 +77,7 @@ def cart_parts(fleet: Fleet, settings: CartSettings, candidates: float | None = 
                 decompose=fleet.decompose,
                 kept=Kept(),  # not asked: what has no coefficients is no part of the method
             )
-            parts.centre[name] = merged[name].to(home)
+            centre[name] = merged[name].to(home)
             continue
         term: Term
         if decompose:
@@ -103,14 +102,12 @@ def cart_parts(fleet: Fleet, settings: CartSettings, candidates: float | None = 
             )
             vectors = [indexed.difference(i).to(dtype) for i in range(len(values))]
             term = Whole(indexed.centre, vectors, dtype)
-        parts.terms[name] = term.to(home)
-        parts.centre[name] = term.centre.to(dtype)
-    states = fleet.states[fleet.names[0]]
-    parts.centre.update({name: parts.centre[shared[name]] for name in shared if name in states})
+        terms[name] = term.to(home)
+        centre[name] = term.centre.to(dtype)
     weights = fleet.weights or [1.0] * len(fleet.names)
     scale = 1.0 if settings.lambda_ == "auto" else float(settings.lambda_)
-    parts.start.extend(scale * len(weights) * weight / sum(weights) for weight in weights)
-    return parts
+    start = [scale * len(weights) * weight / sum(weights) for weight in weights]
+    return Parts(fleet.whole(centre), terms, start)
 
 
 def full_parts(
@@ -127,7 +124,7 @@ def full_parts(
         CartError: models or a pretrained model of other architectures, NaN or infinite values.
     """
     states = {task: model.state_dict() for task, model in models.items()}
-    check_same_tensors({**states, BASE: pretrained})
+    check_state_dicts({**states, BASE: pretrained})
     parts = Parts(dict(pretrained), {}, [start] * len(models))
     first = next(iter(models.values()))
     for name, parameter in first.named_parameters():

@@ -56,9 +56,11 @@ def selection(
     if isinstance(decompose, str) and decompose in PRESETS:
         chosen = PRESETS[decompose]
     else:
+        presets = ", ".join(PRESETS)
+        if not isinstance(decompose, Iterable):
+            raise CartError(f"decompose is a preset ({presets}) or patterns, got {decompose!r}")
         single = isinstance(decompose, str)
         patterns = [str(decompose)] if single else [str(entry) for entry in decompose]
-        presets = ", ".join(PRESETS)
         _check(patterns, names, f"decompose: {{!r}} is no preset ({presets}) and matches")
 
         def chosen(name: str, shape: torch.Size) -> bool:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cart_plugin.errors import CartError, CartWarning
+from cart_plugin.errors import CartWarning
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.gram import total_energy
 from cart_plugin.merging.differences import (
@@ -30,11 +30,7 @@ from cart_plugin.merging.differences import (
     truncated,
 )
 from cart_plugin.merging.informed import informed_sum, sum_of_low_rank
-from cart_plugin.merging.inputs import (
-    check_inputs,
-    common_dtype,
-    normalised,
-)
+from cart_plugin.merging.inputs import check_inputs, check_range, common_dtype, normalised
 from cart_plugin.merging.kept import Kept
 from cart_plugin.merging.least_interference import least_interference
 from cart_plugin.merging.settings import CartSettings
@@ -107,15 +103,8 @@ def merge_tensors(
                     if of_adapters is None
                     else of_adapters
                 )
-        result = merged.to(dtype)
-        # The sum alone is cheaper, but may overflow where no value does.
-        if not bool(torch.isfinite(result.sum(dtype=merged.dtype)) or torch.isfinite(result).all()):
-            raise CartError(
-                f"{where}: the merged values leave the range of {dtype}; use a wider dtype "
-                "(float32 or bfloat16)"
-                + ("" if settings.lambda_ == "auto" else ", or a smaller lambda")
-            )
-        return result
+        remedy = "" if settings.lambda_ == "auto" else ", or a smaller lambda"
+        return check_range(merged.to(dtype), where, remedy)
 
 
 def _add_low_rank(

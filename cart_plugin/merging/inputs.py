@@ -13,6 +13,24 @@ from torch import Tensor
 from cart_plugin.errors import CartError
 from cart_plugin.wording import count, some
 
+# What PEFT calls the tensors of adapters, in the layers that hold them.
+_OF_ADAPTERS = frozenset(
+    (
+        *("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
+        *(
+            "ia3_l",
+            "hada_w1_a",
+            "lokr_w1",
+            "lokr_w1_a",
+            "oft_r",
+            "oft_R",
+            "boft_R",
+            "vera_lambda_b",
+        ),
+        "modules_to_save",
+    )
+)
+
 
 def common_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     """The dtype to which all promote."""
@@ -107,9 +125,39 @@ def check_finite(
             )
 
 
-def check_same_tensors(holders: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Refuse models of which one lacks a tensor that another has."""
+def check_range(merged: Tensor, where: str, remedy: str) -> Tensor:
+    """Refuse merged values that their dtype cannot hold.
+
+    Args:
+        merged: in the dtype in which it is kept.
+        where: what it is called.
+        remedy: what to do besides taking a wider dtype.
+
+    Returns:
+        The same.
+    """
+    # The sum alone is cheaper, but may overflow where no value does.
+    total = merged.sum(dtype=torch.promote_types(merged.dtype, torch.float32))
+    if bool(torch.isfinite(total) or torch.isfinite(merged).all()):
+        return merged
+    raise CartError(
+        f"{where}: the merged values leave the range of {merged.dtype}; use a wider dtype (float32 "
+        f"or bfloat16){remedy}"
+    )
+
+
+def check_state_dicts(holders: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Refuse models of which one lacks a tensor that another has, and adapters beside weights."""
     union = set().union(*holders.values())
+    for name in sorted(union):
+        if not _OF_ADAPTERS.isdisjoint(name.split(".")):
+            model = next(model for model, state_dict in holders.items() if name in state_dict)
+            raise CartError(
+                f"{model} holds adapters that are no part of its weights ({name}), and factors of "
+                "adapters cannot be merged one by one: merge the adapters into the weights first "
+                "(PEFT's merge_and_unload), or merge adapter folders with mergekit-cart "
+                "merge-adapters"
+            )
     for model, state_dict in holders.items():
         missing = sorted(union - set(state_dict))
         if missing:

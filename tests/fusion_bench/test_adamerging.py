@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 from torch import nn
 
 pytest.importorskip("fusion_bench")
@@ -21,13 +22,14 @@ from cart_plugin.fusion_bench.adamerging import (
     CartFlanT5AdaMergingAlgorithm,
     CartGPT2AdaMergingAlgorithm,
 )
+from cart_plugin.fusion_bench.adarank import CartGPT2AdaRankAlgorithm
 from cart_plugin.fusion_bench.algorithm import CartAlgorithm
+from cart_plugin.fusion_bench.fleet import aliases
 from cart_plugin.fusion_bench.image_adamerging import (
     CartImageAdaMergingAlgorithm,
     ImageClassificationAdaMergingAlgorithm,
 )
 from cart_plugin.fusion_bench.images import body
-from cart_plugin.fusion_bench.merged import aliases
 from tests.fusion_bench import tiny
 
 CONFIGS = Path(cart_plugin.fusion_bench.__file__).parent / "conf" / "method" / "cart"
@@ -109,15 +111,15 @@ def test_step_0_is_cart_with_weights(tmp_path: Path) -> None:
 def test_adapted_coefficients_are_saved_and_reloaded(
     algorithm: type[CartAdaMerging], pool: Pool, granularity: str, tmp_path: Path
 ) -> None:
-    models, file = pool(tmp_path), tmp_path / "saved" / "coefficients.pt"
+    models, file = pool(tmp_path), tmp_path / "saved" / "coefficients.safetensors"
     settings = {"granularity": granularity, "batch_size": 4, **CART}
     run = algorithm(max_steps=2, merging_weights_save_path=str(file), **settings)
     merged = run.run(models).state_dict()
-    coefficients = torch.load(file, weights_only=True)
+    coefficients = load_file(file)["coefficients"]
     assert coefficients.ndim == (2 if granularity == "layer" else 1)
     assert len(coefficients) == 3
     assert 0 < (coefficients - 1.7).abs().max() < 0.01  # two steps of Adam at 1e-3
-    assert [p.name for p in file.parent.iterdir()] == ["coefficients.pt"]
+    assert [p.name for p in file.parent.iterdir()] == ["coefficients.safetensors"]
     again = algorithm(merging_weights_load_path=str(file), **settings).run(models)
     assert same(again.state_dict(), merged, 0)
     assert not same(merged, CartAlgorithm(**CART).run(models).state_dict(), 1e-6)
@@ -191,7 +193,7 @@ def test_plain_step_0_is_task_arithmetic(granularity: str, tmp_path: Path) -> No
 def test_adaptation_lowers_entropy_and_reloads(
     algorithm: Any, settings: dict[str, float], granularity: str, tmp_path: Path
 ) -> None:
-    models, file = tiny.image_pool(tmp_path), tmp_path / "coefficients.pt"
+    models, file = tiny.image_pool(tmp_path), tmp_path / "coefficients.safetensors"
     settings = {**settings, "granularity": granularity}
     before = sum(entropies(algorithm(max_steps=0, **settings).run(models)))
     adapting = {"max_steps": 8, "lr": 0.05, "batch_size": 12}
@@ -287,6 +289,7 @@ def test_plain_needs_the_pretrained_model(tmp_path: Path) -> None:
         (torch.zeros(3), r"granularity"),
         ({"merge_weight": torch.zeros(3)}, "holds dict"),
         (torch.full((3, 43), torch.nan), "NaN"),
+        (b"nothing", "neither what an adaptation has saved nor a tensor"),
     ],
 )
 def test_coefficients_that_do_not_fit_are_refused(
@@ -296,9 +299,63 @@ def test_coefficients_that_do_not_fit_are_refused(
     run = CartImageAdaMergingAlgorithm(merging_weights_load_path=str(file), **CART)
     with pytest.raises(CartError, match="no file"):
         run.run(models)
-    torch.save(written, file)
+    if isinstance(written, bytes):
+        file.write_bytes(written)
+    else:
+        torch.save(written, file)
     with pytest.raises(CartError, match=message):
         run.run(models)
+
+
+def test_coefficients_of_fusion_benchs_own_adamerging_are_taken(tmp_path: Path) -> None:
+    models, file = tiny.image_pool(tmp_path), tmp_path / "merging_weights.pt"
+    torch.save(torch.full((3, 43), 1.7), file)
+    merged = CartImageAdaMergingAlgorithm(merging_weights_load_path=str(file), **CART).run(models)
+    expected = body(CartAlgorithm(**CART).run(models)).state_dict()
+    assert same(body(merged).state_dict(), expected)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"weights": [1.0, 2.0, 3.0]}, "of other models, or of another rank rule"),
+        ({"rank": 3}, "of other models, or of another rank rule"),
+        ({"scaling_factor": "auto"}, "of other models, or of another rank rule"),
+        ({"granularity": "task"}, "granularity"),
+    ],
+    ids=str,
+)
+def test_coefficients_of_another_run_are_refused(
+    changed: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    models, file = tiny.gpt2_pool(tmp_path / "pool"), tmp_path / "coefficients.safetensors"
+    kept = {"max_steps": 0, "merging_weights_save_path": str(file)}
+    CartGPT2AdaMergingAlgorithm(**kept, **CART).run(models)
+    other = {**CART, **changed, "merging_weights_load_path": str(file)}
+    with pytest.raises(CartError, match=message):
+        CartGPT2AdaMergingAlgorithm(**other).run(models)
+
+
+def test_coefficients_of_models_in_another_order_are_refused(tmp_path: Path) -> None:
+    from fusion_bench import BaseModelPool
+
+    pool, file = tiny.gpt2_pool(tmp_path / "pool"), tmp_path / "coefficients.safetensors"
+    kept = {"max_steps": 0, "merging_weights_save_path": str(file)}
+    CartGPT2AdaMergingAlgorithm(**kept, **CART).run(pool)
+    turned = BaseModelPool({task: pool.load_model(task) for task in reversed(tiny.TASKS)})
+    with pytest.raises(CartError, match=r"adapted to mnist, svhn, cifar10, the pool has cifar10"):
+        CartGPT2AdaMergingAlgorithm(merging_weights_load_path=str(file), **CART).run(turned)
+
+
+def test_masks_are_no_coefficients_alone(tmp_path: Path) -> None:
+    pool, file = tiny.gpt2_pool(tmp_path / "pool"), tmp_path / "masks.safetensors"
+    # A full choice, so that all else is the same.
+    kept = {"max_steps": 0, "merging_weights_save_path": str(file), "candidates": 1.0}
+    whole = {"rank": 16, "decompose": "*"}
+    CartGPT2AdaRankAlgorithm(**whole, **kept).run(pool)
+    run = CartGPT2AdaMergingAlgorithm(**whole, merging_weights_load_path=str(file))
+    with pytest.raises(CartError, match="holds masks: of cart/adarank"):
+        run.run(pool)
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("*ada*.yaml")), ids=lambda p: p.stem)

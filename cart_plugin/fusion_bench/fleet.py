@@ -1,0 +1,187 @@
+"""The models of a FusionBench pool, tensor by tensor, and the one that merged tensors go into."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from fusion_bench import LazyStateDict
+from fusion_bench.models.utils import get_target_state_dict, load_state_dict_into_target_modules
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from cart_plugin.errors import CartError
+from cart_plugin.fusion_bench.selection import Decision
+from cart_plugin.wording import count, some
+
+
+class Fleet:
+    """The fine-tuned models of a pool as state dicts.
+
+    Attributes:
+        models: as the pool gives them: modules, or `LazyStateDict`.
+        states: their tensors, by model.
+        base: the pretrained model's tensors, where the method needs them.
+        weights: one a model, or None.
+        decompose: which tensors to decompose.
+        shared: further names of tied tensors, with the name under which each is listed first.
+
+    Raises:
+        CartError: the first model ties what another one has twice.
+    """
+
+    def __init__(
+        self,
+        models: dict[str, Any],
+        states: dict[str, Mapping[str, Tensor]],
+        base: Mapping[str, Tensor] | None,
+        weights: list[float] | None,
+        decompose: Decision,
+        device: torch.device,
+        keep: bool,
+    ) -> None:
+        self.models, self.states, self.base = models, states, base
+        self.weights, self.decompose = weights, decompose
+        self._device, self._keep = device, keep
+        first = next(iter(models.values()))
+        names = next(iter(states.values()))
+        tied = aliases(first) if isinstance(first, nn.Module) else {}
+        self.shared = {name: other for name, other in tied.items() if {name, other} <= set(names)}
+        self._check_tied()
+
+    @property
+    def names(self) -> list[str]:
+        """The models' names."""
+        return list(self.models)
+
+    def tensors(self, what: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Tensor by tensor: its name, and each model's version of it on the method's device.
+
+        Tied ones come once.
+        """
+        first = next(iter(self.states.values()))
+        names = [name for name in first if name not in self.shared]
+        for name in tqdm(names, desc=what, dynamic_ncols=True):
+            yield name, {model: self._moved(state, name) for model, state in self.states.items()}
+
+    def base_tensor(self, name: str) -> Tensor | None:
+        """The pretrained model's version of a tensor, where the method takes it."""
+        if self.base is None or name not in self.base:
+            return None
+        return self._moved(self.base, name)
+
+    def home(self, name: str) -> torch.device:
+        """Where the models hold a tensor: results go back there."""
+        return next(iter(self.states.values()))[name].device
+
+    def _moved(self, state: Mapping[str, Tensor], name: str) -> Tensor:
+        return state[name].to(self._device)
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors under all their names, in the models' order."""
+        order = next(iter(self.states.values()))
+        return {name: tensors[self.shared.get(name, name)] for name in order}
+
+    def with_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """A fine-tuned model with other tensors: itself, or a copy where the pool holds it.
+
+        Raises:
+            CartError: the pool gives state dicts that know no model class.
+        """
+        model, tensors = self.models[name], self.whole(tensors)
+        if isinstance(model, LazyStateDict):
+            # Files leave out tensors that are tied to others; nothing may come on top.
+            module = module_of(model)
+            unknown = module.load_state_dict(tensors, strict=False).unexpected_keys
+            if unknown:
+                raise CartError(f"{type(module).__name__} has no place for {some(unknown)}")
+            return module
+        if self._keep:
+            model = copied(model)
+        load_state_dict_into_target_modules(model, tensors)
+        return model
+
+    def _check_tied(self) -> None:
+        for name, other in self.shared.items():
+            for model, state in self.states.items():
+                one, two = state[name], state[other]
+                if one.data_ptr() != two.data_ptr() and not torch.equal(one, two):
+                    raise CartError(
+                        f"{other} and {name} are one tensor in {self.names[0]}, two in {model}: "
+                        f"name {model} first in the pool, so that the merged model has both"
+                    )
+
+
+def check_base(
+    base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], decompose: Decision
+) -> None:
+    """Refuse a pretrained model of another architecture; a head of its own does not matter.
+
+    Raises:
+        CartError: it lacks tensors that are decomposed, or has further layers.
+    """
+    remedy = (
+        "name the one that the models were fine-tuned from, or take _pretrained_ out of the pool"
+    )
+    needed = [name for name, tensor in tuned.items() if decompose(name, tensor.shape)]
+    if missing := [name for name in needed if name not in base]:
+        raise CartError(
+            f"the pool's pretrained model lacks {len(missing)} of the {len(needed)} tensors that "
+            f"are decomposed: {some(missing)}; {remedy}"
+        )
+    layers = {_of_any_layer(name) for name in tuned}
+    if extra := [name for name in base if name not in tuned and _of_any_layer(name) in layers]:
+        raise CartError(
+            f"the pool's pretrained model has {count(len(extra), 'tensor')} of layers that the "
+            f"models have not: {some(extra)}; {remedy}"
+        )
+
+
+def _of_any_layer(name: str) -> str:
+    return re.sub(r"(^|(?<=\.))\d+(?=\.)", "#", name)
+
+
+def state_of(model: Any) -> Mapping[str, Tensor]:
+    """The tensors of a module, or of a lazy state dict: that reads each when it is asked for it."""
+    return model if isinstance(model, Mapping) else get_target_state_dict(model)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of a model that runs its own weights.
+
+    FusionBench's image-classification pools put a function in the place of ``forward`` that is
+    bound to the original, in copies as well.
+    """
+    copy = deepcopy(model)
+    for name in ("forward", "original_forward"):
+        vars(copy).pop(name, None)
+    return copy
+
+
+def module_of(lazy: LazyStateDict) -> nn.Module:
+    """The model of a lazy state dict, with its own weights.
+
+    Raises:
+        CartError: it knows no model class.
+    """
+    if lazy.meta_module_class is None:
+        raise CartError(
+            f"the weights of {lazy.checkpoint} need a model to go into: give its entry in the pool "
+            "a meta_module_class, such as transformers.AutoModelForCausalLM"
+        )
+    # FusionBench's methods empty the meta module instead, which leaves buffers that no checkpoint
+    # holds (rotary frequencies) without values.
+    return lazy.meta_module_class.from_pretrained(lazy.checkpoint, dtype=lazy.dtype)
+
+
+def aliases(model: nn.Module) -> dict[str, str]:
+    """Further names of tied parameters, with the name under which each is listed first."""
+    first: dict[Tensor, str] = {}
+    shared = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(parameter, name) != name:
+            shared[name] = first[parameter]
+    return shared
