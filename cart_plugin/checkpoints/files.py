@@ -99,9 +99,9 @@ def unfinished(out: Path) -> Iterator[Path]:
         reason = explain(error)
         raise CartError(f"cannot write {out}: {reason}; nothing is left of it") from error
     finally:
-        lock.release()
-        if not done:
+        if not done:  # before another run may come in
             shutil.rmtree(folder, ignore_errors=True)
+        lock.release()
 
 
 @dataclass
@@ -142,9 +142,9 @@ def resumable(out: Path) -> Iterator[Workplace]:
             (folder / _KEPT).touch()
         yield work
     finally:
-        lock.release()
-        if not work.keep:
+        if not work.keep:  # before another run may come in
             shutil.rmtree(folder, ignore_errors=True)
+        lock.release()
 
 
 def left_bytes(out: Path) -> int:

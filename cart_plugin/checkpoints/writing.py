@@ -128,6 +128,15 @@ def reserve(path: Path, layout: Layout) -> None:
         file.truncate(file_bytes(layout))
 
 
+def restore_header(path: Path, layout: Layout) -> None:
+    """Write the header of a file of a layout anew, if it is another one."""
+    head = header(layout)
+    with path.open("r+b") as file:
+        if file.read(len(head)) != head:
+            file.seek(0)
+            file.write(head)
+
+
 def shards(layout: Layout) -> dict[str, Layout]:
     """Files of at most 5 GB, in the layout's order, with the names that transformers gives them."""
     from huggingface_hub import split_state_dict_into_shards_factory

@@ -47,9 +47,11 @@ def _start_of_ray(ctx: click.Context, own: list[click.Parameter], args: list[str
     )
     # Nothing is refused here: what is wrong is told where all is read.
     found = early.make_context(ctx.info_name, list(args), resilient_parsing=True).params
-    workers, address = found.get("workers"), found.get("address")
+    workers, address, recipe = (found.get(name) for name in ("workers", "address", "recipe"))
     if not isinstance(workers, int) or workers < 2 or address is not None:
         return None
+    if not isinstance(recipe, Path) or not recipe.is_file():
+        return None  # there will be nothing to do
     from cart_plugin.distributed.start import Start
 
     return Start(workers, None, logs=bool(found.get("verbosity")))

@@ -26,7 +26,7 @@ from mergekit.tokenizer import TokenizerInfo
 from cart_plugin import linalg, merging
 from cart_plugin import mergekit as adapter
 from cart_plugin.checkpoints import writing
-from cart_plugin.checkpoints.digests import tensor_digest
+from cart_plugin.checkpoints.digests import file_digest, tensor_digest
 from cart_plugin.checkpoints.files import MAKING, read_json, write_json
 from cart_plugin.checkpoints.headers import read_header
 from cart_plugin.checkpoints.reading import CONFIG, Checkpoint
@@ -35,7 +35,7 @@ from cart_plugin.distributed.plan import Part, Shard
 from cart_plugin.errors import CartError
 from cart_plugin.execution.inputs import Inputs, plain
 
-_REVISION = 2  # raised when the files here come to mean something else
+_REVISION = 3  # raised when the files here come to mean something else
 _PACKAGES = ("cart-plugin", "mergekit", "torch", "transformers", "scipy", "safetensors")
 # Of mergekit's options those that change neither a tensor nor where it lies.
 _WITHOUT_EFFECT = {
@@ -97,8 +97,8 @@ class Places:
         """Whether all is there that workers go by; a machine that lost its power leaves parts."""
         try:
             plan.read(self.plan)
-            read_json(self.settings)
-            read_tokenizer(self)
+            if read_json(self.settings)["tokenizer"] and read_tokenizer(self) is None:
+                return False
         except Exception:  # whatever half a file, or a pickle, may lead to
             return False
         return True
@@ -118,8 +118,9 @@ def identity(
 ) -> dict[str, Any]:
     """All that the bytes of a merge depend on, in parts that a message can name.
 
-    Of the inputs: names, sizes and times of all files in their folders. Reading terabytes to see
-    whether they have changed would take as long as the merge.
+    Of the inputs: names, sizes, times and a few pages of all files in their folders. Reading
+    terabytes to see whether they have changed would take as long as the merge; fine-tuned models of
+    one base differ in every page.
 
     Args:
         inputs: the recipe with whole models.
@@ -155,9 +156,21 @@ def identity(
     return _plainly(found)
 
 
-def _states(files: Iterable[Path]) -> list[tuple[str, int, int]]:
-    found = ((file.name, file.stat()) for file in sorted(files))
-    return [(name, state.st_size, state.st_mtime_ns) for name, state in found]
+def _states(files: Iterable[Path]) -> list[tuple[str, int, int, str]]:
+    found = ((file, file.stat()) for file in sorted(files))
+    return [
+        (file.name, state.st_size, state.st_mtime_ns, file_digest(file)) for file, state in found
+    ]
+
+
+def presence(inputs: Inputs) -> dict[str, tuple[int, ...]]:
+    """What tells at little cost that weights on this machine have been replaced, by file."""
+    files = [file for held in inputs.checkpoints.values() for file in held.files]
+    states = {str(file): file.stat() for file in files if file.exists()}
+    return {
+        name: (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+        for name, state in states.items()
+    }
 
 
 def _plainly(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,7 +182,7 @@ def _plainly(found: Mapping[str, Any]) -> dict[str, Any]:
 def surroundings(inputs: Inputs) -> dict[str, Any]:
     """What has to be the same for all workers, and from the first tensor to the last.
 
-    Versions, and the weights and configs of the models, by sizes and times.
+    Versions, and the weights and configs of the models, as in `identity`.
     """
     files = {
         f"model {label}": _states([*held.files, held.path / CONFIG])
@@ -190,6 +203,23 @@ def check_surroundings(places: Places, inputs: Inputs) -> None:
             f"{socket.gethostname()} does not find what the merge was planned for: "
             f"{_difference(planned, found)}; leave the models alone while they are merged, and "
             "give all machines the same folders and versions"
+        )
+
+
+def check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse a result whose inputs have changed while it was made.
+
+    Args:
+        before: by `identity`.
+        now: the same, later.
+
+    Raises:
+        CartError: they have.
+    """
+    if before != now:
+        raise CartError(
+            f"{_difference(before, now)} while it was merged; leave the models alone until the "
+            "merge is finished"
         )
 
 
@@ -248,8 +278,9 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def _changed_files(before: Any, now: Any) -> str:
-    old = {entry[0]: entry for entry in before}
-    found = next((entry[0] for entry in now if old.get(entry[0]) != entry), None)
+    old, new = ({entry[0]: entry for entry in entries} for entries in (before, now))
+    gone = next((f"{name} is gone" for name in old if name not in new), None)
+    found = gone or next((name for name in new if old.get(name) != new[name]), None)
     return "" if found is None else f" ({found})"
 
 
@@ -279,6 +310,8 @@ def reserve(places: Places, shards: Iterable[Shard]) -> None:
         file = places.model / shard.file
         if not file.is_file() or file.stat().st_size != shard.bytes:
             writing.reserve(file, shard.layout)
+        else:  # a machine that lost its power may have lost this, and digests are of the data
+            writing.restore_header(file, shard.layout)
 
 
 def records(places: Places, parts: Iterable[Part]) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from cart_plugin.distributed import journal, plan, tasks
 from cart_plugin.distributed.plan import Part
 from cart_plugin.distributed.progress import Step
 from cart_plugin.distributed.writing import PartFile, ToPart
+from cart_plugin.errors import CartError
 from cart_plugin.execution.inputs import read_inputs
 from cart_plugin.execution.routes import Job, recorded
 from cart_plugin.execution.tensorwise import LoadModelTensor
@@ -44,6 +45,7 @@ class Workshop:
         self._parts = plan.parts(plan.read(self._places.plan))
         inputs = read_inputs(self._job.recipe)
         journal.check_surroundings(self._places, inputs)
+        self._inputs, self._found = inputs, journal.presence(inputs)
         tasks.log_as_asked(self._options.verbosity)
         found = tasks.planned(self._job, inputs, self._options, self._read)
         self._tasks = {tasks.key(task): task for task in tasks.saves(found)}
@@ -68,6 +70,11 @@ class Workshop:
             return
         with recorded() as told, PartFile(self._places.model, part, self._step.wrote) as file:
             self._merge(part, file)
+        if journal.presence(self._inputs) != self._found:
+            raise CartError(
+                "a model was replaced while it was merged; leave the models alone until the merge "
+                "is finished"
+            )
         journal.record(
             self._places,
             part,

@@ -240,7 +240,7 @@ def _by_plan(
             shape = _with_rows(shape, axis, min(info.shape[axis] for info in found.values()))
         yield Output(
             task.tensor_name,
-            dtype_from_name(task.dtype) or _promoted(cast),
+            dtype_from_name(task.dtype) or _promoted(cast, task),
             shape,
             tasks.key(task),
             sum(info.bytes for info in found.values()),
@@ -261,8 +261,13 @@ def _is_skipped(task: SaveTensor, found: list[str], base: str | None) -> bool:
     )
 
 
-def _promoted(inputs: Mapping[str, TensorInfo]) -> torch.dtype:
-    return reduce(torch.promote_types, (info.dtype for info in inputs.values() if info.dtype))
+def _promoted(inputs: Mapping[str, TensorInfo], task: SaveTensor | None = None) -> torch.dtype:
+    found = reduce(torch.promote_types, (info.dtype for info in inputs.values() if info.dtype))
+    merge: Any = task and task.tensor_task
+    if merge and merge.method_name == "arcee_fusion" and len(inputs) > 1:
+        # mergekit 0.1.5 multiplies by a mask in fp32.
+        return torch.promote_types(found, torch.float32)
+    return found
 
 
 def _with_rows(shape: tuple[int, ...], axis: int, rows: int) -> tuple[int, ...]:

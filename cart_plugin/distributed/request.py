@@ -22,7 +22,6 @@ from cart_plugin.checkpoints.files import (
     Workplace,
     check_space,
     explain,
-    read_json,
     resumable,
     write_json,
     write_text,
@@ -151,8 +150,8 @@ def _left(work: Workplace) -> str:
         return ""
     count = len(plan.parts(plan.read(folder.plan)))
     return (
-        f"; {records} of {count} parts are finished and kept in {work.folder}: the same command "
-        "goes on from there"
+        f"; {records} of {count} parts are finished and kept in {work.folder}: with the same "
+        "models and settings the same command goes on from there"
     )
 
 
@@ -219,7 +218,8 @@ class _Run:
         todo = [part for part in parts if not places.record(part).is_file()]
         check_space(work.folder, sum(part.bytes for part in todo))
         if len(todo) < len(parts):
-            listener.note(f"going on: {len(parts) - len(todo)} of {len(parts)} parts are finished")
+            finished = f"{len(parts) - len(todo)} of {len(parts)} parts are finished"
+            listener.note(f"going on: {finished}, and are made again where they are damaged")
         journal.reserve(places, shards)
         with self._shown(places, parts):
             if self._hands.is_here:
@@ -238,10 +238,8 @@ class _Run:
     def _plan(self, prepared: merge.Prepared) -> tuple[Places, list[Shard]]:
         """The places of this merge, and its shards."""
         whole = self._hands.address is not None
-        identity = journal.identity(
-            prepared.inputs, prepared.choice.route, self._options, self._threads, whole=whole
-        )
-        places = journal.open_journal(self._work.folder, identity, self._listener.note)
+        self._identity = self._identify(prepared)
+        places = journal.open_journal(self._work.folder, self._identity, self._listener.note)
         job = replace(self._job(prepared, places), recipe=tasks.everywhere(prepared.inputs))
         job.write(places.job)  # anew: some options may change without a change of the result
         if not places.plan.is_file():
@@ -252,10 +250,20 @@ class _Run:
                 shards = plan.foresee(targets, inputs, self._options, tokenizer, whole=whole)
             if tokenizer is not None:
                 journal.write_tokenizer(places, tokenizer)
-            settings = {"threads": self._threads, "surroundings": journal.surroundings(inputs)}
+            settings = {
+                "threads": self._threads,
+                "surroundings": journal.surroundings(inputs),
+                "tokenizer": tokenizer is not None,
+            }
             write_json(places.settings, settings)
             plan.write(places.plan, shards)
         return places, plan.read(places.plan)
+
+    def _identify(self, prepared: merge.Prepared) -> dict[str, Any]:
+        """What the result depends on, as it is now."""
+        whole = self._hands.address is not None
+        route = prepared.choice.route
+        return journal.identity(prepared.inputs, route, self._options, self._threads, whole=whole)
 
     def _job(self, prepared: merge.Prepared, places: Places) -> routes.Job:
         return routes.Job.of(prepared.choice, prepared.inputs, places.model, self._options)
@@ -319,7 +327,7 @@ class _Run:
         suspects = {name for record in records for name in record["suspects"]}
         name = self._out.resolve().name
         written = merge.complete(prepared, places.model, name, self._options, suspects)
-        journal.check_surroundings(places, read_inputs(read_json(places.job)["recipe"]))
+        journal.check_same(self._identity, self._identify(prepared))
         self._work.publish(places.model)
         found = [*self._warnings, *(text for record in records for text in record["warnings"])]
         kept = Kept()

@@ -7,6 +7,7 @@ does the command itself. This module imports neither, so that all of it can go o
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from typing import Any
 
@@ -16,6 +17,7 @@ _OBJECT_STORE = 80_000_000  # bytes, nearly Ray's least: no tensor goes through 
 # Ray 2.60 gives its own processes half a minute, which a busy machine may need for the first time.
 _LATE = "timed out"
 _TRIES = 3
+_REACHED = 10.0  # seconds in which a cluster's head answers
 
 
 def import_ray() -> Any:
@@ -101,6 +103,7 @@ class Start:
         common = {"log_to_driver": self._logs, "logging_level": "ERROR"}
         try:
             if self._address is not None:
+                _reach(self._address)
                 ray.init(address=self._address, **common)
                 return
             ray.init(
@@ -110,12 +113,24 @@ class Start:
                 object_store_memory=_OBJECT_STORE,
                 **common,
             )
-            for _ in range(self._workers):
+            # Further ones import when they get something to do.
+            for _ in range(min(self._workers, os.cpu_count() or 1)):
                 ray.remote(_import).options(num_cpus=1).remote()
         except Exception as error:  # a start that takes longer than 30 s raises just that
             where = f"cannot join the Ray cluster at {self._address}"
             what = "cannot start Ray on this machine" if self._address is None else where
             raise CartError(f"{what}: {first_line(error)}") from error
+
+
+def _reach(address: str) -> None:
+    """Look whether anybody listens there: Ray 2.60 tries for ten minutes and more.
+
+    Raises:
+        OSError: nobody does.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACHED).close()
 
 
 def _import() -> None:

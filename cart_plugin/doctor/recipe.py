@@ -156,7 +156,10 @@ def _check_document(
         findings += likeness.check(checkpoints, config, completed=completed)
     else:
         matched = merges.match(plan, checkpoints)
-        findings = result.check_plan(matched, checkpoints, config, method, completed=completed)
+        truncates = options is not None and options.unsafe_truncate_embeddings
+        findings = result.check_plan(
+            matched, checkpoints, config, method, completed=completed, truncates=truncates
+        )
         held = [merge for merge in matched if merge.inputs]
         if parameters.is_cart(method) and not _has_problem(findings):
             findings += whole.check_rules(held, config)

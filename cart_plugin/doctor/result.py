@@ -29,6 +29,7 @@ def check_plan(
     method: MergeMethod,
     *,
     completed: bool = False,
+    truncates: bool = False,
 ) -> list[Finding]:
     """Check a plan for losses, mismatches and settings without effect; sum up what it will do.
 
@@ -38,6 +39,7 @@ def check_plan(
         config: the recipe.
         method: its merge method.
         completed: `mergekit-cart merge` does it.
+        truncates: with mergekit's `--unsafe-truncate-embeddings`.
     """
     plan = [merge.planned for merge in matched]
     merges = [merge for merge in matched if merge.inputs]
@@ -49,7 +51,7 @@ def check_plan(
         # tells.
         return findings + likeness.check(checkpoints, config, rows, completed=completed)
     findings += _check_losses(plan, checkpoints, config)
-    findings += _check_shapes(merges, config)
+    findings += _check_shapes(merges, config, truncates=truncates)
     whole = not any(finding.of_architecture for finding in findings)
     findings += likeness.check(checkpoints, config, rows, aligns=whole, completed=completed)
     if not whole:
@@ -169,7 +171,7 @@ def _transformers_version() -> str:
     return str(transformers.__version__)
 
 
-def _check_shapes(merges: Sequence[Merge], config: Recipe) -> Iterator[Finding]:
+def _check_shapes(merges: Sequence[Merge], config: Recipe, *, truncates: bool) -> Iterator[Finding]:
     """Report tensors whose shapes differ between the inputs."""
     aligned = isinstance(config, MergeConfiguration) and bool(
         config.tokenizer or config.tokenizer_source
@@ -190,6 +192,14 @@ def _check_shapes(merges: Sequence[Merge], config: Recipe) -> Iterator[Finding]:
             by_shape[info.shape].append(label)
         shapes_text = ", ".join(f"{shape} in {some(who)}" for shape, who in by_shape.items())
         names = [merge.planned.name for merge in found]
+        if vocabulary and truncates:
+            yield warning(
+                f"{count(len(found), 'table')} of embeddings ({names[0]}: {shapes_text}) are cut "
+                "to the smallest",
+                "make sure that all models number their tokens alike; a tokenizer section of the "
+                "recipe aligns them and needs no --unsafe-truncate-embeddings",
+            )
+            continue
         yield problem(
             f"the shapes of {count(len(found), 'tensor')} differ: {names[0]} is {shapes_text}"
             + (f"; also {some(names[1:])}" if names[1:] else ""),

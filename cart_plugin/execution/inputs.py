@@ -149,7 +149,7 @@ def plain(
         return walk(value)
 
     def model(value: Any) -> Any:
-        if value in ("union", "base") or not isinstance(value, str | dict):
+        if value in ("union", "base") or not isinstance(value, str | dict | ModelReference):
             return value
         # As written: a path with a plus is one label and no reference.
         label = value if isinstance(value, str) else str(ModelReference.model_validate(value))
@@ -158,7 +158,9 @@ def plain(
             return value
         return _mapping(found if rename is None else rename(found))
 
-    found: dict[str, Any] = walk(config.model_dump(mode="json", exclude_defaults=True))
+    # Not as JSON: mergekit 0.1.5 gives references with a space in their path as objects, and that
+    # mode fails on them.
+    found: dict[str, Any] = walk(config.model_dump(exclude_defaults=True))
     return found
 
 

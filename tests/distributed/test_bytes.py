@@ -196,6 +196,45 @@ def test_what_a_merge_warns_of_is_told_once(merge: Merge, saved: Saved, tmp_path
     assert done.output.count("kept at least 99%") == 1
 
 
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "float32"])
+def test_arcee_fusion_gives_fp32(dtype: str | None, merge: Merge, tmp_path: Path) -> None:
+    models = save_models(tmp_path / "models", "llama", dtype=torch.bfloat16)[:2]
+    settings = {} if dtype is None else {"dtype": dtype}
+    recipe = write_recipe(
+        tmp_path / "r.yaml", models, merge_method="arcee_fusion", base_model=models[0], **settings
+    )
+    for number, options in enumerate([(), ("--workers", 1)]):
+        done = merge(recipe, tmp_path / f"{number}" / "out", *options, *SHARDS)
+        assert done.exit_code == 0, done.output
+    expected = contents(tmp_path / "0" / "out")
+    assert contents(tmp_path / "1" / "out") == expected
+    assert {tensor.dtype for tensor in load_tensors(tmp_path / "0" / "out").values()} == {
+        torch.float32
+    }
+
+
+@pytest.mark.parametrize("options", [(), ("--workers", 1)], ids=str)
+def test_tables_are_cut_where_that_is_asked_for(
+    options: tuple[Any, ...], merge: Merge, tmp_path: Path
+) -> None:
+    models = save_models(tmp_path / "models", "llama")[:2]
+    save_models(tmp_path / "wider", "llama", vocab_size=120)
+    models[1] = str(tmp_path / "wider" / Path(models[1]).name)
+    recipe = write_recipe(
+        tmp_path / "r.yaml", models, merge_method="linear", parameters={"weight": 1.0}
+    )
+    done = merge(recipe, tmp_path / "out", *options)
+    assert done.exit_code == 1
+    assert "the shapes of" in done.output
+    done = merge(recipe, tmp_path / "out", *options, "--unsafe-truncate-embeddings")
+    assert done.exit_code == 0, done.output
+    assert "are cut to the smallest" in done.output
+    table = "model.embed_tokens.weight"
+    first, second = (load_tensors(model)[table] for model in models)
+    merged = load_tensors(tmp_path / "out")[table]
+    assert torch.allclose(merged, (first + second[: len(first)]) / 2, atol=1e-6)
+
+
 def test_relative_paths_mean_the_current_folder(
     merge: Merge, saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

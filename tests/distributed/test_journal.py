@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
+from benchmarks.architectures.vision_language import tokenizer
 from cart_plugin.checkpoints.files import read_json, write_json
 from cart_plugin.distributed import journal, request
 from cart_plugin.distributed.here import make
 from cart_plugin.distributed.journal import Places
+from cart_plugin.distributed.part import Workshop
 from cart_plugin.distributed.plan import parts, read
 from cart_plugin.errors import CartError
 from tests.distributed.conftest import SHARDS, contents, left, recipe_of, records
@@ -41,12 +43,15 @@ def test_records_without_a_plan_are_not_trusted(
     assert "going on" not in done.output
 
 
-@pytest.mark.parametrize("name", ["plan.json", "settings.json", "tokenizer.pickle"])
+@pytest.mark.parametrize("name", ["plan.json", "settings.json", "tokenizer.pickle", ""])
 def test_half_a_plan_is_none(
     name: str, merge: Merge, places: Places, recipe: Path, tmp_path: Path
 ) -> None:
     # As a machine leaves it that has lost its power.
-    (places.folder / name).write_bytes(b"")
+    if name in ("tokenizer.pickle", ""):  # of a recipe that asks for one, half or not at all there
+        write_json(places.settings, {**read_json(places.settings), "tokenizer": True})
+    if name:
+        (places.folder / name).write_bytes(b"")
     work = request.Workplace(places.folder.parent, tmp_path / "out", keep=True)
     assert request._left(work) == ""
     done = merge(recipe, tmp_path / "out", "--workers", 1, *SHARDS)
@@ -139,6 +144,98 @@ def test_a_model_that_changes_while_it_is_merged(
     assert left(tmp_path) == [".out.unfinished"]
     done = merge(recipe, tmp_path / "out", "--workers", 1, *SHARDS)
     assert "starting anew: model" in done.output
+    assert merge(recipe, tmp_path / "whole" / "out", *SHARDS).exit_code == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
+
+
+def test_parts_of_a_model_that_took_another_ones_place_are_not_kept(
+    merge: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither while it is there, nor when the first one is back."""
+    models = save_models(tmp_path / "models", "llama")
+    recipe = write_recipe(tmp_path / "r.yaml", models)
+    weights, aside = Path(models[1]) / "model.safetensors", tmp_path / "aside"
+    other = tmp_path / "other.safetensors"
+    shutil.copy2(Path(models[2]) / "model.safetensors", other)
+    os.utime(other, ns=(weights.stat().st_atime_ns, weights.stat().st_mtime_ns))
+    make_part, made = Workshop.make, []
+
+    def exchanged(workshop: Workshop, number: int) -> None:
+        made.append(number)
+        if len(made) == 3:
+            weights.rename(aside)
+            other.rename(weights)
+        make_part(workshop, number)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Workshop, "make", exchanged)
+        done = merge(recipe, tmp_path / "out", "--workers", 1, *SHARDS)
+    refuses(done, "a model was replaced while it was merged", "2 of 12 parts are finished and kept")
+    weights.rename(other)
+    aside.rename(weights)
+    done = merge(recipe, tmp_path / "out", "--workers", 1, *SHARDS)
+    assert "going on: 2 of 12 parts" in done.output
+    assert merge(recipe, tmp_path / "whole" / "out", *SHARDS).exit_code == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
+
+
+def test_another_model_of_equal_names_sizes_and_times_is_another(
+    merge: Merge, interrupted: Callable[..., Result], tmp_path: Path
+) -> None:
+    models = save_models(tmp_path / "models", "llama")
+    recipe = write_recipe(tmp_path / "r.yaml", models)
+    interrupted(recipe, tmp_path / "out")
+    weights = Path(models[1]) / "model.safetensors"
+    times = weights.stat().st_atime_ns, weights.stat().st_mtime_ns
+    shutil.copy(Path(models[2]) / "model.safetensors", weights)
+    os.utime(weights, ns=times)
+    done = merge(recipe, tmp_path / "out", "--workers", 1, *SHARDS)
+    assert f"starting anew: model {models[1]} has changed (model.safetensors)" in done.output
+    assert merge(recipe, tmp_path / "whole" / "out", *SHARDS).exit_code == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
+
+
+def test_a_tokenizer_that_goes_while_the_model_is_merged(
+    merge: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = save_models(tmp_path / "models", "llama")
+    tokenizer({}).save_pretrained(models[0])
+    recipe = write_recipe(tmp_path / "r.yaml", models)
+
+    def removed_meanwhile(*arguments: object) -> None:
+        make(*arguments)  # type: ignore[arg-type]
+        (Path(models[0]) / "tokenizer.json").unlink()
+
+    monkeypatch.setattr("cart_plugin.distributed.here.make", removed_meanwhile)
+    done = merge(recipe, tmp_path / "out", "--workers", 1, *SHARDS)
+    refuses(done, f"model {models[0]} has changed (tokenizer.json is gone) while it was merged")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("how", ["a byte", "two names", "zeros"])
+def test_headers_are_what_they_were(
+    how: str, merge: Merge, interrupted: Callable[..., Result], recipe: Path, tmp_path: Path
+) -> None:
+    """Digests of the data do not tell which tensor is where."""
+    interrupted(recipe, tmp_path / "out")
+    model = records(tmp_path)[0].parent.parent / "model"
+    shard = next(file for file in sorted(model.iterdir()) if b"k_proj" in file.read_bytes())
+    content = shard.read_bytes()
+    length = 8 + int.from_bytes(content[:8], "little")
+    head = content[:length]
+    if how == "a byte":
+        head = head.replace(b'"pt"', b'"qt"')
+    elif how == "two names":
+        first, second = (
+            name for name in (b"k_proj", b"v_proj", b"q_proj", b"o_proj") if name in head
+        )
+        head = head.replace(first, b"\0").replace(second, first).replace(b"\0", second)
+    else:
+        head = bytes(length)
+    assert head != content[:length]
+    shard.write_bytes(head + content[length:])
+    done = merge(recipe, tmp_path / "out", "--workers", 1, *SHARDS)
+    assert done.exit_code == 0, done.output
     assert merge(recipe, tmp_path / "whole" / "out", *SHARDS).exit_code == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import click
@@ -66,13 +68,17 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Scripted:
     return ray
 
 
-def test_workers_here_import_before_they_are_needed(scripted: Scripted) -> None:
-    begun = Start(3, None)
+@pytest.mark.parametrize(("workers", "imports"), [(3, 3), (64, 4)])
+def test_workers_here_import_before_they_are_needed(
+    workers: int, imports: int, scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    begun = Start(workers, None)
     assert begun.ray() is scripted
-    assert scripted.asked == ["init", "import", "import", "import"]
+    assert scripted.asked == ["init", *["import"] * imports]
     begun.end()
     begun.end()
-    assert scripted.asked[4:] == ["shutdown"]
+    assert scripted.asked[1 + imports :] == ["shutdown"]
 
 
 def test_a_cluster_is_joined_and_left(scripted: Scripted) -> None:
@@ -131,6 +137,20 @@ def test_a_cluster_that_does_not_answer_is_asked_once(monkeypatch: pytest.Monkey
     assert len(ray.threads) == 1
 
 
+def test_an_address_at_which_nobody_listens_is_told_at_once(scripted: Scripted) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        begun = Start(2, f"127.0.0.1:{port}")
+        assert begun.ray() is scripted
+        begun.end()
+    scripted.asked.clear()
+    begun = Start(2, f"127.0.0.1:{port}")
+    with pytest.raises(CartError, match=rf"the Ray cluster at 127\.0\.0\.1:{port}: .* refused"):
+        begun.ray()
+    begun.end()
+    assert scripted.asked == ["shutdown"]
+
+
 @pytest.mark.parametrize(
     ("options", "workers"),
     [
@@ -144,8 +164,10 @@ def test_a_cluster_that_does_not_answer_is_asked_once(monkeypatch: pytest.Monkey
     ],
 )
 def test_the_command_starts_ray_before_it_reads_its_options(
-    options: list[str], workers: int | None, monkeypatch: pytest.MonkeyPatch
+    options: list[str], workers: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.touch()
     begun: list[tuple[int, bool]] = []
     ended: list[bool] = []
 
@@ -163,8 +185,14 @@ def test_the_command_starts_ray_before_it_reads_its_options(
     monkeypatch.setattr(start, "Start", Noted)
     monkeypatch.setattr(MergeCommand, "get_params", refuse)
     with pytest.raises(click.UsageError, match="wrong"):
-        merge.main(["recipe.yaml", "out", *options], standalone_mode=False)
+        merge.main([str(recipe), "out", *options], standalone_mode=False)
     assert len(ended) == len(begun) == (workers is not None)
+    recipe.unlink()  # for nothing to do there is no need of Ray
+    begun.clear()
+    monkeypatch.setattr(MergeCommand, "get_params", click.Command.get_params)
+    with pytest.raises(click.exceptions.ClickException):
+        merge.main([str(recipe), *options, "--what"], standalone_mode=False)
+    assert begun == []
 
 
 def test_starting_ray_imports_nothing_heavy() -> None:

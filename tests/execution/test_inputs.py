@@ -62,6 +62,32 @@ def test_where_a_tokens_row_comes_from_is_kept(token: str, source: Any) -> None:
         }
 
 
+@pytest.mark.parametrize("options", [(), ("--workers", 1)], ids=str)
+def test_paths_may_hold_spaces(
+    options: tuple[Any, ...], merge: Callable[..., Result], tmp_path: Path
+) -> None:
+    """mergekit 0.1.5 serialises references to them as objects that are no JSON."""
+    models = save_models(tmp_path / "my models", "llama", vocab_size=100)
+    tokenizer({}).save_pretrained(models[0])
+    wanted = write_recipe(
+        tmp_path / "my recipe.yaml",
+        models,
+        merge_method="cart_auto",
+        base_model=models[0],
+        tokenizer={"source": models[0]},
+    )
+    done = merge(wanted, tmp_path / "my out", *options)
+    assert done.exit_code == 0, done.output
+    plainly = save_models(tmp_path / "models", "llama", vocab_size=100)
+    wanted = write_recipe(
+        tmp_path / "r.yaml", plainly, merge_method="cart_auto", base_model=plainly[0]
+    )
+    assert merge(wanted, tmp_path / "out", *options).exit_code == 0
+    expected = load_tensors(tmp_path / "out")
+    found = load_tensors(tmp_path / "my out")
+    assert all(torch.allclose(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_a_forced_token_takes_the_row_that_the_recipe_names(
     merge: Callable[..., Result], tmp_path: Path
 ) -> None:
