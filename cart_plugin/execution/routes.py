@@ -216,7 +216,7 @@ def choose(inputs: Inputs, options: MergeOptions, *, force: bool = False) -> Cho
     else:
         merges = match(plan, inputs.checkpoints)
         if not force:
-            _stop_at_problems(merges, inputs)
+            _stop_at_problems(merges, inputs, options)
         losses = (_left_out, _cast, _differing)
         found = (of(merges, inputs) for of in losses)
         loss = _lacking(merges) or next(filter(None, found), "")
@@ -243,11 +243,16 @@ def choose(inputs: Inputs, options: MergeOptions, *, force: bool = False) -> Cho
     return Choice(TENSORWISE, loss)
 
 
-def _stop_at_problems(merges: list[Merge], inputs: Inputs) -> None:
+def _stop_at_problems(merges: list[Merge], inputs: Inputs, options: MergeOptions) -> None:
     method, findings = check_method(inputs.config.merge_method)
     if method is not None:
         findings = result.check_plan(
-            merges, inputs.checkpoints, inputs.config, method, completed=True
+            merges,
+            inputs.checkpoints,
+            inputs.config,
+            method,
+            completed=True,
+            truncates=options.unsafe_truncate_embeddings,
         )
     stop_at(finding for finding in findings if not finding.of_architecture)
 
