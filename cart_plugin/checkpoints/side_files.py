@@ -32,6 +32,7 @@ _FOREIGN = {
     *(".onnx_data", ".npz", ".npy", ".tflite", ".mlmodel", ".pkl", ".pickle", ".joblib", ".pb"),
     *(".engine", ".nemo", ".mar", ".tar", ".xml"),  # .xml: OpenVINO's graph
 }
+_RECORDS = {".log", ".out", ".jsonl"}  # of a training, which may still be written
 _TEMPLATES = "chat_template"
 _TOKENIZER = (
     *("tokenizer", "vocab", "merges.txt", "special_tokens_map", "added_tokens", _TEMPLATES),
@@ -115,7 +116,7 @@ def belongings(folder: Path) -> dict[str, Path]:
     own = {
         path.name: path
         for path in sorted(folder.iterdir())
-        if path.is_file() and path.name not in _OF_ITS_MAKING
+        if path.is_file() and path.name not in _OF_ITS_MAKING and path.suffix not in _RECORDS
         if not path.name.startswith(".") and not _is_weights(path.name)
     }
     return own | {name: path for name, path in _of_modules(folder) if not _is_weights(name)}

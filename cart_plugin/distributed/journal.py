@@ -25,7 +25,7 @@ from mergekit.tokenizer import TokenizerInfo
 
 from cart_plugin import linalg, merging
 from cart_plugin import mergekit as adapter
-from cart_plugin.checkpoints import writing
+from cart_plugin.checkpoints import side_files, writing
 from cart_plugin.checkpoints.digests import file_digest, tensor_digest
 from cart_plugin.checkpoints.files import MAKING, read_json, write_json
 from cart_plugin.checkpoints.headers import read_header
@@ -118,9 +118,9 @@ def identity(
 ) -> dict[str, Any]:
     """All that the bytes of a merge depend on, in parts that a message can name.
 
-    Of the inputs: names, sizes, times and a few pages of all files in their folders. Reading
-    terabytes to see whether they have changed would take as long as the merge; fine-tuned models of
-    one base differ in every page.
+    Of the files that it is made of: names, sizes, times and a few pages. Reading terabytes to see
+    whether they have changed would take as long as the merge. Models that differ in few tensors may
+    look alike where sizes and times do.
 
     Args:
         inputs: the recipe with whole models.
@@ -128,21 +128,26 @@ def identity(
         options: mergekit's.
         threads: of a worker: the same product by more threads rounds differently.
         whole: whether a shard is made by one worker, as `plan.foresee` has it.
+
+    Raises:
+        CartError: a file cannot be read.
     """
-    folders = {label: checkpoint.path for label, checkpoint in inputs.checkpoints.items()}
+    files = {
+        f"model {label}": _states(
+            held.path,
+            [
+                *_weights_and_config(held),
+                *_belongings(held.path, of_donor=held.path == inputs.donor.path),
+            ],
+        )
+        for label, held in inputs.checkpoints.items()
+    }
     source = inputs.config.tokenizer.source if inputs.config.tokenizer else None
     source = source or inputs.config.tokenizer_source
     if isinstance(source, ModelReference) and Path(source.model.path).is_dir():
-        folders.setdefault(str(source), Path(source.model.path))  # it may be none of the models
-    files = {
-        f"model {label}": _states(
-            # Hidden ones are of other programs: clones, file managers, network file systems.
-            file
-            for file in folder.iterdir()
-            if file.is_file() and not file.name.startswith(".")
-        )
-        for label, folder in folders.items()
-    }
+        folder = Path(source.model.path)  # it may be none of the models
+        own = _belongings(folder, of_donor=False)
+        files.setdefault(f"model {source}", _states(folder, [*own, folder / CONFIG]))
     numbers = [_REVISION, linalg.REVISION, merging.REVISION, adapter.REVISION]
     settings = {
         f"--{name.replace('_', '-')}": value
@@ -156,11 +161,32 @@ def identity(
     return _plainly(found)
 
 
-def _states(files: Iterable[Path]) -> list[tuple[str, int, int, str]]:
-    found = ((file, file.stat()) for file in sorted(files))
-    return [
-        (file.name, state.st_size, state.st_mtime_ns, file_digest(file)) for file, state in found
-    ]
+def _weights_and_config(held: Checkpoint) -> list[Path]:
+    return [*held.files, held.path / CONFIG]
+
+
+def _belongings(folder: Path, *, of_donor: bool) -> list[Path]:
+    """What the result has of a model's other files, or its tokenizer takes."""
+    found = side_files.belongings(folder) | (side_files.module_weights(folder) if of_donor else {})
+    return [path for name, path in found.items() if of_donor or side_files.is_tokenizer(name)]
+
+
+def _states(folder: Path, files: Iterable[Path]) -> list[tuple[str, int, int, str]]:
+    found = []
+    for file in sorted(set(files)):
+        try:
+            if file.is_file():
+                state, name = file.stat(), file.relative_to(folder).as_posix()
+                found.append((name, state.st_size, state.st_mtime_ns, file_digest(file)))
+        except OSError as error:
+            raise CartError(f"{file} cannot be read: {error.strerror or error}") from None
+    return found
+
+
+def _plainly(found: Mapping[str, Any]) -> dict[str, Any]:
+    """As it comes back from a file."""
+    plainly: dict[str, Any] = json.loads(json.dumps(found))
+    return plainly
 
 
 def presence(inputs: Inputs) -> dict[str, tuple[int, ...]]:
@@ -173,19 +199,13 @@ def presence(inputs: Inputs) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _plainly(found: Mapping[str, Any]) -> dict[str, Any]:
-    """As it comes back from a file."""
-    plainly: dict[str, Any] = json.loads(json.dumps(found))
-    return plainly
-
-
 def surroundings(inputs: Inputs) -> dict[str, Any]:
     """What has to be the same for all workers, and from the first tensor to the last.
 
     Versions, and the weights and configs of the models, as in `identity`.
     """
     files = {
-        f"model {label}": _states([*held.files, held.path / CONFIG])
+        f"model {label}": _states(held.path, _weights_and_config(held))
         for label, held in inputs.checkpoints.items()
     }
     return _plainly({**{package: version(package) for package in _PACKAGES}, **files})

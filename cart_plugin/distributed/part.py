@@ -21,7 +21,6 @@ from cart_plugin.distributed import journal, plan, tasks
 from cart_plugin.distributed.plan import Part
 from cart_plugin.distributed.progress import Step
 from cart_plugin.distributed.writing import PartFile, ToPart
-from cart_plugin.errors import CartError
 from cart_plugin.execution.inputs import read_inputs
 from cart_plugin.execution.routes import Job, recorded
 from cart_plugin.execution.tensorwise import LoadModelTensor
@@ -44,8 +43,8 @@ class Workshop:
         torch.set_num_threads(int(read_json(self._places.settings)["threads"]))
         self._parts = plan.parts(plan.read(self._places.plan))
         inputs = read_inputs(self._job.recipe)
-        journal.check_surroundings(self._places, inputs)
         self._inputs, self._found = inputs, journal.presence(inputs)
+        journal.check_surroundings(self._places, inputs)
         tasks.log_as_asked(self._options.verbosity)
         found = tasks.planned(self._job, inputs, self._options, self._read)
         self._tasks = {tasks.key(task): task for task in tasks.saves(found)}
@@ -70,11 +69,9 @@ class Workshop:
             return
         with recorded() as told, PartFile(self._places.model, part, self._step.wrote) as file:
             self._merge(part, file)
-        if journal.presence(self._inputs) != self._found:
-            raise CartError(
-                "a model was replaced while it was merged; leave the models alone until the merge "
-                "is finished"
-            )
+        if (found := journal.presence(self._inputs)) != self._found:
+            journal.check_surroundings(self._places, self._inputs)
+            self._found = found  # the same again
         journal.record(
             self._places,
             part,

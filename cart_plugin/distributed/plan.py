@@ -36,6 +36,8 @@ from cart_plugin.execution.inputs import Inputs
 from cart_plugin.execution.tensorwise import SaveUnit
 
 _PIECE = 64_000_000  # bytes of a piece: seconds of work, and a small loss when it is lost
+# Methods of mergekit 0.1.5 that compute in a wider dtype than their inputs', and stay there.
+_DTYPES = {"arcee_fusion": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -240,7 +242,7 @@ def _by_plan(
             shape = _with_rows(shape, axis, min(info.shape[axis] for info in found.values()))
         yield Output(
             task.tensor_name,
-            dtype_from_name(task.dtype) or _promoted(cast, task),
+            dtype_from_name(task.dtype) or _dtype_of(task, cast),
             shape,
             tasks.key(task),
             sum(info.bytes for info in found.values()),
@@ -261,13 +263,15 @@ def _is_skipped(task: SaveTensor, found: list[str], base: str | None) -> bool:
     )
 
 
-def _promoted(inputs: Mapping[str, TensorInfo], task: SaveTensor | None = None) -> torch.dtype:
-    found = reduce(torch.promote_types, (info.dtype for info in inputs.values() if info.dtype))
-    merge: Any = task and task.tensor_task
-    if merge and merge.method_name == "arcee_fusion" and len(inputs) > 1:
-        # mergekit 0.1.5 multiplies by a mask in fp32.
-        return torch.promote_types(found, torch.float32)
-    return found
+def _dtype_of(task: SaveTensor, inputs: Mapping[str, TensorInfo]) -> torch.dtype:
+    """What a merge gives where no dtype is asked for; of one input, itself."""
+    merge: Any = task.tensor_task
+    found, own = _promoted(inputs), _DTYPES.get(merge.method_name) if len(inputs) > 1 else None
+    return found if own is None else torch.promote_types(found, own)
+
+
+def _promoted(inputs: Mapping[str, TensorInfo]) -> torch.dtype:
+    return reduce(torch.promote_types, (info.dtype for info in inputs.values() if info.dtype))
 
 
 def _with_rows(shape: tuple[int, ...], axis: int, rows: int) -> tuple[int, ...]:

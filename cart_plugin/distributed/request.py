@@ -256,6 +256,7 @@ class _Run:
                 "tokenizer": tokenizer is not None,
             }
             write_json(places.settings, settings)
+            journal.check_same(self._identity, self._identify(prepared))
             plan.write(places.plan, shards)
         return places, plan.read(places.plan)
 

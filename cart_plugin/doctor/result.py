@@ -194,8 +194,8 @@ def _check_shapes(merges: Sequence[Merge], config: Recipe, *, truncates: bool) -
         names = [merge.planned.name for merge in found]
         if vocabulary and truncates:
             yield warning(
-                f"{count(len(found), 'table')} of embeddings ({names[0]}: {shapes_text}) are cut "
-                "to the smallest",
+                f"{count(len(found), 'table')} of embeddings will be cut to the smallest: "
+                f"{names[0]} is {shapes_text}",
                 "make sure that all models number their tokens alike; a tokenizer section of the "
                 "recipe aligns them and needs no --unsafe-truncate-embeddings",
             )

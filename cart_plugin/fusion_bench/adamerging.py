@@ -62,6 +62,10 @@ class CartAdaMerging(Adaptation, CartBase):
         """The average, and truncated centred task vectors."""
         return cart_parts(self.load(models), self.settings)
 
+    def decomposes_nothing(self, reason: str) -> None:
+        """Say so: the coefficients adapt whole differences from the average."""
+        warnings.warn(f"{reason}: whole task vectors are adapted", CartWarning, stacklevel=3)
+
     def construct(self, pool: BaseModelPool) -> Merged:
         """The merged model before it is adapted; says where `cart/auto` has another one."""
         of_average = self.scaling_factor == "auto" and self.center == "average"

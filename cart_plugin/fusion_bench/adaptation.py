@@ -25,19 +25,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
-from cart_plugin.errors import CartError
+from cart_plugin.errors import CartError, first_line
 from cart_plugin.fusion_bench import compat
 from cart_plugin.fusion_bench.adapted import load_adapted, load_state, save_adapted, save_state
 from cart_plugin.fusion_bench.fleet import copied
 from cart_plugin.fusion_bench.merged import GRANULARITIES, Merged
-from cart_plugin.fusion_bench.parameters import check_rate, check_whole, check_writable
+from cart_plugin.fusion_bench.parameters import check_path, check_rate, check_whole, check_writable
 from cart_plugin.fusion_bench.parts import Parts
 
 compat.prepare()
 log = logging.getLogger(__name__)
 
-# Of `fabric.precision`: others convert the merge's own tensors, too.
-_PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
+# Of `fabric.precision`: others turn the merge's own tensors into numbers in which steps are lost.
+_PRECISIONS = ("32-true", "64-true", "16-mixed", "bf16-mixed")
+_NARROW = (torch.bfloat16, torch.float16)
 PRETRAINED = "_pretrained_"
 
 
@@ -70,6 +71,9 @@ class Adaptation(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
     }
     modelpool: BaseModelPool
     seed: int  # also of the order of the batches
+    title = "AdaMerging"  # what the progress bar says
+    # Parameters that are files to be written.
+    written: tuple[str, ...] = ("merging_weights_save_path", "checkpoint_path")
 
     def __init__(
         self,
@@ -98,11 +102,6 @@ class Adaptation(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         self.merging_weights_save_path = merging_weights_save_path
         self.checkpoint_path, self.checkpoint_every = checkpoint_path, checkpoint_every
 
-    # Whether inputs are numbers, of a dtype of their own.
-    takes_images = False
-    # Parameters that are files to be written.
-    written: tuple[str, ...] = ("merging_weights_save_path", "checkpoint_path")
-
     @property
     def adapts(self) -> bool:
         """Whether this run adapts, rather than taking what is in a file or the first values."""
@@ -129,7 +128,12 @@ class Adaptation(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         if saved and not saved.is_file():
             raise CartError(f"merging_weights_load_path: there is no file {saved}")
         for name in self.written:
-            check_writable(name, getattr(self, name))
+            given = getattr(self, name)
+            check_path(name, given)
+            if given is not None:
+                check_writable(
+                    name, Path(given) if name == "checkpoint_path" else self.place(given)
+                )
         if self.needs_pretrained and not pool.has_pretrained:
             raise CartError(
                 "task vectors around the pretrained model need one: give the pool a _pretrained_, "
@@ -187,28 +191,10 @@ class Adaptation(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
                     f"{name} is a {type(model).__name__}: adaptation runs the models, give it a "
                     "pool that loads modules"
                 )
-        if self.adapts and self.takes_images:
-            self.check_dtypes(models)
         parts = self.parts(self.bodies(models))
         first = models[names[0]]
         host = self.host(copied(first) if pool.has_instance_models else first, models, parts)
         return Merged(host, parts.terms, parts.start, self.granularity).eval()
-
-    def check_dtypes(self, models: dict[str, nn.Module]) -> None:
-        """Refuse models that cannot run on images in fp32.
-
-        Raises:
-            CartError: they are in fewer bits.
-        """
-        if self.fabric.strategy.precision.precision != "32-true":
-            return
-        for name, model in models.items():
-            for parameter in model.parameters():
-                if parameter.dtype in (torch.bfloat16, torch.float16):
-                    raise CartError(
-                        f"{name} is in {parameter.dtype}, the images are in float32: load the "
-                        "models with dtype: float32, or adapt with fabric.precision=bf16-mixed"
-                    )
 
     def bodies(self, models: dict[str, nn.Module]) -> dict[str, nn.Module]:
         """What of the models is merged."""
@@ -270,9 +256,6 @@ class Adaptation(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             if (step + 1) % self.checkpoint_every == 0 or step + 1 == steps:
                 self.keep(module, optimizer, step + 1)
 
-    # What the progress bar says.
-    title = "AdaMerging"
-
     def step(
         self, module: Merged, ready: nn.Module, batches: dict[str, Iterator[Any]]
     ) -> dict[str, float]:
@@ -287,7 +270,7 @@ class Adaptation(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         entropies = {}
         for task, iterator in batches.items():
             # What entropies add to probabilities before the logarithm is 0 in fp16.
-            loss = entropy_loss(self.logits(ready, next(iterator), task).float())
+            loss = entropy_loss(self._logits(ready, next(iterator), task).float())
             if not math.isfinite(found := loss.item()):
                 raise CartError(
                     f"the entropy of {task}'s predictions is {found}: the merged model has left "
@@ -300,6 +283,24 @@ class Adaptation(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         used = [(weights[name], leaf.grad) for name, leaf in held.items() if leaf.grad is not None]
         torch.autograd.backward([one for one, _ in used], [gradient for _, gradient in used])
         return entropies
+
+    def _logits(self, ready: nn.Module, batch: Any, task: str) -> Tensor:
+        """The predictions.
+
+        Raises:
+            CartError: the models' numbers and the inputs' do not go together.
+        """
+        try:
+            return self.logits(ready, batch, task)
+        except RuntimeError as error:
+            narrow = {str(one.dtype) for one in ready.parameters() if one.dtype in _NARROW}
+            if narrow and "type" in str(error):
+                raise CartError(
+                    f"models in {', '.join(sorted(narrow))} do not run on {task}'s inputs: "
+                    f"{first_line(error)}; load them with dtype: float32, or adapt with "
+                    "fabric.precision=bf16-mixed"
+                ) from error
+            raise
 
     def groups(self, module: Merged) -> list[dict[str, Any]]:
         """What the optimizer adapts, in groups of their own learning rates."""

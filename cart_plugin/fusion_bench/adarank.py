@@ -98,6 +98,14 @@ class CartAdaRank(CartAdaMerging):
         """The centre, and candidates of each task vector with masks."""
         return cart_parts(self.load(models), self.settings, self.candidates)
 
+    def decomposes_nothing(self, reason: str) -> None:
+        """Refuse it.
+
+        Raises:
+            CartError: always.
+        """
+        raise CartError(f"{reason}: there are no ranks to adapt")
+
     def groups(self, module: Merged) -> list[dict[str, Any]]:
         """Coefficients and scores."""
         scores = [term.scores for term in module.masked.values()]

@@ -217,7 +217,8 @@ def _restore(
     )
     for index, (model, tensor) in enumerate(tensors.items()):
         whole = indexed.restored(index, scale).to(fleet.home(name), tensor.dtype)
-        restored[model][name] = check_range(whole, f"tensor {name!r} of {model}", "")
+        check_range(whole, f"tensor {name!r} of {model}")
+        restored[model][name] = whole
     return indexed.stored
 
 

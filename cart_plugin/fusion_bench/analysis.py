@@ -26,6 +26,7 @@ from cart_plugin.fusion_bench.fleet import module_of, state_of
 from cart_plugin.inspect.orientation import turned_parameters
 from cart_plugin.inspect.report import Report
 from cart_plugin.inspect.state_dicts import records_of
+from cart_plugin.merging.inputs import check_same_tensors, check_whole_weights
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,9 @@ class CartAnalysisAlgorithm(LightningFabricMixin, BaseAlgorithm):
         base = pool.load_pretrained_model() if pool.has_pretrained else None
         device = self.fabric.device
         named = {name: _OnDevice(model, device) for name, model in models.items()}
+        if len(named) > 1:  # fewer are refused below
+            check_same_tensors(named)
+            check_whole_weights(named)
         # An empty pool is refused below.
         total = len(next(iter(named.values()), ()))
         modules = [model for model in (*models.values(), base) if isinstance(model, nn.Module)]
@@ -102,7 +106,9 @@ class CartAnalysisAlgorithm(LightningFabricMixin, BaseAlgorithm):
         report.write(out)
         log.info("report: %s", out / "report.html")
         one = next(iter(models.values())) if base is None else base
-        return module_of(one) if isinstance(one, LazyStateDict) else one
+        # FusionBench prints what comes back, and a lazy state dict has no end then.
+        has_class = isinstance(one, LazyStateDict) and one.meta_module_class is not None
+        return module_of(one) if has_class else one
 
 
 class _OnDevice(Mapping[str, Tensor]):

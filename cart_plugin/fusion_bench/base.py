@@ -11,10 +11,10 @@ from fusion_bench.modelpool import BaseModelPool
 from torch import nn
 
 from cart_plugin.errors import CartError
-from cart_plugin.fusion_bench.fleet import Fleet, check_base, state_of
+from cart_plugin.fusion_bench.fleet import Fleet, check_base, state_of, tied_names
 from cart_plugin.fusion_bench.parameters import is_number
 from cart_plugin.fusion_bench.selection import selection
-from cart_plugin.merging.inputs import check_state_dicts
+from cart_plugin.merging.inputs import check_same_tensors, check_whole_weights
 from cart_plugin.merging.settings import CartSettings
 
 BASE = "the base model"
@@ -113,6 +113,14 @@ class CartBase(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         """
         refuse_saving(self, "this method returns several models, which FusionBench cannot save")
 
+    def decomposes_nothing(self, reason: str) -> None:
+        """Refuse settings that decompose nothing.
+
+        Raises:
+            CartError: always, but for methods that have something else to do.
+        """
+        raise CartError(f"{reason}: CART would do nothing but average")
+
     def load(self, modelpool: BaseModelPool | dict[str, nn.Module]) -> Fleet:
         """All models of a pool, and what to decompose of them.
 
@@ -141,13 +149,16 @@ class CartBase(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         holders = dict(states)
         if base_state is not None and self.center == "base":
             holders[BASE] = base_state
-        check_state_dicts(holders)
+        check_same_tensors(holders)
+        check_whole_weights(states)
         first = next(iter(states.values()))
-        decompose = selection(self.decompose, list(first), list(self.exclude_keys or ()))
-        if not any(decompose(name, tensor.shape) for name, tensor in first.items()):
-            raise CartError(
+        tied = tied_names(next(iter(models.values())), first)
+        decompose = selection(self.decompose, list(first), list(self.exclude_keys or ()), tied)
+        named = ((name, tensor) for name, tensor in first.items() if name not in tied)
+        if not any(decompose(name, tensor.shape) for name, tensor in named):
+            self.decomposes_nothing(
                 f"decompose={self.decompose!r} and exclude_keys leave none of the {len(first)} "
-                "parameters to be decomposed: CART would do nothing but average"
+                "parameters to be decomposed"
             )
         if base_state is not None and self.center is None:
             check_base(base_state, first, decompose)
@@ -157,6 +168,7 @@ class CartBase(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             base=base_state,
             weights=weights,
             decompose=decompose,
+            shared=tied,
             device=self.fabric.device,
             keep=pool.has_instance_models,
         )
@@ -170,6 +182,7 @@ def _listed(weights: Weights, names: list[str]) -> list[float] | None:
             raise CartError(f"weights are for {sorted(weights)}, the pool has {sorted(names)}")
         weights = [weights[name] for name in names]
     listed = list(weights) if isinstance(weights, Iterable) else [weights]
+    listed = [weight.item() if hasattr(weight, "item") else weight for weight in listed]
     if len(listed) != len(names) or not all(is_number(weight) for weight in listed):
         raise CartError(
             f"weights must be {len(names)} numbers, in the order {', '.join(names)} or by these "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Any
@@ -13,7 +14,7 @@ from fusion_bench.models.utils import get_target_state_dict, load_state_dict_int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from cart_plugin.errors import CartError
+from cart_plugin.errors import CartError, CartWarning
 from cart_plugin.fusion_bench.selection import Decision
 from cart_plugin.wording import count, some
 
@@ -27,7 +28,7 @@ class Fleet:
         base: the pretrained model's tensors, where the method needs them.
         weights: one a model, or None.
         decompose: which tensors to decompose.
-        shared: further names of tied tensors, with the name under which each is listed first.
+        shared: further names of tied tensors, as `tied_names` has them.
 
     Raises:
         CartError: the first model ties what another one has twice.
@@ -40,16 +41,16 @@ class Fleet:
         base: Mapping[str, Tensor] | None,
         weights: list[float] | None,
         decompose: Decision,
+        shared: Mapping[str, str],
         device: torch.device,
         keep: bool,
     ) -> None:
         self.models, self.states, self.base = models, states, base
         self.weights, self.decompose = weights, decompose
         self._device, self._keep = device, keep
-        first = next(iter(models.values()))
-        names = next(iter(states.values()))
-        tied = aliases(first) if isinstance(first, nn.Module) else {}
-        self.shared = {name: other for name, other in tied.items() if {name, other} <= set(names)}
+        self.shared = shared
+        # A lazy state dict of one file fails where it is asked whether it holds another tensor.
+        self._of_base = set() if base is None else set(base)
         self._check_tied()
 
     @property
@@ -69,7 +70,7 @@ class Fleet:
 
     def base_tensor(self, name: str) -> Tensor | None:
         """The pretrained model's version of a tensor, where the method takes it."""
-        if self.base is None or name not in self.base:
+        if self.base is None or name not in self._of_base:
             return None
         return self._moved(self.base, name)
 
@@ -120,23 +121,29 @@ def check_base(
 ) -> None:
     """Refuse a pretrained model of another architecture; a head of its own does not matter.
 
+    Warns of further layers: the model may be a deeper one, or have some that fine-tuning drops, as
+    those that predict further tokens.
+
     Raises:
-        CartError: it lacks tensors that are decomposed, or has further layers.
+        CartError: it lacks tensors that are decomposed.
     """
+    held, own = set(base), set(tuned)
     remedy = (
         "name the one that the models were fine-tuned from, or take _pretrained_ out of the pool"
     )
     needed = [name for name, tensor in tuned.items() if decompose(name, tensor.shape)]
-    if missing := [name for name in needed if name not in base]:
+    if missing := [name for name in needed if name not in held]:
         raise CartError(
             f"the pool's pretrained model lacks {len(missing)} of the {len(needed)} tensors that "
             f"are decomposed: {some(missing)}; {remedy}"
         )
-    layers = {_of_any_layer(name) for name in tuned}
-    if extra := [name for name in base if name not in tuned and _of_any_layer(name) in layers]:
-        raise CartError(
+    layers = {_of_any_layer(name) for name in own}
+    if extra := sorted(name for name in held - own if _of_any_layer(name) in layers):
+        warnings.warn(
             f"the pool's pretrained model has {count(len(extra), 'tensor')} of layers that the "
-            f"models have not: {some(extra)}; {remedy}"
+            f"models have not: {some(extra)}; if it is a deeper one, {remedy}",
+            CartWarning,
+            stacklevel=3,
         )
 
 
@@ -175,6 +182,12 @@ def module_of(lazy: LazyStateDict) -> nn.Module:
     # FusionBench's methods empty the meta module instead, which leaves buffers that no checkpoint
     # holds (rotary frequencies) without values.
     return lazy.meta_module_class.from_pretrained(lazy.checkpoint, dtype=lazy.dtype)
+
+
+def tied_names(model: Any, state: Mapping[str, Tensor]) -> dict[str, str]:
+    """As `aliases`, of what is in a state dict; a lazy one has no further names."""
+    found, names = aliases(model) if isinstance(model, nn.Module) else {}, set(state)
+    return {name: other for name, other in found.items() if {name, other} <= names}
 
 
 def aliases(model: nn.Module) -> dict[str, str]:

@@ -22,7 +22,7 @@ from cart_plugin.errors import CartError
 from cart_plugin.fusion_bench.adaptation import PRETRAINED, Adaptation
 from cart_plugin.fusion_bench.base import refuse_saving
 from cart_plugin.fusion_bench.parts import Parts
-from cart_plugin.fusion_bench.unlabelled import Unlabelled
+from cart_plugin.fusion_bench.unlabelled import Unlabelled, check_not_empty
 
 # What transformers and torchvision call the last layer.
 HEAD_NAMES = ("classifier", "fc")
@@ -42,7 +42,6 @@ class ImageInputs(Adaptation):
     """
 
     _config_mapping = Adaptation._config_mapping | {"heads": "heads", "processor": "processor"}
-    takes_images = True
 
     def __init__(
         self,
@@ -107,8 +106,7 @@ class ImageInputs(Adaptation):
             CartError: there is none.
         """
         self._data = {task: Unlabelled(pool.load_test_dataset(task)) for task in pool.model_names}
-        if empty := [task for task, data in self._data.items() if not len(data)]:
-            raise CartError(f"the test data of {', '.join(empty)} are empty")
+        check_not_empty(self._data)
 
     def batches(self, task: str) -> Iterator[Tensor]:
         """Images, as the processor makes them."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cart_plugin.errors import CartError
 from cart_plugin.fusion_bench.adaptation import Adaptation
-from cart_plugin.fusion_bench.unlabelled import UnlabelledPool
+from cart_plugin.fusion_bench.unlabelled import UnlabelledPool, check_not_empty
 
 
 class FusionBenchInputs(Adaptation):
@@ -42,7 +42,12 @@ class FusionBenchInputs(Adaptation):
         """FusionBench's algorithm."""
 
     def prepare_inputs(self, pool: BaseModelPool | UnlabelledPool) -> None:
-        """Set up FusionBench's algorithm, and its heads."""
+        """Set up FusionBench's algorithm, and its heads.
+
+        Raises:
+            CartError: a task has no test data.
+        """
+        check_not_empty({task: pool.load_test_dataset(task) for task in pool.model_names})
         # Kept: when FusionBench's algorithms are collected, they close the loggers of the fabric.
         self._source = self.source()
         self._source.modelpool = pool
@@ -73,7 +78,6 @@ class ClipInputs(FusionBenchInputs):
     folder when another model comes to lie in the same path.
     """
 
-    takes_images = True
     needs = ("load_clip_model", "CLIPVisionModelPool")
 
     def check_pool(self, pool: BaseModelPool) -> None:

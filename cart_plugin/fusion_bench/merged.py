@@ -228,8 +228,8 @@ class Merged(nn.Module):
             CartError: weights that their dtype cannot hold.
         """
         for name, weight in self.weights().items():
-            remedy = ", a lower lr or a smaller scaling_factor"
-            self.model.get_parameter(name).copy_(check_range(weight, f"tensor {name!r}", remedy))
+            check_range(weight, f"tensor {name!r}", ", a lower lr or a smaller scaling_factor")
+            self.model.get_parameter(name).copy_(weight)
         for one in self._trainable:
             one.requires_grad_()
         return self.model

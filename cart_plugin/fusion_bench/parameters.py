@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from numbers import Real
 from pathlib import Path
 
 from cart_plugin.errors import CartError
@@ -11,26 +12,8 @@ from cart_plugin.errors import CartError
 
 def is_number(value: object) -> bool:
     """Whether a parameter is a finite number."""
-    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_real = isinstance(value, Real) and not isinstance(value, bool)
     return is_real and math.isfinite(value)  # type: ignore[arg-type]
-
-
-def check_writable(name: str, given: object) -> None:
-    """Refuse what is no place for a file.
-
-    Raises:
-        CartError: it is not.
-    """
-    if given is None:
-        return
-    if not isinstance(given, (str, Path)) or not str(given):
-        raise CartError(f"{name} must be the path of a file, got {given!r}")
-    path = Path(given)
-    parent = next((one for one in path.absolute().parents if one.exists()), None)
-    if path.is_dir():
-        raise CartError(f"{name}: {path} is a folder, give a file in it")
-    if parent is None or not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise CartError(f"{name}: {path} cannot be written: {parent} is no folder to write in")
 
 
 def check_whole(name: str, value: object, least: int) -> None:
@@ -51,3 +34,26 @@ def check_rate(name: str, value: object) -> None:
     """
     if not is_number(value) or value <= 0:  # type: ignore[operator]
         raise CartError(f"{name} must be a positive number, got {value!r}")
+
+
+def check_path(name: str, given: object) -> None:
+    """Refuse what is no path.
+
+    Raises:
+        CartError: it is not.
+    """
+    if given is not None and (not isinstance(given, (str, Path)) or not str(given)):
+        raise CartError(f"{name} must be the path of a file, got {given!r}")
+
+
+def check_writable(name: str, path: Path) -> None:
+    """Refuse what is no place for a file.
+
+    Raises:
+        CartError: it is not.
+    """
+    parent = next((one for one in path.absolute().parents if one.exists()), None)
+    if path.is_dir():
+        raise CartError(f"{name}: {path} is a folder, give a file in it")
+    if parent is None or not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise CartError(f"{name}: {path} cannot be written: {parent} is no folder to write in")

@@ -18,7 +18,7 @@ from cart_plugin.fusion_bench.fleet import Fleet
 from cart_plugin.fusion_bench.merged import LowRankTerm, Term, Whole
 from cart_plugin.merging.directions import directions_of
 from cart_plugin.merging.indexing import index_tensors
-from cart_plugin.merging.inputs import check_finite, check_state_dicts
+from cart_plugin.merging.inputs import check_finite, check_same_tensors, check_whole_weights
 from cart_plugin.merging.kept import Kept
 from cart_plugin.merging.settings import CartSettings
 from cart_plugin.merging.state_dicts import merge_state_dicts
@@ -124,7 +124,8 @@ def full_parts(
         CartError: models or a pretrained model of other architectures, NaN or infinite values.
     """
     states = {task: model.state_dict() for task, model in models.items()}
-    check_state_dicts({**states, BASE: pretrained})
+    check_same_tensors({**states, BASE: pretrained})
+    check_whole_weights(states)
     parts = Parts(dict(pretrained), {}, [start] * len(models))
     first = next(iter(models.values()))
     for name, parameter in first.named_parameters():

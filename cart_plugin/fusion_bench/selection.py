@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -38,7 +38,10 @@ PRESETS: dict[str, Decision] = {
 
 
 def selection(
-    decompose: str | Iterable[str], names: Sequence[str], exclude: Sequence[str] = ()
+    decompose: str | Iterable[str],
+    names: Sequence[str],
+    exclude: Sequence[str] = (),
+    tied: Mapping[str, str] | None = None,
 ) -> Decision:
     """The rule that a method's parameters ``decompose`` and ``exclude_keys`` stand for.
 
@@ -48,11 +51,20 @@ def selection(
             convolution kernel.
         names: all tensors' names, to check that the patterns mean some of them.
         exclude: names or patterns of what is not decomposed all the same.
+        tied: further names of tied tensors, with the name that stands for them: patterns may mean
+            either.
 
     Raises:
         CartError: no such preset, or a pattern that matches nothing.
     """
     _check(exclude, names, "exclude_keys: {!r} matches")
+    further: dict[str, list[str]] = {}
+    for name, other in (tied or {}).items():
+        further.setdefault(other, []).append(name)
+
+    def matches(name: str, patterns: Iterable[str]) -> bool:
+        return any(_matches(one, patterns) for one in (name, *further.get(name, ())))
+
     if isinstance(decompose, str) and decompose in PRESETS:
         chosen = PRESETS[decompose]
     else:
@@ -65,9 +77,9 @@ def selection(
 
         def chosen(name: str, shape: torch.Size) -> bool:
             # Without its name a tensor is judged by its shape alone: the patterns have the say.
-            return _matches(name, patterns) and is_decomposed(None, shape)
+            return matches(name, patterns) and is_decomposed(None, shape)
 
-    return lambda name, shape: chosen(name, shape) and not _matches(name, exclude)
+    return lambda name, shape: chosen(name, shape) and not matches(name, exclude)
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

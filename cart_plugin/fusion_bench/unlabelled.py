@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sized
 from typing import Any
 
 from fusion_bench.modelpool import BaseModelPool
 from torch.utils.data import Dataset
+
+from cart_plugin.errors import CartError
 
 
 class Unlabelled(Dataset[Any]):
@@ -14,7 +17,7 @@ class Unlabelled(Dataset[Any]):
     FusionBench 0.2.33's `ImageClassificationDataset` fails on rows without one.
 
     Args:
-        data: rows are mappings with an ``image``, or an image and what comes with it.
+        data: rows are mappings with an ``image``, tuples that begin with one, or images.
     """
 
     def __init__(self, data: Any) -> None:
@@ -25,7 +28,19 @@ class Unlabelled(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         row = self.data[index]
-        return (row["image"] if isinstance(row, dict) else row[0]), 0
+        if isinstance(row, dict):
+            return row["image"], 0
+        return (row[0] if isinstance(row, (tuple, list)) else row), 0
+
+
+def check_not_empty(data: Mapping[str, Sized]) -> None:
+    """Refuse tasks without test data.
+
+    Raises:
+        CartError: there are some.
+    """
+    if empty := [task for task, rows in data.items() if not len(rows)]:
+        raise CartError(f"there are no test inputs of {', '.join(empty)}")
 
 
 class UnlabelledPool:

@@ -12,7 +12,7 @@ from cart_plugin.inspect.measures import Record, record
 from cart_plugin.inspect.orientation import as_multiplied
 from cart_plugin.inspect.places import places
 from cart_plugin.inspect.weights import of_tensors
-from cart_plugin.merging.inputs import check_state_dicts
+from cart_plugin.merging.inputs import check_same_tensors
 from cart_plugin.wording import count, some
 
 
@@ -68,7 +68,7 @@ def records_of(
     models = list(named)
     if len(models) < 2:
         raise CartError(f"inspect compares two models or more, got {len(models)}")
-    check_state_dicts(named)
+    check_same_tensors(named)
     for who, held in (("the base model", base), ("the merged model", merged)):
         missing = [] if held is None else sorted(set(named[models[0]]) - set(held))
         if missing:

@@ -104,7 +104,9 @@ def merge_tensors(
                     else of_adapters
                 )
         remedy = "" if settings.lambda_ == "auto" else ", or a smaller lambda"
-        return check_range(merged.to(dtype), where, remedy)
+        result = merged.to(dtype)
+        check_range(result, where, remedy)
+        return result
 
 
 def _add_low_rank(

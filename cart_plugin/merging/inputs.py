@@ -13,22 +13,10 @@ from torch import Tensor
 from cart_plugin.errors import CartError
 from cart_plugin.wording import count, some
 
-# What PEFT calls the tensors of adapters, in the layers that hold them.
-_OF_ADAPTERS = frozenset(
-    (
-        *("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
-        *(
-            "ia3_l",
-            "hada_w1_a",
-            "lokr_w1",
-            "lokr_w1_a",
-            "oft_r",
-            "oft_R",
-            "boft_R",
-            "vera_lambda_b",
-        ),
-        "modules_to_save",
-    )
+# How PEFT's names of adapters' parameters begin.
+_OF_ADAPTERS = (
+    *("lora_", "randlora_", "vera_lambda_", "vblora_", "ia3_", "hada_", "lokr_", "oft_", "boft_"),
+    *("fourierft_", "c3a_", "hra_", "bone_", "road_", "shira_"),
 )
 
 
@@ -125,7 +113,7 @@ def check_finite(
             )
 
 
-def check_range(merged: Tensor, where: str, remedy: str) -> Tensor:
+def check_range(merged: Tensor, where: str, remedy: str = "") -> None:
     """Refuse merged values that their dtype cannot hold.
 
     Args:
@@ -133,38 +121,50 @@ def check_range(merged: Tensor, where: str, remedy: str) -> Tensor:
         where: what it is called.
         remedy: what to do besides taking a wider dtype.
 
-    Returns:
-        The same.
+    Raises:
+        CartError: some are NaN or infinite.
     """
     # The sum alone is cheaper, but may overflow where no value does.
     total = merged.sum(dtype=torch.promote_types(merged.dtype, torch.float32))
-    if bool(torch.isfinite(total) or torch.isfinite(merged).all()):
-        return merged
-    raise CartError(
-        f"{where}: the merged values leave the range of {merged.dtype}; use a wider dtype (float32 "
-        f"or bfloat16){remedy}"
-    )
+    if not bool(torch.isfinite(total) or torch.isfinite(merged).all()):
+        raise CartError(
+            f"{where}: the merged values leave the range of {merged.dtype}; use a wider dtype "
+            f"(float32 or bfloat16){remedy}"
+        )
 
 
-def check_state_dicts(holders: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Refuse models of which one lacks a tensor that another has, and adapters beside weights."""
-    union = set().union(*holders.values())
-    for name in sorted(union):
-        if not _OF_ADAPTERS.isdisjoint(name.split(".")):
-            model = next(model for model, state_dict in holders.items() if name in state_dict)
-            raise CartError(
-                f"{model} holds adapters that are no part of its weights ({name}), and factors of "
-                "adapters cannot be merged one by one: merge the adapters into the weights first "
-                "(PEFT's merge_and_unload), or merge adapter folders with mergekit-cart "
-                "merge-adapters"
-            )
-    for model, state_dict in holders.items():
-        missing = sorted(union - set(state_dict))
+def check_same_tensors(holders: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Refuse models of which one lacks a tensor that another has."""
+    held = {model: set(state_dict) for model, state_dict in holders.items()}
+    union = set().union(*held.values())
+    for model, names in held.items():
+        missing = sorted(union - names)
         if missing:
             raise CartError(
                 f"{model} lacks {count(len(missing), 'tensor')} that other models have: "
                 f"{some(missing)}; merged models must have the same architecture (leave task heads "
                 "out)"
+            )
+
+
+def check_whole_weights(holders: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Refuse models with adapters beside their weights, if they are not the same in all.
+
+    Args:
+        holders: state dicts of the same tensors, by model.
+
+    Raises:
+        CartError: parameters of adapters differ between two models.
+    """
+    first, *others = holders.values()
+    for name in first:
+        if not any(part.startswith(_OF_ADAPTERS) for part in name.split(".")):
+            continue
+        if not all(torch.equal(first[name], other[name].to(first[name])) for other in others):
+            raise CartError(
+                f"the models hold adapters beside their weights ({name}), and factors of adapters "
+                "cannot be merged one by one: merge the adapters into the weights first (PEFT's "
+                "merge_and_unload), or merge adapter folders with mergekit-cart merge-adapters"
             )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cart_plugin.errors import CartError, CartWarning
 from cart_plugin.merging.cart import merge_tensors
-from cart_plugin.merging.inputs import agreed_buffer, check_state_dicts
+from cart_plugin.merging.inputs import agreed_buffer, check_same_tensors, check_whole_weights
 from cart_plugin.merging.kept import Kept
 from cart_plugin.merging.settings import CartSettings
 from cart_plugin.merging.tensors import is_decomposed
@@ -68,7 +68,8 @@ def merge_state_dicts(
     is_centre = settings.center == "base"
     if is_centre and base is not None:
         holders["the base model"] = base
-    check_state_dicts(holders)
+    check_same_tensors(holders)
+    check_whole_weights(named)
     base = base if settings.takes_base else None
     counted = Kept() if kept is None else kept
     merged = {}

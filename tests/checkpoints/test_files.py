@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -111,3 +113,32 @@ def test_kept_work_is_of_this_kind_only(tmp_path: Path) -> None:
     with pytest.raises(CartError, match="go on with the same command"), unfinished(out):
         pass
     assert work.folder.exists()
+
+
+@pytest.mark.parametrize("folder_of", [unfinished, resumable])
+def test_no_run_comes_in_while_a_failed_one_is_removed(
+    folder_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, told = tmp_path / "out", []
+    remove = shutil.rmtree
+
+    def removing(*arguments: Any, **options: Any) -> None:
+        with pytest.raises(CartError) as refused, folder_of(out):
+            pass
+        told.append(str(refused.value))
+        remove(*arguments, **options)
+
+    def fail() -> None:
+        with folder_of(out) as place:
+            folder = getattr(place, "folder", place)
+            (folder / "part").mkdir()
+            if folder_of is resumable:
+                place.keep = False
+            monkeypatch.setattr("cart_plugin.checkpoints.files.shutil.rmtree", removing)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert len(told) == 2  # the part, then the rest
+    assert all("another run is writing" in line for line in told)
+    assert list(tmp_path.iterdir()) == []

@@ -148,6 +148,69 @@ def test_a_model_that_changes_while_it_is_merged(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
 
 
+def like(file: Path, other: Path, place: Path) -> Path:
+    """Copy another file, of equal size, so that names and times are those of a file."""
+    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    shutil.copy(other, place)
+    os.utime(place, ns=times)
+    return place
+
+
+@pytest.mark.parametrize("moment", ["between the checks", "while it is planned"])
+def test_a_model_that_is_replaced_at_the_start(
+    moment: str, merge: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = save_models(tmp_path / "models", "llama")
+    recipe = write_recipe(tmp_path / "r.yaml", models)
+    weights, aside = Path(models[1]) / "model.safetensors", tmp_path / "aside"
+    other = like(weights, Path(models[2]) / "model.safetensors", tmp_path / "other.safetensors")
+    name = "check_surroundings" if moment == "between the checks" else "surroundings"
+    whole, seen = getattr(journal, name), []
+
+    def and_then(*arguments: object) -> object:
+        if moment != "between the checks" and not seen:
+            weights.rename(aside)
+            other.rename(weights)
+        found = whole(*arguments)
+        if moment == "between the checks" and not seen:
+            weights.rename(aside)
+            other.rename(weights)
+        seen.append(found)
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(journal, name, and_then)
+        done = merge(recipe, tmp_path / "out", "--workers", 1, *SHARDS)
+    refuses(done, f"model {models[1]} has changed (model.safetensors)")
+    weights.rename(other)
+    aside.rename(weights)
+    assert merge(recipe, tmp_path / "out", "--workers", 1, *SHARDS).exit_code == 0
+    assert merge(recipe, tmp_path / "whole" / "out", *SHARDS).exit_code == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
+
+
+def test_what_is_no_part_of_the_result_may_change(
+    merge: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logs of a training that goes on beside, and a file that is written anew as it was."""
+    models = save_models(tmp_path / "models", "llama")
+    recipe = write_recipe(tmp_path / "r.yaml", models)
+    weights, make_part = Path(models[1]) / "model.safetensors", Workshop.make
+
+    def beside(workshop: Workshop, number: int) -> None:
+        with (Path(models[0]) / "trainer_log.jsonl").open("a") as log:
+            log.write(f"{number}\n")
+        (Path(models[1]) / "README.md").write_text(str(number))
+        if number == 3:
+            like(weights, weights, tmp_path / "anew").rename(weights)
+        make_part(workshop, number)
+
+    monkeypatch.setattr(Workshop, "make", beside)
+    done = merge(recipe, tmp_path / "out", "--workers", 1, *SHARDS)
+    assert done.exit_code == 0, done.output
+    assert "trainer_log.jsonl" not in contents(tmp_path / "out")
+
+
 def test_parts_of_a_model_that_took_another_ones_place_are_not_kept(
     merge: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,9 +218,7 @@ def test_parts_of_a_model_that_took_another_ones_place_are_not_kept(
     models = save_models(tmp_path / "models", "llama")
     recipe = write_recipe(tmp_path / "r.yaml", models)
     weights, aside = Path(models[1]) / "model.safetensors", tmp_path / "aside"
-    other = tmp_path / "other.safetensors"
-    shutil.copy2(Path(models[2]) / "model.safetensors", other)
-    os.utime(other, ns=(weights.stat().st_atime_ns, weights.stat().st_mtime_ns))
+    other = like(weights, Path(models[2]) / "model.safetensors", tmp_path / "other.safetensors")
     make_part, made = Workshop.make, []
 
     def exchanged(workshop: Workshop, number: int) -> None:
@@ -170,7 +231,11 @@ def test_parts_of_a_model_that_took_another_ones_place_are_not_kept(
     with monkeypatch.context() as patched:
         patched.setattr(Workshop, "make", exchanged)
         done = merge(recipe, tmp_path / "out", "--workers", 1, *SHARDS)
-    refuses(done, "a model was replaced while it was merged", "2 of 12 parts are finished and kept")
+    refuses(
+        done,
+        f"model {models[1]} has changed (model.safetensors)",
+        "2 of 12 parts are finished and kept",
+    )
     weights.rename(other)
     aside.rename(weights)
     done = merge(recipe, tmp_path / "out", "--workers", 1, *SHARDS)
@@ -186,9 +251,7 @@ def test_another_model_of_equal_names_sizes_and_times_is_another(
     recipe = write_recipe(tmp_path / "r.yaml", models)
     interrupted(recipe, tmp_path / "out")
     weights = Path(models[1]) / "model.safetensors"
-    times = weights.stat().st_atime_ns, weights.stat().st_mtime_ns
-    shutil.copy(Path(models[2]) / "model.safetensors", weights)
-    os.utime(weights, ns=times)
+    like(weights, Path(models[2]) / "model.safetensors", weights)
     done = merge(recipe, tmp_path / "out", "--workers", 1, *SHARDS)
     assert f"starting anew: model {models[1]} has changed (model.safetensors)" in done.output
     assert merge(recipe, tmp_path / "whole" / "out", *SHARDS).exit_code == 0

@@ -85,6 +85,15 @@ def test_a_run_goes_on_from_its_own_state_only(tmp_path: Path) -> None:
         CartGPT2AdaRankAlgorithm(**settings).run(models)
 
 
+def test_a_run_goes_on_with_its_own_heads_only(tmp_path: Path) -> None:
+    models, file = tiny.image_pool(tmp_path / "pool"), tmp_path / "state.pt"
+    settings: dict[str, Any] = {**CART, **RATES, "max_steps": 1, "checkpoint_path": str(file)}
+    CartImageAdaMergingAlgorithm(**settings).run(models)
+    heads = {"mnist": str(tmp_path / "pool" / "svhn")}
+    with pytest.raises(CartError, match="of a run with heads="):
+        CartImageAdaMergingAlgorithm(heads=heads, **settings).run(models)
+
+
 @pytest.mark.parametrize("algorithm", [CartImageAdaMergingAlgorithm, CartImageAdaRankAlgorithm])
 def test_a_step_has_the_gradient_of_the_sum_of_entropies(
     algorithm: type[Adaptation], tmp_path: Path

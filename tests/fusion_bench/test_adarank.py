@@ -281,5 +281,5 @@ def test_what_does_not_go_together_is_told(tmp_path: Path) -> None:
         CartGPT2AdaRankAlgorithm(center="base").run(models)
     with pytest.raises(CartError, match=r"keeps 8 singular directions, but candidates=0.25 are 4"):
         CartGPT2AdaRankAlgorithm(rank=8, candidates=0.25).run(models)
-    with pytest.raises(CartError, match="leave none of the 28 parameters to be decomposed"):
+    with pytest.raises(CartError, match="there are no ranks to adapt"):
         CartGPT2AdaRankAlgorithm(exclude_keys=["*"]).run(models)

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -29,10 +30,12 @@ from cart_plugin.fusion_bench.image_adamerging import (
     CartImageAdaMergingAlgorithm,
     ImageClassificationAdaMergingAlgorithm,
 )
+from cart_plugin.fusion_bench.images import body
 from tests.fusion_bench import tiny
 from tests.fusion_bench.test_cart import close, lazy, models, network
 
 CART: dict[str, Any] = {"rank": 2, "scaling_factor": 1.7}
+LORA_B = "base_model.model.transformer.h.0.attn.c_attn.lora_B.default.weight"
 OF_IMAGES = [
     CartImageAdaMergingAlgorithm,
     CartImageAdaRankAlgorithm,
@@ -65,7 +68,9 @@ def test_adapters_beside_the_weights_are_refused(method: Any, tmp_path: Path) ->
         config = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
         held[f"task{seed}"] = peft.get_peft_model(language_model(seed, tied=True), config)
     run = method(output_path=str(tmp_path)) if method is CartAnalysisAlgorithm else method()
-    with pytest.raises(CartError, match=r"task0 holds adapters .*lora_A.*merge_and_unload"):
+    for index, model in enumerate(held.values()):  # B is zero before any training
+        torch.nn.init.constant_(model.get_parameter(LORA_B), index)
+    with pytest.raises(CartError, match=r"adapters beside their weights .*lora_.*merge_and_unload"):
         run.run(BaseModelPool(held))
     whole = {name: model.merge_and_unload() for name, model in held.items()}
     run.run(BaseModelPool(whole))
@@ -78,8 +83,36 @@ def test_adapters_beside_the_weights_are_refused(method: Any, tmp_path: Path) ->
 )
 @pytest.mark.parametrize("scale", [2.0, "auto"])
 def test_a_merge_that_decomposes_nothing_is_refused(settings: dict[str, Any], scale: Any) -> None:
-    with pytest.raises(CartError, match="leave none of the 8 parameters to be decomposed"):
+    with pytest.raises(CartError, match="leave none of the 8 parameters to be decomposed: CART"):
         CartAlgorithm(scaling_factor=scale, **settings).run(BaseModelPool(models()))
+    with pytest.raises(CartError, match="there are no ranks to adapt"):
+        CartGPT2AdaRankAlgorithm(max_steps=0, **settings).run(BaseModelPool(models()))
+    with pytest.warns(CartWarning, match="whole task vectors are adapted"):
+        CartGPT2AdaMergingAlgorithm(max_steps=0, **settings).run(BaseModelPool(models()))
+
+
+def test_adapters_that_all_models_have_alike_are_weights() -> None:
+    """Some models are published with the factors of their makers' adapters."""
+    held = {f"task{seed}": nn.Module() for seed in range(3)}
+    for seed, model in enumerate(held.values()):
+        model.body = network(seed)
+        model.register_parameter("lora_A", nn.Parameter(torch.ones(2, 3)))
+    merged: Any = CartAlgorithm().run(BaseModelPool(held))
+    assert torch.equal(merged.lora_A, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "transformer.wte.weight"])
+def test_patterns_may_mean_any_name_of_a_tied_tensor(name: str) -> None:
+    held = {f"task{seed}": language_model(seed, tied=True) for seed in range(3)}
+    mean = sum(model.lm_head.weight.detach() for model in held.values()) / 3
+
+    def moved(**settings: Any) -> float:
+        merged: Any = CartAlgorithm(scaling_factor=3.0, rank=2, **settings).run(BaseModelPool(held))
+        return float((merged.lm_head.weight - mean).norm())
+
+    assert moved(decompose=[name]) > 0.1
+    assert moved(decompose="*") > 0.1
+    assert moved(decompose="*", exclude_keys=[name]) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -123,11 +156,31 @@ def test_tied_tensors_are_stored_once() -> None:
     assert close(restored.transformer.wte, {"weight": held["task1"].lm_head.weight})
 
 
-def test_a_deeper_pretrained_model_is_refused() -> None:
+def test_a_deeper_pretrained_model_is_told() -> None:
     held = models()
     held["_pretrained_"] = nn.Sequential(*network(9), nn.Linear(5, 5))
-    with pytest.raises(CartError, match=r"has 2 tensors of layers that the models have not: 4\."):
+    with pytest.warns(CartWarning, match=r"has 2 tensors of layers that the models have not: 4\."):
         CartAlgorithm(scaling_factor="auto").run(BaseModelPool(held))
+
+
+def test_a_lazy_pretrained_model_may_hold_more(tmp_path: Path) -> None:
+    folders = {}
+    for seed, name in enumerate(["task0", "task1", "task2", "_pretrained_"]):
+        folders[name] = str(tmp_path / name)
+        model = language_model(seed, tied=False)
+        if name == "_pretrained_":
+            model.v_head = nn.Linear(16, 1)
+        model.save_pretrained(folders[name])
+    merged = CartAlgorithm(scaling_factor="auto").run(lazy(folders))
+    whole = CartAlgorithm(scaling_factor="auto").run(
+        BaseModelPool(
+            {
+                name: transformers.GPT2LMHeadModel.from_pretrained(folder)
+                for name, folder in folders.items()
+            }
+        )
+    )
+    assert close(merged, whole.state_dict())
 
 
 @pytest.mark.parametrize("algorithm", OF_IMAGES)
@@ -175,10 +228,12 @@ def test_images_need_no_labels(
 
     monkeypatch.setattr(tiny, "images", unlabelled)
     assert close(algorithm(max_steps=2, batch_size=4, **CART).run(found), expected)
+    monkeypatch.setattr(tiny, "images", lambda seed: [row["image"] for row in whole(seed)])
+    assert close(algorithm(max_steps=2, batch_size=4, **CART).run(found), expected)
     monkeypatch.setattr(tiny, "images", lambda seed: [])
-    if algorithm is CartImageAdaMergingAlgorithm:
-        with pytest.raises(CartError, match="test data of mnist, svhn, cifar10 are empty"):
-            algorithm(max_steps=2, **CART).run(found)
+    found.load_model = None  # nothing is merged before that is seen
+    with pytest.raises(CartError, match="no test inputs of mnist, svhn, cifar10"):
+        algorithm(max_steps=2, **CART).run(found)
 
 
 def test_precisions_in_which_steps_are_lost_are_refused(tmp_path: Path) -> None:
@@ -186,21 +241,28 @@ def test_precisions_in_which_steps_are_lost_are_refused(tmp_path: Path) -> None:
 
     run = CartGPT2AdaMergingAlgorithm(max_steps=1, **CART)
     run.fabric = Fabric(accelerator="cpu", precision="bf16-true")
+    pool = tiny.gpt2_pool(tmp_path)
     with pytest.raises(CartError, match="precision=bf16-true would"):
-        run.run(tiny.gpt2_pool(tmp_path))
+        run.run(pool)
 
 
 def test_images_in_other_numbers_than_the_models_are_told(tmp_path: Path) -> None:
     from lightning.fabric import Fabric
 
-    pool = tiny.image_pool(tmp_path)
-    load = pool.load_model
-    pool.load_model = lambda name, *args, **kwargs: load(name, *args, **kwargs).bfloat16()
-    with pytest.raises(CartError, match=r"mnist is in torch.bfloat16.*fabric.precision=bf16-mixed"):
-        CartImageAdaMergingAlgorithm(max_steps=1, **CART).run(pool)
+    def in_bf16(kind: str) -> Any:
+        pool = tiny.image_pool(tmp_path / kind, kind)
+        load = pool.load_model
+        pool.load_model = lambda name, *args, **kwargs: load(name, *args, **kwargs).bfloat16()
+        return pool
+
+    # DINOv2 casts its inputs itself.
+    CartImageAdaMergingAlgorithm(max_steps=1, **CART).run(in_bf16("dinov2"))
+    with pytest.raises(CartError, match=r"models in torch\.bfloat16 do not run on mnist's inputs"):
+        CartImageAdaMergingAlgorithm(max_steps=1, **CART).run(in_bf16("resnet"))
     run = CartImageAdaMergingAlgorithm(max_steps=1, **CART)
     run.fabric = Fabric(accelerator="cpu", precision="bf16-mixed")
-    assert run.run(pool).dinov2.embeddings.cls_token.dtype == torch.bfloat16
+    merged = run.run(in_bf16("resnet"))
+    assert {one.dtype for one in body(merged).parameters()} == {torch.bfloat16}
 
 
 def test_half_precision_has_entropies(tmp_path: Path) -> None:
@@ -277,6 +339,21 @@ def test_names_without_a_folder_go_to_the_log_folder_beside_each_other(tmp_path:
     assert {count for layer in second.values() for count in layer["chosen"].values()} == {2}
 
 
+def test_a_name_without_a_folder_needs_none_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning.fabric import Fabric
+    from lightning.fabric.loggers import CSVLogger
+
+    pool = tiny.gpt2_pool(tmp_path / "pool")
+    (tmp_path / "weights").mkdir()
+    monkeypatch.chdir(tmp_path)
+    run = CartGPT2AdaMergingAlgorithm(max_steps=0, merging_weights_save_path="weights", **CART)
+    run.fabric = Fabric(accelerator="cpu", loggers=CSVLogger(tmp_path, name="log", version=""))
+    run.run(pool)
+    assert (tmp_path / "log" / "weights").is_file()
+
+
 def test_the_analysis_of_a_lazy_pool_returns_a_module(tmp_path: Path) -> None:
     folders = {}
     for seed in range(3):
@@ -296,6 +373,8 @@ def test_the_analysis_of_a_lazy_pool_returns_a_module(tmp_path: Path) -> None:
         ({"weights": 3}, "weights must be 4 numbers"),
         ({"decompose": None}, "decompose is a preset"),
         ({"exclude_keys": "3.weight"}, None),
+        ({"weights": np.array([1, 2, 3, 4])}, None),
+        ({"weights": torch.tensor([1.0, 2.0, 3.0, 4.0])}, None),
     ],
     ids=str,
 )
