@@ -99,8 +99,8 @@ def unfinished(out: Path) -> Iterator[Path]:
         reason = explain(error)
         raise CartError(f"cannot write {out}: {reason}; nothing is left of it") from error
     finally:
-        if not done:  # before another run may come in
-            shutil.rmtree(folder, ignore_errors=True)
+        if not done:
+            _remove(folder)
         lock.release()
 
 
@@ -142,8 +142,8 @@ def resumable(out: Path) -> Iterator[Workplace]:
             (folder / _KEPT).touch()
         yield work
     finally:
-        if not work.keep:  # before another run may come in
-            shutil.rmtree(folder, ignore_errors=True)
+        if not work.keep:
+            _remove(folder)
         lock.release()
 
 
@@ -194,6 +194,13 @@ def _claim(out: Path) -> tuple[Path, BaseFileLock]:
     except OSError as error:
         raise CartError(f"{place}: {error.strerror}") from None
     return folder, lock
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder whose lock is held, so that no other run is in it; its mark goes last."""
+    with suppress(OSError):
+        _clear(folder)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _clear(folder: Path) -> None:
