@@ -269,7 +269,11 @@ def plot(result: Mapping[str, Any]) -> Any:
                 for count, over_seeds in means.items()
                 if count != OVERLAPPING
             }
-            axes.plot(points.keys(), points.values(), label=title, **styles[title])
+            found = len(next(iter(means.values())))
+            # Of another set of seeds: no line between means that do not compare.
+            few = {} if found == held["seeds"] else {"ls": "none", "marker": "x", "ms": 5}
+            label = _of_seeds(title, found, held["seeds"])
+            axes.plot(points.keys(), points.values(), label=label, **{**styles[title], **few})
         axes.set_title(_title(suite, held), fontsize=10)
         axes.set_xlabel("merged models")
         axes.set_ylabel("mean test accuracy in per cent")
