@@ -32,16 +32,13 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from fusion_bench.modelpool import BaseModelPool
 from torch import nn
 
 from cart_plugin.errors import CartWarning
 from cart_plugin.fusion_bench.adaptation import PRETRAINED, Adaptation
 from cart_plugin.fusion_bench.base import CartBase
 from cart_plugin.fusion_bench.inputs import ClipInputs, FlanT5Inputs, GPT2Inputs
-from cart_plugin.fusion_bench.merged import Merged
 from cart_plugin.fusion_bench.parts import Parts, cart_parts, full_parts
-from cart_plugin.merging.informed import MOST_INFORMED
 
 
 class CartAdaMerging(Adaptation, CartBase):
@@ -50,12 +47,10 @@ class CartAdaMerging(Adaptation, CartBase):
     Args:
         **kwargs: parameters of `Adaptation` and of `CartBase`; the coefficients start at
             ``scaling_factor`` and are not clamped. With ``auto`` the merge starts as that of
-            ``method=cart/auto`` without a pretrained model, and each task's part of it has a
-            coefficient that starts at 1.
+            ``method=cart/auto``, and each task's part of it has a coefficient that starts at 1.
     """
 
     takes_auto = True
-    center = "average"
     _config_mapping = CartBase._config_mapping | Adaptation._config_mapping
 
     def parts(self, models: dict[str, nn.Module]) -> Parts:
@@ -66,18 +61,10 @@ class CartAdaMerging(Adaptation, CartBase):
         """Say so: the coefficients adapt whole differences from the average."""
         warnings.warn(f"{reason}: whole task vectors are adapted", CartWarning, stacklevel=3)
 
-    def construct(self, pool: BaseModelPool) -> Merged:
-        """The merged model before it is adapted; says where `cart/auto` has another one."""
-        of_average = self.scaling_factor == "auto" and self.center == "average"
-        if of_average and len(pool.model_names) <= MOST_INFORMED and pool.has_pretrained:
-            warnings.warn(
-                "scaling_factor=auto starts from cart_auto's merge without the pretrained model; "
-                f"of {MOST_INFORMED} models or fewer cart/auto itself takes that into account, and "
-                "merges them better",
-                CartWarning,
-                stacklevel=2,
-            )
-        return super().construct(pool)
+    @property
+    def takes_pretrained(self) -> bool:
+        """Where ``auto`` does."""
+        return self.settings.takes_base
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -112,6 +112,11 @@ class Adaptation(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         """Whether the pool's pretrained model has a part in the merge."""
         return False
 
+    @property
+    def takes_pretrained(self) -> bool:
+        """Whether it has one if the pool holds it."""
+        return self.needs_pretrained
+
     def run(self, modelpool: BaseModelPool | dict[str, nn.Module]) -> nn.Module:
         """Merge the models of a pool.
 
@@ -182,7 +187,7 @@ class Adaptation(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
     def construct(self, pool: BaseModelPool) -> Merged:
         """The merged model before it is adapted."""
         names = [*pool.model_names]
-        if self.needs_pretrained and pool.has_pretrained:
+        if self.takes_pretrained and pool.has_pretrained:
             names.append(PRETRAINED)
         models = {name: pool.load_model(name) for name in names}
         for name, model in models.items():

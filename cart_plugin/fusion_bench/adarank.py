@@ -55,7 +55,8 @@ class CartAdaRank(CartAdaMerging):
         candidates: share of the singular directions that the masks choose from. All of them take
             up to twice the memory of the dense differences, half of them no more than these; a
             task's part of memory is ``candidates * min(m, n) * (m + n)`` numbers a matrix.
-        center: ``average``, or ``base``: uncentred, around the pool's pretrained model.
+        center: ``base``: uncentred, around the pool's pretrained model; ``average``: it has no part
+            with ``auto``, either. None as for ``method=cart`` and ``method=cart/auto``.
         ranks_save_path: where to report the ranks by layer and task, as JSON; a name without a
             folder goes to the log folder. Nowhere if None.
         **kwargs: parameters of `CartAdaMerging`.
@@ -71,7 +72,7 @@ class CartAdaRank(CartAdaMerging):
         self,
         mask_lr: float = 1e-2,
         candidates: float = 0.5,
-        center: Literal["average", "base"] = "average",
+        center: Literal["average", "base"] | None = None,
         ranks_save_path: str | None = None,
         **kwargs: Any,
     ) -> None:

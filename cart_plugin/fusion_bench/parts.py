@@ -44,7 +44,7 @@ def cart_parts(fleet: Fleet, settings: CartSettings, candidates: float | None = 
 
     A model's coefficients start at lambda (at 1 for ``auto``), times its weight where it has one
     (scaled to mean 1), so that the first merged model is that of ``method=cart``; with ``auto`` it
-    is ``cart_auto``'s without a pretrained model. What is not decomposed keeps its whole difference
+    is ``cart_auto``'s. What is not decomposed keeps its whole difference
     from the average.
 
     Args:

@@ -6,9 +6,10 @@ CART and `cart_auto` are both of the form ::
 
 where ``b_ti`` is 1 for the directions that the rank rule keeps and 0 for the others, and the scale
 is CART's lambda, or 1: in the sum of least interference each direction has a strength and a right
-vector of its own (`cart_plugin.merging.least_interference.by_direction`, or for more than four
-models that LoRA may have made the one of `cart_plugin.merging.low_rank_changes`). AdaMerging (arXiv
-2310.02575) adapts a factor for each task, AdaRank (arXiv 2503.22178) the ``b_ti``, too.
+vector of its own (`cart_plugin.merging.least_interference.by_direction`; where the base model is
+taken into account, or of more than four models that LoRA may have made, those of
+`cart_plugin.merging.informed`). AdaMerging (arXiv 2310.02575) adapts a factor for each task,
+AdaRank (arXiv 2503.22178) the ``b_ti``, too.
 """
 
 from __future__ import annotations
@@ -26,11 +27,16 @@ from cart_plugin.linalg.rules import RankRule
 from cart_plugin.merging.differences import (
     Inputs,
     centre_of,
+    changes_from,
     changes_of_many,
     factors_of,
     truncated,
 )
-from cart_plugin.merging.informed import low_rank_by_direction, parts_of_low_rank
+from cart_plugin.merging.informed import (
+    informed_by_direction,
+    low_rank_by_direction,
+    parts_of_low_rank,
+)
 from cart_plugin.merging.inputs import check_finite, check_inputs, normalised
 from cart_plugin.merging.least_interference import by_direction
 from cart_plugin.merging.settings import CartSettings
@@ -66,14 +72,14 @@ def directions_of(
 
     Args:
         tensors: one a model, all of one shape, on one device. At least two; not empty.
-        settings: parameters of the method; the defaults if None. With ``lambda_="auto"`` the sum is
-            the one without a base model.
+        settings: parameters of the method; the defaults if None.
         weights: one a model; equal if None.
-        base: the base model's tensor; needed by ``center="base"`` only.
+        base: the base model's tensor, as in `cart_plugin.merging.cart.merge_tensors`.
         name: the tensor's name, which the solver's start depends on.
         models: the models' names, for errors.
         candidates: share of the singular directions to return, those that are kept among them. If
-            None, only those that are kept.
+            None, only those that are kept. Where they are told by a base model, or LoRA has made
+            many, there are no others.
 
     Raises:
         CartError: as `cart_plugin.merging.cart.merge_tensors`, or more directions are kept than
@@ -89,16 +95,17 @@ def directions_of(
         shape = matrix_shape(name, centre.shape)
         if settings.lambda_ == "auto":
             inputs.check_weights()
-        if (of_lora := _of_lora(inputs, centre, settings)) is not None:
-            rank, least = max(factors.rank for factors in of_lora.factors), min(shape[-2:])
+        told = _told(inputs, base, centre, settings)
+        if told is not None:
+            rank, least = max(factors.rank for factors in told.factors), min(shape[-2:])
             if candidates is not None and rank > _most(candidates, shape):
                 raise CartError(
-                    f"{where}: of more than four adapters the merge keeps all of what sets them "
-                    f"apart from their average, {rank} singular directions, but candidates="
-                    f"{candidates} are {_most(candidates, shape)}; give at least "
-                    f"{math.ceil(100 * rank / least) / 100}, or start from a scaling factor"
+                    f"{where}: the merge keeps all of what sets the models apart, {rank} singular "
+                    f"directions, but candidates={candidates} are {_most(candidates, shape)}; give "
+                    f"at least {math.ceil(100 * rank / least) / 100}, or start from a scaling "
+                    "factor"
                 )
-            return of_lora
+            return told
         known = iter(inputs.rounding_in(settings, shape))
         rounding = [next(known) if share else None for share in shares]
         found, ranks = [], []
@@ -121,17 +128,58 @@ def directions_of(
         return Directions(centre, tuple(found), tuple(kept))
 
 
-def _of_lora(inputs: Inputs, centre: Tensor, settings: CartSettings) -> Directions | None:
-    """The same for more than four models that LoRA may have made, of which all is kept."""
+def _told(
+    inputs: Inputs, base: Tensor | None, centre: Tensor, settings: CartSettings
+) -> Directions | None:
+    """The same by a base model, or for many models that LoRA may have made: all is kept."""
+    if base is not None and settings.is_informed(inputs.counting):
+        return _informed(inputs, base, centre, settings)
     if not settings.looks_for_low_rank(inputs.counting):
         return None
-    parts = parts_of_low_rank(changes_of_many(inputs, None, settings))
+    parts = parts_of_low_rank(changes_of_many(inputs, base, settings))
     if parts is None:
         return None
-    made = iter(low_rank_by_direction(parts, matrix_shape(inputs.name, centre.shape)[-1]))
+    made = low_rank_by_direction(parts, matrix_shape(inputs.name, centre.shape)[-1])
+    return _all_kept(inputs, centre, settings, made)
+
+
+def _informed(inputs: Inputs, base: Tensor, average: Tensor, settings: CartSettings) -> Directions:
+    """Directions of `cart_plugin.merging.informed.informed_sum`."""
+    start = centre_of(inputs.tensors, inputs.shares, base, inputs.models, inputs.where)
+    shape = matrix_shape(inputs.name, average.shape)
+    changes = list(changes_from(inputs, start, None, settings))
+    made, is_halved = informed_by_direction(changes, (average - start).reshape(shape))
+    if is_halved:
+        rounding = inputs.rounding_in(settings, shape)
+
+        def centred(delta: Tensor, place: int) -> LowRank:
+            return truncated(delta, settings, inputs.name, rounding[place])
+
+        parts = list(inputs.each(average, centred, check=False))
+        others = by_direction(parts, rounding=rounding)
+        made = [_halved(*both) for both in zip(made, others, strict=True)]
+    return _all_kept(inputs, average, settings, made)
+
+
+def _halved(one: LowRank, other: LowRank) -> LowRank:
+    """Half of both, side by side."""
+    return LowRank(
+        torch.cat([one.U, other.U], dim=-1),
+        torch.cat([one.S, other.S], dim=-1) / 2,
+        torch.cat([one.Vh, other.Vh], dim=-2),
+    )
+
+
+def _all_kept(
+    inputs: Inputs, centre: Tensor, settings: CartSettings, made: Sequence[LowRank]
+) -> Directions:
+    """Directions of which the merge keeps all; ``made`` are those of models that have a weight."""
+    known = iter(made)
     # What has no weight is not in the sums: its difference as it is, at no other strength.
     found = [
-        next(made).to(centre.device) if share else truncated(tensor - centre, settings, inputs.name)
+        next(known).to(centre.device)
+        if share
+        else truncated(tensor - centre, settings, inputs.name)
         for tensor, share in zip(inputs.tensors, inputs.shares, strict=True)
     ]
     return Directions(centre, tuple(found), tuple(factors.S > 0 for factors in found))

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ see `cart_plugin.merging.low_rank_changes`."""
 LEAST_SHARE = 1e-2
 _MOST_OF_LORA = 256
 
-LOW_RANK = {
+LOW_RANK: dict[str, Any] = {
     "ridge": INFORMED_RIDGE,
     "least_kept": INFORMED_LEAST_KEPT,
     "least_share": LEAST_SHARE,
@@ -221,7 +221,52 @@ def sum_of_low_rank(changes: Iterable[Change], inputs: int) -> Tensor | None:
 
 def low_rank_by_direction(parts: Sequence[tuple[LowRank, float]], inputs: int) -> list[LowRank]:
     """The same sum over tasks and directions; see `low_rank_changes.by_direction`."""
-    return low_rank_changes.by_direction(parts, inputs, **LOW_RANK)
+    return low_rank_changes.by_direction(parts, inputs, centred=True, **LOW_RANK)
+
+
+class FoundByDirection(NamedTuple):
+    """As `Found`, as a sum over tasks and directions: ``M = sum_t w_t Q_t``.
+
+    Attributes:
+        added: ``Q_t`` for each task, as factors; the rows of ``Vh`` are not orthogonal.
+        is_halved: see `Found.is_halved`.
+    """
+
+    added: list[LowRank]
+    is_halved: bool
+
+
+def informed_by_direction(changes: Sequence[Change], mean: Tensor) -> FoundByDirection:
+    """`informed_by_base` as a sum over tasks and singular directions.
+
+    Of whole changes ``M = sum_t w_t sum_i l_i (s_i^2 / z^2 + s / rho) v_i^T (sum_t w_t C_t + r
+    I)^-1``, with ``l_i = (W_t - average) v_i`` for the directions ``v_i`` of ``tau_t``.
+
+    Args:
+        changes: one a model.
+        mean: ``average - W_base``, ``(stack, m, n)``.
+    """
+    parts = [(one.real(), one.weight) for one in changes]
+    if are_of_low_rank(changes):
+        found = low_rank_changes.by_direction(parts, mean.shape[-1], **LOW_RANK)
+        return FoundByDirection(found, is_halved=False)
+    changed = sum(bool((one.energy > 0).any()) for one in changes)
+    informed = informed_system(parts, mean)
+    strength = informed.strength()
+    root = torch.linalg.cholesky(informed.metric())
+    found = []
+    for factors, _ in parts:
+        here = factors.to(root.device)
+        with full_precision(root.device):
+            lacking = here.U * here.S[..., None, :] - mean.to(root.device) @ here.Vh.mT
+            right = torch.cholesky_solve(here.Vh.mT, root).mT
+        norms = torch.linalg.vector_norm(lacking, dim=-2)
+        size = torch.linalg.vector_norm(here.S, dim=-1, keepdim=True)
+        shares = here.S / torch.where(size > 0, size, 1)
+        values = torch.where(here.S > 0, norms * (shares.square() + strength[..., None]), 0)
+        left = lacking / torch.where(norms > 0, norms, 1)[..., None, :]
+        found.append(LowRank(left, values, right).to(mean.device))
+    return FoundByDirection(found, is_halved=changed == MOST_INFORMED)
 
 
 def informed_sum(changes: Iterable[Change], mean: Tensor, centred: Callable[[], Tensor]) -> Tensor:
@@ -257,6 +302,12 @@ class Informed(NamedTuple):
         ridge = INFORMED_RIDGE
         return self.system.solve(
             ridge, ridge, directions=self.directions, least_kept=INFORMED_LEAST_KEPT
+        )
+
+    def strength(self) -> Tensor:
+        """``s / rho``, by which the sum of what each lacks is multiplied."""
+        return self.system.strength(
+            INFORMED_RIDGE, directions=self.directions, least_kept=INFORMED_LEAST_KEPT
         )
 
     def metric(self) -> Tensor:

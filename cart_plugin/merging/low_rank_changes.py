@@ -222,33 +222,38 @@ def by_direction(
     ridge: float,
     least_kept: float,
     least_share: float,
+    centred: bool = False,
 ) -> list[LowRank]:
-    """What is added to the average of many, as a sum over tasks and singular directions.
+    """What is added to the average, as a sum over tasks and singular directions.
 
     The right-hand sides of the system are sums over the directions ``u_i s_i v_i^T`` of tasks'
     differences from the average, so that ``M = sum_t w_t Q_t`` for ::
 
-        Q_t = sum_i u_i s_i v_i^T (C_t + s / rho I) (sum_t w_t C_t + r I)^-1
+        Q_t = sum_i u_i s_i v_i^T (C_t + s / rho A_t) (sum_t w_t C_t + r I)^-1
+
+    with A_t the projection to the rows of ``tau'_t``.
 
     Args:
         parts: of ``tau_t``, ``(stack, m, n)``, and its weight, positive, of mean 1.
         inputs: n.
-        ridge: as in `combine`, centred.
+        ridge: as in `combine`.
         least_kept: as there.
         least_share: as there.
+        centred: as there.
 
     Returns:
         ``Q_t`` for each task, as factors; the rows of ``Vh`` are not orthogonal.
     """
     with full_precision(parts[0][0].S.device):
         left, taus, right = _in_coordinates([one for one, _ in parts])
-        system = _System(taus, [weight for _, weight in parts], least_share, centred=True)
+        system = _System(taus, [weight for _, weight in parts], least_share, centred)
         solved = system.solve(inputs, ridge, least_kept)
         found = []
         for task, tau in enumerate(system.taus):
-            u, s, vh = torch.linalg.svd(tau, full_matrices=False)
+            u, s, vh = torch.linalg.svd(tau - system.average, full_matrices=False)
             known = s.square() > _ROUNDING * s.square().sum(dim=-1, keepdim=True)
-            count = int(known.flatten(end_dim=-2).sum(dim=-1).max())
+            known &= (system.heavy[task] > 0)[..., None]  # one that changed nothing has no part
+            count = max(1, int(known.flatten(end_dim=-2).sum(dim=-1).max()))
             s = torch.where(known, s, 0)[..., :count]
             u, vh = u[..., :count], vh[..., :count, :]
             rows = vh @ system.covariance(task, torch.ones_like(solved.strength))

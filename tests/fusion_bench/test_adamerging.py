@@ -83,18 +83,17 @@ def test_step_0_is_cart(
     assert same(merged.state_dict(), expected)
 
 
-@pytest.mark.parametrize(("algorithm", "pool"), TEXT_AND_CLIP[1:])
+@pytest.mark.parametrize(("algorithm", "pool"), TEXT_AND_CLIP)
 def test_step_0_is_cart_auto(algorithm: type[CartAdaMerging], pool: Pool, tmp_path: Path) -> None:
     models, settings = pool(tmp_path), {"scaling_factor": "auto", "weights": [1.0, 3.0, 0.5]}
     expected = CartAlgorithm(**settings).run(models).state_dict()
     assert same(algorithm(max_steps=0, **settings).run(models).state_dict(), expected)
 
 
-def test_auto_leaves_the_pretrained_model_out(tmp_path: Path) -> None:
-    """As ``cart/auto`` does with five models or more."""
-    models = tiny.image_pool(tmp_path / "with")
-    without = tiny.image_pool(tmp_path / "without", pretrained=False)
-    expected = body(CartAlgorithm(scaling_factor="auto").run(without)).state_dict()
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_images_step_0_is_cart_auto(pretrained: bool, tmp_path: Path) -> None:
+    models = tiny.image_pool(tmp_path, pretrained=pretrained)
+    expected = body(CartAlgorithm(scaling_factor="auto").run(models)).state_dict()
     merged = CartImageAdaMergingAlgorithm(scaling_factor="auto", max_steps=0).run(models)
     assert same(body(merged).state_dict(), expected)
 

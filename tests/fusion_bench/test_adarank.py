@@ -97,11 +97,19 @@ def test_step_0_is_uncentred_cart_around_the_pretrained_model(
     assert not same(merged, CartAlgorithm(**settings).run(models))
 
 
-@pytest.mark.parametrize(("algorithm", "pool"), POOLS[1:3])
+@pytest.mark.parametrize(("algorithm", "pool"), POOLS)
 def test_step_0_is_cart_auto(algorithm: type[CartAdaRank], pool: Pool, tmp_path: Path) -> None:
     models = pool(tmp_path)
     expected = CartAlgorithm(scaling_factor="auto").run(models)
     assert same(algorithm(scaling_factor="auto", max_steps=0).run(models), expected)
+
+
+def test_around_the_average_the_pretrained_model_has_no_part(tmp_path: Path) -> None:
+    models = tiny.image_pool(tmp_path / "with")
+    without = tiny.image_pool(tmp_path / "without", pretrained=False)
+    expected = CartAlgorithm(scaling_factor="auto").run(without)
+    run = CartImageAdaRankAlgorithm(scaling_factor="auto", center="average", max_steps=0)
+    assert same(run.run(models), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -385,14 +385,3 @@ def test_parameters_of_the_wrong_kind(settings: dict[str, Any], message: str | N
         return
     with pytest.raises(CartError, match=message):
         CartAlgorithm(**settings).run(pool)
-
-
-@pytest.mark.parametrize("pretrained", [True, False])
-def test_auto_says_that_the_pretrained_model_has_no_part(
-    pretrained: bool, tmp_path: Path, recwarn: pytest.WarningsRecorder
-) -> None:
-    run = CartImageAdaRankAlgorithm(scaling_factor="auto", max_steps=0)
-    run.run(tiny.image_pool(tmp_path, pretrained=pretrained))
-    told = [one for one in recwarn if issubclass(one.category, CartWarning)]
-    assert len(told) == pretrained
-    assert all("without the pretrained model" in str(one.message) for one in told)

@@ -111,6 +111,36 @@ def test_the_directions_of_many_that_lora_has_made(
         directions_of(tensors, auto, weights=weights, name=name, candidates=0.1)
 
 
+@pytest.mark.parametrize("kind", ["whole", "LoRA", "one is the base"])
+@pytest.mark.parametrize(
+    "weights",
+    [[1.0] * 2, [1.0] * 3, [1.0] * 4, [2.0, 1.0], [2.0, 1.0, 0.0, 0.5]],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40), (2, 40, 60)], ids=str)
+def test_the_directions_where_the_base_shows_the_inputs(
+    kind: str, weights: list[float], shape: tuple[int, ...]
+) -> None:
+    """Also of four models, whose merge is the mean of two forms."""
+    *stack, m, n = shape
+    base, auto = random(*shape, seed=9), CartSettings(lambda_="auto")
+    tensors = [base + 0.1 * random(*shape, seed=task) for task in range(len(weights))]
+    if kind == "LoRA":
+        tensors = [
+            base + random(*stack, m, 3, seed=2 * task) @ random(*stack, 3, n, seed=2 * task + 1)
+            for task in range(len(weights))
+        ]
+    elif kind == "one is the base":
+        tensors[0] = base.clone()
+    name = "mlp.experts.up_proj" if stack else "x"
+    expected = merge_tensors(tensors, auto, weights=weights, base=base, name=name)
+    found = directions_of(tensors, auto, weights=weights, base=base, name=name, candidates=0.5)
+    assert torch.allclose(merged(found, weights, 1.0).float(), expected, atol=1e-5)
+    assert not torch.allclose(expected, merge_tensors(tensors, auto, weights=weights), atol=1e-2)
+    with pytest.raises(CartError, match="singular directions, but candidates=0"):
+        directions_of(tensors, auto, weights=weights, base=base, name=name, candidates=0.03)
+
+
 @pytest.mark.parametrize("weights", [[1.0] * 4, [1.0, 0.0, 2.0, 1.0]], ids=str)
 def test_directions_that_are_rounding_are_left_out(weights: list[float]) -> None:
     """Adapters that were merged into bf16 weights, without a base."""
