@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cart_plugin.errors import CartError
 from cart_plugin.fusion_bench.adaptation import Adaptation
-from cart_plugin.fusion_bench.unlabelled import UnlabelledPool, check_not_empty
+from cart_plugin.fusion_bench.unlabelled import LoadedPool, Unlabelled, check_not_empty
 
 
 class FusionBenchInputs(Adaptation):
@@ -41,16 +41,21 @@ class FusionBenchInputs(Adaptation):
     def source(self) -> Any:
         """FusionBench's algorithm."""
 
-    def prepare_inputs(self, pool: BaseModelPool | UnlabelledPool) -> None:
+    def test_data(self, pool: BaseModelPool, task: str) -> Any:
+        """A task's inputs."""
+        return pool.load_test_dataset(task)
+
+    def prepare_inputs(self, pool: BaseModelPool) -> None:
         """Set up FusionBench's algorithm, and its heads.
 
         Raises:
             CartError: a task has no test data.
         """
-        check_not_empty({task: pool.load_test_dataset(task) for task in pool.model_names})
+        data = {task: self.test_data(pool, task) for task in pool.model_names}
+        check_not_empty(data)
         # Kept: when FusionBench's algorithms are collected, they close the loggers of the fabric.
         self._source = self.source()
-        self._source.modelpool = pool
+        self._source.modelpool = LoadedPool(pool, data)
         self._source.fabric = self.fabric
         self._source.on_test_time_adaptation_start()
 
@@ -105,9 +110,9 @@ class ClipInputs(FusionBenchInputs):
                     "clip-vit-base-patch32_TA8"
                 ) from error
 
-    def prepare_inputs(self, pool: BaseModelPool) -> None:
-        """Set up the heads, and images without labels."""
-        super().prepare_inputs(UnlabelledPool(pool))
+    def test_data(self, pool: BaseModelPool, task: str) -> Any:
+        """A task's images, without labels."""
+        return Unlabelled(super().test_data(pool, task))
 
     def source(self) -> Any:
         """FusionBench's layer-wise AdaMerging for CLIP."""

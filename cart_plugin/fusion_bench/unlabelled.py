@@ -1,4 +1,4 @@
-"""Data sets without labels, for FusionBench's classes that ask for them."""
+"""Test data sets, loaded once and without labels, for FusionBench's classes that ask for more."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ def check_not_empty(data: Mapping[str, Sized]) -> None:
         raise CartError(f"there are no test inputs of {', '.join(empty)}")
 
 
-class UnlabelledPool:
-    """A model pool whose test data sets are `Unlabelled`."""
+class LoadedPool:
+    """A model pool with test data that have been loaded, by task."""
 
-    def __init__(self, pool: BaseModelPool) -> None:
-        self._pool = pool
+    def __init__(self, pool: BaseModelPool, data: Mapping[str, Any]) -> None:
+        self._pool, self._data = pool, data
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._pool, name)
 
-    def load_test_dataset(self, task: str) -> Unlabelled:
-        """A task's images."""
-        return Unlabelled(self._pool.load_test_dataset(task))
+    def load_test_dataset(self, task: str) -> Any:
+        """A task's inputs."""
+        return self._data[task]

@@ -25,6 +25,7 @@ from cart_plugin.linalg.gram import total_energy
 from cart_plugin.merging.differences import (
     Inputs,
     centre_of,
+    centred_parts,
     changes_from,
     changes_of_many,
     truncated,
@@ -195,11 +196,7 @@ def _informed(inputs: Inputs, base: Tensor, settings: CartSettings) -> Tensor:
 
     def least() -> Tensor:
         rounding = inputs.rounding_in(settings, shape)
-
-        def centred(delta: Tensor, place: int) -> LowRank:
-            return truncated(delta, settings, inputs.name, rounding[place])
-
-        parts = inputs.each(average, centred, check=False)
+        parts = centred_parts(inputs, average, settings, rounding)
         return least_interference(parts, rounding=rounding)
 
     added = informed_sum(

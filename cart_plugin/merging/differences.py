@@ -161,6 +161,17 @@ def truncated(
     return beyond_rounding(found, total, rounding.to(total.device))
 
 
+def centred_parts(
+    inputs: Inputs, average: Tensor, settings: CartSettings, rounding: Sequence[Tensor | None]
+) -> Iterator[tuple[LowRank, float]]:
+    """Truncated differences from the average, with the models' weights; ``rounding`` of each."""
+
+    def centred(delta: Tensor, place: int) -> LowRank:
+        return truncated(delta, settings, inputs.name, rounding[place])
+
+    return inputs.each(average, centred, check=False)
+
+
 def factors_of(
     matrices: Tensor,
     rule: RankRule,

@@ -27,6 +27,7 @@ from cart_plugin.linalg.rules import RankRule
 from cart_plugin.merging.differences import (
     Inputs,
     centre_of,
+    centred_parts,
     changes_from,
     changes_of_many,
     factors_of,
@@ -151,11 +152,7 @@ def _informed(inputs: Inputs, base: Tensor, average: Tensor, settings: CartSetti
     made, is_halved = informed_by_direction(changes, (average - start).reshape(shape))
     if is_halved:
         rounding = inputs.rounding_in(settings, shape)
-
-        def centred(delta: Tensor, place: int) -> LowRank:
-            return truncated(delta, settings, inputs.name, rounding[place])
-
-        parts = list(inputs.each(average, centred, check=False))
+        parts = list(centred_parts(inputs, average, settings, rounding))
         others = by_direction(parts, rounding=rounding)
         made = [_halved(*both) for both in zip(made, others, strict=True)]
     return _all_kept(inputs, average, settings, made)

@@ -257,8 +257,8 @@ def informed_by_direction(changes: Sequence[Change], mean: Tensor) -> FoundByDir
     found = []
     for factors, _ in parts:
         here = factors.to(root.device)
+        lacking = _lacking(here, mean.to(root.device))
         with full_precision(root.device):
-            lacking = here.U * here.S[..., None, :] - mean.to(root.device) @ here.Vh.mT
             right = torch.cholesky_solve(here.Vh.mT, root).mT
         norms = torch.linalg.vector_norm(lacking, dim=-2)
         size = torch.linalg.vector_norm(here.S, dim=-1, keepdim=True)
@@ -289,6 +289,12 @@ def are_of_low_rank(changes: Iterable[Change]) -> bool:
     """Whether LoRA may have made all changes of which that can be told."""
     told = [change.is_low_rank for change in changes]
     return True in told and False not in told
+
+
+def _lacking(factors: LowRank, mean: Tensor) -> Tensor:
+    """``(W_t - average) V_t`` for the factors of ``W_t - W_base``."""
+    with full_precision(mean.device):
+        return factors.U * factors.S[..., None, :] - mean @ factors.Vh.mT
 
 
 class Informed(NamedTuple):
@@ -332,8 +338,7 @@ def informed_system(parts: Iterable[tuple[LowRank, float]], mean: Tensor) -> Inf
         values = factors.S
         real = values > 0
         directions = directions + real.sum(dim=-1)
-        with full_precision(mean.device):
-            lacking = factors.U * values[..., None, :] - mean @ factors.Vh.mT
+        lacking = _lacking(factors, mean)
         left = torch.where(real[..., None, :], lacking / values[..., None, :], 0)
         # In fp64: fp32 has no room for squares.
         norms = torch.linalg.vector_norm(left * values[..., None, :], dim=-2, dtype=torch.float64)

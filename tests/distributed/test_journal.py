@@ -26,6 +26,12 @@ Merge = Callable[..., Result]
 Saved = Callable[..., list[str]]
 
 
+def check_bytes(merge: Merge, recipe: Path, folder: Path) -> None:
+    """Assert that `folder/out` is what a merge in one go gives."""
+    assert merge(recipe, folder / "whole" / "out", *SHARDS).exit_code == 0
+    assert contents(folder / "out") == contents(folder / "whole" / "out")
+
+
 @pytest.fixture
 def places(merge: Merge, interrupted: Merge, recipe: Path, tmp_path: Path) -> Places:
     """Those of a merge into `out` that was interrupted."""
@@ -144,8 +150,7 @@ def test_a_model_that_changes_while_it_is_merged(
     assert left(tmp_path) == [".out.unfinished"]
     done = merge(recipe, tmp_path / "out", "--workers", 1, *SHARDS)
     assert "starting anew: model" in done.output
-    assert merge(recipe, tmp_path / "whole" / "out", *SHARDS).exit_code == 0
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
+    check_bytes(merge, recipe, tmp_path)
 
 
 def like(file: Path, other: Path, place: Path) -> Path:
@@ -167,26 +172,22 @@ def test_a_model_that_is_replaced_at_the_start(
     name = "check_surroundings" if moment == "between the checks" else "surroundings"
     whole, seen = getattr(journal, name), []
 
-    def and_then(*arguments: object) -> object:
-        if moment != "between the checks" and not seen:
-            weights.rename(aside)
-            other.rename(weights)
-        found = whole(*arguments)
-        if moment == "between the checks" and not seen:
+    def exchanged(*arguments: object) -> object:
+        found = whole(*arguments) if moment == "between the checks" else None
+        if not seen:
             weights.rename(aside)
             other.rename(weights)
         seen.append(found)
-        return found
+        return found if moment == "between the checks" else whole(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(journal, name, and_then)
+        patched.setattr(journal, name, exchanged)
         done = merge(recipe, tmp_path / "out", "--workers", 1, *SHARDS)
     refuses(done, f"model {models[1]} has changed (model.safetensors)")
     weights.rename(other)
     aside.rename(weights)
     assert merge(recipe, tmp_path / "out", "--workers", 1, *SHARDS).exit_code == 0
-    assert merge(recipe, tmp_path / "whole" / "out", *SHARDS).exit_code == 0
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
+    check_bytes(merge, recipe, tmp_path)
 
 
 def test_what_is_no_part_of_the_result_may_change(
@@ -240,8 +241,7 @@ def test_parts_of_a_model_that_took_another_ones_place_are_not_kept(
     aside.rename(weights)
     done = merge(recipe, tmp_path / "out", "--workers", 1, *SHARDS)
     assert "going on: 2 of 12 parts" in done.output
-    assert merge(recipe, tmp_path / "whole" / "out", *SHARDS).exit_code == 0
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
+    check_bytes(merge, recipe, tmp_path)
 
 
 def test_another_model_of_equal_names_sizes_and_times_is_another(
@@ -254,8 +254,7 @@ def test_another_model_of_equal_names_sizes_and_times_is_another(
     like(weights, Path(models[2]) / "model.safetensors", weights)
     done = merge(recipe, tmp_path / "out", "--workers", 1, *SHARDS)
     assert f"starting anew: model {models[1]} has changed (model.safetensors)" in done.output
-    assert merge(recipe, tmp_path / "whole" / "out", *SHARDS).exit_code == 0
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
+    check_bytes(merge, recipe, tmp_path)
 
 
 def test_a_tokenizer_that_goes_while_the_model_is_merged(
@@ -298,8 +297,7 @@ def test_headers_are_what_they_were(
     shard.write_bytes(head + content[length:])
     done = merge(recipe, tmp_path / "out", "--workers", 1, *SHARDS)
     assert done.exit_code == 0, done.output
-    assert merge(recipe, tmp_path / "whole" / "out", *SHARDS).exit_code == 0
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
+    check_bytes(merge, recipe, tmp_path)
 
 
 def test_a_machine_with_other_versions_or_models_makes_nothing(places: Places) -> None:
