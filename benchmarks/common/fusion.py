@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
+import torch
+from torch import Tensor
+
 Point = dict[str, Any]
 
 
@@ -50,3 +53,19 @@ class Method:
         """The method's part of the command line for one setting."""
         chosen = [f"method.{name}={value}" for name, value in point.items()]
         return [f"method={self.choice}", *self.options, *chosen]
+
+
+def between(
+    first: Mapping[str, Tensor], last: Mapping[str, Tensor], share: float
+) -> dict[str, Tensor]:
+    """``first + share * (last - first)``: what a method that is affine in its scale gives between.
+
+    Args:
+        first: merged weights at one scale.
+        last: at another.
+        share: of the way from the one to the other.
+    """
+    return {
+        name: torch.lerp(tensor, last[name], share) if tensor.is_floating_point() else tensor
+        for name, tensor in first.items()
+    }

@@ -12,12 +12,13 @@ import os
 import shutil
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import yaml
+from safetensors.torch import load_file, save_file
 
 from benchmarks.common.cache import (
     MANIFEST,
@@ -27,7 +28,7 @@ from benchmarks.common.cache import (
     write_json,
 )
 from benchmarks.common.data_free import WEIGHTS
-from benchmarks.common.fusion import Method, Point
+from benchmarks.common.fusion import Method, Point, between
 from benchmarks.common.measure import CommandError, measure
 from benchmarks.common.provenance import installed
 from benchmarks.common.record import Record, revisions
@@ -48,10 +49,26 @@ _ADAPTING = (
 # By the name of the table's row.
 METHODS = {
     "tsv-m": Method(
-        "TSV-M", "task_singular_vector/TaskSingularVectorMerging", (), {"alpha": _SCALES}
+        "TSV-M",
+        "task_singular_vector/TaskSingularVectorMerging",
+        (),
+        {"alpha": _SCALES},
+        "alpha",
     ),
-    "iso-c": Method("Iso-C", "isotropic_merging/iso_c", (), {"scaling_factor": _SCALES}),
-    "iso-cts": Method("Iso-CTS", "isotropic_merging/iso_cts", (), {"scaling_factor": _SCALES}),
+    "iso-c": Method(
+        "Iso-C",
+        "isotropic_merging/iso_c",
+        (),
+        {"scaling_factor": _SCALES},
+        "scaling_factor",
+    ),
+    "iso-cts": Method(
+        "Iso-CTS",
+        "isotropic_merging/iso_cts",
+        (),
+        {"scaling_factor": _SCALES},
+        "scaling_factor",
+    ),
     "wudi": Method(
         "WUDI",
         "wudi/wudi",
@@ -197,18 +214,61 @@ def tune(
     chosen: dict[str, Point] = {}
     rows = []
     for key in keys:
+        for points in _lines(METHODS[key]):
+            if any(_name(key, point) not in record.cases for point in points):
+                for point, place in _along(key, points, config, folder):
+                    found = validation(str(place))
+                    record.put(
+                        _name(key, point), {task: found[task] for task in config["test_datasets"]}
+                    )
         best = -1.0
         for point in METHODS[key].points():
-            name = f"{key} {json.dumps(point)}"
-            if name not in record.cases:
-                place = merged(key, point, config, folder)
-                found = validation(str(place))
-                record.put(name, {task: found[task] for task in config["test_datasets"]})
-                shutil.rmtree(place)
-            accuracy = record.cases[name]
+            accuracy = record.cases[_name(key, point)]
             mean = statistics.fmean(accuracy.values())
-            click.echo(f"validation: {100 * mean:.1f} {name}")
-            rows.append({"name": name, "method": key, "settings": point, "accuracy": accuracy})
+            click.echo(f"validation: {100 * mean:.1f} {_name(key, point)}")
+            rows.append(
+                {
+                    "name": _name(key, point),
+                    "method": key,
+                    "settings": point,
+                    "accuracy": accuracy,
+                }
+            )
             if mean > best:
                 best, chosen[key] = mean, point
     return chosen, rows
+
+
+def _name(key: str, point: Point) -> str:
+    return f"{key} {json.dumps(point)}"
+
+
+def _lines(method: Method) -> Iterator[list[Point]]:
+    """The settings of a method, those that differ in its scale together."""
+    for point, scales in method.groups():
+        yield [point | {str(method.scale): scale} for scale in scales] or [point]
+
+
+def _along(
+    key: str, points: Sequence[Point], config: Mapping[str, Any], folder: Path
+) -> Iterator[tuple[Point, Path]]:
+    """Merges at settings that differ in the scale alone, each until the next is asked for.
+
+    The first and the last are FusionBench's; the others lie on the line through both.
+    """
+    ends = points if len(points) == 1 else [points[0], points[-1]]
+    places = [merged(key, point, config, folder) for point in ends]
+    if len(points) > 2:
+        scale = str(METHODS[key].scale)
+        low, high = (load_file(place / WEIGHTS) for place in places)
+        first, last = (point[scale] for point in ends)
+        for point in points[1:-1]:
+            place = folder / "between"
+            shutil.copytree(places[0], place, dirs_exist_ok=True)
+            state = between(low, high, (point[scale] - first) / (last - first))
+            save_file(state, place / WEIGHTS, {"format": "pt"})
+            yield point, place
+            shutil.rmtree(place)
+    for point, place in zip(ends, places, strict=True):
+        yield point, place
+        shutil.rmtree(place)

@@ -12,9 +12,9 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.common.fusion import Method, Point
+from benchmarks.common.fusion import Method, Point, between
 from benchmarks.common.training import one_thread
-from benchmarks.vision.program import between, command, evaluate, merge
+from benchmarks.vision.program import command, evaluate, merge
 
 Case = dict[str, Any]
 

@@ -17,7 +17,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from benchmarks.common.cache import MANIFEST
@@ -153,14 +152,6 @@ def _loaded(pool: Any, state: State) -> nn.Module:
     model: nn.Module = pool.load_pretrained_model()
     model.load_state_dict(state)
     return model
-
-
-def between(first: State, last: State, share: float) -> State:
-    """`first + share * (last - first)`: what a method that is affine in its scale gives between."""
-    return {
-        name: torch.lerp(tensor, last[name], share) if tensor.is_floating_point() else tensor
-        for name, tensor in first.items()
-    }
 
 
 @contextlib.contextmanager

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer
 
 pytest.importorskip("fusion_bench")
 
-from benchmarks.common.data_free import BESIDE_MERGEKIT, factored, tsvm
+from benchmarks.common.data_free import BESIDE_MERGEKIT, WEIGHTS, factored, tsvm
 from benchmarks.common.heads import Head
 from benchmarks.text import fusion
 from benchmarks.text.adaptation import TextAdaMerging, TextCartAdaMerging
@@ -148,24 +149,30 @@ def test_settings_are_chosen_on_validation_once(
 
     def merged(key: str, point: dict[str, Any], *_: Any) -> Path:
         made.append(point)
-        place = tmp_path / "merge"
+        place = tmp_path / f"{key}-{len(made)}"
         place.mkdir()
-        (place / "alpha").write_text(str(point["alpha"]))
+        scale = point.get("alpha", 0.001 * point.get("iter_num", 0))
+        save_file({"weight": torch.tensor([scale])}, place / WEIGHTS)
         return place
 
     def judged(model: str) -> dict[str, float]:
-        alpha = float((Path(model) / "alpha").read_text())
-        return {"one": 1 - abs(alpha - 1.3), "one_stderr": 0.1}
+        scale = float(load_file(Path(model) / WEIGHTS)["weight"])
+        return {"one": 1 - abs(scale - 1.3), "one_stderr": 0.1}
 
     monkeypatch.setattr(fusion, "merged", merged)
     monkeypatch.setattr(fusion, "validation", judged)
     config = {"test_datasets": {"one": {}}}
-    chosen, rows = fusion.tune(["tsv-m"], config, tmp_path)
-    assert chosen == {"tsv-m": {"alpha": 1.3}}
-    assert len(rows) == len(made) == 8
-    assert not (tmp_path / "merge").exists()
-    assert fusion.tune(["tsv-m"], config, tmp_path)[0] == chosen
-    assert len(made) == 8
+    chosen, rows = fusion.tune(["tsv-m", "wudi"], config, tmp_path)
+    assert chosen == {"tsv-m": {"alpha": 1.3}, "wudi": {"iter_num": 1000}}
+    assert [row["settings"] for row in rows[:8]] == fusion.METHODS["tsv-m"].points()
+    assert [row["accuracy"]["one"] for row in rows[:8]] == pytest.approx(
+        [1 - abs(row["settings"]["alpha"] - 1.3) for row in rows[:8]], abs=1e-6
+    )
+    # Of a scale the ends only: the others lie between.
+    assert made == [{"alpha": 0.5}, {"alpha": 2.0}, *fusion.METHODS["wudi"].points()]
+    assert not list(tmp_path.glob("*/"))
+    assert fusion.tune(["tsv-m", "wudi"], config, tmp_path) == (chosen, rows)
+    assert len(made) == 5
 
 
 def test_no_method_has_more_settings_than_mergekits() -> None:

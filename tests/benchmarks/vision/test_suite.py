@@ -99,7 +99,8 @@ def test_fusion_bench_gives_the_accuracy_of_the_encoder_folders(laid_out):
 
 @pytest.mark.slow
 def test_scales_between_two_merges_are_what_the_method_gives(laid_out):
-    from benchmarks.vision.program import SINGLE, between, merge
+    from benchmarks.common.fusion import between
+    from benchmarks.vision.program import SINGLE, merge
 
     for key in [key for key, method in METHODS.items() if method.scale]:
         method = METHODS[key]
