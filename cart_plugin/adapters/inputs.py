@@ -173,7 +173,13 @@ def find(paths: Sequence[str | Path]) -> list[Path]:
 
 def _folder(path: str | Path) -> Path:
     folder = Path(path)
-    if folder.is_dir():
+    if not str(path).strip():
+        raise CartError("an adapter's name is empty; name its folder")
+    try:
+        is_folder, is_file = folder.is_dir(), folder.exists()
+    except OSError as error:
+        raise CartError(f"adapter {path}: {error.strerror}") from None
+    if is_folder:
         if not (folder / ADAPTER_CONFIG).exists() and (folder / CONFIG).exists():
             raise CartError(
                 f"{path} is a whole model and no adapter: it has {CONFIG} and no {ADAPTER_CONFIG}; "
@@ -184,9 +190,9 @@ def _folder(path: str | Path) -> Path:
             held = ", ".join(str(file.parent) for file in inside[:3])
             raise CartError(f"{path} is no adapter, but holds some; name {held}")
         return folder
-    if folder.exists() and folder.suffix in (".yaml", ".yml"):
+    if is_file and folder.suffix in (".yaml", ".yml"):
         raise CartError(f"{path} is a recipe, which lists all adapters; name it alone")
-    if folder.exists():
+    if is_file:
         raise CartError(f"{path} is a file; name the folder that holds it")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -224,11 +230,17 @@ def open_adapters(folders: Sequence[Path], names: Sequence[str]) -> list[Adapter
     return opened
 
 
-def sorted_adapter(checkpoint: Checkpoint) -> Adapter:
+def is_counter(info: TensorInfo) -> bool:
+    """Whether a tensor is a count, as a BatchNorm in ``modules_to_save`` keeps of its batches."""
+    return not info.is_floating and info.shape == ()
+
+
+def sorted_adapter(checkpoint: Checkpoint, lacking: str = _AGAIN) -> Adapter:
     """What an adapter changes.
 
     Args:
         checkpoint: its config, and its tensors' names, shapes and dtypes.
+        lacking: what to do about one without factors.
 
     Raises:
         CartError: it is no plain LoRA, or its tensors do not fit each other or its config.
@@ -243,7 +255,7 @@ def sorted_adapter(checkpoint: Checkpoint) -> Adapter:
             f"one factor without its other; {_AGAIN}"
         )
     for tensor, info in checkpoint.tensors.items():
-        if not info.is_floating:
+        if not (info.is_floating or is_counter(info)):
             raise CartError(
                 f"adapter {name}: tensor {tensor!r} is {info.stored or info.dtype}; quantised "
                 "adapters cannot be merged, save it as bfloat16"
@@ -254,7 +266,7 @@ def sorted_adapter(checkpoint: Checkpoint) -> Adapter:
                 "gathered when it was saved (DeepSpeed, FSDP); save it again"
             )
     if not found.factors:
-        raise CartError(f"adapter {name} holds no LoRA factors; {_AGAIN}")
+        raise CartError(f"adapter {name} holds no LoRA factors; {lacking}")
     strange = [key for key in checkpoint.tensors if not key.startswith(tensors.PREFIX)]
     if strange:
         raise CartError(

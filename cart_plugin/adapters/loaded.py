@@ -30,7 +30,13 @@ class _InMemory(Checkpoint):
     values: dict[str, Tensor] = field(default_factory=dict)
 
     def read(self, name: str) -> Tensor:
-        return self.values[name].detach().cpu()
+        value = self.values[name].detach()
+        if value.is_meta:
+            raise CartError(
+                f"the model's tensor {name!r} is offloaded (on the meta device); merge the "
+                "adapters' folders (merge_adapters), or load the model without offloading"
+            )
+        return value.cpu()
 
     @property
     def bytes(self) -> int:
@@ -74,7 +80,7 @@ def merge_loaded(
     """
     started = time.perf_counter()
     _check_is_peft(model)
-    settings.check_listed(adapters)
+    adapters = settings.listed(adapters)
     request = settings.request(
         method=method, rank=rank, lambda_=lambda_, rank_ratio=rank_ratio, keep=keep
     )
@@ -84,7 +90,7 @@ def merge_loaded(
     for adapter in names:
         if adapter not in known:
             raise CartError(f"the model has no adapter {adapter!r}; it has {', '.join(known)}")
-    if not name or "." in name or name in _parts(model):
+    if not isinstance(name, str) or not name or "." in name or name in _parts(model):
         raise CartError(
             f"name the new adapter otherwise than {name!r}: a name without dots that is no adapter "
             "of the model, and no part of its modules' names"
@@ -167,7 +173,16 @@ def _opened(model: Any, name: str) -> inputs.Adapter:
     info = {key: TensorInfo(tuple(value.shape), value.dtype) for key, value in values.items()}
     # As in its file: enums by their values, sets as lists. Of patterns the first that fits counts.
     config = json.loads(json_text(plain_config(model.peft_config[name])))
-    found = inputs.sorted_adapter(_InMemory(name, Path(), config, info, values=values))
+    if any("." not in str(target) for target in config.get("target_parameters") or ()):
+        # PEFT 0.21.2 on transformers 5: experts that were trained one by one become stacked ones.
+        raise CartError(
+            f"PEFT has written adapter {name} anew for this model's stacked experts, without the "
+            "names of their modules; merge the adapters' folders (merge_adapters)"
+        )
+    found = inputs.sorted_adapter(
+        _InMemory(name, Path(), config, info, values=values),
+        "the model has been unloaded or merged: load the adapters again",
+    )
     for path, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue

@@ -69,7 +69,7 @@ def merge_adapters(
         CartError: adapters that cannot be merged; the message says what to do.
     """
     started = time.perf_counter()
-    settings.check_listed(adapters)
+    adapters = settings.listed(adapters)
     request = settings.request(
         method=method, rank=rank, lambda_=lambda_, rank_ratio=rank_ratio, keep=keep, dtype=dtype
     )

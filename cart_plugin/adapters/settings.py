@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
@@ -19,6 +20,8 @@ from cart_plugin.merging.settings import CartSettings
 
 Method = Literal["auto", "cart", "linear"]
 METHODS = get_args(Method)
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def request(
     """
     if method not in METHODS:
         raise CartError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    if dtype is not None and dtype not in STORED:
+    if dtype is not None and (not isinstance(dtype, str) or dtype not in STORED):
         raise CartError(f"dtype must be one of {', '.join(STORED)}, got {dtype!r}")
     if rank not in (None, "full") and not _is_count(rank):
         raise CartError(f"rank must be a positive whole number or 'full', got {rank!r}")
@@ -86,14 +89,15 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def check_listed(adapters: object) -> None:
-    """Refuse one adapter where a list of them is wanted: a string would be read letter by letter.
+def listed(adapters: Iterable[_T]) -> list[_T]:
+    """The adapters as a list; one by itself is refused: a string would be read letter by letter.
 
     Raises:
         CartError: that it is.
     """
-    if isinstance(adapters, (str, Path)):
+    if isinstance(adapters, (str, Path)) or not isinstance(adapters, Iterable):
         raise CartError(f"adapters must be a list, got {str(adapters)!r} by itself")
+    return list(adapters)
 
 
 def shares_of(weights: Sequence[float] | None, count: int) -> list[float]:
@@ -102,15 +106,20 @@ def shares_of(weights: Sequence[float] | None, count: int) -> list[float]:
     Raises:
         CartError: of another number, not finite, or of no positive sum.
     """
-    if isinstance(weights, (str, Mapping)):
+    if weights is None:
+        return normalised(None, count, "adapters")
+    if hasattr(weights, "tolist"):  # an array or a tensor
+        weights = weights.tolist()
+    if isinstance(weights, (str, Mapping)) or not isinstance(weights, Sequence):
         raise CartError("weights must be a list, one an adapter in their order")
-    if weights is not None and len(weights) != count:
+    if len(weights) != count:
         raise CartError(f"{count} adapters but {len(weights)} weights; give one an adapter")
-    for weight in weights or ():
-        is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-        if not is_number or not math.isfinite(weight):
-            raise CartError(f"weights must be finite numbers, got {weight!r}")
-    return normalised(weights, count, "adapters")
+    weight: Any
+    for weight in weights:
+        is_number = isinstance(weight, Real) and not isinstance(weight, bool)
+        if not is_number or not abs(weight) <= sys.float_info.max:
+            raise CartError(f"weights must be finite numbers, got {weight!r:.40}")
+    return normalised([float(weight) for weight in weights], count, "adapters")
 
 
 def names_of(paths: Sequence[str | Path], names: Sequence[str | None] | None) -> list[str]:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from cart_plugin.adapters.agreement import Plan
-from cart_plugin.adapters.inputs import Adapter, Shape
+from cart_plugin.adapters.inputs import Adapter, Shape, is_counter
 from cart_plugin.adapters.settings import Request
 from cart_plugin.checkpoints import adapters as tensors
 from cart_plugin.errors import CartError
 from cart_plugin.linalg.threads import side_by_side
+from cart_plugin.merging.inputs import agreed_buffer
 from cart_plugin.merging.kept import Kept
 from cart_plugin.merging.span_measures import Answers, Overlaps, answers, overlaps
 from cart_plugin.merging.spans import Span, merge_in_span, of_rank
@@ -133,9 +134,8 @@ class Merge:
         return factors.a, factors.b, bias
 
     def _whole_dtype(self, key: str) -> torch.dtype:
-        return self.request.dtype or self.plan.dtype(
-            lambda adapter: [adapter.whole[key]] if key in adapter.whole else []
-        )
+        own = self.plan.dtype(lambda adapter: [adapter.whole[key]] if key in adapter.whole else [])
+        return self.request.dtype or own if own.is_floating_point else own
 
     def weights(self, take: Callable[[Done], None]) -> None:
         """Merge all weights.
@@ -209,7 +209,11 @@ class Merge:
             for adapter, share in zip(self.plan.adapters, self.shares, strict=True)
         }
         for key, name in self.plan.whole.items():
-            first, *others = self.plan.holders(key)
+            first, *others = holders = self.plan.holders(key)
+            if is_counter(first.held(key)):
+                counts = [holder.checkpoint.read(holder.whole[key]) for holder in holders]
+                yield name, agreed_buffer(counts, [holder.name for holder in holders], name)
+                continue
             total = first.read(first.whole[key])
             if len(others) + 1 == len(shares):  # else one table, wherever it is
                 total = total * shares[first.name]
@@ -220,8 +224,9 @@ class Merge:
     def _stored(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         found = tensor.to(dtype).contiguous()
         if not bool(torch.isfinite(found).all()):
+            wider = "" if dtype == torch.float32 else ", or another dtype (float32 or bfloat16)"
             raise CartError(
-                f"tensor {name!r}: the merged values leave the range of {dtype}; write another "
-                "dtype (float32 or bfloat16)"
+                f"tensor {name!r}: the merged values leave the range of {dtype}; take a smaller "
+                f"lambda{wider}"
             )
         return found

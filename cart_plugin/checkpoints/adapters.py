@@ -23,8 +23,9 @@ _FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?$")
 _WRAPPING = re.compile(r"\.(?:modules_to_save|base_layer)(?:\.default)?(?=\.|$)")
 _PEFT_OTHERS = re.compile(r"\.lora_|\.token_adapter\.|\.trainable_tokens_")
 # Beside trained biases PEFT 0.21.2 saves those of a module in modules_to_save three times: as what
-# they are, as this, and as what the base has.
-_AGAIN = re.compile(r"\.(?:modules_to_save|original_module)\.")
+# they are, as this (with the adapter's name, if it is a module of modules), and as the base's.
+_AGAIN = re.compile(r"\.(?:modules_to_save|original_module)(?=\.)")
+_AGAIN_NAMED = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -69,22 +70,23 @@ def sort(names: Collection[str]) -> Sorted:
     found = Sorted()
     biases: set[str] = set()
     for name in names:
-        if _AGAIN.sub(".", name) != name and _AGAIN.sub(".", name) in names:
+        others = {_AGAIN.sub("", name), _AGAIN_NAMED.sub("", name)} - {name}
+        if any(other in names for other in others):
             continue
         factor = _FACTOR.match(name)
         if factor is None:
             (found.others if _PEFT_OTHERS.search(name) else found.whole).append(name)
             continue
         start, end = factor.span(3)
-        other = f"{name[:start]}{'B' if factor[3] == 'A' else 'A'}{name[end:]}"
-        if other not in names:
+        partner = f"{name[:start]}{'B' if factor[3] == 'A' else 'A'}{name[end:]}"
+        if partner not in names:
             found.others.append(name)
         elif factor[3] == "A":
             bias = f"{factor[1]}.lora_B.bias"
             biases.add(bias)
             module = factor[1].removeprefix(PREFIX)
             held = bias if bias in names else None
-            found.factors.append(Factors(module, name, other, held, bool(factor[2])))
+            found.factors.append(Factors(module, name, partner, held, bool(factor[2])))
     found.others = [name for name in found.others if name not in biases]
     return found
 

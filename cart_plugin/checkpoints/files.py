@@ -215,13 +215,16 @@ def _check_way(out: Path) -> None:
     Raises:
         CartError: it holds something, or is a mount point, the current folder, or protected.
     """
-    if not out.exists():
-        return
     try:
-        if not out.is_dir() or any(out.iterdir()):
-            raise CartError(f"{out} exists; name a new folder, or remove it")
+        if not out.exists():
+            return
+    except OSError as error:  # a parent that may not be entered
+        raise CartError(f"{out}: {error.strerror}; name another folder") from None
+    try:
         if out.samefile("."):
             raise CartError(f"{out} is the current folder and cannot be replaced; name a new one")
+        if not out.is_dir() or any(out.iterdir()):
+            raise CartError(f"{out} exists; name a new folder, or remove it")
         out.rmdir()
         out.mkdir()
     except OSError as error:

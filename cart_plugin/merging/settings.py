@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -50,8 +50,9 @@ class CartSettings:
     def __post_init__(self) -> None:
         RankRule(self.rank_ratio, self.rank, self.energy)
         number = isinstance(self.lambda_, (int, float)) and not isinstance(self.lambda_, bool)
-        if self.lambda_ != "auto" and not (number and math.isfinite(self.lambda_)):
-            raise CartError(f"lambda must be a finite number or 'auto', got {self.lambda_!r}")
+        # Whole numbers may be larger than any float.
+        if self.lambda_ != "auto" and not (number and abs(self.lambda_) <= sys.float_info.max):
+            raise CartError(f"lambda must be a finite number or 'auto', got {self.lambda_!r:.40}")
         if self.center not in (None, "average", "base"):
             raise CartError(f"center must be 'average' or 'base', got {self.center!r}")
         if self.svd not in SOLVERS:

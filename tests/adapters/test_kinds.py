@@ -147,20 +147,55 @@ def test_trained_biases_are_averaged(bias: str, tmp_path: Path) -> None:
     assert config_of(tmp_path / "out")["bias"] == bias
 
 
-def test_all_biases_beside_a_head(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "modules"),
+    [
+        ("bert-classifier", None),
+        ("bert-classifier", ["pooler", "classifier"]),
+        ("roberta-classifier", None),  # whose head is a module of modules
+    ],
+)
+def test_all_biases_beside_a_head(
+    architecture: str, modules: list[str] | None, tmp_path: Path
+) -> None:
     """Of the head's, PEFT saves the base's own, too, and the trained one twice."""
     kind = transformers.AutoModelForSequenceClassification
-    base = save_base(tmp_path, "bert-classifier", num_labels=3)
+    base = save_base(tmp_path, architecture, num_labels=3)
     common = {"target_modules": ["query"], "task_type": "SEQ_CLS", "kind": kind, "bias": "all"}
-    adapters = save_loras(tmp_path, base, [{}, {}], **common)
+    adapters = save_loras(tmp_path, base, [{}, {}], modules_to_save=modules, **common)
     merge_adapters(adapters, tmp_path / "out", rank="full")
+    assert not any("original_module" in name for name in tensors(tmp_path / "out"))
     found = state(base, tmp_path / "out", kind)
     expected = [state(base, adapter, kind) for adapter in adapters]
-    for name in found:
-        if name.endswith("bias") or "classifier" in name:
-            assert torch.allclose(found[name], sum(one[name] for one in expected) / 2, atol=1e-6)
-    biases = [one["classifier.bias"] for one in expected]
-    assert not torch.allclose(*biases, atol=1e-3)
+    trained = [name for name in found if name.endswith("bias") or "classifier" in name]
+    trained += [name for name in found if modules and "pooler" in name]
+    for name in trained:
+        assert torch.allclose(found[name], sum(one[name] for one in expected) / 2, atol=1e-6)
+        assert not torch.allclose(expected[0][name], expected[1][name], atol=1e-3), name
+
+
+def test_counters_of_a_saved_norm_are_the_largest(tmp_path: Path) -> None:
+    kind = transformers.AutoModelForImageClassification
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], num_labels=3, layer_type="basic"
+    )
+    base = tmp_path / "base"
+    transformers.ResNetForImageClassification(config).save_pretrained(base)
+    saved = {"target_modules": ["convolution"], "modules_to_save": ["normalization", "classifier"]}
+    adapters = save_loras(tmp_path, base, [saved, saved], kind=kind)
+    for adapter, batches in zip(adapters, (7, 5), strict=True):
+
+        def count(held: dict[str, Tensor], batches: int = batches) -> None:
+            names = [name for name in held if name.endswith("num_batches_tracked")]
+            assert names
+            held |= {name: torch.tensor(batches) for name in names}
+
+        change_tensors(adapter, count)
+    merge_adapters(adapters, tmp_path / "out", rank="full", dtype="bfloat16")
+    for name, tensor in state(base, tmp_path / "out", kind).items():
+        if "normalization" in name and name.endswith("num_batches_tracked"):
+            assert tensor == 7
+            assert tensor.dtype == torch.int64
 
 
 @pytest.mark.parametrize("other", [["v_proj"], ["q_proj", "up_proj"]])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -223,3 +225,36 @@ def test_an_end_half_way_leaves_the_model_as_it_was(
     assert torch.equal(answer(model), said)
     merge_loaded(model, ["math", "code"])
     assert "merged" in model.peft_config
+
+
+def test_what_cannot_be_read_of_a_loaded_model(base: Path, trio: list[Path]) -> None:
+    model = loaded(base, trio)
+    with pytest.raises(CartError, match="adapters must be a list"):
+        merge_loaded(model, 3)  # type: ignore[arg-type]
+    with pytest.raises(CartError, match="otherwise than 5"):
+        merge_loaded(model, ["math", "code"], 5)  # type: ignore[arg-type]
+    model.to("meta")
+    with pytest.raises(CartError, match=r"offloaded \(on the meta device\); merge the"):
+        merge_loaded(model, ["math", "code"])
+    assert "merged" not in model.peft_config
+    model = loaded(base, trio)
+    model.unload()
+    with pytest.raises(CartError, match="has been unloaded or merged: load the adapters again"):
+        merge_loaded(model, ["math", "code"])
+
+
+def test_experts_that_peft_stacks_are_merged_from_their_folders(tmp_path: Path) -> None:
+    """Trained one by one, as by transformers 4: PEFT rewrites the config on loading."""
+    base = save_base(tmp_path, "mixtral", num_hidden_layers=1)
+    adapters = save_loras(tmp_path, base, [{}, {}], target_modules=["q_proj"])
+    model = loaded(base, adapters)
+    model.peft_config["code"].target_parameters = {"gate_up_proj"}
+    with pytest.raises(CartError, match=r"stacked experts, without .* merge the adapters' folders"):
+        merge_loaded(model, ["math", "code"])
+
+
+def test_adapters_and_weights_of_any_kind(base: Path, trio: list[Path]) -> None:
+    expected = merge_loaded(loaded(base, trio), ["math", "code"], weights=[2, 1]).document()
+    for weights in (np.array([2.0, 1.0]), torch.tensor([2, 1]), [np.float32(2), Fraction(1)]):
+        report = merge_loaded(loaded(base, trio), iter(["math", "code"]), weights=weights)
+        assert {**report.document(), "seconds": 0} == {**expected, "seconds": 0}

@@ -321,6 +321,11 @@ def test_a_truncated_file(own_trio: list[Path]) -> None:
         ({"weights": [1, 2, float("inf")]}, "weights must be finite"),
         ({"weights": [1, "2", 3]}, "weights must be finite numbers, got '2'"),
         ({"weights": {"math": 1}}, "weights must be a list, one an adapter"),
+        ({"weights": 3}, "weights must be a list, one an adapter"),
+        ({"weights": [1, 2, 10**400]}, "weights must be finite numbers, got 1000"),
+        ({"method": "cart", "lambda_": 10**400}, "lambda must be a finite number"),
+        ({"method": "cart", "lambda_": 1e300}, "leave the range of torch.float32; take a smaller"),
+        ({"dtype": ["float32"]}, "dtype must be one of"),
         ({"weights": [0, 0, 0]}, "weights must sum to more than 0"),
         ({"weights": [1, 1, -0.5]}, "auto takes no negative weights"),
         ({"names": ["a", "b"]}, "3 adapters but 2 names"),
@@ -336,6 +341,18 @@ def test_one_adapter_by_itself(trio: list[Path], tmp_path: Path) -> None:
     for one in (trio[0], str(trio[0])):
         with pytest.raises(CartError, match=r"adapters must be a list, got '.*math' by itself"):
             merge_adapters(one, tmp_path / "out")  # type: ignore[arg-type]
+
+
+def test_no_adapter_by_an_empty_name_and_none_that_is_too_long(
+    trio: list[Path], tmp_path: Path
+) -> None:
+    for name, part in (("", "an adapter's name is empty"), ("a" * 300, "File name too long")):
+        with pytest.raises(CartError, match=part):
+            merge_adapters([trio[0], name], tmp_path / "out")
+    with pytest.raises(CartError, match="File name too long; name another folder"):
+        merge_adapters(trio, tmp_path / ("a" * 300))
+    with pytest.raises(CartError, match="is the current folder and cannot be replaced"):
+        merge_adapters(trio, "")
 
 
 def test_a_folder_that_is_there(trio: list[Path], tmp_path: Path) -> None:
