@@ -14,6 +14,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import click
+
 from benchmarks.common.cache import write_json
 from benchmarks.common.measure import machine
 from benchmarks.common.provenance import Provenance, distinct, installed, provenance
@@ -100,6 +102,17 @@ class Record:
                     self._made.setdefault(key, []).extend(distinct([one]))
         if len(self.cases) < len(older["cases"]):
             self.discarded = f"measured under other conditions: {', '.join(changed)}"
+
+    @classmethod
+    def written(cls, path: Path) -> Record:
+        """A file as it was written, under whatever conditions: for reports.
+
+        Raises:
+            click.ClickException: there is none.
+        """
+        if not path.exists():
+            raise click.ClickException(f"there is no {path}; run without --report first")
+        return cls(path, json.loads(path.read_text())["conditions"])
 
     @property
     def measured(self) -> list[dict[str, Any]]:

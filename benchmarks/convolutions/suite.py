@@ -283,18 +283,20 @@ def main(seeds: str, workers: int, resume: bool, only_report: bool, out: Path) -
     """Merge EfficientNets of four image tasks, kernels decomposed or averaged."""
     console = Console()
     chosen = [int(seed) for seed in seeds.split(",")]
-    current = conditions(
-        ("linalg", "merging"),
-        PACKAGES,
-        timed=False,
-        own=REVISION,
-        fine_tuning=FineTuning().__dict__,
-        tasks=TASKS,
-    )
-    record = Record(out / "results.json", current, resume)
-    if record.discarded:
-        console.print(f"Starting anew: {record.path} was {record.discarded}")
-    if not only_report:
+    if only_report:
+        record = Record.written(out / "results.json")
+    else:
+        current = conditions(
+            ("linalg", "merging"),
+            PACKAGES,
+            timed=False,
+            own=REVISION,
+            fine_tuning=FineTuning().__dict__,
+            tasks=TASKS,
+        )
+        record = Record(out / "results.json", current, resume)
+        if record.discarded:
+            console.print(f"Starting anew: {record.path} was {record.discarded}")
         with progress(console) as bar:
             run(chosen, lambda seed: load_seed(seed, workers), record, bar)
     publish(markdown(record, chosen), out / "table.md", console)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from benchmarks.common.provenance import made_by
@@ -41,7 +41,7 @@ def _at_least(case: Mapping[str, Any]) -> float:
 
 
 def markdown(record: Record, kinds: Mapping[str, Kind]) -> str:
-    """A section a kind and number of models, the bars at the end."""
+    """A section a kind and number of models."""
     machine = record.conditions["machine"]
     head = (
         f"Whole `fusion_bench` processes, start-up and loading of the models included, on "
@@ -49,20 +49,15 @@ def markdown(record: Record, kinds: Mapping[str, Kind]) -> str:
         "differences decay as those of the vision suite (CLIP) and of the text suite (RoBERTa). "
         f"{_times(record)}{made_by('bench-paper-size', record.measured)}"
     )
-    sections, bars = [], []
-    for kind, count in _groups(record):
-        cases = {
-            method: record.cases[f"{kind} | {count} | {method}"]
-            for method in METHODS
-            if f"{kind} | {count} | {method}" in record.cases
-        }
-        title = f"{kinds[kind].title if kind in kinds else kind}, {count} models"
-        sections.append(f"### {title}\n\n{_table(cases)}")
-        bars += [[title, *line] for line in _bars(cases)]
-    if bars:
-        heading = ["models", "bar", "measured", "verdict"]
-        sections.append(f"### Bars\n\n{markdown_table(heading, bars)}")
+    sections = [f"### {title}\n\n{_table(cases)}" for title, cases in _sections(record, kinds)]
     return "\n\n".join([head, *sections]) + "\n"
+
+
+def bars(record: Record, kinds: Mapping[str, Kind]) -> str:
+    """What was aimed at, and whether it is met; see `markdown` for how it was measured."""
+    lines = [[title, *line] for title, cases in _sections(record, kinds) for line in _bars(cases)]
+    table = markdown_table(["models", "bar", "measured", "verdict"], lines)
+    return f"{made_by('bench-paper-size', record.measured)}\n\n{table}\n"
 
 
 def _times(record: Record) -> str:
@@ -78,6 +73,16 @@ def _times(record: Record) -> str:
 def _groups(record: Record) -> list[tuple[str, int]]:
     found = {tuple(key.split(" | ")[:2]) for key in record.cases}
     return sorted((kind, int(count)) for kind, count in found)
+
+
+def _sections(record: Record, kinds: Mapping[str, Kind]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for kind, count in _groups(record):
+        cases = {
+            method: record.cases[f"{kind} | {count} | {method}"]
+            for method in METHODS
+            if f"{kind} | {count} | {method}" in record.cases
+        }
+        yield f"{kinds[kind].title if kind in kinds else kind}, {count} models", cases
 
 
 def _table(cases: Mapping[str, Any]) -> str:

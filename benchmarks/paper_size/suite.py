@@ -263,10 +263,13 @@ def main(
         for count in counts.split(",")
         for method in _chosen(methods, list(METHODS), "--methods")
     ]
-    record = Record(out / "results.json", conditions(ROOMS, PACKAGES, tiny=tiny), resume)
-    if record.discarded:
-        console.print(f"Starting anew: {record.path} was {record.discarded}")
-    if not only_report:
+    path = out / "results.json"
+    if only_report:
+        record = Record.written(path)
+    else:
+        record = Record(path, conditions(ROOMS, PACKAGES, tiny=tiny), resume)
+        if record.discarded:
+            console.print(f"Starting anew: {record.path} was {record.discarded}")
         with progress(console) as bar:
             for name in chosen:
                 own = [case for case in cases if case.kind == name]
@@ -274,3 +277,4 @@ def main(
                 if not keep_models:
                     remove_models()
     publish(report.markdown(record, kinds), out / "table.md", console)
+    publish(report.bars(record, kinds), out / "bars.md", console)

@@ -248,7 +248,7 @@ class Report:
             f"moved: the difference from {self.centre}, {relative}",
             "rank: of all changes where that is low, else (~) of as many equally strong directions "
             "at most",
-            "in 8 %: share of the squared difference that the default rank keeps",
+            "in 8 %: share of the squared difference that the strongest 8 % of the directions hold",
             "apart: how far one model is from the other, of what the farther one moved; common "
             "inputs and outputs: how much of their leading directions two models share",
             "kept: share of a model's own answer that is in the merge's, on the inputs that its "

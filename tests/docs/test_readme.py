@@ -70,7 +70,8 @@ def test_the_rule_of_auto_is_the_one_in_the_code() -> None:
     text = " ".join(FILLED["docs/how-it-works.md"].split())
     assert "at most an eighth of the full rank" in text
     assert svd._FAST_SHARE == 1 / 8
-    assert f"short sides of {svd._FAST_SIDE} or more" in text
+    assert f"with a short side of {svd._FAST_SIDE} or more" in text
+    assert f"on GPUs with a short side of {svd._FAST_SIDE_THERE} or more" in text
     assert "below six times that" in text
     assert svd._FAST_ASPECT == 6
     assert f"Above {svd._GRAM_SHARE:.0%}".replace("%", " %") in text
