@@ -150,7 +150,6 @@ def one_way(model: Any, tensors: Mapping[str, tuple[int, ...]]) -> list[Unit]:
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    model._weight_conversions = mapping  # what `revert_weight_conversion` goes by
     state = model.state_dict()
     groups: dict[str, list[tuple[str, str | None]]] = {}
     unused = []
@@ -163,6 +162,9 @@ def one_way(model: Any, tensors: Mapping[str, tuple[int, ...]]) -> list[Unit]:
             groups.setdefault(target, []).append((source, pattern))
         else:
             unused.append(Unit((source,), ()))
+    # What `revert_weight_conversion` goes by: as of a loaded model, what these tensors needed. Of
+    # old names that none of them has the way back would be to others than theirs.
+    model._weight_conversions = [entry for entry in mapping if entry.was_used()]
     found = []
     for target, members in groups.items():
         sources = tuple(source for source, _ in members)

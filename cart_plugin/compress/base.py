@@ -20,11 +20,18 @@ def write_base(work: Work, folder: Path) -> None:
     folder.mkdir()
     one, step = (_average, "averaging") if work.given is None else (_given, "reading the base")
     files = writing.shards(work.layout)
+    computed = work.computed
     done = 0
     for file, layout in files.items():
         with writing.TensorFile(folder / file, layout) as opened:
             for name, (dtype, _) in layout.items():
-                stored, same = one(work, name, dtype)
+                try:
+                    stored, same = one(work, name, dtype)
+                except CartError:
+                    if name not in computed or not dtype.is_floating_point:
+                        raise
+                    # No weight: old masks are infinite in fp16.
+                    stored, same = work.described.read(name).to(dtype), True
                 opened.write(name, stored)
                 if not same:
                     work.changed.add(name)

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from cart_plugin.checkpoints import names as naming
@@ -16,11 +15,11 @@ from cart_plugin.checkpoints.adapters import BASE_RECORD
 from cart_plugin.checkpoints.digests import digest
 from cart_plugin.checkpoints.files import check_space, read_json, unfinished, write_json
 from cart_plugin.checkpoints.names import Unit
-from cart_plugin.checkpoints.reading import CONFIG, Checkpoint, open_adapter, read_config
-from cart_plugin.compress import peft_files
+from cart_plugin.checkpoints.reading import CONFIG, Checkpoint, read_config
 from cart_plugin.compress.inputs import open_model
-from cart_plugin.compress.layers import Layer, Structure, nested
+from cart_plugin.compress.layers import Structure
 from cart_plugin.compress.report import FILE
+from cart_plugin.compress.stored import StoredAdapter
 from cart_plugin.compress.work import ADAPTERS, BASE, TASK_CONFIG, Progress
 from cart_plugin.errors import CartError, CheckpointError
 
@@ -36,13 +35,19 @@ def tasks(folder: str | Path) -> list[str]:
 
 def _entries(root: Path) -> dict[str, dict[str, Any]]:
     """What the report says of each task."""
+    broken = CartError(
+        f"{root} is no folder that `mergekit-cart compress` has written: {FILE} is missing or "
+        "broken"
+    )
     try:
-        return dict(read_json(root / FILE)["tasks"])
+        found = dict(read_json(root / FILE)["tasks"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise CartError(
-            f"{root} is no folder that `mergekit-cart compress` has written: {FILE} is missing or "
-            "broken"
-        ) from None
+        raise broken from None
+    for name, entry in found.items():
+        absent = entry.get("absent_files", []) if isinstance(entry, Mapping) else None
+        if not isinstance(absent, list) or Path(name).name != name:
+            raise broken
+    return found
 
 
 def task_tensors(folder: str | Path, name: str) -> Iterator[tuple[str, Tensor]]:
@@ -98,7 +103,8 @@ def expand(
         side_files.restore(task.base.path, task.place, task.absent_files, place)
         config = task.base.config
         if task.config is not None:
-            config = {**task.config, "dtype": config["dtype"]}
+            kept = {key: config[key] for key in ("dtype",) if key in config}
+            config = {**task.config, **kept}
             config.pop("torch_dtype", None)
         write_json(place / CONFIG, config, sort_keys=True)
 
@@ -136,18 +142,16 @@ class _Task:
         if name not in known:
             raise CartError(f"{folder} has no task {name!r}; it has {', '.join(known)}")
         self.place = place = folder / ADAPTERS / name
-        self.absent_files: list[str] = known[name].get("absent_files", [])
+        self.absent_files = [str(file) for file in known[name].get("absent_files", [])]
         self.base = open_model(folder / BASE, f"the base of {folder}")
         check_base(place, name, self.base)
         own = (place / TASK_CONFIG).exists()
         self.config = read_config(place, f"adapter {name}", TASK_CONFIG) if own else None
-        self._adapter = open_adapter(place, name)
         meta = naming.meta_model(self.base.path, self.base.config, self.base.name)
         shapes = {source: stored.shape for source, stored in self.base.tensors.items()}
         self.units = naming.units(meta, shapes)
         targets = [target for unit in self.units for target in unit.targets]
-        self._layers = self._find(Structure(meta, targets), self._adapter.config)
-        self._biases = {f"{layer.module}.bias": layer for layer in self._layers.values()}
+        self._adapter = StoredAdapter(place, name, Structure(meta, targets))
 
     def restored(self, unit: Unit) -> dict[str, Tensor]:
         """A unit's tensors in the checkpoint, in the base's dtype."""
@@ -155,43 +159,7 @@ class _Task:
         if not unit.targets:
             return stored
         found = {
-            name: self._with_adapter(name, tensor) for name, tensor in unit.to_model(stored).items()
+            name: self._adapter.applied(name, tensor)
+            for name, tensor in unit.to_model(stored).items()
         }
         return unit.to_checkpoint(found)
-
-    def _with_adapter(self, name: str, tensor: Tensor) -> Tensor:
-        exact = peft_files.exact_name(name)
-        if exact in self._adapter.tensors:
-            return self._adapter.read(exact)
-        if name in self._layers:
-            layer = self._layers[name]
-            a, b = (self._adapter.read(peft_files.lora_name(layer, side)) for side in "AB")
-            delta = layer.difference(a, b).mul_(self._scaling(layer))
-            return (delta + tensor).to(tensor.dtype)
-        bias = self._biases.get(name)
-        if bias is not None and peft_files.bias_name(bias) in self._adapter.tensors:
-            delta = self._adapter.read(peft_files.bias_name(bias))
-            work = torch.promote_types(tensor.dtype, torch.float32)
-            return (tensor.to(work) + delta.to(work) * self._scaling(bias)).to(tensor.dtype)
-        return tensor
-
-    def _scaling(self, layer: Layer) -> float:
-        rows = self._adapter.tensors[peft_files.lora_name(layer, "A")].shape[0]
-        return peft_files.scaling(self._adapter.config, layer, rows)
-
-    def _find(self, structure: Structure, settings: Mapping[str, Any]) -> dict[str, Layer]:
-        """The layers that the adapter holds, by the parameter's name."""
-        parameters = set(settings.get("target_parameters") or ())
-        layers = {}
-        for name in structure.state:
-            layer = structure.layer(name)
-            if name in parameters and (layer is None or not layer.is_parameter):
-                layer = structure.as_parameter(name)
-            if layer is None:
-                continue
-            if layer.is_parameter:
-                if name in parameters:
-                    layers[name] = layer
-            elif peft_files.lora_name(layer, "A") in self._adapter.tensors:
-                layers[name] = layer
-        return nested(layers, structure)

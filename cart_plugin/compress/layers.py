@@ -182,7 +182,9 @@ class Structure:
             return Layer(name, module, "linear", shape, prefix=module)
         if leaf == "weight" and type(owner).__name__ == "Conv1D":
             return Layer(name, module, "transposed", shape, prefix=module)
-        if len(shape) == 3 and not isinstance(owner, ParametrizationList):
+        # A stack of one, or beside layers, is no experts' (a learned query of a projector).
+        is_stack = len(shape) == 3 and shape[0] > 1 and not _has_layers(owner)
+        if is_stack and not isinstance(owner, ParametrizationList):
             is_transposed = bool(getattr(owner, "is_transposed", False))
             kind: Kind = "transposed experts" if is_transposed else "experts"
             return Layer(name, module, kind, shape, prefix=module)
@@ -237,6 +239,11 @@ class Structure:
             if name in same:
                 return [name, *(other for other in same if other != name)]
         return [name]
+
+
+def _has_layers(module: nn.Module) -> bool:
+    """Whether modules below one have parameters of their own."""
+    return any(True for child in module.children() for _ in child.parameters())
 
 
 def nested(layers: dict[str, Layer], structure: Structure) -> dict[str, Layer]:

@@ -130,7 +130,9 @@ def lora_config(
 
     layers = [layer for name, layer in assignment.lora.items() if ranks[name]]
     usual = _usual(ranks)
-    pattern = {_key(layer): ranks[layer.name] for layer in layers if ranks[layer.name] != usual}
+    pattern = {
+        pattern_key(layer): ranks[layer.name] for layer in layers if ranks[layer.name] != usual
+    }
     parameters = sorted(layer.name for layer in layers if layer.is_parameter)
     return LoraConfig(
         r=usual,
@@ -152,7 +154,7 @@ def _usual(ranks: Ranks) -> int:
     return counts.most_common(1)[0][0] if counts else 1
 
 
-def _key(layer: Layer) -> str:
+def pattern_key(layer: Layer) -> str:
     """A layer in a pattern, whose keys PEFT takes for regular expressions: this is one name."""
     return f"^{re.escape(layer.name if layer.is_parameter else layer.module)}"
 

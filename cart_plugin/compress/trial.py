@@ -26,6 +26,7 @@ _ROUNDING = 1e-6
 _STRENGTH = 0.3  # of a random difference, relative to the weights
 _RANK = 2
 
+_ADAPTER = ".default"  # PEFT's name of it in a model
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
@@ -72,9 +73,11 @@ class Trial:
             lost = self._misplaced(model, plan)
             if lost is not None:
                 return lost
+            values = self._random(plan)
+            lost = self._lost(model, values)
+            if lost is not None:
+                return lost
             if self._small.runs:
-                values = self._random(plan)
-                self._load(model, values)
                 self._answers(model.get_base_model())
                 if len(kinds) == len(self.kinds):
                     self._loaded = model, values
@@ -144,6 +147,9 @@ class Trial:
         ranks = dict.fromkeys(plan.lora, _RANK)
         modules = self._structure.modules
         config = peft_files.lora_config(plan, ranks, modules, self._task_type)
+        # Each layer's rank by a pattern, which PEFT has to find, as of adapters with several ranks.
+        config.r = _RANK - 1
+        config.rank_pattern = {peft_files.pattern_key(layer): _RANK for layer in plan.lora.values()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # Without values of its own the model is on the meta device, and PEFT's layers too.
@@ -173,7 +179,22 @@ class Trial:
         return replace(plan, lora=sizes)
 
     def _random(self, plan: Assignment) -> dict[str, Tensor]:
-        """The tensors of an adapter."""
+        """The tensors of an adapter; all zeros that take no memory where nothing runs."""
+        if not self._small.runs:
+            layout = {
+                **self._layout(plan),
+                **{
+                    peft_files.exact_name(name): (
+                        self._state[source].dtype,
+                        self._state[source].shape,
+                    )
+                    for name, source in plan.exact.items()
+                },
+            }
+            return {
+                name: torch.zeros((), dtype=dtype).expand(shape)
+                for name, (dtype, shape) in layout.items()
+            }
         random = torch.Generator().manual_seed(3)
         values = {
             name: torch.randn(shape, generator=random, dtype=dtype)
@@ -224,12 +245,28 @@ class Trial:
                 yield from (peft_files.lora_name(layer, side) for side in "AB")
                 yield peft_files.bias_name(layer)
 
-    def _load(self, model: Any, values: Mapping[str, Tensor]) -> None:
+    def _lost(self, model: Any, values: Mapping[str, Tensor]) -> str | None:
+        """Load an adapter; what of it PEFT does not load, if anything.
+
+        PEFT 0.21.2 on transformers 5 renames an adapter's tensors as it would those of older
+        checkpoints, also where the model has them by their names: then they are nobody's.
+        """
         from peft import set_peft_model_state_dict
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            set_peft_model_state_dict(model, dict(values))
+            found: Any = set_peft_model_state_dict(
+                model, dict(values), low_cpu_mem_usage=not self._small.runs
+            )
+        if not self._small.runs:  # PEFT has moved all to where the model is: there are no values
+            lost = [*found.unexpected_keys, *(key for key in found.missing_keys if _ADAPTER in key)]
+            return f"PEFT does not load {min(lost)}" if lost else None
+        held = _held(model)
+        for name, value in values.items():
+            got = held.get(name)
+            if got is None or got.shape != value.shape or not torch.equal(got, value):
+                return f"PEFT does not load {name}"
+        return None
 
     def _dense(self, values: Mapping[str, Tensor]) -> list[Tensor]:
         """The answers of the small model itself, with the weights that an adapter stands for.

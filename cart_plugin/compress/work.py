@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cart_plugin.checkpoints.dtypes import STORED
 from cart_plugin.checkpoints.files import json_text
 from cart_plugin.checkpoints.names import Unit
+from cart_plugin.checkpoints.placement import is_computed
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.compress import peft_files
 from cart_plugin.compress.layers import Assignment, Structure
@@ -25,6 +26,9 @@ from cart_plugin.linalg.svd import SOLVERS
 BASE = "base"
 ADAPTERS = "adapters"
 TASK_CONFIG = "task_config.json"
+
+_OF_TENSORS = ("weight", "bias")
+_HOLDERS = (nn.ModuleDict, nn.ParameterDict)
 
 _CHUNK = 2**16  # numbers: their copy in fp64 stays in the cache, five times as fast as of 2**18
 
@@ -75,6 +79,13 @@ class Work:
     def described(self) -> Checkpoint:
         """The model whose config the base has: the given one, else the first."""
         return self.given or self.models[0]
+
+    @property
+    def computed(self) -> set[str]:
+        """Names in the checkpoint of what models compute anew; see `is_computed`."""
+        info = self.described.tensors
+        loose = [source for unit in self.units if not unit.targets for source in unit.sources]
+        return {name for name in loose if name in info and is_computed(name, info[name])}
 
     def versions(self, name: str) -> Iterator[Tensor]:
         """A checkpoint's tensor of each model, one at a time."""
@@ -152,6 +163,12 @@ def checked_names(paths: Sequence[Path], names: Sequence[str] | None) -> list[st
             free = name.replace(".", "_")
             raise CartError(
                 f"{name!r} cannot name an adapter: PEFT takes no dots; use {free!r}, say (names)"
+            )
+        # PEFT keeps adapters in modules and looks for their names at the ends of tensors'.
+        if name in _OF_TENSORS or any(hasattr(kind(), name) for kind in _HOLDERS):
+            raise CartError(
+                f"{name!r} cannot name an adapter: to PEFT it means something else; use "
+                f"{f'{name}_'!r}, say (names)"
             )
     if len(chosen) != len(paths):
         raise CartError(f"{len(paths)} models but {len(chosen)} names")

@@ -27,6 +27,7 @@ _WAVES = {
 }
 _XLNET = {"vocab_size": 64, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}
 _TEXT = {**_DECODER, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 
 
 @dataclass(frozen=True)
@@ -218,6 +219,61 @@ CASES = {
             "v_head_dim": 8,
         },
         lora=("layers.0.mlp.gate_proj.weight", "shared_experts.down_proj.weight"),
+    ),
+    # PEFT renames these shared experts on loading, and then has no place for them.
+    "laguna": Case(
+        "LagunaForCausalLM",
+        {
+            **_TEXT,
+            **_EXPERTS,
+            "shared_expert_intermediate_size": 48,
+        },
+        whole=("shared_experts.gate_proj.weight",),
+        lora=("q_proj.weight", "experts.down_proj"),
+    ),
+    # Its router is one of the parameters that PEFT looks for in no pattern of modules.
+    "afmoe": Case(
+        "AfmoeForCausalLM",
+        {**_TEXT, **_EXPERTS, "num_dense_layers": 1},
+        lora=("q_proj.weight", "router.gate.weight", "shared_experts.down_proj.weight"),
+    ),
+    # Old names that its files do not have are not to come back.
+    "qwen3-vl-moe": Case(
+        "Qwen3VLMoeForConditionalGeneration",
+        {
+            "text_config": {
+                **_TEXT,
+                "num_experts_per_tok": 2,
+                "num_local_experts": 4,
+                "moe_intermediate_size": 48,
+            },
+            "vision_config": {
+                "depth": 2,
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_heads": 4,
+                "out_hidden_size": 32,
+                "num_position_embeddings": 64,
+                "deepstack_visual_indexes": [1],
+            },
+        },
+        lora=("self_attn.q_proj.weight", "experts.down_proj"),
+    ),
+    # A learned query of three dimensions is no stack of experts.
+    "granite-speech": Case(
+        "GraniteSpeechForConditionalGeneration",
+        {
+            "text_config": _TEXT,
+            "encoder_config": {"num_layers": 2, "hidden_dim": 32, "num_heads": 4, "dim_head": 8},
+            "projector_config": {
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "intermediate_size": 48,
+                "encoder_hidden_size": 32,
+            },
+        },
+        lora=("self_attn.q_proj.weight",),
     ),
 }
 

@@ -180,6 +180,10 @@ def test_names(models, tmp_path):
     message = refusal(models, tmp_path, names=["a", "b", "Mistral-7B-v0.1"])
     assert "'Mistral-7B-v0.1' cannot name an adapter: PEFT takes no dots" in message
     assert "use 'Mistral-7B-v0_1'" in message
+    for name in ("weight", "bfloat16", "train", "items"):
+        message = refusal(models, tmp_path, names=["a", "b", name])
+        assert f"{name!r} cannot name an adapter: to PEFT it means something else" in message
+        assert f"use '{name}_'" in message
 
 
 def test_folders_with_dots_give_names_without(models, tmp_path):

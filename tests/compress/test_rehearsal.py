@@ -14,7 +14,7 @@ from tests.compress.architectures import CASES, Case, save
 from tests.compress.models import save_tasks
 from tests.compress.refused import refusal
 
-FAST = ("whisper", "siglip", "mamba")
+FAST = ("whisper", "siglip", "mamba", "laguna", "afmoe", "qwen3-vl-moe", "granite-speech")
 
 
 def _kinds(report: Any, ends: tuple[str, ...]) -> set[str]:
