@@ -48,6 +48,26 @@ def digest(checkpoint: Checkpoint) -> str:
     return found.hexdigest()
 
 
+def state(checkpoint: Checkpoint) -> str:
+    """What changes whenever weights are written: their digest, and the files' sizes and times.
+
+    For what is measured again if in doubt: an edit of single numbers leaves the digest as it is.
+
+    Args:
+        checkpoint: of safetensors.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    held = {info.file for info in checkpoint.tensors.values() if isinstance(info, StoredTensor)}
+    try:
+        files = [(file.name, file.stat()) for file in sorted(held)]
+    except OSError as error:
+        raise unreadable(checkpoint.path, checkpoint.name, error) from None
+    times = [(name, found.st_size, found.st_mtime_ns) for name, found in files]
+    return f"{digest(checkpoint)} {times}"
+
+
 def file_digest(file: Path) -> str:
     """A digest of a file by 16 pages that lie evenly over it: 32 hexadecimal digits.
 

@@ -12,6 +12,15 @@ from cart_plugin.checkpoints.files import read_json
 _FILES = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "vocab.json", "vocab.txt")
 
 
+# Of tokenizers without a tokenizer.json: sentencepiece's and others'.
+_ALONE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model", "tekken.json")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model's folder has files that transformers makes a tokenizer of."""
+    return any((folder / name).is_file() for name in (*_FILES, *_ALONE))
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """A tokenizer's tokens.

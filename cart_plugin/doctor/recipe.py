@@ -27,6 +27,7 @@ from cart_plugin.doctor import (
     saved,
     schema,
     slices,
+    tokenizer,
     whole,
 )
 from cart_plugin.doctor import inputs as files
@@ -140,6 +141,8 @@ def _check_document(
     checkpoints, findings = _read_inputs(config, made, completed=completed)
     if not completed:
         findings += adapters.check_cache(config)
+    findings += tokenizer.check_tokenizer(config, made)
+    stopped = stopped or _has_problem(findings)
     show(Section("Inputs", findings))
     if checkpoints is None:
         return

@@ -13,6 +13,7 @@ from cart_plugin.checkpoints.placement import is_computed, without_place
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor import formats, likeness
 from cart_plugin.doctor.advice import flat, in_one_format, lacks_a_head
+from cart_plugin.doctor.buffers import check_buffers
 from cart_plugin.doctor.effects import check_effects
 from cart_plugin.doctor.findings import Finding, Level, problem, warning
 from cart_plugin.doctor.layout import Recipe, groups
@@ -57,6 +58,8 @@ def check_plan(
     if not whole:
         return findings  # of the tensors that the parameters meet, these are but some
     findings += check_casts(merges, checkpoints, config)
+    if not completed:
+        findings += check_buffers(merges, checkpoints, config)
     return findings + check_effects(merges, config, method)
 
 

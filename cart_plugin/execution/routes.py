@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from mergekit import merge as mergekit_merge
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
@@ -26,12 +25,13 @@ from cart_plugin.checkpoints import names
 from cart_plugin.checkpoints.files import read_json, write_json
 from cart_plugin.checkpoints.placement import computed, is_computed
 from cart_plugin.doctor import planning, result, slices
+from cart_plugin.doctor.buffers import differing
 from cart_plugin.doctor.merges import Merge, match
 from cart_plugin.doctor.parameters import check_method
 from cart_plugin.errors import CartError, CartWarning, first_line
 from cart_plugin.execution import outlook, tensorwise
 from cart_plugin.execution.inputs import Inputs, OrderedConfiguration, plain, read_inputs, stop_at
-from cart_plugin.execution.layout import check_described, donor_model, left_out, place, values
+from cart_plugin.execution.layout import check_described, donor_model, left_out, place
 from cart_plugin.wording import count, some
 
 
@@ -314,26 +314,11 @@ def _cast(merges: list[Merge], inputs: Inputs) -> str:
 
 def _differing(merges: list[Merge], inputs: Inputs) -> str:
     """Which integers mergekit's merge would stop at: counters differ in all fine-tuned models."""
-    whole = [
-        merge.planned
-        for merge in merges
-        if not any(info.is_floating for info in merge.inputs.values())
-    ]
-    first: dict[str, torch.Tensor] = {}
-    found = set()
-    for label, held in inputs.checkpoints.items() if whole else ():
-        loader = values(held)
-        for planned in whole:
-            stored = (name for name in planned.sources.get(label, ()) if name in held.tensors)
-            if name := next(stored, None):
-                tensor = loader.get_tensor(name)
-                other = first.setdefault(planned.name, tensor)
-                if other.dtype != tensor.dtype or not torch.equal(other, tensor):
-                    found.add(planned.name)
+    found = differing(merges, inputs.checkpoints)
     if not found:
         return ""
     tensors = count(len(found), "integer tensor")
-    return f"mergekit stops at {tensors} ({some(sorted(found))}), in which the models differ"
+    return f"mergekit stops at {tensors} ({some(found)}), in which the models differ"
 
 
 def _masks(merges: list[Merge], inputs: Inputs) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from cart_plugin.adapters.agreement import Plan, agree, lacking_notes
 from cart_plugin.adapters.inputs import find, open_adapters
 from cart_plugin.checkpoints import adapters as tensors
-from cart_plugin.checkpoints.digests import digest
+from cart_plugin.checkpoints.digests import state
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.errors import CartError
 from cart_plugin.inspect.activations import Subject
@@ -173,11 +173,11 @@ class Adapters:
         found = []
         for adapter in held:
             config = adapter.checkpoint.config
-            found.append(f"{digest(adapter.checkpoint)} {sorted(map(str, config.items()))}")
+            found.append(f"{state(adapter.checkpoint)} {sorted(map(str, config.items()))}")
         return [
             *found,
             str(self._merged is not None),
-            "" if self._base is None else digest(self._base),
+            "" if self._base is None else state(self._base),
         ]
 
 

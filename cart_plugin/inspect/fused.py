@@ -11,7 +11,7 @@ from torch import Tensor
 from cart_plugin.adapters.inputs import Adapter, Shape, find, open_adapters
 from cart_plugin.checkpoints import names
 from cart_plugin.checkpoints.adapters import plain_name
-from cart_plugin.checkpoints.digests import digest
+from cart_plugin.checkpoints.digests import state
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.errors import CartError
 from cart_plugin.inspect.orientation import turned_parameters
@@ -142,4 +142,4 @@ class Fused(Checkpoint):
     def identity(self) -> str:
         """What changes when the base or the adapter does."""
         config = sorted(map(str, self.adapter.checkpoint.config.items()))
-        return f"{digest(self.base)} {digest(self.adapter.checkpoint)} {config}"
+        return f"{state(self.base)} {state(self.adapter.checkpoint)} {config}"

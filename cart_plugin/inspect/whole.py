@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from cart_plugin.checkpoints.agreement import strangers
-from cart_plugin.checkpoints.digests import digest
+from cart_plugin.checkpoints.digests import state
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.errors import CartError
 from cart_plugin.inspect.activations import Subject
@@ -177,4 +177,4 @@ def _check_depths(one: Checkpoint, other: Checkpoint) -> None:
 
 
 def _identity(model: Checkpoint) -> str:
-    return model.identity() if isinstance(model, Fused) else digest(model)
+    return model.identity() if isinstance(model, Fused) else state(model)
