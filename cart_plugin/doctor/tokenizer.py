@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 
-from mergekit._data import chat_templates
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.tokenizer.config import ModelTokenEmbedding
@@ -14,7 +13,8 @@ from mergekit.tokenizer.config import ModelTokenEmbedding
 from cart_plugin.checkpoints.tokenizers import has_tokenizer, read_vocabulary
 from cart_plugin.doctor import inputs as files
 from cart_plugin.doctor.findings import Finding, problem
-from cart_plugin.doctor.layout import Recipe
+from cart_plugin.doctor.layout import Recipe, references
+from cart_plugin.wording import some
 
 
 def check_tokenizer(config: Recipe, made: Collection[str]) -> Iterator[Finding]:
@@ -30,31 +30,35 @@ def check_tokenizer(config: Recipe, made: Collection[str]) -> Iterator[Finding]:
     source = config.tokenizer.source if config.tokenizer else config.tokenizer_source
     if source is None:
         return
-    donor = config.base_model or next(iter(config.referenced_models()), None)
-    wanted = {
-        model.model.path: "mergekit builds the result's from it" for model in [donor] if model
-    }
-    if isinstance(source, ModelReference):
-        wanted[source.model.path] = "the recipe names it as the tokenizer's source"
-    for path, why in wanted.items():
-        if path in made:
-            continue
+    # Without a base mergekit 0.1.5 begins with one of a set of models: it may be any of them.
+    donors = [config.base_model] if config.base_model else list(references(config).values())
+    places = [model.model.path for model in donors if model.model.path not in made]
+    yield from _check_held(places, "which mergekit begins with")
+    if isinstance(source, ModelReference) and source.model.path not in (*made, *places):
+        yield from _check_held([source.model.path], "which the recipe names as the source")
+    yield from _check_tokens(config, made)
+
+
+def _check_held(paths: Sequence[str], what: str) -> Iterator[Finding]:
+    lacking = []
+    for path in dict.fromkeys(paths):
         folder, findings = files.locate(path, "tokenizer")
         yield from findings
         if folder is not None and not has_tokenizer(folder):
-            yield problem(
-                f"{path} has no tokenizer files, and {why}: mergekit stops",
-                "save a tokenizer there (save_pretrained), name another source, or leave the "
-                "tokenizer section out",
-            )
-    yield from _check_tokens(config, made)
+            lacking.append(path)
+    if lacking:
+        yield problem(
+            f"no tokenizer files in {some(lacking)}, {what}: mergekit stops",
+            "save a tokenizer there (save_pretrained), name another source, or leave the tokenizer "
+            "section out",
+        )
 
 
 def _check_template(template: str | None) -> Iterator[Finding]:
     """Names of templates: mergekit logs an unknown one, and saves no tokenizer with the result."""
     if not template or template == "auto":
         return
-    held = resources.files(chat_templates)
+    held = resources.files("mergekit") / "_data" / "chat_templates"
     names = sorted(file.name[: -len(".jinja")] for file in held.iterdir() if ".jinja" in file.name)
     is_text = len(template) >= 20 and "{" in template
     if template not in names and not is_text:

@@ -10,7 +10,7 @@ import pytest
 import transformers
 
 from tests.doctor.conftest import Report
-from tests.doctor.tiny import MISTRAL3, SIZES, save_class, save_model, save_models
+from tests.doctor.tiny import MISTRAL3, SIZES, save_class, save_model, save_models, save_tokenizer
 from tests.mergekit.helpers import fails
 
 _T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
@@ -187,9 +187,12 @@ def test_layers_whose_embeddings_mergekit_drops(
 
 
 def test_tokenizer_settings_are_in_the_way_of_another_way(
-    check: Callable[..., Report], saved: Callable[..., list[str]]
+    check: Callable[..., Report], tmp_path: Path
 ) -> None:
-    report = check(saved("bert"), tokenizer={"source": "union"})
+    models = save_models(tmp_path, "bert")
+    for model in models:
+        save_tokenizer(model, 64)
+    report = check(models, tokenizer={"source": "union"})
     report.has_only_problem("cannot plan", "or delete the tokenizer settings and merge with")
 
 

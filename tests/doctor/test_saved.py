@@ -13,8 +13,7 @@ import torch
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig
 
 from tests.doctor.conftest import Report
 from tests.doctor.tiny import (
@@ -26,6 +25,7 @@ from tests.doctor.tiny import (
     save_class,
     save_model,
     save_models,
+    save_tokenizer,
 )
 
 
@@ -36,16 +36,6 @@ def merge(folders: list[str], out: Path, **recipe: Any) -> None:
         {"merge_method": "cart", "models": entries, **recipe}
     )
     run_merge(config, str(out), MergeOptions(quiet=True, write_model_card=False))
-
-
-def save_tokenizer(folder: str, size: int, added: int = 0) -> None:
-    """Save a tokenizer with ids below a number, and some more."""
-    vocabulary = {f"<{number}>": number for number in range(size)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<1>", eos_token="<2>")
-    fast.add_tokens([f"<more {number}>" for number in range(added)])
-    fast.save_pretrained(folder)
 
 
 # Tied or not

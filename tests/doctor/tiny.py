@@ -12,6 +12,8 @@ import transformers
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -140,3 +142,13 @@ def edit_weights(folder: str, edit: Callable[[dict[str, torch.Tensor]], object])
     tensors = load_file(file)
     edit(tensors)
     save_file(tensors, file, {"format": "pt"})
+
+
+def save_tokenizer(folder: str, size: int, added: int = 0) -> None:
+    """Save a tokenizer with ids below a number, and some more."""
+    vocabulary = {f"<{number}>": number for number in range(size)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<1>", eos_token="<2>")
+    fast.add_tokens([f"<more {number}>" for number in range(added)])
+    fast.save_pretrained(folder)
