@@ -1,7 +1,8 @@
 """Evaluators, run in a process of their own by `child`: `judge:main REQUEST RESULT`.
 
 A request is a JSON file: an lm-eval call or a Python function, and the model's folder. The result
-is one too: `{"metrics": {name: {"value", "stderr", "metric", "higher_is_better"}}}`.
+is one too: `{"metrics": {name: {"value", "stderr", "metric", "higher_is_better"}}}`, of a function
+with the files that it has read (`reads`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cart_plugin.checkpoints.files import read_json, write_json
+from cart_plugin.compare.reads import Reads
 from cart_plugin.errors import CartError
 
 Metrics = dict[str, dict[str, Any]]
@@ -223,7 +225,10 @@ def main() -> None:
         if asked["model"] is None:
             answer = {"sources": check(asked)}
         else:
+            reads = Reads()
             answer = {"metrics": evaluate(asked, asked["model"])}
+            if asked["kind"] == "function":
+                answer["read"] = reads.files(asked["model"])
     except CartError as error:
         answer = {"error": str(error)}
     except Exception as error:  # whatever an evaluator raises is a row of the report

@@ -1,8 +1,8 @@
 """The comparison as steps that are done once: merge each variant, judge each model, keep records.
 
 A finished step is a JSON file beside its log, with the fingerprint of all that decides its result:
-recipe, inputs, versions, evaluator. The same comparison started again finds it and goes on after
-it; anything else is done anew.
+recipe, inputs, versions, evaluator, and the files that has read. The same comparison started again
+finds it and goes on after it; anything else is done anew.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import yaml
 
 from cart_plugin import linalg, mergekit, merging
 from cart_plugin.checkpoints.files import read_json, write_json, write_text
+from cart_plugin.compare.reads import changed
 from cart_plugin.compare.variants import Variant, find_method
 from cart_plugin.doctor.parameters import is_cart
 from cart_plugin.errors import CartError, first_line
@@ -200,7 +201,7 @@ class Comparison:
         }
         key = _digest(judged)
         done = _finished(folder / "evaluation.json", key)
-        if done is None:
+        if done is None or changed(done.get("read", {})):
             if variant is not None:
                 self._merge(row, folder, merged, show)
             row.state = "evaluating"
@@ -264,6 +265,7 @@ class Comparison:
         done = {
             "key": key,
             "metrics": answer["metrics"],
+            "read": answer.get("read", {}),
             "seconds": round(time.perf_counter() - started, 2),
         }
         write_json(folder / "evaluation.json", done)
