@@ -23,6 +23,18 @@ _AVERAGED_NAME = re.compile(
     r"|(?:^|\.)(?:query_tokens|A_log)$"
     r"|bias$"
 )
+# The same by names that only single architectures have, told apart from layers that are called
+# alike, such as patch embeddings, by what they are looked up by.
+_LOOKED_UP = (
+    r"position|positional|token_type|word|input|time|entity|ngram|xpath_(?:tag|subs)_sub|seg|"
+    r"language|speaker|unit|level"
+)
+_TABLE_NAME = re.compile(
+    rf"(?:^|\.)(?:(?:\w+_)?(?:{_LOOKED_UP})_embed(?:ding)?s?"
+    r"(?:_layers?|_\d+)?(?:\.\d+)?(?:\.(?:tile_)?embedding)?|"
+    r"tokens_embed|positions_embed|embed_timestep|queries_(?:embedder|features)|"
+    r"detection_tokens|group_token|mask_emb|HashBucketCodepointEmbedder_\d+)(?:\.weight)?$"
+)
 _CONVOLUTION_NAME = re.compile(r"conv", re.IGNORECASE)
 
 
@@ -37,7 +49,7 @@ def is_decomposed(name: str | None, shape: Sequence[int]) -> bool:
         True for matrices, stacks of matrices (experts) and convolution kernels; False for
         vocabulary and position tables, biases, norms and whatever has no two sides above 1.
     """
-    if name is not None and _AVERAGED_NAME.search(name):
+    if name is not None and (_AVERAGED_NAME.search(name) or _TABLE_NAME.search(name)):
         return False
     return len(shape) >= 2 and 0 not in shape and min(matrix_shape(name, shape)[1:]) > 1
 

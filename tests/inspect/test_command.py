@@ -161,6 +161,27 @@ def test_who_interrupts_a_run_is_told_that_it_goes_on(
     assert "goes on" not in run(*models).output  # nothing is kept without a folder
 
 
+def test_an_edited_model_is_measured_anew(run: Run, tmp_path: Path) -> None:
+    """Also where the pages that stand for a weight do not show it."""
+    folders = [tmp_path / name for name in ("one", "two", "three")]
+    for seed, folder in enumerate(folders):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
+        weight = random(256, 256, seed=seed)
+        save_file({"model.layers.0.mlp.up_proj.weight": weight}, folder / "model.safetensors")
+    out = tmp_path / "out"
+
+    def moved() -> list[float]:
+        run(*folders, "--out", out)
+        return list(report(out)["records"][0]["moved"])
+
+    before = moved()
+    assert moved() == before
+    weight[5:15] = 0  # between the first page, 4 rows, and the second, from row 16 on
+    save_file({"model.layers.0.mlp.up_proj.weight": weight}, folders[2] / "model.safetensors")
+    assert moved()[2] != pytest.approx(before[2], rel=1e-3)
+
+
 def test_nearly_equal_models_are_told(
     run: Run, models: list[Path], base: Path, tmp_path: Path
 ) -> None:
