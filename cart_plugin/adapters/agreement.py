@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cart_plugin.adapters.inputs import Adapter, Shape
+from cart_plugin.adapters.inputs import Adapter, Shape, is_counter
 from cart_plugin.errors import CartError
 from cart_plugin.wording import count, some
 
@@ -323,7 +323,11 @@ def _apart_notes(plan: Plan) -> Iterator[str]:
 def _notes(plan: Plan) -> Iterator[str]:
     yield from _apart_notes(plan)
     yield from lacking_notes(plan)
-    averaged = [name for key, name in plan.whole.items() if key not in plan.tables]
+    averaged = [
+        name
+        for key, name in plan.whole.items()
+        if key not in plan.tables and not is_counter(plan.holders(key)[0].held(key))
+    ]
     if averaged and len(plan.adapters) > 1:
         yield (
             f"averaged is what the adapters hold whole ({some(averaged)}): whatever the method, "

@@ -176,7 +176,7 @@ def _folder(path: str | Path) -> Path:
     if not str(path).strip():
         raise CartError("an adapter's name is empty; name its folder")
     try:
-        is_folder, is_file = folder.is_dir(), folder.exists()
+        is_folder, is_there = folder.is_dir(), folder.exists()
     except OSError as error:
         raise CartError(f"adapter {path}: {error.strerror}") from None
     if is_folder:
@@ -190,9 +190,9 @@ def _folder(path: str | Path) -> Path:
             held = ", ".join(str(file.parent) for file in inside[:3])
             raise CartError(f"{path} is no adapter, but holds some; name {held}")
         return folder
-    if is_file and folder.suffix in (".yaml", ".yml"):
+    if is_there and folder.suffix in (".yaml", ".yml"):
         raise CartError(f"{path} is a recipe, which lists all adapters; name it alone")
-    if is_file:
+    if is_there:
         raise CartError(f"{path} is a file; name the folder that holds it")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError

@@ -176,8 +176,8 @@ def _opened(model: Any, name: str) -> inputs.Adapter:
     if any("." not in str(target) for target in config.get("target_parameters") or ()):
         # PEFT 0.21.2 on transformers 5: experts that were trained one by one become stacked ones.
         raise CartError(
-            f"PEFT has written adapter {name} anew for this model's stacked experts, without the "
-            "names of their modules; merge the adapters' folders (merge_adapters)"
+            f"the target_parameters of adapter {name} name no modules, as PEFT has it of experts "
+            "that were trained one by one; merge the adapters' folders (merge_adapters)"
         )
     found = inputs.sorted_adapter(
         _InMemory(name, Path(), config, info, values=values),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -114,12 +114,22 @@ def shares_of(weights: Sequence[float] | None, count: int) -> list[float]:
         raise CartError("weights must be a list, one an adapter in their order")
     if len(weights) != count:
         raise CartError(f"{count} adapters but {len(weights)} weights; give one an adapter")
-    weight: Any
-    for weight in weights:
-        is_number = isinstance(weight, Real) and not isinstance(weight, bool)
-        if not is_number or not abs(weight) <= sys.float_info.max:
+    found = [_finite(weight) for weight in weights]
+    for weight, number in zip(weights, found, strict=True):
+        if number is None:
             raise CartError(f"weights must be finite numbers, got {weight!r:.40}")
-    return normalised([float(weight) for weight in weights], count, "adapters")
+    return normalised([number for number in found if number is not None], count, "adapters")
+
+
+def _finite(value: Any) -> float | None:
+    """A number as a float; None for what is none, or not finite."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    try:
+        found = float(value)
+    except OverflowError:  # a whole number may be larger than any float
+        return None
+    return found if math.isfinite(found) else None
 
 
 def names_of(paths: Sequence[str | Path], names: Sequence[str | None] | None) -> list[str]:

@@ -224,9 +224,10 @@ class Merge:
     def _stored(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         found = tensor.to(dtype).contiguous()
         if not bool(torch.isfinite(found).all()):
-            wider = "" if dtype == torch.float32 else ", or another dtype (float32 or bfloat16)"
+            ways = ["dtype float32 or bfloat16"] if dtype == torch.float16 else []
+            ways += ["a smaller lambda"] if self.request.method == "cart" else []
             raise CartError(
-                f"tensor {name!r}: the merged values leave the range of {dtype}; take a smaller "
-                f"lambda{wider}"
+                f"tensor {name!r}: the merged values leave the range of {dtype}"
+                + (f"; take {' or '.join(ways)}" if ways else "")
             )
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import tempfile
@@ -10,23 +11,33 @@ from importlib.util import source_from_cache
 from pathlib import Path
 from typing import Any
 
-State = list[int]
-"""Size and time of a file."""
+State = tuple[int, int, str]
+"""Size, time and, of files that are not large, a digest: one that was only touched is the same."""
+
+_LARGE = 2**24
 
 
 class Reads:
-    """Listens to what this process opens, from its making on: Python cannot stop listening."""
+    """Listens to what this process opens, from its making on: Python cannot stop listening.
+
+    Files that libraries open outside of Python, and those of other processes, are not heard.
+    """
 
     def __init__(self) -> None:
-        self._read: set[str] = set()
+        self._read: dict[str, tuple[int, int] | None] = {}  # as they were when they were opened
         self._written: set[str] = set()
         sys.addaudithook(self._hear)
 
     def _hear(self, event: str, args: tuple[Any, ...]) -> None:
+        if event == "os.rename" and isinstance(args[1], (str, bytes)):
+            self._written.add(os.path.abspath(os.fsdecode(args[1])))
         if event != "open" or not isinstance(args[0], (str, bytes)):
             return
-        writes = args[2] & (os.O_WRONLY | os.O_RDWR) if isinstance(args[2], int) else 0
-        (self._written if writes else self._read).add(os.path.abspath(os.fsdecode(args[0])))
+        name = os.path.abspath(os.fsdecode(args[0]))
+        if isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR):
+            self._written.add(name)
+        elif name not in self._read:
+            self._read[name] = _stat(name)
 
     def files(self, model: str) -> dict[str, State]:
         """What was read and not written, but for Python's own files, the model and what is passing.
@@ -39,24 +50,45 @@ class Reads:
         if not _inside(here, tempfile.gettempdir()):
             apart.append(tempfile.gettempdir())
         found: dict[str, State] = {}
-        for name in sorted({_source(name) for name in self._read - self._written}):
-            state = _state(name) if Path(name).is_file() else None
-            if state is not None and not any(_inside(name, folder) for folder in apart):
-                found[name] = state
-        return found
+        for name, opened in list(self._read.items()):
+            source = _source(name)
+            before = opened if source == name else _stat(source)
+            if before is None or name in self._written or not Path(source).is_file():
+                continue
+            if not any(_inside(source, folder) for folder in apart):
+                # What has changed meanwhile is nobody's: the answer may be of either.
+                digest = _digest(source) if _stat(source) == before else "?"
+                found[source] = (*before, digest)
+        return dict(sorted(found.items()))
 
 
 def changed(files: Mapping[str, State]) -> bool:
     """Whether any of the files is not what it was."""
-    return any(_state(name) != state for name, state in files.items())
+    return any(not _is_same(name, *state) for name, state in files.items())
 
 
-def _state(name: str) -> State | None:
+def _is_same(name: str, size: int, time: int, digest: str) -> bool:
+    now = _stat(name)
+    if now is None or now[0] != size or digest == "?":
+        return False
+    return now[1] == time or (digest != "" and _digest(name) == digest)
+
+
+def _stat(name: str) -> tuple[int, int] | None:
     try:
         held = os.stat(name)
     except OSError:
         return None
-    return [held.st_size, held.st_mtime_ns]
+    return held.st_size, held.st_mtime_ns
+
+
+def _digest(name: str) -> str:
+    """Of the content; empty for a large file."""
+    try:
+        data = b"" if os.stat(name).st_size > _LARGE else Path(name).read_bytes()
+    except OSError:
+        return "?"
+    return hashlib.blake2b(data, digest_size=16).hexdigest() if data else ""
 
 
 def _inside(name: str, folder: str) -> bool:

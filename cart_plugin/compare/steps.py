@@ -1,8 +1,8 @@
 """The comparison as steps that are done once: merge each variant, judge each model, keep records.
 
 A finished step is a JSON file beside its log, with the fingerprint of all that decides its result:
-recipe, inputs, versions, evaluator, and the files that has read. The same comparison started again
-finds it and goes on after it; anything else is done anew.
+recipe, inputs, versions, evaluator, and the files that this has read. The same comparison started
+again finds it and goes on after it; anything else is done anew.
 """
 
 from __future__ import annotations

@@ -103,8 +103,10 @@ def expand(
         side_files.restore(task.base.path, task.place, task.absent_files, place)
         config = task.base.config
         if task.config is not None:
-            kept = {key: config[key] for key in ("dtype",) if key in config}
-            config = {**task.config, **kept}
+            dtype = config.get("dtype")
+            config = {**task.config, "dtype": dtype}
+            if dtype is None:
+                del config["dtype"]
             config.pop("torch_dtype", None)
         write_json(place / CONFIG, config, sort_keys=True)
 

@@ -164,27 +164,39 @@ class Structure:
 
     def layer(self, name: str) -> Layer | None:
         """How LoRA holds a tensor, or None if it does not."""
+        if self.is_head(name) or 0 in self.state[name].shape:
+            return None
+        found = self.by_class(name)
+        if found is None:
+            return None
+        if found.kind == "convolution":
+            # Whatever its name says: a convolution's kernel is no stack of experts.
+            return found if found.full_rank > 1 else None
+        if not is_decomposed(name, found.shape):
+            return None
+        if found.is_parameter:
+            # A stack of one, or beside layers, is no experts' (a learned query of a projector).
+            is_stack = found.shape[0] > 1 and not _has_layers(self.modules[found.module])
+            return found if is_stack else None
+        return found
+
+    def by_class(self, name: str) -> Layer | None:
+        """How PEFT would hold a tensor by what its module is, whether it is worth it or not."""
         module, _, leaf = name.rpartition(".")
         owner = self.modules.get(module)
         shape = tuple(self.state[name].shape)
-        if owner is None or not module or self.is_head(name) or 0 in shape:
+        if owner is None or not module:
             return None
-        # Whatever its name says: a convolution's kernel is no stack of experts.
         if isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             plain = owner.groups == 1 and set(owner.dilation) == {1}
             if leaf != "weight" or not plain or owner.padding_mode != "zeros":
                 return None
-            found = Layer(name, module, "convolution", shape, prefix=module)
-            return found if found.full_rank > 1 else None
-        if not is_decomposed(name, shape):
-            return None
+            return Layer(name, module, "convolution", shape, prefix=module)
         if leaf == "weight" and isinstance(owner, nn.Linear):
             return Layer(name, module, "linear", shape, prefix=module)
         if leaf == "weight" and type(owner).__name__ == "Conv1D":
             return Layer(name, module, "transposed", shape, prefix=module)
-        # A stack of one, or beside layers, is no experts' (a learned query of a projector).
-        is_stack = len(shape) == 3 and shape[0] > 1 and not _has_layers(owner)
-        if is_stack and not isinstance(owner, ParametrizationList):
+        if len(shape) == 3 and not isinstance(owner, ParametrizationList):
             is_transposed = bool(getattr(owner, "is_transposed", False))
             kind: Kind = "transposed experts" if is_transposed else "experts"
             return Layer(name, module, kind, shape, prefix=module)
@@ -242,8 +254,9 @@ class Structure:
 
 
 def _has_layers(module: nn.Module) -> bool:
-    """Whether modules below one have parameters of their own."""
-    return any(True for child in module.children() for _ in child.parameters())
+    """Whether modules below one have matrices of their own: norms and activations do not count."""
+    below = (parameter for child in module.children() for parameter in child.parameters())
+    return any(parameter.ndim > 1 for parameter in below)
 
 
 def nested(layers: dict[str, Layer], structure: Structure) -> dict[str, Layer]:

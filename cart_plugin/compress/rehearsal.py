@@ -60,8 +60,14 @@ class Rehearsal:
         structure: Structure,
         task_type: str | None,
         progress: Callable[[str, int, int], None],
+        *,
+        one_rank: bool = False,
     ) -> None:
-        """Of a model from `names.meta_model`, which is not modified; arguments as of `Work`."""
+        """Of a model from `names.meta_model`, which is not modified; arguments as of `Work`.
+
+        ``one_rank`` says that all layers of an adapter will have one.
+        """
+        self._one_rank = one_rank
         self.layers: dict[str, str] = {}
         self.saved: dict[str, str] = {}
         self.as_parameters: set[str] = set()
@@ -77,7 +83,7 @@ class Rehearsal:
         Raises:
             CartError: PEFT does not take the plan, though it takes each part of it.
         """
-        trial = Trial(self._small, assignment, self._structure, self._task_type)
+        trial = Trial(self._small, assignment, self._structure, self._task_type, self._one_rank)
         outcome = _rehearse(trial, self._progress)
         layers = {layer.module for layer in assignment.lora.values()}
         self._unseen = [module for module in outcome.unseen if module in layers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -197,7 +198,8 @@ def _check_more(base: Checkpoint, first: Checkpoint, meta: Any) -> None:
     transformers neither reads nor writes any more.
     """
     shapes = {name: stored.shape for name, stored in base.tensors.items()}
-    placed = (unit.sources for unit in naming.units(meta, shapes) if unit.targets)
+    apart = copy.copy(meta)  # it keeps how the tensors are named, and these are the base's
+    placed = (unit.sources for unit in naming.units(apart, shapes) if unit.targets)
     check_holds(first, {source for sources in placed for source in sources}, base)
 
 
@@ -214,7 +216,7 @@ def _assign(work: Work, base: Checkpoint, meta: Any, task_type: str | None) -> A
         raise CartError(f"the models hold {held} weights: there is nothing to compress")
     for_servers = work.options.layout == "servers"
     unfit = servers.unfit_modules(work.structure) if for_servers else {}
-    trials = Rehearsal(meta, work.structure, task_type, work.progress)
+    trials = Rehearsal(meta, work.structure, task_type, work.progress, one_rank=for_servers)
     errors: dict[str, float] = {}
     while True:
         found = assign(

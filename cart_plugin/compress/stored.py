@@ -14,12 +14,16 @@ from cart_plugin.checkpoints.reading import Checkpoint, open_adapter
 from cart_plugin.compress import peft_files
 from cart_plugin.compress.layers import Layer, Structure, nested
 from cart_plugin.errors import CheckpointError
-from cart_plugin.merging.inputs import check_finite
+from cart_plugin.merging.inputs import check_finite, check_range
 from cart_plugin.wording import some
 
 _AGAIN = "copy it again from where `compress` wrote it, or compress the models again"
 # What `compress` never writes, and PEFT would make another model of.
-_UNUSED = ("use_rslora", "use_dora", "alpha_pattern", "layers_to_transform", "exclude_modules")
+_UNUSED = (
+    *("use_rslora", "use_dora", "alpha_pattern", "layers_to_transform", "exclude_modules"),
+    "layer_replication",
+)
+_LISTS = ("target_parameters", "modules_to_save")
 
 
 class StoredAdapter:
@@ -41,9 +45,7 @@ class StoredAdapter:
         self._files: Checkpoint = open_adapter(place, name)
         self._structure = structure
         config = self._files.config
-        for key in _UNUSED:
-            if config.get(key):
-                raise self._strange(f"adapter_config.json has {key}: {config[key]!r}")
+        self._check_config(config)
         self._layers = _layers(structure, config)
         self._biases = {f"{layer.module}.bias": layer for layer in self._layers.values()}
         self._check()
@@ -70,7 +72,9 @@ class StoredAdapter:
             layer = self._layers[name]
             a, b = (self._read(peft_files.lora_name(layer, side)) for side in "AB")
             delta = layer.difference(a, b).mul_(self._scaling(layer))
-            return (delta + tensor).to(tensor.dtype)
+            changed = (delta + tensor).to(tensor.dtype)
+            check_range(changed, f"tensor {name!r} with adapter {self._name}")
+            return changed
         bias = self._biases.get(name)
         if bias is not None and peft_files.bias_name(bias) in self._files.tensors:
             delta = self._read(peft_files.bias_name(bias))
@@ -87,6 +91,27 @@ class StoredAdapter:
         rows = self._files.tensors[peft_files.lora_name(layer, "A")].shape[0]
         return peft_files.scaling(self._files.config, layer, rows)
 
+    def _check_config(self, config: Mapping[str, Any]) -> None:
+        """Refuse what `compress` does not write."""
+        for key in _UNUSED:
+            if config.get(key):
+                raise self._strange(f"adapter_config.json has {key}: {config[key]!r}")
+        for key in _LISTS:
+            if not isinstance(config.get(key), (list, type(None))):
+                raise self._strange(f"adapter_config.json has {key}: {config[key]!r}")
+        targets = config.get("target_modules")
+        try:
+            is_known = isinstance(targets, list) or bool(re.compile(targets or ""))
+        except (re.error, TypeError):
+            is_known = False
+        if not is_known:
+            raise self._strange(f"adapter_config.json has target_modules: {targets!r}")
+        alpha, rank = config.get("lora_alpha"), config.get("r")
+        if isinstance(alpha, bool) or alpha != rank:
+            raise self._strange(
+                f"adapter_config.json has lora_alpha {alpha!r} and r {rank!r}, which were equal"
+            )
+
     def _check(self) -> None:
         """Refuse tensors that are missing, of other shapes, or nobody's."""
         known = set()
@@ -95,7 +120,10 @@ class StoredAdapter:
             bias = peft_files.bias_name(layer)
             known |= {a, b, bias}
             self._check_held(a, None)
-            rank = self._files.tensors[a].shape[0] // layer.matrices[0]
+            rank = (*self._files.tensors[a].shape, 0)[0] // layer.matrices[0]
+            pattern = self._files.config.get("rank_pattern") or {}
+            if rank < 1 or pattern.get(peft_files.pattern_key(layer), rank) != rank:
+                raise self._strange(f"{a} is {self._files.tensors[a].shape}")
             for tensor, shape in zip((a, b), layer.lora_shapes(rank), strict=True):
                 self._check_held(tensor, shape)
             if bias in self._files.tensors:
@@ -108,8 +136,6 @@ class StoredAdapter:
             known.add(exact)
             if exact in self._files.tensors:
                 self._check_held(exact, tuple(value.shape), value.is_floating_point())
-        aliases = {same for names in self._structure.tied.values() for same in names}
-        known |= {peft_files.exact_name(name) for name in aliases}
         if strange := sorted(self._files.tensors.keys() - known):
             raise self._strange(f"it holds {some(strange)}, for which the base has no place")
 
@@ -132,22 +158,20 @@ def _layers(structure: Structure, config: Mapping[str, Any]) -> dict[str, Layer]
     parameters = set(config.get("target_parameters") or ())
     layers = {}
     for name in structure.state:
-        layer = structure.layer(name)
+        # Not what `compress` would choose today: what this adapter has.
+        layer = structure.by_class(name)
         if name in parameters and (layer is None or not layer.is_parameter):
             layer = structure.as_parameter(name)
         if layer is None:
             continue
-        if layer.is_parameter:
-            if name in parameters:
-                layers[name] = layer
-        elif _is_target(layer.module, config.get("target_modules")):
+        if name in parameters if layer.is_parameter else _is_target(layer.module, config):
             layers[name] = layer
     return nested(layers, structure)
 
 
-def _is_target(module: str, targets: object) -> bool:
-    """Whether PEFT wraps a module: `BaseTuner` takes names from their ends, or an expression."""
+def _is_target(module: str, config: Mapping[str, Any]) -> bool:
+    """Whether PEFT wraps a module: it takes names from their ends, or an expression."""
+    targets = config.get("target_modules")
     if isinstance(targets, str):
         return re.fullmatch(targets, module) is not None
-    named = targets if isinstance(targets, list) else []
-    return any(module == name or module.endswith(f".{name}") for name in named)
+    return any(module == name or module.endswith(f".{name}") for name in targets or ())

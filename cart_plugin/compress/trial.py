@@ -55,7 +55,10 @@ class Trial:
         assignment: Assignment,
         structure: Structure,
         task_type: str | None,
+        one_rank: bool,
     ) -> None:
+        """Answer without an adapter; ``one_rank`` says that no layer's will differ from others'."""
+        self._one_rank = one_rank
         self.kinds = _kinds(assignment)
         self._small = small
         self._assignment = assignment
@@ -147,9 +150,10 @@ class Trial:
         ranks = dict.fromkeys(plan.lora, _RANK)
         modules = self._structure.modules
         config = peft_files.lora_config(plan, ranks, modules, self._task_type)
-        # Each layer's rank by a pattern, which PEFT has to find, as of adapters with several ranks.
-        config.r = _RANK - 1
-        config.rank_pattern = {peft_files.pattern_key(layer): _RANK for layer in plan.lora.values()}
+        if not self._one_rank:
+            # Each by a pattern, which PEFT has to find, as in adapters with several ranks.
+            keys = map(peft_files.pattern_key, plan.lora.values())
+            config.r, config.rank_pattern = _RANK - 1, dict.fromkeys(keys, _RANK)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # Without values of its own the model is on the meta device, and PEFT's layers too.
@@ -181,16 +185,10 @@ class Trial:
     def _random(self, plan: Assignment) -> dict[str, Tensor]:
         """The tensors of an adapter; all zeros that take no memory where nothing runs."""
         if not self._small.runs:
-            layout = {
-                **self._layout(plan),
-                **{
-                    peft_files.exact_name(name): (
-                        self._state[source].dtype,
-                        self._state[source].shape,
-                    )
-                    for name, source in plan.exact.items()
-                },
-            }
+            layout = self._layout(plan)
+            for name, source in plan.exact.items():
+                value = self._state[source]
+                layout[peft_files.exact_name(name)] = value.dtype, tuple(value.shape)
             return {
                 name: torch.zeros((), dtype=dtype).expand(shape)
                 for name, (dtype, shape) in layout.items()

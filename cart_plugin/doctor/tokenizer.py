@@ -33,17 +33,18 @@ def check_tokenizer(config: Recipe, made: Collection[str]) -> Iterator[Finding]:
     # Without a base mergekit 0.1.5 begins with one of a set of models: it may be any of them.
     donors = [config.base_model] if config.base_model else list(references(config).values())
     places = [model.model.path for model in donors if model.model.path not in made]
-    yield from _check_held(places, "which mergekit begins with")
+    yield from _check_held(places, "which mergekit begins with", are_inputs=True)
     if isinstance(source, ModelReference) and source.model.path not in (*made, *places):
         yield from _check_held([source.model.path], "which the recipe names as the source")
     yield from _check_tokens(config, made)
 
 
-def _check_held(paths: Sequence[str], what: str) -> Iterator[Finding]:
+def _check_held(paths: Sequence[str], what: str, *, are_inputs: bool = False) -> Iterator[Finding]:
     lacking = []
     for path in dict.fromkeys(paths):
         folder, findings = files.locate(path, "tokenizer")
-        yield from findings
+        if not are_inputs:  # of which this is said anyway
+            yield from findings
         if folder is not None and not has_tokenizer(folder):
             lacking.append(path)
     if lacking:

@@ -23,15 +23,14 @@ _AVERAGED_NAME = re.compile(
     r"|(?:^|\.)(?:query_tokens|A_log)$"
     r"|bias$"
 )
-# The same by names that only single architectures have, told apart from layers that are called
-# alike, such as patch embeddings, by what they are looked up by.
-_LOOKED_UP = (
-    r"position|positional|token_type|word|input|time|entity|ngram|xpath_(?:tag|subs)_sub|seg|"
-    r"language|speaker|unit|level"
-)
+# The same by names that only single architectures have, each told apart from layers that are called
+# alike: patch and time embeddings are linear maps, an `input_embedding` may be one.
 _TABLE_NAME = re.compile(
-    rf"(?:^|\.)(?:(?:\w+_)?(?:{_LOOKED_UP})_embed(?:ding)?s?"
-    r"(?:_layers?|_\d+)?(?:\.\d+)?(?:\.(?:tile_)?embedding)?|"
+    r"(?:^|\.)(?:"
+    r"(?:\w+_)?(?:position|positional|token_type|word|entity|ngram|seg|level)_embed(?:ding)?s?"
+    r"(?:_layer|_\d+)?(?:\.(?:tile_)?embedding)?|"
+    r"(?:language|speaker|unit)_embedding|time_embeddings|"
+    r"xpath_(?:tag|subs)_sub_embeddings\.\d+|input_embeds_layer(?:s\.\d+)?|"
     r"tokens_embed|positions_embed|embed_timestep|queries_(?:embedder|features)|"
     r"detection_tokens|group_token|mask_emb|HashBucketCodepointEmbedder_\d+)(?:\.weight)?$"
 )

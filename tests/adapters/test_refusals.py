@@ -324,7 +324,10 @@ def test_a_truncated_file(own_trio: list[Path]) -> None:
         ({"weights": 3}, "weights must be a list, one an adapter"),
         ({"weights": [1, 2, 10**400]}, "weights must be finite numbers, got 1000"),
         ({"method": "cart", "lambda_": 10**400}, "lambda must be a finite number"),
-        ({"method": "cart", "lambda_": 1e300}, "leave the range of torch.float32; take a smaller"),
+        (
+            {"method": "cart", "lambda_": 1e300},
+            "leave the range of torch.float32; take a smaller lambda",
+        ),
         ({"dtype": ["float32"]}, "dtype must be one of"),
         ({"weights": [0, 0, 0]}, "weights must sum to more than 0"),
         ({"weights": [1, 1, -0.5]}, "auto takes no negative weights"),

@@ -14,7 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cart_plugin import CartError
+from cart_plugin.checkpoints.names import meta_model
+from cart_plugin.checkpoints.reading import read_config
 from cart_plugin.compress import compress, expand, load_task, tasks
+from cart_plugin.compress.layers import Structure
+from tests.compress.models import save_tasks
 
 Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
 NORM = "base_model.model.model.norm.weight"
@@ -49,7 +53,13 @@ def refused(served: Path, tmp_path: Path) -> str:
         ({"use_rslora": True}, "adapter_config.json has use_rslora: True"),
         ({"alpha_pattern": {"q_proj": 12}}, "adapter_config.json has alpha_pattern"),
         ({"target_modules": [Q_PROJ.removeprefix("base_model.model.")]}, "has no place"),
-        ({"target_modules": "lm_head"}, "has no place"),
+        ({"target_modules": "lm_head"}, "it lacks base_model.model.lm_head.lora_A.weight"),
+        ({"target_modules": "("}, "adapter_config.json has target_modules: '('"),
+        ({"target_parameters": 7}, "adapter_config.json has target_parameters: 7"),
+        ({"modules_to_save": 7}, "adapter_config.json has modules_to_save: 7"),
+        ({"layer_replication": [[0, 1]]}, "adapter_config.json has layer_replication"),
+        ({"lora_alpha": float("nan")}, "has lora_alpha nan and r 3, which were equal"),
+        ({"lora_alpha": 99}, "has lora_alpha 99 and r 3, which were equal"),
     ],
     ids=str,
 )
@@ -70,6 +80,8 @@ def test_a_config_that_says_otherwise(
         (NORM, None, f"it lacks {NORM}"),
         (f"{Q_PROJ}.lora_A.weight", lambda one: one[:2].clone(), "lora_B.weight is (32, 3)"),
         (f"{Q_PROJ}.lora_A.weight", lambda one: one[:, :5].clone(), "lora_A.weight is (3, 5)"),
+        (f"{Q_PROJ}.lora_A.weight", lambda one: one[:0].clone(), "lora_A.weight is (0, 32)"),
+        (f"{Q_PROJ}.lora_A.weight", lambda one: one.sum(), "lora_A.weight is ()"),
         (f"{Q_PROJ}.lora_A.weight", lambda one: one / 0, "NaN or infinite values"),
         (NORM, lambda one: one[:5].clone(), f"{NORM} is (5,)"),
         (NORM, lambda one: one.int(), f"{NORM} is (32,) of I32"),
@@ -85,6 +97,17 @@ def test_tensors_that_are_not_as_they_were(
 
     edit(served, changed)
     assert part in refused(served, tmp_path)
+
+
+def test_values_that_leave_the_range(served: Path, tmp_path: Path) -> None:
+    edit(
+        served,
+        lambda held: {
+            name: torch.full_like(tensor, 1e20) if "lora" in name else tensor
+            for name, tensor in held.items()
+        },
+    )
+    assert "with adapter two: the merged values leave the range" in refused(served, tmp_path)
 
 
 def test_tensors_by_other_names(served: Path, tmp_path: Path) -> None:
@@ -133,3 +156,16 @@ def test_masks_that_models_compute_may_be_infinite(models: list[Path], tmp_path:
         save_file({name: torch.tensor(float("-inf"))}, folder / "masks.safetensors")
     compress(models, tmp_path / "out", rank=2)
     assert load_task(tmp_path / "out", "two")[name] == float("-inf")
+
+
+def test_a_stack_of_one_is_read_as_it_was_written(tmp_path: Path) -> None:
+    """As LoRA, which `compress` gives to no such stack any more."""
+    models = save_tasks(tmp_path, "qwen3-moe", num_experts=1, num_experts_per_tok=1)
+    report = compress(models, tmp_path / "out", rank=2)
+    name = next(name for name in report.entries if name.endswith("experts.down_proj"))
+    assert report.entries[name].kind == "exact"
+    structure = Structure(meta_model(models[0], read_config(models[0], "one"), "one"), [])
+    assert structure.layer(name) is None
+    found = structure.by_class(name)
+    assert found is not None
+    assert found.kind == "experts"
