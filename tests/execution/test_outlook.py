@@ -17,7 +17,13 @@ from cart_plugin.errors import CartError
 from cart_plugin.execution import routes
 from cart_plugin.execution.inputs import read_inputs
 from cart_plugin.execution.settings import TensorName
-from tests.doctor.tiny import change_config, load_tensors, save_class, write_recipe
+from tests.doctor.tiny import (
+    change_config,
+    load_tensors,
+    save_class,
+    save_tokenizer,
+    write_recipe,
+)
 from tests.execution.test_command import refuses
 
 Merge = Callable[..., Result]
@@ -143,6 +149,11 @@ def test_advice_leads_to_no_dead_end(
     recipe: dict[str, Any], advice: str, merge: Merge, saved: Saved, tmp_path: Path
 ) -> None:
     models = saved("bert")
+    if "tokenizer" in recipe:  # which all of them need
+        copies = [str(tmp_path / str(number)) for number in range(len(models))]
+        for model, copy in zip(models, copies, strict=True):
+            save_tokenizer(str(shutil.copytree(model, copy)), 64)
+        models = copies
     if recipe.get("merge_method") == "slerp":
         recipe = {**recipe, "base_model": models[0]}
     done = merge(write_recipe(tmp_path / "r.yaml", models, **recipe), tmp_path / "out")
