@@ -38,6 +38,7 @@ from benchmarks.text.finetune import FineTuning, task_head_folder
 OURS = ("linalg", "merging")  # the rooms that decide what CART's rows give
 ADAPTING_TEXTS = 256  # a task, for AdaMerging
 _SCALES = (0.5, 0.7, 0.85, 1.0, 1.3, 1.5, 1.75, 2.0)
+_LARGE_SCALES = (0.7, 1.0, 1.3, 1.5, 2.0, 2.5, 3.0, 4.0)  # Iso's best were at the end of those
 _OWN = "method._target_=benchmarks.text.adaptation"
 _ADAPTING = (
     "+method.heads=${modelpool.heads}",
@@ -59,14 +60,14 @@ METHODS = {
         "Iso-C",
         "isotropic_merging/iso_c",
         (),
-        {"scaling_factor": _SCALES},
+        {"scaling_factor": _LARGE_SCALES},
         "scaling_factor",
     ),
     "iso-cts": Method(
         "Iso-CTS",
         "isotropic_merging/iso_cts",
         (),
-        {"scaling_factor": _SCALES},
+        {"scaling_factor": _LARGE_SCALES},
         "scaling_factor",
     ),
     "wudi": Method(
