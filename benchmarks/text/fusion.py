@@ -219,22 +219,15 @@ def tune(
             if any(_name(key, point) not in record.cases for point in points):
                 for point, place in _along(key, points, config, folder):
                     found = validation(str(place))
-                    record.put(
-                        _name(key, point), {task: found[task] for task in config["test_datasets"]}
-                    )
+                    tasks = config["test_datasets"]
+                    record.put(_name(key, point), {task: found[task] for task in tasks})
         best = -1.0
         for point in METHODS[key].points():
-            accuracy = record.cases[_name(key, point)]
+            name = _name(key, point)
+            accuracy = record.cases[name]
             mean = statistics.fmean(accuracy.values())
-            click.echo(f"validation: {100 * mean:.1f} {_name(key, point)}")
-            rows.append(
-                {
-                    "name": _name(key, point),
-                    "method": key,
-                    "settings": point,
-                    "accuracy": accuracy,
-                }
-            )
+            click.echo(f"validation: {100 * mean:.1f} {name}")
+            rows.append({"name": name, "method": key, "settings": point, "accuracy": accuracy})
             if mean > best:
                 best, chosen[key] = mean, point
     return chosen, rows

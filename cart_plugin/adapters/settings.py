@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -114,22 +115,22 @@ def shares_of(weights: Sequence[float] | None, count: int) -> list[float]:
         raise CartError("weights must be a list, one an adapter in their order")
     if len(weights) != count:
         raise CartError(f"{count} adapters but {len(weights)} weights; give one an adapter")
-    found = [_finite(weight) for weight in weights]
-    for weight, number in zip(weights, found, strict=True):
-        if number is None:
-            raise CartError(f"weights must be finite numbers, got {weight!r:.40}")
-    return normalised([number for number in found if number is not None], count, "adapters")
+    return normalised([_finite(weight) for weight in weights], count, "adapters")
 
 
-def _finite(value: Any) -> float | None:
-    """A number as a float; None for what is none, or not finite."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return None
-    try:
-        found = float(value)
-    except OverflowError:  # a whole number may be larger than any float
-        return None
-    return found if math.isfinite(found) else None
+def _finite(weight: Any) -> float:
+    """A weight as a float.
+
+    Raises:
+        CartError: it is no number, or not finite.
+    """
+    found = math.nan
+    if not isinstance(weight, bool) and isinstance(weight, Real):
+        with suppress(OverflowError):  # a whole number may be larger than any float
+            found = float(weight)
+    if not math.isfinite(found):
+        raise CartError(f"weights must be finite numbers, got {weight!r:.40}")
+    return found
 
 
 def names_of(paths: Sequence[str | Path], names: Sequence[str | None] | None) -> list[str]:

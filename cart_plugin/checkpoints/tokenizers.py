@@ -10,8 +10,6 @@ from typing import Any
 from cart_plugin.checkpoints.files import read_json
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "vocab.json", "vocab.txt")
-
-
 # Tokenizers whose tokens are not read here: sentencepiece's and others'.
 _ALONE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model", "tekken.json")
 

@@ -45,17 +45,18 @@ class Reads:
         Args:
             model: the folder that was judged.
         """
-        here = os.getcwd()
         apart = [sys.prefix, sys.base_prefix, model, "/proc", "/sys", "/dev"]
-        if not _inside(here, tempfile.gettempdir()):
-            apart.append(tempfile.gettempdir())
+        passing = os.path.realpath(tempfile.gettempdir())
+        if Path(passing) not in Path(os.path.realpath(os.getcwd())).parents:
+            apart.append(passing)
+        folders = {Path(os.path.realpath(folder)) for folder in apart}
         found: dict[str, State] = {}
         for name, opened in list(self._read.items()):
             source = _source(name)
             before = opened if source == name else _stat(source)
             if before is None or name in self._written or not Path(source).is_file():
                 continue
-            if not any(_inside(source, folder) for folder in apart):
+            if folders.isdisjoint(Path(os.path.realpath(source)).parents):
                 # What has changed meanwhile is nobody's: the answer may be of either.
                 digest = _digest(source) if _stat(source) == before else "?"
                 found[source] = (*before, digest)
@@ -89,10 +90,6 @@ def _digest(name: str) -> str:
     except OSError:
         return "?"
     return hashlib.blake2b(data, digest_size=16).hexdigest() if data else ""
-
-
-def _inside(name: str, folder: str) -> bool:
-    return Path(os.path.realpath(folder)) in Path(os.path.realpath(name)).parents
 
 
 def _source(name: str) -> str:

@@ -104,10 +104,10 @@ def expand(
         config = task.base.config
         if task.config is not None:
             dtype = config.get("dtype")
-            config = {**task.config, "dtype": dtype}
-            if dtype is None:
-                del config["dtype"]
-            config.pop("torch_dtype", None)
+            names = ("dtype", "torch_dtype")  # the base's counts
+            config = {key: value for key, value in task.config.items() if key not in names}
+            if dtype is not None:
+                config["dtype"] = dtype
         write_json(place / CONFIG, config, sort_keys=True)
 
 

@@ -47,7 +47,11 @@ class StoredAdapter:
         config = self._files.config
         self._check_config(config)
         self._layers = _layers(structure, config)
-        self._biases = {f"{layer.module}.bias": layer for layer in self._layers.values()}
+        self._biases = {
+            f"{layer.module}.bias": layer
+            for layer in self._layers.values()
+            if peft_files.bias_name(layer) in self._files.tensors
+        }
         self._check()
 
     def applied(self, name: str, tensor: Tensor) -> Tensor:
@@ -71,16 +75,16 @@ class StoredAdapter:
         if name in self._layers:
             layer = self._layers[name]
             a, b = (self._read(peft_files.lora_name(layer, side)) for side in "AB")
-            delta = layer.difference(a, b).mul_(self._scaling(layer))
-            changed = (delta + tensor).to(tensor.dtype)
-            check_range(changed, f"tensor {name!r} with adapter {self._name}")
-            return changed
-        bias = self._biases.get(name)
-        if bias is not None and peft_files.bias_name(bias) in self._files.tensors:
-            delta = self._read(peft_files.bias_name(bias))
-            work = torch.promote_types(tensor.dtype, torch.float32)
-            return (tensor.to(work) + delta.to(work) * self._scaling(bias)).to(tensor.dtype)
-        return tensor
+            delta = layer.difference(a, b)
+        elif name in self._biases:
+            layer = self._biases[name]
+            delta = self._read(peft_files.bias_name(layer))
+            delta = delta.to(torch.promote_types(tensor.dtype, torch.float32))
+        else:
+            return tensor
+        changed = (delta.mul_(self._scaling(layer)) + tensor).to(tensor.dtype)
+        check_range(changed, f"tensor {name!r} with adapter {self._name}")
+        return changed
 
     def _read(self, tensor: str) -> Tensor:
         found = self._files.read(tensor)

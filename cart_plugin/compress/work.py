@@ -28,7 +28,7 @@ ADAPTERS = "adapters"
 TASK_CONFIG = "task_config.json"
 
 _OF_TENSORS = ("weight", "bias")
-_HOLDERS = (nn.ModuleDict, nn.ParameterDict)
+_HOLDERS = (nn.ModuleDict(), nn.ParameterDict())
 
 _CHUNK = 2**16  # numbers: their copy in fp64 stays in the cache, five times as fast as of 2**18
 
@@ -165,7 +165,7 @@ def checked_names(paths: Sequence[Path], names: Sequence[str] | None) -> list[st
                 f"{name!r} cannot name an adapter: PEFT takes no dots; use {free!r}, say (names)"
             )
         # PEFT keeps adapters in modules and looks for their names at the ends of tensors'.
-        if name in _OF_TENSORS or any(hasattr(kind(), name) for kind in _HOLDERS):
+        if name in _OF_TENSORS or any(hasattr(holder, name) for holder in _HOLDERS):
             raise CartError(
                 f"{name!r} cannot name an adapter: to PEFT it means something else; use "
                 f"{f'{name}_'!r}, say (names)"

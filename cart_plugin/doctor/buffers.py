@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 from torch import Tensor
 
 from cart_plugin.checkpoints.headers import StoredTensor
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor.findings import Finding, problem
+from cart_plugin.doctor.inputs import values
 from cart_plugin.doctor.layout import Recipe
 from cart_plugin.doctor.merges import Merge
 from cart_plugin.wording import count, some
@@ -47,7 +47,7 @@ def _reader(held: Checkpoint) -> Callable[[str], Tensor] | None:
     if all(isinstance(info, StoredTensor) for info in held.tensors.values()):
         return held.read
     if held.path.is_dir():
-        return LazyTensorLoader(ShardedTensorIndex.from_disk(str(held.path))).get_tensor
+        return values(held).get_tensor
     return None
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mergekit.common import ModelReference
+from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 
 from cart_plugin.checkpoints.agreement import quantised_fact
 from cart_plugin.checkpoints.headers import (
@@ -281,3 +282,9 @@ def _unreadable(read: Callable[[], None]) -> list[Finding]:
 
 def _refused(error: CheckpointError) -> list[Finding]:
     return [problem(error.fact, error.advice)]
+
+
+def values(checkpoint: Checkpoint, *, lazy_unpickle: bool = False) -> LazyTensorLoader:
+    """What reads the tensors of a folder's checkpoint, safetensors or pickled."""
+    index = ShardedTensorIndex.from_disk(str(checkpoint.path))
+    return LazyTensorLoader(index, lazy_unpickle=lazy_unpickle)

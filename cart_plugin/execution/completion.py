@@ -16,9 +16,9 @@ from mergekit.options import MergeOptions
 from cart_plugin.checkpoints import names, side_files
 from cart_plugin.checkpoints.files import read_json, write_json, write_text
 from cart_plugin.checkpoints.reading import CONFIG, Checkpoint
+from cart_plugin.doctor.inputs import values
 from cart_plugin.errors import CartError
 from cart_plugin.execution.inputs import OrderedConfiguration, plain
-from cart_plugin.execution.layout import values
 
 
 def add_side_files(

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 
 from cart_plugin.checkpoints import names
 from cart_plugin.checkpoints.headers import TensorInfo
@@ -48,12 +47,6 @@ class Placed:
     def is_floating(self, name: str) -> bool:
         """Whether a tensor is made of floating-point ones."""
         return all(self.checkpoint.tensors[part].is_floating for part in self.units[name].sources)
-
-
-def values(checkpoint: Checkpoint, *, lazy_unpickle: bool = False) -> LazyTensorLoader:
-    """What reads the tensors of a checkpoint, safetensors or pickled."""
-    index = ShardedTensorIndex.from_disk(str(checkpoint.path))
-    return LazyTensorLoader(index, lazy_unpickle=lazy_unpickle)
 
 
 def donor_model(inputs: Inputs) -> Any:

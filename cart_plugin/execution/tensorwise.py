@@ -18,6 +18,7 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask, TensorDi
 from mergekit.options import MergeOptions
 
 from cart_plugin.checkpoints.names import Unit, vocabulary_names
+from cart_plugin.doctor.inputs import values
 from cart_plugin.doctor.layout import references
 from cart_plugin.errors import CartError
 from cart_plugin.execution.inputs import Inputs
@@ -27,7 +28,6 @@ from cart_plugin.execution.layout import (
     check_described,
     donor_model,
     place,
-    values,
 )
 from cart_plugin.execution.settings import Settings
 from cart_plugin.merging.inputs import agreed_buffer

@@ -11,9 +11,10 @@ import torch
 from cart_plugin.checkpoints import names
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor import inputs as files
+from cart_plugin.doctor.inputs import values
 from cart_plugin.errors import CartError
 from cart_plugin.execution.inputs import Inputs, stop_at
-from cart_plugin.execution.layout import Placed, missing, place, values
+from cart_plugin.execution.layout import Placed, missing, place
 from cart_plugin.wording import count, some
 
 
