@@ -43,15 +43,16 @@ from pydantic import BeforeValidator
 
 from cart_plugin.checkpoints import agreement
 from cart_plugin.checkpoints.reading import Checkpoint
+from cart_plugin.checkpoints.stored import Stored
 from cart_plugin.errors import CartError, CartWarning
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.merging.cart import merge_tensors
-from cart_plugin.merging.inputs import check_finite
+from cart_plugin.merging.inputs import check_finite, is_agreed_mask
 from cart_plugin.merging.kept import Countdown, Kept
 from cart_plugin.merging.settings import CartSettings
 from cart_plugin.merging.tensors import is_decomposed
 
-REVISION = 2
+REVISION = 3
 """Raised when recipes come to mean other numbers, as `cart_plugin.merging.REVISION` is."""
 
 
@@ -258,17 +259,6 @@ def _is_known(model: Any) -> bool:
     return os.path.isdir(model.model.path) and arch_info_for_config(model.config()) is not None
 
 
-# Buffers that old versions of transformers saved, with -1e9 or so: infinite in float16.
-_MASK = re.compile(r"\.(?:attn|attention)\.(?:masked_)?bias$")
-
-
-def _is_mask(name: str, tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether a tensor's infinities are meant: a causal mask on which all models agree."""
-    if not tensors or tensors[0].ndim == 1 or not _MASK.search(name):
-        return False
-    return bool(tensors[0].isinf().any()) and all(torch.equal(tensors[0], own) for own in tensors)
-
-
 # mergekit checks the inputs of each of a recipe's slices under this name, or none where it has no
 # slices, before it checks each tensor's.
 _RECIPE_GROUP = re.compile(r".*\.slices\[\d+\]")
@@ -290,6 +280,7 @@ class CartMerge(GroupMergeMethod):
         self._planning = _Planning()
         # Of all threads: one plans, others may merge. None where no recipe does.
         self._countdown: Countdown | None = None
+        self._stored = Stored()
 
     @property
     def kept(self) -> Kept | None:
@@ -328,7 +319,8 @@ class CartMerge(GroupMergeMethod):
         if of_recipe:
             found = _check_models(input_ids, base_id)
             if not before or self._countdown is None:
-                self._countdown = Countdown()
+                self._countdown, self._stored = Countdown(), Stored()
+            self._stored.add(found)
             self._countdown.skip(agreement.unmerged(list(found.values())))
         elif self._countdown is not None:
             self._countdown.plan(str(group_name))
@@ -362,23 +354,29 @@ class CartMerge(GroupMergeMethod):
         settings = settings_of(parameters)
         tuned, name = group.non_base, group.metadata.name
         tensors, models = [entry.tensor for entry in tuned], [str(entry.id) for entry in tuned]
-        if _is_mask(str(name), tensors):
+        if is_agreed_mask(str(name), tensors):
             return tensors[0]
         if len(group.entries) == 1 or len(tuned) == 1:  # of a slice or an optional tensor
             tuned = tuned or group.entries
             tensors, models = [tuned[0].tensor], [str(tuned[0].id)]
             check_finite(tensors[0], models, tensors, f"tensor {name!r}")
             return tensors[0]
+        base, shape = group.base, tensors[0].shape
+        is_matrix = group.metadata.vocabulary_axis is None and is_decomposed(name, shape)
+        by_inputs = is_matrix and settings.lambda_ == "auto"
         return merge_tensors(
             tensors,
             settings,
             weights=_weights(models, parameters["weight"].values_for(tuned)),
-            base=group.base.tensor if group.base is not None else None,
+            base=None if base is None else base.tensor,
             name=name,
             models=models,
-            decompose=group.metadata.vocabulary_axis is None
-            and is_decomposed(name, tensors[0].shape),
+            decompose=is_matrix,
             kept=kept,
+            turned=by_inputs and self._stored.is_turned(str(name), shape),
+            # A recipe's dtype rounds the base, too.
+            base_is_rounded=base is not None
+            and self._stored.is_wider(base.id, str(name), base.tensor.dtype),
         )
 
 

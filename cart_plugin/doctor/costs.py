@@ -18,7 +18,7 @@ from cart_plugin.doctor.layout import Recipe, references
 from cart_plugin.doctor.machine import available_memory, size
 from cart_plugin.doctor.merges import Merge
 from cart_plugin.linalg.threads import SIDE_BY_SIDE, at_a_time
-from cart_plugin.merging.informed import MOST_INFORMED
+from cart_plugin.merging.informed import MOST_INFORMED, few_directions
 from cart_plugin.merging.tensors import matrix_shape
 
 # Python, torch, transformers and mergekit, before anything is loaded.
@@ -119,7 +119,11 @@ def peak(merge: Merge, config: Recipe) -> float:
         if config.merge_method == "cart_auto":
             rank = min(m, n) if share is None else round(share * min(m, n))
             ranks = min(n, len(merge.inputs) * rank)
-            inputs += 4 * stack * _COPIES_SYSTEM * (ranks * (m + n) + ranks**2)
+            system = _COPIES_SYSTEM * (ranks * (m + n) + ranks**2)
+            if merge.looks_for_low_rank:
+                ranks = min(n, len(merge.inputs) * few_directions(m, n))
+                system = max(system, 4 * ranks * (m + n) + 40 * ranks**2)  # `combine_factors`
+            inputs += 4 * stack * system
             # The mean of what the models changed; of four both forms' results.
             if merge.takes_base or merge.looks_for_low_rank:
                 copies += 2 if len(merge.counting) == MOST_INFORMED else 1

@@ -20,10 +20,10 @@ from fusion_bench.modelpool import BaseModelPool
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from cart_plugin.checkpoints.orientation import turned_parameters
 from cart_plugin.errors import CartError
 from cart_plugin.fusion_bench.base import refuse_saving
 from cart_plugin.fusion_bench.fleet import module_of, state_of
-from cart_plugin.inspect.orientation import turned_parameters
 from cart_plugin.inspect.report import Report
 from cart_plugin.inspect.state_dicts import records_of
 from cart_plugin.merging.inputs import check_same_tensors, check_whole_weights

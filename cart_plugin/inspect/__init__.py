@@ -1,7 +1,7 @@
 """What fine-tuning did to the weights of several models, and what a merge of them will lose.
 
 Modules, from the bottom: `inputs` (what weights are multiplied by), `weights` (what T models make
-of one weight, in factors), `orientation` (as what it multiplies), `weighting` (how much each
+of one weight, in factors), `weighting` (how much each
 counts), `places` (where a weight is), `measures` (the record of it), `state_dicts` (models in
 memory), `watching` and `activations` (what models see), `sources` (models on the disk), of which
 there are `factors` (adapters), `fused` (a base and an adapter) and `whole`, `models` (finds them),
@@ -9,7 +9,7 @@ there are `factors` (adapters), `fused` (a base and an adapter) and `whole`, `mo
 `page`, `report`, and `run`, which does all of it.
 """
 
-from cart_plugin.inspect.orientation import turned_parameters
+from cart_plugin.checkpoints.orientation import turned_parameters
 from cart_plugin.inspect.run import inspect_models
 from cart_plugin.inspect.state_dicts import inspect_state_dicts
 

@@ -12,9 +12,9 @@ from cart_plugin.adapters.inputs import Adapter, Shape, find, open_adapters
 from cart_plugin.checkpoints import names
 from cart_plugin.checkpoints.adapters import plain_name
 from cart_plugin.checkpoints.digests import state
+from cart_plugin.checkpoints.orientation import turned_parameters
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.errors import CartError
-from cart_plugin.inspect.orientation import turned_parameters
 from cart_plugin.merging.spans import Difference
 from cart_plugin.merging.tensors import matrix_shape
 

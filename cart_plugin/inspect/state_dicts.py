@@ -9,7 +9,6 @@ from torch import Tensor
 
 from cart_plugin.errors import CartError
 from cart_plugin.inspect.measures import Record, record
-from cart_plugin.inspect.orientation import as_multiplied
 from cart_plugin.inspect.places import places
 from cart_plugin.inspect.weights import of_tensors
 from cart_plugin.merging.inputs import check_same_tensors
@@ -88,8 +87,8 @@ def records_of(
             None if base is None else base[name],
             None if merged is None else merged[name],
             weights,
+            turned=name in turned,
         )
-        weight = as_multiplied(weight) if name in turned else weight
         yield record(weight, models, where=where[name])
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -107,6 +107,7 @@ def of_tensors(
     merged: Tensor | None = None,
     weights: Sequence[float] | None = None,
     exact: Mapping[int, Difference] | None = None,
+    turned: bool = False,
 ) -> Weight | Plain:
     """What whole models make of a tensor.
 
@@ -119,12 +120,18 @@ def of_tensors(
         weights: how much each model counts in merges; None for alike.
         exact: by the models' numbers, those differences from the base that are known as factors,
             such as adapters': these are not decomposed, and hold no rounding.
+        turned: the tensor is stored as (inputs, outputs): all is said of its transpose.
 
     Raises:
         CartError: tensors that no method can merge: of different shapes, not finite, quantised; or
             weights that sum to nothing.
     """
-    models, where = check_inputs(tensors, base, None, name, models)
+    models, where = check_inputs(tensors, models, name)
+    is_turned = turned and is_decomposed(name, tensors[0].shape)
+    if is_turned:
+        tensors = [tensor.mT for tensor in tensors]
+        base, merged = (None if one is None else one.mT for one in (base, merged))
+        exact = {i: Difference(d.right.mT, d.left.mT) for i, d in (exact or {}).items()}
     shares = normalised(weights, len(tensors), where)
     with torch.no_grad():
         mean = centre_of(tensors, shares, None, models, where)
@@ -137,7 +144,8 @@ def of_tensors(
             return Plain(name, tuple(mean.shape), norms, inner)
         known = exact or {}
         every = Tensors(tensors, shares, models, name, where)
-        return _decomposed(name, every, mean, base, start, merged, norms, inner, known)
+        found = _decomposed(name, every, mean, base, start, merged, norms, inner, known)
+        return _as_stored(found) if is_turned else found
 
 
 def _decomposed(
@@ -179,6 +187,16 @@ def _decomposed(
         return Heard(there, own, inputs.turned)
 
     return Weight(name, shape, shares, norms, from_base, centred, merges, answer)
+
+
+def _as_stored(weight: Weight) -> Weight:
+    """The transpose of a weight that is stored as (inputs, outputs), told of by its own shape."""
+    stack, m, n = weight.shape
+
+    def answer(index: int, inputs: Inputs) -> Heard:
+        return weight.answer(index, inputs._replace(turned=not inputs.turned))
+
+    return replace(weight, shape=(stack, n, m), answer=answer)
 
 
 def _rounding(

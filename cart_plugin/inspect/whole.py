@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 
 from cart_plugin.checkpoints.agreement import strangers
 from cart_plugin.checkpoints.digests import state
+from cart_plugin.checkpoints.orientation import turned_weights
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.errors import CartError
 from cart_plugin.inspect.activations import Subject
 from cart_plugin.inspect.fused import Fused
-from cart_plugin.inspect.orientation import as_multiplied, turned_weights
 from cart_plugin.inspect.places import layers, place
 from cart_plugin.inspect.weights import Plain, Weight, of_tensors
 from cart_plugin.merging.spans import Difference
@@ -113,7 +113,7 @@ class Whole:
 
     def read(self, name: str, shares: Sequence[float] | None = None) -> Weight | Plain:
         """See `Source`."""
-        weight = of_tensors(
+        return of_tensors(
             name,
             [model.read(name) for model in self.checkpoints],
             self.models,
@@ -121,8 +121,8 @@ class Whole:
             None if self.merged is None else self.merged.read(name),
             shares,
             dict(self._differences(name)),
+            turned=name in self._turned,
         )
-        return as_multiplied(weight) if name in self._turned else weight
 
     def _differences(self, name: str) -> Iterator[tuple[int, Difference]]:
         """What is known by factors, by the models' numbers: adapters of the very base."""

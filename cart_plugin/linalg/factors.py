@@ -52,6 +52,10 @@ class LowRank:
                 return out.addmm_(left, self.Vh, alpha=scale)
             return out.baddbmm_(left, self.Vh, alpha=scale)
 
+    def double(self) -> LowRank:
+        """The factors in fp64."""
+        return LowRank(self.U.double(), self.S.double(), self.Vh.double(), self.error)
+
     def to(self, device: torch.device) -> LowRank:
         """The factors on a device."""
         return LowRank(self.U.to(device), self.S.to(device), self.Vh.to(device), self.error)

@@ -249,7 +249,9 @@ def largest_eigenvalue(gram: Tensor) -> Tensor:
     if gram.device.type != "cpu" or m < _LANCZOS_SIDE:
         return eigvalsh(gram)[..., -1]
     # Of its own generator: a start that is the same everywhere, and orthogonal to nothing.
-    start = torch.randn(m, generator=torch.Generator().manual_seed(0), dtype=gram.dtype).numpy()
+    start = torch.randn(
+        m, generator=torch.Generator().manual_seed(0), device="cpu", dtype=gram.dtype
+    ).numpy()
     found = []
     for matrix in gram.reshape(-1, m, m):
         try:

@@ -147,7 +147,7 @@ def _energy_beyond(k: int, p: int, q: int) -> float:
     ratio = p / q
     low, high = (1 - ratio**0.5) ** 2, (1 + ratio**0.5) ** 2
     # lambda = low + (high - low) sin^2: the roots of the density become smooth. From the top down.
-    steps = torch.linspace(0, torch.pi / 2, 4097, dtype=torch.float64)
+    steps = torch.linspace(0, torch.pi / 2, 4097, dtype=torch.float64, device="cpu")
     middles = (steps[1:] + steps[:-1]).flip(0) / 2
     values = low + (high - low) * middles.sin().square()
     count = (middles.sin() * middles.cos()).square() / values

@@ -15,7 +15,7 @@ def spectrum(matrices: Tensor) -> Tensor:
     if matrices.device.type == "mps":  # it has no eigensolver
         matrices = matrices.cpu()
     short = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
-    total = torch.zeros(short.shape[-2], dtype=torch.float64)
+    total = torch.zeros(short.shape[-2], dtype=torch.float64, device="cpu")
     with torch.no_grad(), full_precision(matrices.device):
         for matrix in short:
             # Of entries of 1e-20 the squares leave fp32.

@@ -31,7 +31,13 @@ from cart_plugin.merging.differences import (
     truncated,
 )
 from cart_plugin.merging.informed import informed_sum, sum_of_low_rank
-from cart_plugin.merging.inputs import check_inputs, check_range, common_dtype, normalised
+from cart_plugin.merging.inputs import (
+    check_centre,
+    check_inputs,
+    check_range,
+    common_dtype,
+    normalised,
+)
 from cart_plugin.merging.kept import Kept
 from cart_plugin.merging.least_interference import least_interference
 from cart_plugin.merging.settings import CartSettings
@@ -48,6 +54,8 @@ def merge_tensors(
     models: Sequence[str] | None = None,
     decompose: bool | None = None,
     kept: Kept | None = None,
+    turned: bool = False,
+    base_is_rounded: bool = False,
 ) -> Tensor:
     """Merge the versions of one tensor that several fine-tuned models hold.
 
@@ -56,7 +64,8 @@ def merge_tensors(
     are, or with ``energy``. On CPUs it may be as many times as large as torch has threads for
     tensors of which `cart_plugin.linalg.threads.SIDE_BY_SIDE` holds several. With
     ``lambda_="auto"`` it depends on the models' number, too, up to a limit
-    (`cart_plugin.merging.least_interference.least_interference`).
+    (`cart_plugin.merging.least_interference.least_interference`, and for what LoRA has changed
+    `cart_plugin.merging.low_rank_changes.combine_factors`).
 
     Args:
         tensors: one a model, all of one shape, on one device. At least two.
@@ -70,6 +79,10 @@ def merge_tensors(
         decompose: overrides `is_decomposed`.
         kept: counts what is kept of the differences, where all of it would be the plain average:
             around the average of three models or more, and unless ``lambda_`` is ``"auto"``.
+        turned: the tensor is stored as (inputs, outputs), as GPT-2's are: of use with
+            ``lambda_="auto"``, which goes by a task's inputs.
+        base_is_rounded: the base's values were rounded after training started from them, as the
+            models' were: by a cast to the dtype of the merge, for one.
 
     Returns:
         The merged tensor, in the dtype to which the inputs promote.
@@ -80,7 +93,7 @@ def merge_tensors(
             inputs' dtype cannot hold.
     """
     settings = settings or CartSettings()
-    models, where = check_inputs(tensors, base, settings.center, name, models)
+    models, where = check_inputs(tensors, models, name)
     dtype = common_dtype(tensors)
     if tensors[0].numel() == 0:
         return tensors[0].to(dtype, copy=True)
@@ -88,10 +101,16 @@ def merge_tensors(
         decompose = is_decomposed(name, tensors[0].shape)
     if settings.rule.keeps_nothing:
         decompose = False
+    if decompose:
+        check_centre(base, settings.center, where)
+    is_turned = decompose and turned and settings.lambda_ == "auto"
+    if is_turned:
+        tensors = [tensor.mT for tensor in tensors]
+        base = None if base is None else base.mT
 
     with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
         shares = normalised(weights, len(tensors), where)
-        one = Inputs(tensors, shares, models, name, where)
+        one = Inputs(tensors, shares, models, name, where, base_is_rounded)
         if decompose and base is not None and settings.is_informed(one.counting):
             merged = _informed(one, base, settings)
         else:
@@ -107,7 +126,7 @@ def merge_tensors(
         remedy = "" if settings.lambda_ == "auto" else ", or a smaller lambda"
         result = merged.to(dtype)
         check_range(result, where, remedy)
-        return result
+        return result.mT.contiguous() if is_turned else result
 
 
 def _add_low_rank(
@@ -200,7 +219,7 @@ def _informed(inputs: Inputs, base: Tensor, settings: CartSettings) -> Tensor:
         return least_interference(parts, rounding=rounding)
 
     added = informed_sum(
-        changes_from(inputs, start, None, settings),
+        changes_from(inputs, start, base if inputs.base_is_rounded else None, settings),
         (average - start).reshape(shape),
         least,
     )

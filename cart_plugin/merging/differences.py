@@ -37,6 +37,7 @@ class Inputs(NamedTuple):
     models: Sequence[str]
     name: str | None
     where: str
+    base_is_rounded: bool = False  # see `cart_plugin.merging.cart.merge_tensors`
 
     @property
     def counting(self) -> int:
@@ -213,13 +214,21 @@ def changes_of_many(
     if reference is not base:  # what sets the others apart from one model is whole or nothing
         few = few_directions(*matrix_shape(inputs.name, start.shape)[1:])
         settings = replace(settings, rank_ratio=None, rank=few, energy=None)
-    return changes_from(inputs, start, None if reference is base else reference, settings)
+    is_exact = reference is base and not inputs.base_is_rounded
+    return changes_from(inputs, start, None if is_exact else reference, settings)
 
 
 def changes_from(
     inputs: Inputs, start: Tensor, other: Tensor | None, settings: CartSettings
 ) -> Iterator[Change]:
-    """What the models differ by from `start`, which is the base or another model."""
+    """What the models differ by from `start`, which is the base or another model.
+
+    Args:
+        inputs: the models.
+        start: in fp32 or better.
+        other: the same as it is stored, if it holds rounding as the models do.
+        settings: of the merge.
+    """
     shape = matrix_shape(inputs.name, start.shape)
     own = settings.informed
     few = few_directions(*shape[1:])

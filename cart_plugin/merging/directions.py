@@ -38,7 +38,7 @@ from cart_plugin.merging.informed import (
     low_rank_by_direction,
     parts_of_low_rank,
 )
-from cart_plugin.merging.inputs import check_finite, check_inputs, normalised
+from cart_plugin.merging.inputs import check_centre, check_finite, check_inputs, normalised
 from cart_plugin.merging.least_interference import by_direction
 from cart_plugin.merging.settings import CartSettings
 from cart_plugin.merging.tensors import matrix_shape
@@ -68,6 +68,7 @@ def directions_of(
     name: str | None = None,
     models: Sequence[str] | None = None,
     candidates: float | None = None,
+    turned: bool = False,
 ) -> Directions:
     """The directions of which a merge of one weight consists, and those that it leaves out.
 
@@ -81,13 +82,27 @@ def directions_of(
         candidates: share of the singular directions to return, those that are kept among them. If
             None, only those that are kept. Where they are told by a base model, or LoRA has made
             many, there are no others.
+        turned: the tensor is stored as (inputs, outputs); see `merge_tensors` there.
 
     Raises:
         CartError: as `cart_plugin.merging.cart.merge_tensors`, or more directions are kept than
             there are candidates.
     """
     settings = settings or CartSettings()
-    models, where = check_inputs(tensors, base, settings.center, name, models)
+    if turned and settings.lambda_ == "auto":
+        other = directions_of(
+            [tensor.mT for tensor in tensors],
+            settings,
+            weights=weights,
+            base=None if base is None else base.mT,
+            name=name,
+            models=models,
+            candidates=candidates,
+        )
+        back = tuple(factors.mT for factors in other.factors)
+        return Directions(other.centre.mT.contiguous(), back, other.kept)
+    models, where = check_inputs(tensors, models, name)
+    check_centre(base, settings.center, where)
     with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
         shares = normalised(weights, len(tensors), where)
         inputs = Inputs(tensors, shares, models, name, where)

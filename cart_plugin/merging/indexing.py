@@ -19,7 +19,7 @@ from cart_plugin.linalg.factors import LowRank
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.linalg.spectra import spectrum
 from cart_plugin.merging.differences import centre_of, factors_of
-from cart_plugin.merging.inputs import check_finite, check_inputs, normalised
+from cart_plugin.merging.inputs import check_centre, check_finite, check_inputs, normalised
 from cart_plugin.merging.settings import CartSettings
 from cart_plugin.merging.tensors import is_decomposed, matrix_shape
 
@@ -97,7 +97,8 @@ def index_tensors(
         CartError: as `merging.merge_tensors`.
     """
     settings = settings or CartSettings()
-    models, where = check_inputs(tensors, base, settings.center, name, models)
+    models, where = check_inputs(tensors, models, name)
+    check_centre(base, settings.center, where)
     with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
         centre, deltas = _around_centre(tensors, settings, weights, base, models, where)
         if decompose is None:
@@ -133,7 +134,8 @@ def spectra_of(
         One a model, descending, in fp64 on the CPU; of a stack of matrices their sums.
     """
     settings = settings or CartSettings()
-    models, where = check_inputs(tensors, base, settings.center, name, models)
+    models, where = check_inputs(tensors, models, name)
+    check_centre(base, settings.center, where)
     with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
         centre, deltas = _around_centre(tensors, settings, weights, base, models, where)
         shape = matrix_shape(name, centre.shape)

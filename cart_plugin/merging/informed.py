@@ -174,8 +174,8 @@ def informed_by_base(changes: Iterable[Change], mean: Tensor) -> Found:
             break
     if are_of_low_rank(held):
         parts = [(one.real(), one.weight) for one in held]
-        left, right = low_rank_changes.combine_factors(parts, mean.shape[-1], **LOW_RANK)
-        return Found(left @ right, of_low_rank=True, changed=changed)
+        added = low_rank_changes.combine_factors(parts, mean.shape[-1], **LOW_RANK)
+        return Found(added, of_low_rank=True, changed=changed)
     system = informed_system(((one.real(), one.weight) for one in chain(held, rest)), mean)
     return Found(system.solve(), of_low_rank=False, changed=changed)
 
@@ -215,8 +215,7 @@ def sum_of_low_rank(changes: Iterable[Change], inputs: int) -> Tensor | None:
     parts = parts_of_low_rank(changes)
     if parts is None:
         return None
-    left, right = low_rank_changes.combine_factors(parts, inputs, centred=True, **LOW_RANK)
-    return left @ right
+    return low_rank_changes.combine_factors(parts, inputs, centred=True, **LOW_RANK)
 
 
 def low_rank_by_direction(parts: Sequence[tuple[LowRank, float]], inputs: int) -> list[LowRank]:

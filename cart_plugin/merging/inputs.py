@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
@@ -44,11 +45,7 @@ def normalised(weights: Sequence[float] | None, count: int, where: str) -> list[
 
 
 def check_inputs(
-    tensors: Sequence[Tensor],
-    base: Tensor | None,
-    center: Literal["average", "base"] | None,
-    name: str | None,
-    models: Sequence[str] | None,
+    tensors: Sequence[Tensor], models: Sequence[str] | None, name: str | None
 ) -> tuple[list[str], str]:
     """Refuse fewer than two tensors, unequal shapes, and dtypes that cannot be averaged.
 
@@ -62,10 +59,19 @@ def check_inputs(
             f"CART needs at least two fine-tuned models; "
             f"{where} comes from {len(tensors)}: {', '.join(models) or 'none'}"
         )
-    if center == "base" and base is None:
-        raise CartError(f"{where}: center is 'base' but there is no base model; give one")
     check_kind(zip(models, tensors, strict=True), tensors[0].shape, models[0], where)
     return models, where
+
+
+def check_centre(
+    base: Tensor | None, center: Literal["average", "base"] | None, where: str
+) -> None:
+    """Refuse to take differences from a base that is not there."""
+    if center == "base" and base is None:
+        raise CartError(
+            f"{where}: center is 'base', but there is no base model, or it lacks this tensor; give "
+            "one that has it"
+        )
 
 
 def check_kind(
@@ -172,7 +178,7 @@ def agreed_buffer(tensors: Sequence[Tensor], models: Sequence[str], name: str) -
     """The one value of an integer tensor; of counters the largest."""
     if all(tensor.ndim == 0 for tensor in tensors):
         # Counters, such as the batches that BatchNorm has seen: the longest training's.
-        return torch.stack(list(tensors)).amax()
+        return max(tensors, key=lambda tensor: tensor.item()).clone()
     for model, tensor in zip(models, tensors, strict=True):
         if tensor.shape != tensors[0].shape or not torch.equal(tensor, tensors[0]):
             raise CartError(
@@ -180,3 +186,14 @@ def agreed_buffer(tensors: Sequence[Tensor], models: Sequence[str], name: str) -
                 "only buffers on which all models agree can be kept: leave it out, or make it equal"
             )
     return tensors[0].clone()
+
+
+# Buffers that old versions of transformers saved, with -1e9 or so: infinite in float16.
+_MASK = re.compile(r"\.(?:attn|attention)\.(?:masked_)?bias$")
+
+
+def is_agreed_mask(name: str, tensors: Sequence[Tensor]) -> bool:
+    """Whether a tensor's infinities are meant: a causal mask on which all models agree."""
+    if not tensors or tensors[0].ndim == 1 or not _MASK.search(name):
+        return False
+    return bool(tensors[0].isinf().any()) and all(torch.equal(tensors[0], own) for own in tensors)

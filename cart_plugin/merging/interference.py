@@ -72,7 +72,7 @@ def reconstruction_errors(
     Returns:
         ``(len(ranks),)`` in fp64, on the CPU. Relative ones are these over ``energies.sum()``.
     """
-    left = torch.zeros(len(ranks), dtype=torch.float64)
+    left = torch.zeros(len(ranks), dtype=torch.float64, device="cpu")
     for part, energy in zip(parts, energies, strict=True):
         held = _leading_sums(part.S, ranks)  # (len(ranks), stack)
         left += (energy.cpu() - held).clamp_min(0).sum(dim=1)
@@ -91,7 +91,7 @@ def pair_interferences(parts: Sequence[LowRank], ranks: Sequence[int]) -> Tensor
         for a model that does not differ.
     """
     count, stack = len(parts), parts[0].S.shape[0]
-    found = torch.zeros(len(ranks), stack, count, count, dtype=torch.float64)
+    found = torch.zeros(len(ranks), stack, count, count, dtype=torch.float64, device="cpu")
     sizes = [_leading_sums(part.S, ranks) for part in parts]  # squared, (len(ranks), stack)
     for i, one in enumerate(parts):
         for j in range(i, count):
@@ -176,7 +176,7 @@ def task_interferences(errors: Sequence[Tensor], inputs: Sequence[Tensor]) -> Te
     Returns:
         ``(T,)`` in fp64; L is their sum.
     """
-    found = torch.zeros(len(errors), dtype=torch.float64)
+    found = torch.zeros(len(errors), dtype=torch.float64, device="cpu")
     for index, (error, columns) in enumerate(zip(errors, inputs, strict=True)):
         with full_precision(error.device):
             answer = error @ columns.to(error)

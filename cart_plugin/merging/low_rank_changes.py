@@ -36,7 +36,7 @@ tell what made the changes; without it the differences from one of the models do
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -94,7 +94,7 @@ class Solution(NamedTuple):
 
 
 def combine(
-    tasks: Sequence[Tensor],
+    tasks: Sequence[LowRank],
     weights: Sequence[float],
     inputs: int,
     *,
@@ -106,7 +106,8 @@ def combine(
     """Solve the system for differences in coordinates.
 
     Args:
-        tasks: ``tau_t`` in common orthonormal bases, ``(stack, p, q)`` in fp64.
+        tasks: ``tau_t`` in common orthonormal bases, ``(stack, p, q)`` in fp64; as factors, which
+            of many tasks take next to nothing beside the matrices.
         weights: w, one a task; positive.
         inputs: n, of the weight itself.
         ridge: r and s, relative to the mean eigenvalue of the directions that are known.
@@ -115,63 +116,93 @@ def combine(
         centred: the average takes the base's place. The differences may be from anything that all
             tasks have in common.
     """
-    with full_precision(tasks[0].device):
+    with full_precision(tasks[0].S.device):
         return _System(tasks, weights, least_share, centred).solve(inputs, ridge, least_kept)
 
 
-class _System:
-    """The sums of the system, in coordinates; see `combine`."""
+class _Task(NamedTuple):
+    """One task of a `_System`, in coordinates.
 
-    def __init__(
-        self, tasks: Sequence[Tensor], weights: Sequence[float], least_share: float, centred: bool
-    ) -> None:
-        taus = torch.stack(list(tasks))  # (T, stack, p, q)
-        shares = taus.new_tensor(weights) / sum(weights)
-        average = torch.einsum("t,tspq->spq", shares, taus)
-        if centred:
-            taus = own = taus - average
-            others = torch.einsum("t,tspq,tspr->sqr", shares, taus, taus)
-            others *= (1 / (FEW_TASKS * shares.square().sum())).clamp_min(1)
-            average = torch.zeros_like(average)
-        else:
-            own = taus - average @ _common(taus, shares, average)
-            others = average.mT @ average / shares.square().sum()
-        squares, vectors = eigh(own.mT @ own)
-        sizes = taus.square().sum(dim=(-2, -1))  # (T, stack)
-        least = torch.maximum(least_share**2 * squares[..., -1], _ROUNDING * sizes)
-        self.taus, self.average, self.others, self.vectors = taus, average, others, vectors
-        self.squares = torch.where(squares > least[..., None], squares, 0)
-        self.weights = weights
-        # A task that changed nothing has no inputs, neither its own nor those of the others.
-        self.heavy = torch.where(sizes > 0, taus.new_tensor(weights)[:, None], 0)
+    Attributes:
+        tau: tau_t, ``(stack, p, q)``.
+        vectors: eigenvectors of ``tau'_t^T tau'_t``, ``(stack, q, q)``.
+        squares: its eigenvalues, ``(stack, q)``; 0 for what is rounding.
+        weight: w, ``(stack,)``; 0 where nothing was changed.
+        others: the inputs that the others changed, ``(stack, q, q)``.
+    """
 
-    def covariance(self, task: int, weight: Tensor) -> Tensor:
-        """Of a task, times a weight, ``(stack, q, q)``."""
-        columns = self.vectors[task]
-        found = (columns * self.squares[task][..., None, :]) @ columns.mT + self.others
+    tau: Tensor
+    vectors: Tensor
+    squares: Tensor
+    weight: Tensor
+    others: Tensor
+
+    def covariance(self, weight: Tensor) -> Tensor:
+        """C_t times a weight, ``(stack, q, q)``."""
+        found = (self.vectors * self.squares[..., None, :]) @ self.vectors.mT + self.others
         trace = found.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
         found *= (weight / torch.where(trace > 0, trace, 1))[..., None, None]
         return found
 
-    def acting(self, task: int, rows: Tensor, real: Tensor) -> Tensor:
-        """The part of rows that acts on a task's own ones, of those that are real."""
-        columns = self.vectors[task]
-        return ((rows @ columns) * real[..., None, :]) @ columns.mT
+    def acting(self, rows: Tensor, real: Tensor) -> Tensor:
+        """The part of rows that acts on the task's own ones, of those that are real."""
+        return ((rows @ self.vectors) * real[..., None, :]) @ self.vectors.mT
+
+
+class _System:
+    """The sums of the system, in coordinates; see `combine`.
+
+    One task's matrices exist at a time: of many adapters they would take more than the weights.
+    """
+
+    def __init__(
+        self, tasks: Sequence[LowRank], weights: Sequence[float], least_share: float, centred: bool
+    ) -> None:
+        self.tasks, self.weights, self.least_share = tasks, weights, least_share
+        shares = [weight / sum(weights) for weight in weights]
+        squared = sum(share**2 for share in shares)
+        mean = _weighted(shares, (task.dense() for task in tasks))
+        self.centre: Tensor | None = mean if centred else None
+        self.average = torch.zeros_like(mean) if centred else mean
+        self.common: Tensor | None = None
+        if centred:
+            self.others = _weighted(shares, (tau.mT @ tau for tau in map(self._tau, tasks)))
+            self.others *= max(1.0, 1 / (FEW_TASKS * squared))
+        else:
+            self.common = _common(tasks, shares, mean)
+            self.others = mean.mT @ mean / squared
+
+    def _tau(self, task: LowRank) -> Tensor:
+        return task.dense() if self.centre is None else task.dense() - self.centre
+
+    def __iter__(self) -> Iterator[_Task]:
+        """The tasks, each made when it is due."""
+        for task, weight in zip(self.tasks, self.weights, strict=True):
+            tau = self._tau(task)
+            own = tau if self.common is None else tau - self.average @ self.common
+            squares, vectors = eigh(own.mT @ own)
+            size = tau.square().sum(dim=(-2, -1))
+            least = torch.maximum(self.least_share**2 * squares[..., -1], _ROUNDING * size)
+            squares = torch.where(squares > least[..., None], squares, 0)
+            # A task that changed nothing has no inputs, neither its own nor those of the others.
+            heavy = torch.where(size > 0, weight, 0.0).to(size)
+            yield _Task(tau, vectors, squares, heavy, self.others)
 
     def solve(self, inputs: int, ridge: float, least_kept: float) -> Solution:
-        known = torch.zeros(self.taus.shape[1], device=self.taus.device)
         fitted, summed = torch.zeros_like(self.average), torch.zeros_like(self.average)
-        gram, energy = torch.zeros_like(self.others), torch.zeros_like(known, dtype=torch.float64)
-        for task, (tau, weight) in enumerate(zip(self.taus, self.heavy, strict=True)):
-            real = (self.squares[task] > 0) & (weight > 0)[..., None]
+        gram = torch.zeros_like(self.others)
+        known = torch.zeros_like(gram[..., 0, 0])
+        energy = torch.zeros_like(known, dtype=torch.float64)
+        for task in self:
+            real = (task.squares > 0) & (task.weight > 0)[..., None]
             known = known + real.sum(dim=-1)
-            covariance = self.covariance(task, weight)
-            lacking = tau - self.average
-            acting = self.acting(task, lacking, real)
+            covariance = task.covariance(task.weight)
+            lacking = task.tau - self.average
+            acting = task.acting(lacking, real)
             gram += covariance
             fitted += lacking @ covariance
-            summed += weight[..., None, None] * acting
-            energy += weight * acting.square().sum(dim=(-2, -1))
+            summed += task.weight[..., None, None] * acting
+            energy += task.weight * acting.square().sum(dim=(-2, -1))
         total = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
         shift = ridge * torch.where(total > 0, total, 1) / known.clamp(1, inputs)
         kept = summed.square().sum(dim=(-2, -1)) / torch.where(energy > 0, energy, 1)
@@ -182,13 +213,24 @@ class _System:
         return Solution(torch.linalg.solve(gram, right, left=False), gram, strength)
 
 
-def _common(taus: Tensor, shares: Tensor, average: Tensor) -> Tensor:
+def _weighted(shares: Sequence[float], terms: Iterable[Tensor]) -> Tensor:
+    """The weighted sum, one term at a time."""
+    total: Tensor | None = None
+    for share, term in zip(shares, terms, strict=True):
+        total = share * term if total is None else total.add_(term, alpha=share)
+    assert total is not None
+    return total
+
+
+def _common(tasks: Sequence[LowRank], shares: Sequence[float], average: Tensor) -> Tensor:
     """G, ``(stack, q, q)``: what of the average's answer to an input the tasks have in common."""
+    info = torch.finfo(average.dtype)
+    squared = [share**2 for share in shares]
     square = average.mT @ average
-    own = torch.einsum("t,tspq,tspr->sqr", shares.square(), taus, taus)
-    across = (square - own) / (1 - shares.square().sum()).clamp_min(torch.finfo(taus.dtype).eps)
+    own = _weighted(squared, (tau.mT @ tau for tau in (task.dense() for task in tasks)))
+    across = (square - own) / max(1 - sum(squared), info.eps)
     values, vectors = eigh(square)
-    known = values > _ROUNDING * values[..., -1:].clamp_min(torch.finfo(taus.dtype).tiny)
+    known = values > _ROUNDING * values[..., -1:].clamp_min(info.tiny)
     roots = torch.where(known, values, 1).sqrt()
     inverse = vectors * torch.where(known, 1 / roots, 0)[..., None, :]
     root = vectors * torch.where(known, roots, 0)[..., None, :]
@@ -196,10 +238,11 @@ def _common(taus: Tensor, shares: Tensor, average: Tensor) -> Tensor:
     return (inverse @ turned * parts.clamp(0, 1)[..., None, :]) @ (root @ turned).mT
 
 
-def combine_factors(
-    parts: Sequence[tuple[LowRank, float]], inputs: int, **options: Any
-) -> tuple[Tensor, Tensor]:
+def combine_factors(parts: Sequence[tuple[LowRank, float]], inputs: int, **options: Any) -> Tensor:
     """`combine` for factors of weights, in bases of theirs.
+
+    Peak memory is below ``4 K (m + n) + 40 K^2 + 3 m n`` numbers in fp32, for K the smaller of n
+    and the sum of the ranks.
 
     Args:
         parts: of ``tau_t``, ``(stack, m, n)``, and its weight.
@@ -207,12 +250,12 @@ def combine_factors(
         options: those of `combine`.
 
     Returns:
-        What to add to the average, as ``left @ right``: ``(stack, m, p)`` and ``(stack, p, n)``.
+        What to add to the average, ``(stack, m, n)``.
     """
     with full_precision(parts[0][0].S.device):
         left, taus, right = _in_coordinates([one for one, _ in parts])
         found = combine(taus, [weight for _, weight in parts], inputs, **options)
-        return left @ found.added.to(left.dtype), right.mT
+        return left @ found.added.to(left.dtype) @ right.mT
 
 
 def by_direction(
@@ -249,15 +292,15 @@ def by_direction(
         system = _System(taus, [weight for _, weight in parts], least_share, centred)
         solved = system.solve(inputs, ridge, least_kept)
         found = []
-        for task, tau in enumerate(system.taus):
-            u, s, vh = torch.linalg.svd(tau - system.average, full_matrices=False)
+        for task in system:
+            u, s, vh = torch.linalg.svd(task.tau - system.average, full_matrices=False)
             known = s.square() > _ROUNDING * s.square().sum(dim=-1, keepdim=True)
-            known &= (system.heavy[task] > 0)[..., None]  # one that changed nothing has no part
+            known &= (task.weight > 0)[..., None]  # one that changed nothing has no part
             count = max(1, int(known.flatten(end_dim=-2).sum(dim=-1).max()))
             s = torch.where(known, s, 0)[..., :count]
             u, vh = u[..., :count], vh[..., :count, :]
-            rows = vh @ system.covariance(task, torch.ones_like(solved.strength))
-            acting = system.acting(task, vh, system.squares[task] > 0)
+            rows = vh @ task.covariance(torch.ones_like(solved.strength))
+            acting = task.acting(vh, task.squares > 0)
             rows += solved.strength[..., None, None] * acting
             rows = torch.linalg.solve(solved.metric, rows, left=False)
             dtype = left.dtype
@@ -265,12 +308,9 @@ def by_direction(
         return found
 
 
-def _in_coordinates(tasks: Sequence[LowRank]) -> tuple[Tensor, list[Tensor], Tensor]:
+def _in_coordinates(tasks: Sequence[LowRank]) -> tuple[Tensor, list[LowRank], Tensor]:
     """Orthonormal bases of the columns and rows, and in them the tasks, in fp64."""
     left = torch.linalg.qr(torch.cat([one.U for one in tasks], dim=-1))[0]
     right = torch.linalg.qr(torch.cat([one.Vh.mT for one in tasks], dim=-1))[0]
-    taus = [
-        ((left.mT @ one.U) * one.S[..., None, :]).double() @ (one.Vh @ right).double()
-        for one in tasks
-    ]
+    taus = [LowRank(left.mT @ one.U, one.S, one.Vh @ right).double() for one in tasks]
     return left, taus, right

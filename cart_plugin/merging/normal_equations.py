@@ -61,8 +61,9 @@ class System:
         self.dense: _Dense | None = None
         self.ranks = 0
         self.weights: list[float] = []
-        self.trace = torch.zeros(())  # of sum w C
-        self.energy = torch.zeros(())  # sum w ||D||^2, in fp64: fp32 has no room for squares
+        self.trace = torch.zeros((), device="cpu")  # of sum w C
+        # sum w ||D||^2, in fp64: fp32 has no room for squares
+        self.energy = torch.zeros((), device="cpu")
         self.noise: Tensor | None = None  # what of ||sum w D||^2 to expect of rounding
 
     def add(

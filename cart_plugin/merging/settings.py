@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
 from typing import Literal
+
+import torch
 
 from cart_plugin.errors import CartError
 from cart_plugin.linalg.rules import RankRule
 from cart_plugin.linalg.svd import SOLVERS
 from cart_plugin.merging.informed import INFORMED_RANK_RATIO, MOST_INFORMED
 from cart_plugin.merging.least_interference import AUTO_RANK_RATIO
+
+_LARGEST = torch.finfo(torch.float32).max  # sums are in fp32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +54,7 @@ class CartSettings:
         RankRule(self.rank_ratio, self.rank, self.energy)
         number = isinstance(self.lambda_, (int, float)) and not isinstance(self.lambda_, bool)
         # Whole numbers may be larger than any float.
-        if self.lambda_ != "auto" and not (number and abs(self.lambda_) <= sys.float_info.max):
+        if self.lambda_ != "auto" and not (number and abs(self.lambda_) <= _LARGEST):
             raise CartError(f"lambda must be a finite number or 'auto', got {self.lambda_!r:.40}")
         if self.center not in (None, "average", "base"):
             raise CartError(f"center must be 'average' or 'base', got {self.center!r}")

@@ -55,7 +55,7 @@ def answers(parts: Sequence[LowRank], total: Tensor) -> Answers:
             `cart_plugin.merging.spans.Span` in its coordinates.
         total: the merged difference, ``(stack, m, n)``, in the same coordinates.
     """
-    found = torch.zeros(3, len(parts), dtype=torch.float64)
+    found = torch.zeros(3, len(parts), dtype=torch.float64, device="cpu")
     with full_precision(total.device):
         for index, part in enumerate(parts):
             size = torch.linalg.vector_norm(part.S, dim=-1)[..., None]

@@ -212,8 +212,9 @@ def decomposed(left: Tensor, right: Tensor) -> LowRank:
         return LowRank(left, left.new_zeros(len(left), 0), right.mT)
     left_basis, left_rest = torch.linalg.qr(left)
     right_basis, right_rest = torch.linalg.qr(right)
-    u, s, vh = svd_of_small(left_rest @ right_rest.mT)
-    return LowRank(left_basis @ u, s, vh @ right_basis.mT)
+    with full_precision(left.device):
+        u, s, vh = svd_of_small(left_rest @ right_rest.mT)
+        return LowRank(left_basis @ u, s, vh @ right_basis.mT)
 
 
 def merge_in_span(
@@ -287,7 +288,7 @@ def _least_interference(
         for part, weight in parts
     ]
     if are_of_low_rank(changes):
-        taus = [change.real().dense().double() for change in changes]
+        taus = [change.real().double() for change in changes]
         weights = [weight for _, weight in parts]
         found = combine(taus, weights, of[1], centred=are_many, **LOW_RANK)
         return Merged(mean + found.added.to(mean.dtype), found.metric.to(mean.dtype))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ def merge_state_dicts(
     base: Mapping[str, Tensor] | None = None,
     decompose: Callable[[str, torch.Size], bool] = is_decomposed,
     kept: Kept | None = None,
+    turned: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """Merge whole state dicts, one tensor at a time.
 
@@ -38,6 +39,8 @@ def merge_state_dicts(
         kept: of a merge in several calls: counts what is kept, for the caller to warn of at the
             end. If None, a `CartWarning` says so where the result is nearly the plain average,
             because nearly all of the differences is kept.
+        turned: names of the tensors that are stored as (inputs, outputs), as in `merge_tensors`;
+            `cart_plugin.turned_parameters` tells them of a model.
 
     Returns:
         The merged tensors, in the order of the first model. Integer tensors (buffers) are copied
@@ -75,6 +78,11 @@ def merge_state_dicts(
     merged = {}
     for name in named[models[0]]:
         tensors = [named[model][name] for model in models]
+        for model, tensor in zip(models, tensors, strict=True):
+            if not isinstance(tensor, Tensor):
+                raise CartError(
+                    f"{name} of {model} is a {type(tensor).__name__}, not a tensor; leave it out"
+                )
         if not any(tensor.is_floating_point() for tensor in tensors):
             merged[name] = agreed_buffer(tensors, models, name)
             continue
@@ -96,6 +104,7 @@ def merge_state_dicts(
             models=models,
             decompose=is_matrix,
             kept=counted,
+            turned=name in turned,
         )
     if kept is None and (text := counted.warning()):
         warnings.warn(text, CartWarning, stacklevel=2)

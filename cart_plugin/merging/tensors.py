@@ -63,7 +63,8 @@ def matrix_shape(name: str | None, shape: Sequence[int]) -> tuple[int, int, int]
         return 1, shape[0], shape[1]
     if len(shape) == 3 and not (name is not None and _CONVOLUTION_NAME.search(name)):
         return shape[0], shape[1], shape[2]
-    return 1, shape[0], math.prod(shape[1:])
+    # A scalar is a matrix of one number, wherever somebody wants it decomposed.
+    return 1, math.prod(shape[:1]), math.prod(shape[1:])
 
 
 def tensor_seed(seed: int, name: str) -> int:

@@ -9,15 +9,15 @@ import pytest
 import transformers
 from safetensors.torch import save_file
 
+from cart_plugin.checkpoints.orientation import turned_weights
 from cart_plugin.inspect import inspect_models, inspect_state_dicts
-from cart_plugin.inspect.orientation import turned_weights
 from cart_plugin.inspect.sources import open_model
 from tests.adapters.lora import save_lora, state
 from tests.inspect.conftest import tune
 from tests.inspect.test_activations import records, save_gpt2
 from tests.support import random
 
-ALIKE = ("average", "task_arithmetic", "cart")  # `cart_auto` goes by rows as they are stored
+ALIKE = ("average", "task_arithmetic", "cart", "cart_auto", "cart_auto with base")
 NAME = "layers.0.up.weight"
 
 

@@ -125,9 +125,9 @@ def test_three_models_of_which_one_weighs_nothing_are_averaged_with_a_warning() 
 
 def test_center_base_without_a_base_is_refused() -> None:
     given = CartSettings(center="base")
-    with pytest.raises(CartError, match="center is 'base' but there is no base model; give one"):
+    with pytest.raises(CartError, match="center is 'base', but there is no base model"):
         merge_tensors(versions(4, 4), given)
-    with pytest.raises(CartError, match=r"tensor 'embed_tokens\.weight': center is 'base' but"):
+    with pytest.raises(CartError, match=r"tensor 'fc\.weight': center is 'base', but"):
         merge_state_dicts([state_dict(seed) for seed in range(3)], given)
 
 
@@ -250,3 +250,30 @@ def test_weights_by_name_are_refused() -> None:
     tensors = [torch.randn(4, 5) for _ in range(3)]
     with pytest.raises(CartError, match="a list in the order of the models, not a mapping"):
         merge_tensors(tensors, weights={"a": 1.0, "b": 1.0, "c": 1.0})  # type: ignore[arg-type]
+
+
+def test_a_lambda_that_no_sum_can_hold_is_refused() -> None:
+    with pytest.raises(CartError, match="lambda must be a finite number or 'auto', got 1e"):
+        CartSettings(lambda_=1e39)
+
+
+def test_entries_that_are_no_tensors_are_named() -> None:
+    dicts: list[Any] = [{"fc.weight": random(4, 5, seed=seed), "epoch": 3} for seed in range(3)]
+    with pytest.raises(CartError, match="epoch of 0 is a int, not a tensor; leave it out"):
+        merge_state_dicts(dicts)
+
+
+def test_counters_of_any_kind_end_at_the_largest() -> None:
+    kinds = (torch.uint16, torch.int64, torch.uint8)
+    dicts = [{str(kind): torch.tensor(value, dtype=kind) for kind in kinds} for value in (3, 7, 5)]
+    for name, value in merge_state_dicts(dicts).items():
+        assert (value.item(), str(value.dtype)) == (7, name)
+
+
+def test_a_base_that_lacks_a_tensor_is_not_asked_for_what_is_averaged() -> None:
+    around = CartSettings(center="base")
+    vectors = [random(5, seed=seed) for seed in range(3)]
+    expected = torch.stack(vectors).mean(0)
+    assert torch.allclose(merge_tensors(vectors, around, name="norm.weight"), expected)
+    with pytest.raises(CartError, match="there is no base model, or it lacks this tensor"):
+        merge_tensors([random(4, 5, seed=seed) for seed in range(3)], around, name="up.weight")

@@ -135,3 +135,20 @@ def test_peak_memory_with_a_base_is_within_what_it_says(m: int, n: int, count: i
     k = min(n, count * int(0.24 * min(m, n)))
     copies = 5 if count == 4 else 4  # the other form's result beside it
     assert auto <= max(plain, 4 * m * n) + 4 * (2 * k * (m + n) + 2 * k**2 + copies * m * n)
+
+
+@pytest.mark.cpu_only  # the profiler sees its memory
+@pytest.mark.parametrize("with_base", [True, False])
+@pytest.mark.parametrize("count", [6, 20, 32])
+def test_peak_memory_of_adapters_is_within_what_it_says(count: int, with_base: bool) -> None:
+    m, n, rank = 256, 320, 6
+    base = random(m, n, seed=99)
+    tensors = [
+        base + random(m, rank, seed=seed) @ random(rank, n, seed=100 + seed) / 50
+        for seed in range(count)
+    ]
+    auto = peak(tensors, CartSettings(lambda_="auto"), base if with_base else None)
+    plain = peak(versions(m, n), CartSettings(rank_ratio=0.24, svd=EXACT))  # to find the changes
+    # Without a base they are told by what sets them apart from one of them.
+    k = min(n, count * (rank if with_base else 2 * rank))
+    assert auto <= max(plain, 4 * m * n) + 4 * (4 * k * (m + n) + 40 * k**2 + 3 * m * n)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cart_plugin import CartSettings, is_decomposed, merge_state_dicts, merge_tensors
+from cart_plugin.merging.indexing import index_tensors
 from tests.merging.helpers import versions
 from tests.support import cart_formula, relative_error
 
@@ -165,3 +166,12 @@ def test_callers_may_decide_what_is_decomposed() -> None:
     state_dicts = [{"q.weight": tensor} for tensor in tensors]
     merged = merge_state_dicts(state_dicts, decompose=lambda name, shape: False)
     assert torch.allclose(merged["q.weight"], average)
+
+
+def test_scalars_can_be_decomposed_as_anything_else() -> None:
+    scalars = [torch.tensor(float(value)) for value in (1, 2, 6)]
+    for settings in (CartSettings(), CartSettings(lambda_="auto")):
+        merged = merge_tensors(scalars, settings, name="logit_scale", decompose=True)
+        assert merged.shape == ()
+        assert torch.isfinite(merged)
+    assert index_tensors(scalars, decompose=True).restored(2) == 6

@@ -1,28 +1,25 @@
 """Weights that a model stores as (inputs, outputs), and not as torch's linear layers do.
 
-GPT-2's `Conv1D`, and the stacked experts of GPT-OSS and Llama 4. Merges take a matrix as it is
-stored, but what stands for a model's inputs are the rows of the matrix that multiplies them.
+GPT-2's `Conv1D`, and the stacked experts of GPT-OSS and Llama 4. What stands for the inputs of a
+task are the rows of the matrix that multiplies them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from cart_plugin.checkpoints import names
 from cart_plugin.checkpoints.reading import Checkpoint
-from cart_plugin.inspect.inputs import Heard, Inputs
-from cart_plugin.inspect.merges import Differences
-from cart_plugin.inspect.weights import Plain, Weight
-from cart_plugin.linalg.factors import LowRank
+from cart_plugin.merging.tensors import matrix_shape
 
 # What transformers calls its `Conv1D`s: without one and without a stack a model is not built.
 _CONV1D = re.compile(r"(?:^|\.)(?:[cq]_attn|c_fc|c_proj)\.weight$")
 # Classes of experts that (in some releases of transformers) do not say so by `is_transposed`.
 _UNMARKED = ("Llama4TextExperts", "GptOssExperts")
+_NUMBER = re.compile(r"(?:^|(?<=\.))\d+(?=\.)")
 
 
 def turned_parameters(model: nn.Module) -> set[str]:
@@ -47,36 +44,29 @@ def turned_weights(checkpoint: Checkpoint) -> set[str]:
         CartError: it may have such, but transformers cannot build its model.
     """
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    if not any(len(shape) == 3 or _CONV1D.search(name) for name, shape in shapes.items()):
+    if not any(may_be_turned(name, shape) for name, shape in shapes.items()):
         return set()
     model = names.meta_model(checkpoint.path, checkpoint.config, checkpoint.name)
     stored = names.plain_sources(model, shapes)
     return {stored[name] for name in turned_parameters(model) if name in stored}
 
 
-def as_multiplied(weight: Weight | Plain) -> Weight | Plain:
-    """A weight that is stored as (inputs, outputs), as (outputs, inputs); merges are the same."""
-    if isinstance(weight, Plain):
-        return weight
-
-    def merges() -> Iterator[tuple[str, Tensor]]:
-        for method, total in weight.merges():
-            yield method, total.mT
-
-    def answer(index: int, inputs: Inputs) -> Heard:
-        heard = weight.answer(index, inputs)
-        return heard._replace(turned=not heard.turned)
-
-    from_base = None if weight.from_base is None else _turned(weight.from_base)
-    return replace(
-        weight,
-        from_base=from_base,
-        centred=_turned(weight.centred),
-        merges=merges,
-        answer=answer,
-    )
+def may_be_turned(name: str, shape: Sequence[int]) -> bool:
+    """Whether a weight may be stored as (inputs, outputs), by its name and shape."""
+    if len(shape) == 3:
+        return matrix_shape(name, shape)[1:] == tuple(shape[1:])  # a stack, and no kernel
+    return len(shape) == 2 and bool(_CONV1D.search(name))
 
 
-def _turned(found: Differences) -> Differences:
-    parts = [LowRank(part.Vh.mT, part.S, part.U.mT, part.error) for part in found.parts]
-    return replace(found, parts=parts)
+def is_one_of(name: str, known: set[str]) -> bool:
+    """Whether a weight is one of some, of any layer, with or without the model's own prefix.
+
+    A merge may take layers from elsewhere, and call ``h.0`` what is ``transformer.h.0`` to others.
+    """
+    own = _any_layer(name)
+    others = {_any_layer(other) for other in known}
+    return any(own == it or own.endswith(f".{it}") or it.endswith(f".{own}") for it in others)
+
+
+def _any_layer(name: str) -> str:
+    return _NUMBER.sub("#", name)
