@@ -1,13 +1,14 @@
-"""What a config says of each layer, where a recipe takes layers from several places.
+"""Recipes that take layers from several places: what mergekit gets wrong of them.
 
-mergekit 0.1.5 sets the number of layers in the result's config (`_model_out_config`), and leaves
-lists such as `layer_types` as one model has them. transformers refuses to save such a config, when
-all is merged; of another order, it is saved without a word.
+What comes after the layers it merges from as many of the last slice's models as the first slice has
+(`MergePlanner.plan_module` in 0.1.5). And it sets the number of layers in the result's config
+(`_model_out_config`), and leaves lists such as `layer_types` as one model has them. transformers
+refuses to save such a config, when all is merged; of another order, it is saved without a word.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -100,9 +101,12 @@ def layer_lists(
 
 
 def check(checkpoints: Mapping[str, Checkpoint], config: Recipe) -> list[Finding]:
-    """Find slices of which mergekit's config of the result is wrong, or cannot be saved."""
+    """Find slices of which mergekit's result or its config is wrong, or cannot be saved."""
     if not isinstance(config, MergeConfiguration):
         return []
+    for slices in (config.slices, *(module.slices for module in (config.modules or {}).values())):
+        if slices and (short := _short(slices)):
+            return [short]
     try:
         architecture = get_architecture_info(config, MergeOptions(quiet=True))
         found = list(
@@ -133,6 +137,18 @@ def check(checkpoints: Mapping[str, Checkpoint], config: Recipe) -> list[Finding
             advice,
         )
     ]
+
+
+def _short(slices: Sequence[OutputSliceDefinition]) -> Finding | None:
+    first, last = (len(piece.sources) for piece in (slices[0], slices[-1]))
+    if first >= last:
+        return None
+    kept = ", ".join(str(source.model) for source in slices[-1].sources[:first])
+    return problem(
+        f"the last slice has {last} sources and the first one {first}: mergekit would make what "
+        f"comes after the layers (the last norm, the head) of {kept} alone",
+        "give the first slice as many sources, such as the others with a weight of 0",
+    )
 
 
 def _slices(config: MergeConfiguration, module: str) -> list[OutputSliceDefinition]:

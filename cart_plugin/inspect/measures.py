@@ -26,7 +26,7 @@ from cart_plugin.merging.interference import (
 from cart_plugin.merging.span_measures import Answers, answers, overlaps
 from cart_plugin.merging.spans import leading
 
-REVISION = 4
+REVISION = 3
 """Raised when the records of the same models come to be others."""
 
 RATIOS = (0.01, 0.02, 0.04, 0.08, 0.12, 0.16)

@@ -357,6 +357,22 @@ def test_a_slice_of_one_model(check: Callable[..., Report], llamas: list[str]) -
     assert "cart needs at least two" in report.problems[0]
 
 
+@pytest.mark.parametrize("method", ["cart", "linear"])
+def test_a_first_slice_of_fewer_models_than_the_last(
+    method: str, check: Callable[..., Report], llamas: list[str]
+) -> None:
+    alone = {"sources": [{"model": llamas[0], "layer_range": [0, 2]}]}
+    together = {"sources": [{"model": model, "layer_range": [2, 5]} for model in llamas]}
+    parameters = {"weight": 1} if method == "linear" else {}
+    report = check(
+        [], models=None, slices=[alone, together], merge_method=method, parameters=parameters
+    )
+    report.has_only_problem(
+        "the last slice has 3 sources and the first one 1",
+        f"(the last norm, the head) of {llamas[0]}",
+    )
+
+
 def test_configs_of_models_that_mergekit_cannot_plan(
     check: Callable[..., Report], saved: Callable[..., list[str]], tmp_path: Path
 ) -> None:
