@@ -17,12 +17,14 @@ from tests.adapters.lora import (
     farthest,
     load,
     save_base,
+    save_lora,
     save_loras,
     state,
     whole,
 )
 from tests.doctor.tiny import write_recipe
 from tests.execution.conftest import in_this_process, merge
+from tests.inspect.test_activations import save_gpt2
 
 __all__ = ["in_this_process", "merge"]
 
@@ -81,6 +83,26 @@ def test_of_the_projects_own_merge_of_whole_models(
     done = merge(recipe, tmp_path / "whole")
     assert done.exit_code == 0, done.output
     merge_adapters(trio, tmp_path / "out", rank="full")
+    expected = load(tmp_path / "whole").state_dict()
+    assert farthest(state(base, tmp_path / "out"), expected) < 1e-6
+
+
+@pytest.mark.parametrize("count", [3, 6])
+def test_of_models_that_store_their_inputs_first(
+    count: int, merge: Callable[..., Result], tmp_path: Path
+) -> None:
+    base = save_gpt2(tmp_path)
+    config = {"target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": True}
+    adapters = [save_lora(tmp_path / f"a{seed}", base, seed, **config) for seed in range(count)]
+    recipe = write_recipe(
+        tmp_path / "r.yaml",
+        [f"{base}+{adapter}" for adapter in adapters],
+        merge_method="cart_auto",
+        base_model=str(base),
+    )
+    done = merge(recipe, tmp_path / "whole")
+    assert done.exit_code == 0, done.output
+    merge_adapters(adapters, tmp_path / "out", rank="full")
     expected = load(tmp_path / "whole").state_dict()
     assert farthest(state(base, tmp_path / "out"), expected) < 1e-6
 
