@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from cart_plugin.errors import CartError
 from cart_plugin.fusion_bench.base import refuse_saving
-from cart_plugin.fusion_bench.fleet import module_of, state_of
+from cart_plugin.fusion_bench.fleet import check_lazy, module_of, state_of
 from cart_plugin.inspect.orientation import turned_parameters
 from cart_plugin.inspect.report import Report
 from cart_plugin.inspect.state_dicts import records_of
@@ -79,6 +79,7 @@ class CartAnalysisAlgorithm(LightningFabricMixin, BaseAlgorithm):
         pool = modelpool if isinstance(modelpool, BaseModelPool) else BaseModelPool(modelpool)
         models = {name: pool.load_model(name) for name in pool.model_names}
         base = pool.load_pretrained_model() if pool.has_pretrained else None
+        check_lazy(models)
         device = self.fabric.device
         named = {name: _OnDevice(model, device) for name, model in models.items()}
         if len(named) > 1:  # fewer are refused below
@@ -108,7 +109,7 @@ class CartAnalysisAlgorithm(LightningFabricMixin, BaseAlgorithm):
         one = next(iter(models.values())) if base is None else base
         # FusionBench prints what comes back, and a lazy state dict has no end then.
         has_class = isinstance(one, LazyStateDict) and one.meta_module_class is not None
-        return module_of(one) if has_class else one
+        return module_of(one, one.dtype) if has_class else one
 
 
 class _OnDevice(Mapping[str, Tensor]):
