@@ -376,7 +376,7 @@ class CartMerge(GroupMergeMethod):
             turned=by_inputs and self._stored.is_turned(str(name), shape),
             # A recipe's dtype rounds the base, too.
             base_is_rounded=base is not None
-            and self._stored.is_wider(base.id, str(name), base.tensor.dtype),
+            and self._stored.is_finer(base.id, str(name), base.tensor.dtype),
         )
 
 

@@ -49,11 +49,15 @@ class Stored:
             )
             return set()
 
-    def is_wider(self, model: Hashable, name: str, dtype: torch.dtype) -> bool:
-        """Whether a tensor of a model has more bits on the disk than in a dtype."""
+    def is_finer(self, model: Hashable, name: str, dtype: torch.dtype) -> bool:
+        """Whether a dtype rounds what a model's file holds of a tensor.
+
+        The file may have another name for it; all its matrices count then.
+        """
         found = self._models.get(model)
         if found is None:
             return False
         infos = [found.tensors[name]] if name in found.tensors else found.tensors.values()
-        matrices = [info.dtype for info in infos if info.is_floating and len(info.shape) > 1]
-        return any(one is not None and one.itemsize > dtype.itemsize for one in matrices)
+        matrices = {info.dtype for info in infos if info.is_floating and len(info.shape) > 1}
+        eps = torch.finfo(dtype).eps
+        return any(torch.finfo(one).eps < eps for one in matrices if one is not None)

@@ -103,10 +103,11 @@ class CartAlgorithm(CartBase):
                     base=None if base is None else {name: base},
                     decompose=fleet.decompose,
                     kept=kept,
+                    turned=fleet.turned,
                 )
-                merged[name] = part[name].to(fleet.home(name))
+                merged[name] = fleet.at_home(name, part[name], tensors[first].dtype)
                 if single:
-                    _restore(name, tensors, fleet, self.settings, 1.0, single)
+                    _restore(name, tensors, base, fleet, self.settings, 1.0, single)
         self.print_profile_summary()
         if text := kept.warning():
             warnings.warn(text, CartWarning, stacklevel=2)
@@ -172,7 +173,8 @@ class CartIndexingAlgorithm(CartBase):
         settings, scale = self.settings, float(self.scaling_factor)
         with self.profile("index weights"):
             for name, tensors in fleet.tensors("CART-Indexing"):
-                stored += _restore(name, tensors, fleet, settings, scale, restored, ranks.get(name))
+                base, chosen = fleet.base_tensor(name), ranks.get(name)
+                stored += _restore(name, tensors, base, fleet, settings, scale, restored, chosen)
                 numbers += tensors[fleet.names[0]].numel()
         self.print_profile_summary()
         models = {name: fleet.with_tensors(name, restored.pop(name)) for name in fleet.names}
@@ -189,6 +191,7 @@ class CartIndexingAlgorithm(CartBase):
 def _restore(
     name: str,
     tensors: Mapping[str, Tensor],
+    base: Tensor | None,
     fleet: Fleet,
     settings: CartSettings,
     scale: float,
@@ -209,7 +212,7 @@ def _restore(
         list(tensors.values()),
         settings,
         weights=fleet.weights,
-        base=fleet.base_tensor(name),
+        base=base,
         name=name,
         models=list(tensors),
         decompose=fleet.decompose(name, first.shape),

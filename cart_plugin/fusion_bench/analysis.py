@@ -20,10 +20,9 @@ from fusion_bench.modelpool import BaseModelPool
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from cart_plugin.checkpoints.orientation import turned_parameters
 from cart_plugin.errors import CartError
 from cart_plugin.fusion_bench.base import refuse_saving
-from cart_plugin.fusion_bench.fleet import module_of, state_of
+from cart_plugin.fusion_bench.fleet import check_lazy, module_of, state_of, turned_of
 from cart_plugin.inspect.report import Report
 from cart_plugin.inspect.state_dicts import records_of
 from cart_plugin.merging.inputs import check_same_tensors, check_whole_weights
@@ -79,6 +78,7 @@ class CartAnalysisAlgorithm(LightningFabricMixin, BaseAlgorithm):
         pool = modelpool if isinstance(modelpool, BaseModelPool) else BaseModelPool(modelpool)
         models = {name: pool.load_model(name) for name in pool.model_names}
         base = pool.load_pretrained_model() if pool.has_pretrained else None
+        check_lazy(models)
         device = self.fabric.device
         named = {name: _OnDevice(model, device) for name, model in models.items()}
         if len(named) > 1:  # fewer are refused below
@@ -86,11 +86,10 @@ class CartAnalysisAlgorithm(LightningFabricMixin, BaseAlgorithm):
             check_whole_weights(named)
         # An empty pool is refused below.
         total = len(next(iter(named.values()), ()))
-        modules = [model for model in (*models.values(), base) if isinstance(model, nn.Module)]
         records = records_of(
             named,
             base=None if base is None else _OnDevice(base, device),
-            turned=turned_parameters(modules[0]) if modules else (),
+            turned=turned_of(next(iter(models.values()), base)),
         )
         report = Report(
             models=dict(zip(named, named, strict=True)),
@@ -108,7 +107,7 @@ class CartAnalysisAlgorithm(LightningFabricMixin, BaseAlgorithm):
         one = next(iter(models.values())) if base is None else base
         # FusionBench prints what comes back, and a lazy state dict has no end then.
         has_class = isinstance(one, LazyStateDict) and one.meta_module_class is not None
-        return module_of(one) if has_class else one
+        return module_of(one, one.dtype) if has_class else one
 
 
 class _OnDevice(Mapping[str, Tensor]):

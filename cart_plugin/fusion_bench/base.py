@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from fusion_bench import BaseAlgorithm, LightningFabricMixin
+from fusion_bench import BaseAlgorithm, LazyStateDict, LightningFabricMixin
 from fusion_bench.mixins import SimpleProfilerMixin
 from fusion_bench.modelpool import BaseModelPool
 from torch import nn
 
 from cart_plugin.errors import CartError
-from cart_plugin.fusion_bench.fleet import Fleet, check_base, state_of, tied_names
+from cart_plugin.fusion_bench.fleet import (
+    Fleet,
+    check_base,
+    check_lazy,
+    class_of,
+    shapes_of,
+    state_of,
+    tied_names,
+)
 from cart_plugin.fusion_bench.parameters import is_number
 from cart_plugin.fusion_bench.selection import selection
 from cart_plugin.merging.inputs import check_same_tensors, check_whole_weights
@@ -126,8 +134,9 @@ class CartBase(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
 
         Raises:
             CartError: fewer than two fine-tuned models, a pretrained one that is missing where it
-                is needed or of another architecture, adapters beside weights, a pattern that
-                matches nothing, or nothing to decompose.
+                is needed or of another architecture, lazy state dicts whose model is unknown or has
+                other tensors, adapters beside weights, a pattern that matches nothing, or nothing
+                to decompose.
         """
         pool = modelpool if isinstance(modelpool, BaseModelPool) else BaseModelPool(modelpool)
         if len(pool.model_names) < 2:
@@ -144,6 +153,10 @@ class CartBase(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             models = {name: pool.load_model(name) for name in pool.model_names}
             takes_base = self.settings.takes_base and pool.has_pretrained
             base = pool.load_pretrained_model() if takes_base else None
+        for model in models.values():
+            if isinstance(model, LazyStateDict):
+                class_of(model)
+        check_lazy(models)
         states = {name: state_of(model) for name, model in models.items()}
         base_state = None if base is None else state_of(base)
         holders = dict(states)
@@ -154,14 +167,14 @@ class CartBase(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         first = next(iter(states.values()))
         tied = tied_names(next(iter(models.values())), first)
         decompose = selection(self.decompose, list(first), list(self.exclude_keys or ()), tied)
-        named = ((name, tensor) for name, tensor in first.items() if name not in tied)
-        if not any(decompose(name, tensor.shape) for name, tensor in named):
+        shapes = shapes_of(next(iter(models.values())), first)
+        if not any(decompose(name, shape) for name, shape in shapes.items() if name not in tied):
             self.decomposes_nothing(
                 f"decompose={self.decompose!r} and exclude_keys leave none of the {len(first)} "
                 "parameters to be decomposed"
             )
         if base_state is not None and self.center is None:
-            check_base(base_state, first, decompose)
+            check_base(base_state, shapes, decompose)
         return Fleet(
             models=models,
             states=states,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -14,8 +14,10 @@ from fusion_bench.models.utils import get_target_state_dict, load_state_dict_int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from cart_plugin.checkpoints.orientation import turned_parameters
 from cart_plugin.errors import CartError, CartWarning
 from cart_plugin.fusion_bench.selection import Decision
+from cart_plugin.merging.inputs import check_range
 from cart_plugin.wording import count, some
 
 
@@ -29,6 +31,7 @@ class Fleet:
         weights: one a model, or None.
         decompose: which tensors to decompose.
         shared: further names of tied tensors, as `tied_names` has them.
+        turned: the tensors that are stored as (inputs, outputs), such as GPT-2's.
 
     Raises:
         CartError: the first model ties what another one has twice.
@@ -48,7 +51,7 @@ class Fleet:
         self.models, self.states, self.base = models, states, base
         self.weights, self.decompose = weights, decompose
         self._device, self._keep = device, keep
-        self.shared = shared
+        self.shared, self.turned = shared, turned_of(next(iter(models.values())))
         # A lazy state dict of one file fails where it is asked whether it holds another tensor.
         self._of_base = set() if base is None else set(base)
         self._check_tied()
@@ -76,7 +79,19 @@ class Fleet:
 
     def home(self, name: str) -> torch.device:
         """Where the models hold a tensor: results go back there."""
+        if isinstance(next(iter(self.models.values())), LazyStateDict):
+            return torch.device("cpu")  # where `module_of` loads; to ask for it reads the tensor
         return next(iter(self.states.values()))[name].device
+
+    def at_home(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """A result where the models hold it, in a dtype of theirs.
+
+        Raises:
+            CartError: values that this dtype cannot hold.
+        """
+        moved = tensor.to(self.home(name), dtype)
+        check_range(moved, f"tensor {name!r}")
+        return moved
 
     def _moved(self, state: Mapping[str, Tensor], name: str) -> Tensor:
         return state[name].to(self._device)
@@ -90,15 +105,18 @@ class Fleet:
         """A fine-tuned model with other tensors: itself, or a copy where the pool holds it.
 
         Raises:
-            CartError: the pool gives state dicts that know no model class.
+            CartError: the pool gives state dicts that know no model class, or tensors that are not
+                its own.
         """
         model, tensors = self.models[name], self.whole(tensors)
         if isinstance(model, LazyStateDict):
-            # Files leave out tensors that are tied to others; nothing may come on top.
-            module = module_of(model)
-            unknown = module.load_state_dict(tensors, strict=False).unexpected_keys
-            if unknown:
-                raise CartError(f"{type(module).__name__} has no place for {some(unknown)}")
+            dtype = next(one.dtype for one in tensors.values() if one.is_floating_point())
+            module = module_of(model, dtype)
+            _check_tensors(name, tensors, module)
+            for key, place in module.state_dict().items():
+                if key in tensors and tensors[key].dtype != place.dtype:
+                    check_range(tensors[key].to(place.dtype), f"tensor {key!r} of {name}")
+            module.load_state_dict(tensors, strict=False)  # files hold tied tensors once
             return module
         if self._keep:
             model = copied(model)
@@ -116,13 +134,48 @@ class Fleet:
                     )
 
 
-def check_base(
-    base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], decompose: Decision
-) -> None:
+def check_lazy(models: Mapping[str, Any]) -> None:
+    """Refuse lazy state dicts that hold other tensors than their model has.
+
+    Files may name tensors in another way than the model does that is loaded from them: those of
+    mixtures have each expert on its own, which transformers 5 loads into one tensor. FusionBench
+    0.2.33 leaves out of a lazy state dict what the model does not know.
+
+    Raises:
+        CartError: there are some.
+    """
+    for name, model in models.items():
+        if isinstance(model, LazyStateDict) and model.meta_module is not None:
+            if hasattr(model.meta_module, "tie_weights"):
+                model.meta_module.tie_weights()  # made without weights, it has lost that
+            _check_tensors(name, set(model), model.meta_module)
+
+
+def _check_tensors(name: str, held: Collection[str], module: nn.Module) -> None:
+    places, shared = set(module.state_dict()), aliases(module)
+    known = {shared.get(one, one) for one in held}
+    missing = sorted(one for one in places if shared.get(one, one) not in known)
+    unknown = sorted(set(held) - places)
+    if missing or unknown:
+        found = [f"no {some(missing)}"] if missing else []
+        found += [f"{some(unknown)} without a place there"] if unknown else []
+        raise CartError(
+            f"{name}, read tensor by tensor, does not hold the tensors of "
+            f"{type(module).__name__}: {', and '.join(found)}; load the models whole, in a "
+            "CausalLMPool without enable_lazy_loading"
+        )
+
+
+def check_base(base: Iterable[str], tuned: Mapping[str, torch.Size], decompose: Decision) -> None:
     """Refuse a pretrained model of another architecture; a head of its own does not matter.
 
     Warns of further layers: the model may be a deeper one, or have some that fine-tuning drops, as
     those that predict further tokens.
+
+    Args:
+        base: the names of its tensors.
+        tuned: the shapes of the models' tensors.
+        decompose: which of them are decomposed.
 
     Raises:
         CartError: it lacks tensors that are decomposed.
@@ -131,7 +184,7 @@ def check_base(
     remedy = (
         "name the one that the models were fine-tuned from, or take _pretrained_ out of the pool"
     )
-    needed = [name for name, tensor in tuned.items() if decompose(name, tensor.shape)]
+    needed = [name for name, shape in tuned.items() if decompose(name, shape)]
     if missing := [name for name in needed if name not in held]:
         raise CartError(
             f"the pool's pretrained model lacks {len(missing)} of the {len(needed)} tensors that "
@@ -156,6 +209,12 @@ def state_of(model: Any) -> Mapping[str, Tensor]:
     return model if isinstance(model, Mapping) else get_target_state_dict(model)
 
 
+def shapes_of(model: Any, state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """The shapes of a model's tensors; those of a lazy state dict are not read for them."""
+    known = model.meta_module.state_dict() if isinstance(model, LazyStateDict) else state
+    return {name: known[name].shape for name in state}
+
+
 def copied(model: nn.Module) -> nn.Module:
     """A copy of a model that runs its own weights.
 
@@ -168,20 +227,38 @@ def copied(model: nn.Module) -> nn.Module:
     return copy
 
 
-def module_of(lazy: LazyStateDict) -> nn.Module:
+def module_of(lazy: LazyStateDict, dtype: torch.dtype) -> nn.Module:
     """The model of a lazy state dict, with its own weights.
 
     Raises:
         CartError: it knows no model class.
+    """
+    # FusionBench's methods empty the meta module instead, which leaves buffers that no checkpoint
+    # holds (rotary frequencies) without values.
+    return class_of(lazy).from_pretrained(lazy.checkpoint, dtype=dtype)
+
+
+def class_of(lazy: LazyStateDict) -> Any:
+    """The model class of a lazy state dict.
+
+    Raises:
+        CartError: it knows none.
     """
     if lazy.meta_module_class is None:
         raise CartError(
             f"the weights of {lazy.checkpoint} need a model to go into: give its entry in the pool "
             "a meta_module_class, such as transformers.AutoModelForCausalLM"
         )
-    # FusionBench's methods empty the meta module instead, which leaves buffers that no checkpoint
-    # holds (rotary frequencies) without values.
-    return lazy.meta_module_class.from_pretrained(lazy.checkpoint, dtype=lazy.dtype)
+    return lazy.meta_module_class
+
+
+def turned_of(model: Any) -> set[str]:
+    """The tensors of a model that are stored as (inputs, outputs).
+
+    Of a lazy state dict without a model class that is not known: there are none then.
+    """
+    module = model.meta_module if isinstance(model, LazyStateDict) else model
+    return turned_parameters(module) if isinstance(module, nn.Module) else set()
 
 
 def tied_names(model: Any, state: Mapping[str, Tensor]) -> dict[str, str]:

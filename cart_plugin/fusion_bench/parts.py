@@ -18,7 +18,12 @@ from cart_plugin.fusion_bench.fleet import Fleet
 from cart_plugin.fusion_bench.merged import LowRankTerm, Term, Whole
 from cart_plugin.merging.directions import directions_of
 from cart_plugin.merging.indexing import index_tensors
-from cart_plugin.merging.inputs import check_finite, check_same_tensors, check_whole_weights
+from cart_plugin.merging.inputs import (
+    check_finite,
+    check_range,
+    check_same_tensors,
+    check_whole_weights,
+)
 from cart_plugin.merging.kept import Kept
 from cart_plugin.merging.settings import CartSettings
 from cart_plugin.merging.state_dicts import merge_state_dicts
@@ -77,7 +82,7 @@ def cart_parts(fleet: Fleet, settings: CartSettings, candidates: float | None = 
                 decompose=fleet.decompose,
                 kept=Kept(),  # not asked: what has no coefficients is no part of the method
             )
-            centre[name] = merged[name].to(home)
+            centre[name] = fleet.at_home(name, merged[name], dtype)
             continue
         term: Term
         if decompose:
@@ -89,6 +94,7 @@ def cart_parts(fleet: Fleet, settings: CartSettings, candidates: float | None = 
                 name=name,
                 models=fleet.names,
                 candidates=candidates,
+                turned=name in fleet.turned,
             )
             term = LowRankTerm(found, dtype, masked=masked)
         else:
@@ -121,13 +127,18 @@ def full_parts(
         start: the coefficients' first value.
 
     Raises:
-        CartError: models or a pretrained model of other architectures, NaN or infinite values.
+        CartError: models or a pretrained model of other architectures, NaN or infinite values,
+            buffers that the models' dtype cannot hold.
     """
     states = {task: model.state_dict() for task, model in models.items()}
     check_same_tensors({**states, BASE: pretrained})
     check_whole_weights(states)
     parts = Parts(dict(pretrained), {}, [start] * len(models))
     first = next(iter(models.values()))
+    own = next(iter(states.values()))
+    for name in pretrained.keys() - dict(first.named_parameters(remove_duplicate=False)).keys():
+        parts.centre[name] = pretrained[name].to(own[name].dtype)
+        check_range(parts.centre[name], f"tensor {name!r}")
     for name, parameter in first.named_parameters():
         base, vectors = pretrained[name].to(parameter.device), []
         for task, state in states.items():

@@ -140,3 +140,20 @@ def copied(model: str, folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
     (folder / "config.json").write_bytes((Path(model) / "config.json").read_bytes())
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
+
+
+def test_what_a_dtype_rounds_is_told_by_its_bits() -> None:
+    stored = Stored()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        tensors = {KEY.format(0): TensorInfo((8, 4), dtype)}
+        stored.add({dtype: Checkpoint(str(dtype), Path("a"), {}, tensors)})
+    rounded = {
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float16),
+        (torch.float16, torch.bfloat16),
+    }
+    for one in (torch.float32, torch.bfloat16, torch.float16):
+        for other in (torch.float32, torch.bfloat16, torch.float16):
+            for name in (KEY.format(0), "by.another.name"):
+                assert stored.is_finer(one, name, other) == ((one, other) in rounded)
+    assert not stored.is_finer("unknown", KEY.format(0), torch.bfloat16)
