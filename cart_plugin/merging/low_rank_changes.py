@@ -185,8 +185,7 @@ class _System:
             least = torch.maximum(self.least_share**2 * squares[..., -1], _ROUNDING * size)
             squares = torch.where(squares > least[..., None], squares, 0)
             # A task that changed nothing has no inputs, neither its own nor those of the others.
-            heavy = torch.where(size > 0, weight, 0.0).to(size)
-            yield _Task(tau, vectors, squares, heavy, self.others)
+            yield _Task(tau, vectors, squares, (size > 0).to(size) * weight, self.others)
 
     def solve(self, inputs: int, ridge: float, least_kept: float) -> Solution:
         fitted, summed = torch.zeros_like(self.average), torch.zeros_like(self.average)
