@@ -212,7 +212,7 @@ def _locked(file: Path) -> BaseFileLock:
     """
     from filelock import FileLock, SoftFileLock
 
-    lock = FileLock(file, timeout=0)
+    lock: BaseFileLock = FileLock(file, timeout=0)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is an error here

@@ -183,6 +183,9 @@ def test_a_file_system_without_locks_is_one_line(
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(CartError, match=r"of .* has no locks \(flock\)"), folder_of(tmp_path / "out"):
+    with (
+        pytest.raises(CartError, match=r"of .* has no locks \(flock\)"),
+        folder_of(tmp_path / "out"),
+    ):
         pass
     assert list(tmp_path.iterdir()) == []
