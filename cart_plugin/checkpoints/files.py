@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from cart_plugin.errors import CartError
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-_MARK = ".mergekit-cart-unfinished"
+_MARK = ".mergekit-cart-unfinished"  # whose the folder is
+_LOCK = ".mergekit-cart-lock"  # another file, because filelock 3.21 to 3.29 removes what it locks
 MAKING = "merge-"  # how names of results in the making begin, there
 _KEPT = ".mergekit-cart-resumable"  # beside the mark, in what `resumable` has made
 
@@ -70,8 +72,9 @@ def replacing(file: Path) -> Iterator[Path]:
 def unfinished(out: Path) -> Iterator[Path]:
     """A folder beside ``out`` that takes its place if all goes well, and else is removed.
 
-    What a killed run has left there is removed, too. The mark in it stays until it has its name: a
-    run that is killed just then leaves a finished folder with an empty file that nobody reads.
+    What a killed run has left there is removed, too. Mark and lock in it stay until it has its
+    name: a run that is killed just then leaves a finished folder with empty files that nobody
+    reads.
 
     Raises:
         CartError: ``out`` exists, or cannot be replaced; another run is writing it, or has left
@@ -93,8 +96,9 @@ def unfinished(out: Path) -> Iterator[Path]:
             out.rmdir()  # empty, as seen above: else this fails
         os.rename(folder, out)
         done = True
-        with suppress(OSError):
-            (out / _MARK).unlink()
+        for name in (_LOCK, _MARK):
+            with suppress(OSError):
+                (out / name).unlink()
     except OSError as error:
         reason = explain(error)
         raise CartError(f"cannot write {out}: {reason}; nothing is left of it") from error
@@ -175,20 +179,22 @@ def _claim(out: Path) -> tuple[Path, BaseFileLock]:
     """The folder beside ``out`` that its maker works in, and the lock that makes it the only one.
 
     Raises:
-        CartError: ``out`` exists, or cannot be replaced; or another run is writing it.
+        CartError: ``out`` exists, or cannot be replaced; another run is writing it; or its file
+            system has no locks.
     """
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
     _check_way(out)
     place = out.parent
     folder = _beside(out)
     try:
         place.mkdir(parents=True, exist_ok=True)
-        if folder.exists() and any(folder.iterdir()) and not (folder / _MARK).exists():
+        is_ours = any((folder / name).exists() for name in (_MARK, _LOCK, _KEPT))
+        if folder.exists() and any(folder.iterdir()) and not is_ours:
             raise CartError(f"{folder} is in the way and not of this program; remove it")
         folder.mkdir(exist_ok=True)
-        lock = FileLock(folder / _MARK, timeout=0)
-        lock.acquire()
+        lock = _locked(folder / _LOCK)
+        (folder / _MARK).touch()
     except Timeout:
         raise CartError(f"another run is writing {out}; wait for it, or name another") from None
     except OSError as error:
@@ -196,8 +202,38 @@ def _claim(out: Path) -> tuple[Path, BaseFileLock]:
     return folder, lock
 
 
+def _locked(file: Path) -> BaseFileLock:
+    """The lock of a file, held.
+
+    Raises:
+        CartError: the file system has none. A lock that is a file's presence, which filelock takes
+            instead, would outlive a run that is killed.
+        Timeout: another process holds it.
+    """
+    from filelock import FileLock, SoftFileLock
+
+    lock: BaseFileLock = FileLock(file, timeout=0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is an error here
+            lock.acquire()
+    except NotImplementedError:  # filelock before 3.21
+        pass
+    else:
+        if not isinstance(lock, SoftFileLock):
+            return lock
+    lock.release()
+    with suppress(OSError):
+        file.unlink(missing_ok=True)
+        file.parent.rmdir()  # unless there is something in it
+    raise CartError(
+        f"the file system of {file.parent.parent} has no locks (flock), which keep two runs apart; "
+        "name a folder on another one, or mount it with them (Lustre: -o flock)"
+    )
+
+
 def _remove(folder: Path) -> None:
-    """Remove a folder whose lock is held, so that no other run is in it; its mark goes last."""
+    """Remove a folder whose lock is held, so that nobody else is in it; mark and lock go last."""
     with suppress(OSError):
         _clear(folder)
     shutil.rmtree(folder, ignore_errors=True)
@@ -205,7 +241,7 @@ def _remove(folder: Path) -> None:
 
 def _clear(folder: Path) -> None:
     for left in folder.iterdir():
-        if left.name != _MARK:
+        if left.name not in (_MARK, _LOCK):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import shutil
 import socket
 import time
@@ -21,7 +20,6 @@ from typing import Any
 
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
-from mergekit.tokenizer import TokenizerInfo
 
 from cart_plugin import linalg, merging
 from cart_plugin import mergekit as adapter
@@ -29,13 +27,13 @@ from cart_plugin.checkpoints import side_files, writing
 from cart_plugin.checkpoints.digests import file_digest, tensor_digest
 from cart_plugin.checkpoints.files import MAKING, read_json, write_json
 from cart_plugin.checkpoints.headers import read_header
-from cart_plugin.checkpoints.reading import CONFIG, Checkpoint
-from cart_plugin.distributed import plan
+from cart_plugin.checkpoints.reading import CONFIG, MERGEKIT_ORDER, Checkpoint
+from cart_plugin.distributed import plan, vocabulary
 from cart_plugin.distributed.plan import Part, Shard
-from cart_plugin.errors import CartError
+from cart_plugin.errors import CartError, first_line
 from cart_plugin.execution.inputs import Inputs, plain
 
-_REVISION = 3  # raised when the files here come to mean something else
+_REVISION = 4  # raised when the files here come to mean something else
 _PACKAGES = ("cart-plugin", "mergekit", "torch", "transformers", "scipy", "safetensors")
 # Of mergekit's options those that change neither a tensor nor where it lies.
 _WITHOUT_EFFECT = {
@@ -89,16 +87,27 @@ class Places:
 
     @property
     def tokenizer(self) -> Path:
-        """The tokenizer that the recipe asks for, if it does."""
+        """The tokenizer that the recipe asks for, if it does, by `vocabulary`."""
         return self.folder / "tokenizer.pickle"
 
     @property
     def is_planned(self) -> bool:
-        """Whether all is there that workers go by; a machine that lost its power leaves parts."""
+        """Whether all is there that workers go by; a machine that lost its power leaves parts.
+
+        Raises:
+            CartError: it cannot be told, which is no reason to lose what is finished.
+        """
         try:
             plan.read(self.plan)
-            if read_json(self.settings)["tokenizer"] and read_tokenizer(self) is None:
-                return False
+            if read_json(self.settings)["tokenizer"]:
+                vocabulary.load(self.tokenizer)
+        except FileNotFoundError:
+            return False
+        except (OSError, MemoryError) as error:
+            raise CartError(
+                f"the plan in {self.folder} cannot be read: {first_line(error)}; what is finished "
+                "stays there for the same command"
+            ) from None
         except Exception:  # whatever half a file, or a pickle, may lead to
             return False
         return True
@@ -162,7 +171,9 @@ def identity(
 
 
 def _weights_and_config(held: Checkpoint) -> list[Path]:
-    return [*held.files, held.path / CONFIG]
+    """Its weight files, the index that says which of them holds which tensor, and its config."""
+    indexes = [held.path / name for name in MERGEKIT_ORDER if name.endswith(".json")]
+    return [*held.files, *indexes, held.path / CONFIG]
 
 
 def _belongings(folder: Path, *, of_donor: bool) -> list[Path]:
@@ -199,14 +210,18 @@ def presence(inputs: Inputs) -> dict[str, tuple[int, ...]]:
     }
 
 
-def surroundings(inputs: Inputs) -> dict[str, Any]:
+def surroundings(inputs: Inputs, labels: Iterable[str]) -> dict[str, Any]:
     """What has to be the same for all workers, and from the first tensor to the last.
 
     Versions, and the weights and configs of the models, as in `identity`.
+
+    Args:
+        inputs: the recipe, by `tasks.everywhere`.
+        labels: of its models in the recipe as it was given: folders may be moved as a whole.
     """
     files = {
         f"model {label}": _states(held.path, _weights_and_config(held))
-        for label, held in inputs.checkpoints.items()
+        for label, held in zip(labels, inputs.checkpoints.values(), strict=True)
     }
     return _plainly({**{package: version(package) for package in _PACKAGES}, **files})
 
@@ -217,7 +232,8 @@ def check_surroundings(places: Places, inputs: Inputs) -> None:
     Raises:
         CartError: another version, or a model that has changed.
     """
-    planned, found = read_json(places.settings)["surroundings"], surroundings(inputs)
+    settings = read_json(places.settings)
+    planned, found = settings["surroundings"], surroundings(inputs, settings["labels"])
     if found != planned:
         raise CartError(
             f"{socket.gethostname()} does not find what the merge was planned for: "
@@ -302,21 +318,6 @@ def _changed_files(before: Any, now: Any) -> str:
     gone = next((f"{name} is gone" for name in old if name not in new), None)
     found = gone or next((name for name in new if old.get(name) != new[name]), None)
     return "" if found is None else f" ({found})"
-
-
-def write_tokenizer(places: Places, tokenizer: TokenizerInfo) -> None:
-    """Store the tokenizer that all workers have to go by."""
-    scratch = places.tokenizer.with_suffix(".new")
-    scratch.write_bytes(pickle.dumps(tokenizer))
-    scratch.replace(places.tokenizer)
-
-
-def read_tokenizer(places: Places) -> TokenizerInfo | None:
-    """The tokenizer that all workers go by; None if the recipe makes none."""
-    if not places.tokenizer.is_file():
-        return None
-    found: TokenizerInfo = pickle.loads(places.tokenizer.read_bytes())  # this program's own
-    return found
 
 
 def record(places: Places, part: Part, facts: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from mergekit.options import MergeOptions
 from mergekit.tokenizer import BuildTokenizer
 
 from cart_plugin.checkpoints.files import read_json
-from cart_plugin.distributed import journal, plan, tasks
+from cart_plugin.distributed import journal, plan, tasks, vocabulary
 from cart_plugin.distributed.plan import Part
 from cart_plugin.distributed.progress import Step
 from cart_plugin.distributed.writing import PartFile, ToPart
@@ -49,7 +49,7 @@ class Workshop:
         found = tasks.planned(self._job, inputs, self._options, self._read)
         self._tasks = {tasks.key(task): task for task in tasks.saves(found)}
         self._step: Step | None = None
-        self._tokenizer = journal.read_tokenizer(self._places)
+        self._tokenizer = vocabulary.read(self._places.tokenizer, inputs)
 
     def _read(self, count: int) -> None:
         if self._step is not None:

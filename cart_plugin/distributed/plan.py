@@ -7,18 +7,15 @@ is merged. A part is a shard, or a piece of one: small models have one shard onl
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
-from mergekit import merge_methods
 from mergekit.common import dtype_from_name
 from mergekit.graph import Task
 from mergekit.io.tasks import GatherTensors, SaveTensor
-from mergekit.merge_methods import OptionalTensorPolicy
 from mergekit.options import MergeOptions
 from mergekit.tokenizer import PermutedVocabulary, TokenizerInfo
 from mergekit.tokenizer.truncate import TruncatedVocabulary
@@ -27,7 +24,7 @@ from cart_plugin.checkpoints.dtypes import DTYPES, NAMES
 from cart_plugin.checkpoints.files import read_json, write_json
 from cart_plugin.checkpoints.headers import TensorInfo
 from cart_plugin.checkpoints.writing import Layout, as_safetensors_has_it, file_bytes
-from cart_plugin.distributed import tasks
+from cart_plugin.distributed import tasks, trial
 from cart_plugin.doctor import costs, planning
 from cart_plugin.doctor.merges import Merge
 from cart_plugin.errors import CartError
@@ -36,8 +33,6 @@ from cart_plugin.execution.inputs import Inputs
 from cart_plugin.execution.tensorwise import SaveUnit
 
 _PIECE = 64_000_000  # bytes of a piece: seconds of work, and a small loss when it is lost
-# Methods of mergekit 0.1.5 that compute in a wider dtype than their inputs', and stay there.
-_DTYPES = {"arcee_fusion": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -169,10 +164,11 @@ def foresee(
         CartError: there would be nothing in them.
     """
     ordered = tasks.written_order(targets)
+    pickled = 0 if options.lazy_unpickle else _pickled_bytes(inputs)
     if all(isinstance(task, SaveTensor) for task in ordered):
-        outputs = _by_plan(ordered, inputs, tokenizer)
+        outputs = _by_plan(ordered, inputs, tokenizer, pickled)
     else:
-        outputs = _by_tensor(ordered, inputs)
+        outputs = _by_tensor(ordered, inputs, pickled)
     filled = list(_filled(outputs, options.out_shard_size))
     if not filled:
         raise CartError("the models have no tensor name in common: nothing to merge")
@@ -212,8 +208,17 @@ def _filled(outputs: Iterable[Output], most: int) -> Iterator[list[Output]]:
         yield list(shard.values())
 
 
+def _pickled_bytes(inputs: Inputs) -> int:
+    """What a worker holds of pickled models, each of whose files is loaded whole."""
+    files = [
+        [file.stat().st_size for file in held.files if file.suffix != ".safetensors"]
+        for held in inputs.checkpoints.values()
+    ]
+    return sum(max(sizes, default=0) for sizes in files)
+
+
 def _by_plan(
-    ordered: list[tasks.Save], inputs: Inputs, tokenizer: TokenizerInfo | None
+    ordered: list[tasks.Save], inputs: Inputs, tokenizer: TokenizerInfo | None, pickled: int
 ) -> Iterator[Output]:
     for task in ordered:
         assert isinstance(task, SaveTensor)
@@ -222,7 +227,7 @@ def _by_plan(
             label: planning.source(planned, inputs.checkpoints[label]) for label in planned.sources
         }
         found = {label: info for label, info in held.items() if info is not None}
-        if not found or _is_skipped(task, list(found), planned.base):
+        if not found:
             continue
         gather: Any = task.tensor_task.gather_tensors
         loads = gather if isinstance(gather, GatherTensors) else gather.gather_tensors
@@ -233,6 +238,9 @@ def _by_plan(
             )
             for label, info in found.items()
         }
+        dtype = trial.result_dtype(task.tensor_task, cast)
+        if dtype is None:
+            continue
         merge = Merge(planned, cast, [])
         shape = merge.shape
         if isinstance(gather, PermutedVocabulary):
@@ -242,36 +250,12 @@ def _by_plan(
             shape = _with_rows(shape, axis, min(info.shape[axis] for info in found.values()))
         yield Output(
             task.tensor_name,
-            dtype_from_name(task.dtype) or _dtype_of(task, cast),
+            dtype_from_name(task.dtype) or dtype,
             shape,
             tasks.key(task),
             sum(info.bytes for info in found.values()),
-            round(costs.peak(merge, inputs.config)),
+            pickled + round(costs.peak(merge, inputs.config)),
         )
-
-
-def _is_skipped(task: SaveTensor, found: list[str], base: str | None) -> bool:
-    """Whether mergekit leaves out a tensor that some inputs lack, as `ExecuteMergeMethodTask`."""
-    merge: Any = task.tensor_task
-    spec = merge_methods.get(merge.method_name).spec
-    return (
-        merge.output_weight.optional
-        and len(found) < len(merge.model_order)
-        and spec.optional_tensor_policy == OptionalTensorPolicy.BASE_OR_SKIP
-        and len(found) < spec.contract.min_inputs
-        and found != [base]
-    )
-
-
-def _dtype_of(task: SaveTensor, inputs: Mapping[str, TensorInfo]) -> torch.dtype:
-    """What a merge gives where no dtype is asked for; of one input, itself."""
-    merge: Any = task.tensor_task
-    found, own = _promoted(inputs), _DTYPES.get(merge.method_name) if len(inputs) > 1 else None
-    return found if own is None else torch.promote_types(found, own)
-
-
-def _promoted(inputs: Mapping[str, TensorInfo]) -> torch.dtype:
-    return reduce(torch.promote_types, (info.dtype for info in inputs.values() if info.dtype))
 
 
 def _with_rows(shape: tuple[int, ...], axis: int, rows: int) -> tuple[int, ...]:
@@ -285,16 +269,19 @@ def _rows(gather: PermutedVocabulary, tokenizer: TokenizerInfo | None) -> int:
     return -(-len(tokenizer.tokenizer.get_vocab()) // multiple) * multiple
 
 
-def _by_tensor(ordered: list[tasks.Save], inputs: Inputs) -> Iterator[Output]:
+def _by_tensor(ordered: list[tasks.Save], inputs: Inputs, pickled: int) -> Iterator[Output]:
     model, placed = tensorwise.check(inputs)
-    merges = {str(merge.planned.name): merge for merge in outlook.foresee(inputs, model, placed)}
+    written = {name for task in ordered for name in task.unit.targets}
+    merges = {
+        str(merge.planned.name): merge
+        for merge in outlook.foresee(inputs, model, placed, heads=written)
+    }
     donor = placed[inputs.donor.name]
-    out_dtype = dtype_from_name(inputs.config.out_dtype) or dtype_from_name(inputs.config.dtype)
     for task in ordered:
         assert isinstance(task, SaveUnit)
         parts: dict[str, torch.Tensor] = {}
-        read = peak = 0
-        for name in task.unit.targets:
+        read, peak = 0, pickled
+        for name, made in zip(task.unit.targets, task.parts, strict=True):
             merge = merges.get(name)
             if merge is None or not merge.is_floating:  # of one model, or the same in all
                 unit = donor.units[name]
@@ -303,8 +290,12 @@ def _by_tensor(ordered: list[tasks.Save], inputs: Inputs) -> Iterator[Output]:
                 models = 1 if merge is None else len(merge.inputs)
                 read += models * sum(info.bytes for info in held.values())
             else:
-                dtype = out_dtype or _promoted(merge.inputs)
-                parts[name] = _empty(TensorInfo(merge.shape, dtype))
+                asked = dtype_from_name(inputs.config.dtype)
+                cast = {
+                    label: TensorInfo(info.shape, asked or info.dtype)
+                    for label, info in merge.inputs.items()
+                }
+                parts[name] = _empty(TensorInfo(merge.shape, trial.result_dtype(made, cast)))
                 read += sum(info.bytes for info in merge.inputs.values())
                 peak += round(costs.peak(merge, inputs.config))
         for name, tensor in task.unit.to_checkpoint(parts).items():

@@ -28,7 +28,7 @@ from cart_plugin.checkpoints.files import (
 )
 from cart_plugin.checkpoints.reading import INDEX
 from cart_plugin.checkpoints.writing import data_bytes
-from cart_plugin.distributed import here, journal, on_ray, plan, progress, tasks
+from cart_plugin.distributed import here, journal, on_ray, plan, progress, tasks, vocabulary
 from cart_plugin.distributed.journal import Places
 from cart_plugin.distributed.plan import Part, Shard
 from cart_plugin.distributed.start import Start, import_ray
@@ -140,15 +140,21 @@ def _started(hands: Hands, options: MergeOptions) -> Iterator[Hands]:
 
 
 def _left(work: Workplace) -> str:
-    """What an interrupted run leaves, as the end of a line; nothing is kept if that is nothing."""
+    """What an interrupted run leaves, as the end of a line; nothing is kept if that is nothing.
+
+    Where it cannot be told, all is kept.
+    """
     # Without a plan they are of no use.
     planned = (Places(it.parent) for it in work.folder.glob(f"{MAKING}*/plan.json"))
-    folder = next((it for it in planned if it.is_planned), None)
+    try:
+        folder = next((it for it in planned if it.is_planned), None)
+        count = 0 if folder is None else len(plan.parts(plan.read(folder.plan)))
+    except (CartError, OSError):
+        return ""
     records = 0 if folder is None else len(list(folder.records.glob("*.json")))
     work.keep = records > 0 or any(work.folder.glob("fused/*"))
     if folder is None or not records:
         return ""
-    count = len(plan.parts(plan.read(folder.plan)))
     return (
         f"; {records} of {count} parts are finished and kept in {work.folder}: with the same "
         "models and settings the same command goes on from there"
@@ -242,17 +248,19 @@ class _Run:
         places = journal.open_journal(self._work.folder, self._identity, self._listener.note)
         job = replace(self._job(prepared, places), recipe=tasks.everywhere(prepared.inputs))
         job.write(places.job)  # anew: some options may change without a change of the result
-        if not places.plan.is_file():
+        if not places.is_planned:
             with self._logged(), tasks.failures_of_mergekit():
                 inputs = read_inputs(job.recipe)
                 targets = tasks.planned(job, inputs, self._options)
                 tokenizer = tasks.make_tokenizer(targets)
                 shards = plan.foresee(targets, inputs, self._options, tokenizer, whole=whole)
             if tokenizer is not None:
-                journal.write_tokenizer(places, tokenizer)
+                vocabulary.write(places.tokenizer, tokenizer, inputs)
+            labels = list(prepared.inputs.checkpoints)
             settings = {
                 "threads": self._threads,
-                "surroundings": journal.surroundings(inputs),
+                "labels": labels,
+                "surroundings": journal.surroundings(inputs, labels),
                 "tokenizer": tokenizer is not None,
             }
             write_json(places.settings, settings)
@@ -322,7 +330,8 @@ class _Run:
         job = self._job(prepared, places)
         with self._logged():
             options = MergeOptions(**job.options)
-            tasks.finish(job, options, journal.read_tokenizer(places))
+            tokenizer = vocabulary.read(places.tokenizer, prepared.inputs)
+            tasks.finish(job, options, tokenizer)
         _write_index(places.model, shards)
         records = journal.records(places, plan.parts(shards))
         suspects = {name for record in records for name in record["suspects"]}

@@ -7,7 +7,6 @@ our own in it sees the plan; another one, when all tensors are written, leaves o
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -36,11 +35,20 @@ class _Planned(Exception):  # noqa: N818 - no error: how the plan leaves `run_me
 
 
 def everywhere(inputs: Inputs) -> dict[str, Any]:
-    """A recipe as plain data that means the same in any folder and on any machine."""
+    """A recipe as plain data that means the same in any folder and on any machine.
+
+    Its models are as many as the recipe's, in its order.
+    """
+    paths: dict[str, str] = {}
+    for label, held in inputs.checkpoints.items():
+        # `..` stays as it is: after a link it is another folder than the text says.
+        path = str(held.path.absolute())
+        while path in paths.values():  # mergekit takes one folder in two spellings for two models
+            path += "/."
+        paths[label] = path
 
     def absolute(model: ModelReference) -> ModelReference:
-        path = os.path.abspath(inputs.checkpoints[str(model)].path)
-        parts: dict[str, Any] = {"model": {"path": path}}
+        parts: dict[str, Any] = {"model": {"path": paths[str(model)]}}
         if model.override_architecture is not None:
             parts["override_architecture"] = model.override_architecture
         return ModelReference.model_validate(parts)

@@ -53,7 +53,7 @@ def check_memory(merges: Sequence[Merge], config: Recipe) -> Iterator[Finding]:
     if not merges:
         return
     largest = max(merges, key=lambda merge: peak(merge, config))
-    shard = min(_result_bytes(merges, config), MergeOptions().out_shard_size)
+    shard = min(result_bytes(merges, config), MergeOptions().out_shard_size)
     needed = PROGRAM_BYTES + shard + peak(largest, config)
     fact = f"memory needed on the CPU: up to about {size(needed)}; most for {largest.planned.name}"
     free = available_memory()
@@ -92,7 +92,7 @@ def check_disk(
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    needed = _result_bytes([merge for merge in merges if merge.inputs], config)
+    needed = result_bytes([merge for merge in merges if merge.inputs], config)
     there = 0 if out is None else left_bytes(out)
     needed = max(0, needed - there)
     more = f" beside the {size(there)} of an interrupted merge" if there else ""
@@ -134,7 +134,8 @@ def peak(merge: Merge, config: Recipe) -> float:
     return inputs + copies * 4 * elements
 
 
-def _result_bytes(merges: Sequence[Merge], config: Recipe) -> int:
+def result_bytes(merges: Sequence[Merge], config: Recipe) -> int:
+    """Bytes of the result's tensors, each of which some input holds."""
     total = 0
     for merge in merges:
         first = next(iter(merge.inputs.values()))

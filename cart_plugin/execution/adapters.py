@@ -14,26 +14,26 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mergekit.common import ModelReference
+from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from cart_plugin.checkpoints import side_files
 from cart_plugin.checkpoints.adapters import PICKLED, weights_file
-from cart_plugin.checkpoints.files import read_json, unfinished
+from cart_plugin.checkpoints.files import check_space, read_json, unfinished
 from cart_plugin.checkpoints.headers import read_header
 from cart_plugin.checkpoints.names import model_class
-from cart_plugin.checkpoints.reading import open_adapter
+from cart_plugin.checkpoints.reading import Checkpoint, open_adapter
 from cart_plugin.doctor.layout import references
 from cart_plugin.errors import CartError, first_line
 from cart_plugin.execution import child
-from cart_plugin.execution.inputs import plain
+from cart_plugin.execution.inputs import Inputs, plain
 
 _REVISION = 2  # raised when whole models of the same files come to be others
 
 
 def fuse(
-    config: MergeConfiguration,
+    inputs: Inputs,
     options: MergeOptions,
     scratch: Path,
     tell: Callable[[str], None] | None = None,
@@ -41,7 +41,7 @@ def fuse(
     """Make whole models of a recipe's inputs with adapters, unless they are in the cache.
 
     Args:
-        config: the recipe; left unchanged.
+        inputs: the recipe and its models; left unchanged.
         options: mergekit's, of which `lora_merge_cache` keeps the models for other merges, and
             `lora_merge_dtype` is their dtype.
         scratch: takes logs, and the models where no cache is named.
@@ -51,22 +51,22 @@ def fuse(
         The recipe, as plain data, with the whole models' folders in their place.
 
     Raises:
-        CartError: an adapter does not fit its base.
+        CartError: an adapter does not fit its base, or is another one's copy; or there is no room.
     """
+    config = inputs.config
     cache = Path(options.lora_merge_cache) if options.lora_merge_cache else scratch / "fused"
-    made: dict[str, Path] = {}
-    for label, model in references(config).items():
-        if model.lora is None:
-            continue
-        dtype = options.lora_merge_dtype or ""
-        _check(Path(model.lora.path))
-        folder = cache.absolute() / _key(Path(model.model.path), Path(model.lora.path), dtype)
-        made[label] = folder
-        if folder.is_dir():
-            continue
+    made = _folders(config, options, cache.absolute())
+    named = references(config)
+    missing = {label: folder for label, folder in made.items() if not folder.is_dir()}
+    if missing:
         cache.mkdir(parents=True, exist_ok=True)
+        check_space(cache, sum(_bytes(inputs.checkpoints[label], options) for label in missing))
+    for label, folder in missing.items():
+        model = named[label]
+        assert model.lora is not None
         log = scratch / f"{folder.name}.log"
         with unfinished(folder) as place:
+            dtype = options.lora_merge_dtype or ""
             arguments = [model.model.path, model.lora.path, str(place), dtype]
             error = child.run("cart_plugin.execution.adapters:main", arguments, log, tell)
             if error:
@@ -79,6 +79,45 @@ def fuse(
         return ModelReference.model_validate({"model": {"path": str(folder)}})
 
     return plain(config, whole)
+
+
+def _bytes(base: Checkpoint, options: MergeOptions) -> int:
+    """Of a whole model on this base.
+
+    Raises:
+        CartError: mergekit knows no such dtype.
+    """
+    try:
+        dtype = dtype_from_name(options.lora_merge_dtype)
+    except RuntimeError as error:
+        raise CartError(f"--lora-merge-dtype: {error}; write float32, or bfloat16") from None
+    return sum(
+        info.elements * dtype.itemsize if dtype is not None and info.is_floating else info.bytes
+        for info in base.tensors.values()
+    )
+
+
+def _folders(config: MergeConfiguration, options: MergeOptions, cache: Path) -> dict[str, Path]:
+    """Where the whole models of a recipe belong, by label.
+
+    Raises:
+        CartError: an adapter is none, or two are one and the same: it would count once.
+    """
+    made: dict[str, Path] = {}
+    labels: dict[Path, str] = {}
+    for label, model in references(config).items():
+        if model.lora is None:
+            continue
+        base, adapter = Path(model.model.path), Path(model.lora.path)
+        _check(adapter)
+        made[label] = cache / _key(base, adapter, options.lora_merge_dtype or "")
+        other = labels.setdefault(made[label], label)
+        if other != label:
+            raise CartError(
+                f"{other} and {label} are one model: their adapters hold the same files; name one "
+                "of them only (`weight` makes a model count more)"
+            )
+    return made
 
 
 def _check(adapter: Path) -> None:
@@ -128,7 +167,6 @@ def main() -> None:
 
 
 def _fuse(base: Path, adapter: Path, out: Path, dtype: str) -> None:
-    from mergekit.common import dtype_from_name
     from peft import PeftModel
 
     config: Mapping[str, Any] = read_json(base / "config.json")

@@ -15,6 +15,8 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+_KILL = 9  # SIGKILL, which not every system has a name for
+
 
 def run(
     function: str,
@@ -31,7 +33,8 @@ def run(
         tell: receives the last line of that, twice a second.
 
     Returns:
-        The last line of its traceback or output if it fails; empty if it ends well.
+        The last line of its traceback or output if it fails, and the signal if one has killed it;
+        empty if it ends well.
     """
     command = [sys.executable, "-m", __name__, function, *arguments]
     with log.open("w") as output:
@@ -56,7 +59,11 @@ def run(
             child.kill()
             child.wait()
             raise
-    return "" if code == 0 else last_line(log) or f"ended with exit code {code}"
+    last = last_line(log)
+    if code < 0:  # what it printed last is no reason
+        why = " (if not by you, for its memory)" if -code == _KILL else ""
+        return f"was killed by signal {-code}{why}" + (f" at: {last}" if last else "")
+    return "" if code == 0 else last or f"ended with exit code {code}"
 
 
 def last_line(log: Path) -> str:

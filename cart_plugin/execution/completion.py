@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -51,9 +50,9 @@ def add_card(out: Path, name: str, config: MergeConfiguration, source: str) -> N
 
     def local(model: ModelReference) -> ModelReference:
         # mergekit asks the hub about paths that look like its names, and fails without a network.
-        parts: dict[str, Any] = {"model": {"path": os.path.abspath(model.model.path)}}
+        parts: dict[str, Any] = {"model": {"path": str(Path(model.model.path).absolute())}}
         if model.lora is not None:
-            parts["lora"] = {"path": os.path.abspath(model.lora.path)}
+            parts["lora"] = {"path": str(Path(model.lora.path).absolute())}
         return ModelReference.model_validate(parts)
 
     shown = OrderedConfiguration.model_validate(plain(config, local))

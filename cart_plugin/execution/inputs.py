@@ -78,6 +78,7 @@ def read_inputs(document: Mapping[str, Any]) -> Inputs:
     if config is None:
         raise CartError("mergekit rejects the recipe")
     stop_at(check_method(config.merge_method)[1])
+    stop_at(schema.check_dtypes(config))
     ordered = OrderedConfiguration.model_validate(recipe)
     for group in groups(ordered):
         twice = sorted({label for label in group.models if group.models.count(label) > 1})

@@ -16,7 +16,7 @@ import yaml
 from mergekit.options import MergeOptions
 
 from cart_plugin.checkpoints import side_files
-from cart_plugin.checkpoints.files import read_json
+from cart_plugin.checkpoints.files import check_space, read_json
 from cart_plugin.errors import CartError
 from cart_plugin.execution import adapters, child, completion, routes, verification
 from cart_plugin.execution.inputs import Inputs, read_inputs
@@ -86,11 +86,14 @@ def merge(
         tell: receives the last line of the log while it grows.
 
     Raises:
-        CartError: no route makes a whole model, mergekit failed, or the result is not whole; or
-            weights that follow the transformer (`side_files.check_modules`) would not be merged.
+        CartError: no route makes a whole model, the disk has no room for it, mergekit failed, or
+            the result is not whole; or weights that follow the transformer
+            (`side_files.check_modules`) would not be merged.
     """
     prepared = prepare(recipe, options, scratch, force=force, tell=tell)
     choice = prepared.choice
+    out.mkdir(exist_ok=True)
+    check_space(out, choice.bytes)
     job = scratch / "job.json"
     routes.Job.of(choice, prepared.inputs, out, options).write(job)
     error = child.run("cart_plugin.execution.routes:main", [str(job)], log, tell)
@@ -117,7 +120,7 @@ def prepare(
     original = read_inputs(yaml.safe_load(source))
     inputs = original
     if original.adapters:
-        inputs = read_inputs(adapters.fuse(original.config, options, scratch, tell))
+        inputs = read_inputs(adapters.fuse(original, options, scratch, tell))
     side_files.check_modules(inputs.donor.path, [held.path for held in inputs.checkpoints.values()])
     return Prepared(source, original, inputs, routes.choose(inputs, options, force=force))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from mergekit import merge_methods
@@ -21,19 +21,9 @@ from cart_plugin.execution.layout import Placed
 from cart_plugin.execution.settings import Settings
 
 
-def check(inputs: Inputs, model: Any, placed: Mapping[str, Placed]) -> list[Finding]:
-    """What is to be known before a merge tensor by tensor.
-
-    Args:
-        inputs: the recipe and its models.
-        model: of their config, without values.
-        placed: each input's tensors under the model's names; both as `tensorwise.check` has them.
-
-    Raises:
-        CartError: the recipe's method does not take such models, or lacks a parameter.
-    """
+def check(inputs: Inputs, merges: Sequence[Merge]) -> list[Finding]:
+    """What is to be known before a merge tensor by tensor; its tensors by `foresee`."""
     config, method = inputs.config, merge_methods.get(inputs.config.merge_method)
-    merges = foresee(inputs, model, placed)
     findings = [
         *check_range(merges, inputs.checkpoints, config),
         *likeness.check(inputs.checkpoints, config, vocabulary_rows(merges), completed=True),
@@ -44,8 +34,17 @@ def check(inputs: Inputs, model: Any, placed: Mapping[str, Placed]) -> list[Find
     return findings
 
 
-def foresee(inputs: Inputs, model: Any, placed: Mapping[str, Placed]) -> list[Merge]:
+def foresee(
+    inputs: Inputs, model: Any, placed: Mapping[str, Placed], *, heads: Collection[str] = ()
+) -> list[Merge]:
     """The tensors of the merge, as the doctor knows those of mergekit's plan.
+
+    Args:
+        inputs: the recipe and its models.
+        model: of their config, without values.
+        placed: each input's tensors under the model's names; both as `tensorwise.check` has them.
+        heads: names that are written though the first model ties them: others have values of
+            their own there, which headers do not tell.
 
     Raises:
         CartError: the recipe's method does not take such models, or lacks a parameter.
@@ -53,7 +52,7 @@ def foresee(inputs: Inputs, model: Any, placed: Mapping[str, Placed]) -> list[Me
     donor = placed[inputs.donor.name]
     shared_by_all = set.intersection(*(set(held.units) for held in placed.values()))
     # What the model computes anew is copied; what is tied is another name of the same tensor.
-    merged = shared_by_all - donor.computed - donor.tied.keys()
+    merged = shared_by_all - donor.computed - (donor.tied.keys() - set(heads))
     names = [name for name in donor.units if name in merged]
     settings = Settings(inputs, placed, names)
     tables = vocabulary_names(model)

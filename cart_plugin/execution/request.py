@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mergekit.options import MergeOptions
 
-from cart_plugin.checkpoints.files import check_space, unfinished
+from cart_plugin.checkpoints.files import unfinished
 from cart_plugin.doctor import advice
 from cart_plugin.doctor.findings import Finding, Level, Section, problem
 from cart_plugin.doctor.recipe import check_recipe, load
@@ -70,7 +70,8 @@ def _other_way(recipe: Path) -> tuple[list[Finding], str]:
     documents, _ = load(recipe)
     try:
         inputs = read_inputs(documents[0])
-        return outlook.check(inputs, *tensorwise.check(inputs)), ""
+        merges = outlook.foresee(inputs, *tensorwise.check(inputs))
+        return outlook.check(inputs, merges), ""
     except CartError as error:
         return [], str(error)
 
@@ -106,9 +107,8 @@ def run(
     Raises:
         CartError: as `merge.merge`; or the file is no recipe, or OUT cannot be written.
     """
-    inputs = read(recipe, out)
+    read(recipe, out)
     with unfinished(out) as folder:
-        check_space(folder, inputs.bytes)
         work = folder / _WORK
         work.mkdir()
         written = work / "merge.log"

@@ -24,7 +24,7 @@ from mergekit.options import MergeOptions
 from cart_plugin.checkpoints import names
 from cart_plugin.checkpoints.files import read_json, write_json
 from cart_plugin.checkpoints.placement import computed, is_computed
-from cart_plugin.doctor import planning, result, slices
+from cart_plugin.doctor import costs, planning, result, slices
 from cart_plugin.doctor.buffers import differing
 from cart_plugin.doctor.merges import Merge, match
 from cart_plugin.doctor.parameters import check_method
@@ -66,10 +66,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Choice:
-    """A route, and why: a clause that follows "merged tensor by tensor" or its like."""
+    """A route, and why: a clause that follows "merged tensor by tensor" or its like.
+
+    Attributes:
+        route: its name in `ROUTES`.
+        reason: the clause.
+        bytes: of the result, about.
+    """
 
     route: str
     reason: str
+    bytes: int = 0
 
 
 Make = Callable[..., Any]
@@ -221,14 +228,16 @@ def choose(inputs: Inputs, options: MergeOptions, *, force: bool = False) -> Cho
         found = (of(merges, inputs) for of in losses)
         loss = _lacking(merges) or next(filter(None, found), "")
         if not loss:
-            number = sum(1 for merge in merges if merge.inputs)
-            planned = Choice(PLAN, f"it keeps all tensors ({number:,} planned)")
+            held = [merge for merge in merges if merge.inputs]
+            size = costs.result_bytes(held, inputs.config)
+            planned = Choice(PLAN, f"it keeps all tensors ({len(held):,} planned)", size)
             loss = _masks(merges, inputs)
             if not loss:
                 return planned
     try:
         model, placed = tensorwise.check(inputs)
-        ahead = outlook.check(inputs, model, placed)
+        foreseen = outlook.foresee(inputs, model, placed)
+        ahead = outlook.check(inputs, foreseen)
     except CartError as error:
         if planned is not None:
             return planned  # most methods leave a mask as it is
@@ -240,7 +249,7 @@ def choose(inputs: Inputs, options: MergeOptions, *, force: bool = False) -> Cho
         loss += (
             f"; left out: {tensors} that {type(model).__name__} does not use and some models lack"
         )
-    return Choice(TENSORWISE, loss)
+    return Choice(TENSORWISE, loss, costs.result_bytes(foreseen, inputs.config))
 
 
 def _stop_at_problems(merges: list[Merge], inputs: Inputs, options: MergeOptions) -> None:

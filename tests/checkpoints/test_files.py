@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import shutil
 import subprocess
@@ -9,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pytest
 
 from cart_plugin import CartError
@@ -141,4 +144,48 @@ def test_no_run_comes_in_while_a_failed_one_is_removed(
         fail()
     assert len(told) == 2  # the part, then the rest
     assert all("another run is writing" in line for line in told)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Unlinking(filelock.FileLock):  # type: ignore[misc, valid-type]
+    """As filelock 3.21 to 3.29 has it."""
+
+    def _release(self) -> None:
+        Path(self.lock_file).unlink(missing_ok=True)
+        super()._release()
+
+
+def test_work_is_kept_under_a_filelock_that_removes_what_it_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filelock, "FileLock", Unlinking)
+    out = tmp_path / "out"
+    for number in range(3):
+        with resumable(out) as work:
+            assert len(list(work.folder.glob("part*"))) == number
+            (work.folder / f"part{number}").touch()
+        with pytest.raises(CartError, match="go on with the same command"), unfinished(out):
+            pass
+    (work.folder / ".mergekit-cart-unfinished").unlink()  # as releases before this one left it
+    with resumable(out) as work:
+        assert len(list(work.folder.glob("part*"))) == 3
+        work.keep = False
+    with unfinished(out) as folder:
+        (folder / "result").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "result"]
+
+
+@pytest.mark.parametrize("folder_of", [unfinished, resumable])
+def test_a_file_system_without_locks_is_one_line(
+    folder_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with (
+        pytest.raises(CartError, match=r"of .* has no locks \(flock\)"),
+        folder_of(tmp_path / "out"),
+    ):
+        pass
     assert list(tmp_path.iterdir()) == []

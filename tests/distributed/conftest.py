@@ -12,7 +12,7 @@ import torch
 from click.testing import Result
 
 from cart_plugin.checkpoints.writing import TensorFile
-from tests.doctor.tiny import write_recipe
+from tests.doctor.tiny import change_config, edit_weights, save_models, write_recipe
 from tests.execution.conftest import in_this_process, merge, saved
 
 __all__ = ["in_this_process", "merge", "saved"]
@@ -44,6 +44,31 @@ def recipe_of(method: str, models: list[str], folder: Path) -> Path:
 def recipe(saved: Callable[..., list[str]], tmp_path: Path) -> Path:
     """CART of three tiny Llamas."""
     return recipe_of("cart", saved("llama"), tmp_path)
+
+
+@pytest.fixture(scope="session")
+def halved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[str]]:
+    """As `saved`, in bf16."""
+    made: dict[str, list[str]] = {}
+
+    def halved(architecture: str) -> list[str]:
+        if architecture not in made:
+            made[architecture] = save_models(tmp_path_factory.mktemp("halved"), architecture)
+            for model in made[architecture]:
+                halve(model)
+        return made[architecture]
+
+    return halved
+
+
+def halve(model: str) -> None:
+    """Cast a model's weights to bf16."""
+
+    def cast(held: dict[str, torch.Tensor]) -> None:
+        held.update({name: tensor.bfloat16() for name, tensor in held.items()})
+
+    edit_weights(model, cast)
+    change_config(model, dtype="bfloat16")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

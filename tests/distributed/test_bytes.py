@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -19,8 +20,9 @@ from mergekit.scripts import run_yaml
 from cart_plugin.checkpoints.writing import TensorFile
 from cart_plugin.distributed import plan
 from cart_plugin.distributed.reading import Reader
-from tests.distributed.conftest import METHODS, SHARDS, contents, left, recipe_of
+from tests.distributed.conftest import METHODS, SHARDS, contents, halve, left, recipe_of
 from tests.doctor.tiny import (
+    SIZES,
     change_config,
     edit_weights,
     load_tensors,
@@ -31,6 +33,7 @@ from tests.doctor.tiny import (
 from tests.execution.test_command import lora
 from tests.execution.test_slices import LAYERS
 from tests.execution.test_slices import recipe as stacked
+from tests.execution.test_tied import HEAD, LINEAR, save, untie
 from tests.mergekit.helpers import digest, pickle
 
 Merge = Callable[..., Result]
@@ -196,21 +199,64 @@ def test_what_a_merge_warns_of_is_told_once(merge: Merge, saved: Saved, tmp_path
     assert done.output.count("kept at least 99%") == 1
 
 
-@pytest.mark.parametrize("dtype", [None, "bfloat16", "float32"])
-def test_arcee_fusion_gives_fp32(dtype: str | None, merge: Merge, tmp_path: Path) -> None:
-    models = save_models(tmp_path / "models", "llama", dtype=torch.bfloat16)[:2]
-    settings = {} if dtype is None else {"dtype": dtype}
+@pytest.mark.parametrize("architecture", ["llama", "bert"])
+@pytest.mark.parametrize(
+    ("method", "count", "settings", "dtype"),
+    [
+        ("arcee_fusion", 2, {}, torch.float32),
+        ("arcee_fusion", 2, {"dtype": "bfloat16"}, torch.float32),
+        ("ramplus_tl", 3, {}, torch.float32),
+        ("ramplus_tl", 3, {"dtype": "float16", "out_dtype": "bfloat16"}, torch.bfloat16),
+        ("sce", 3, {"dtype": "float16"}, torch.float16),
+        ("cart", 3, {}, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_dtypes_are_those_that_the_method_gives(
+    method: str,
+    count: int,
+    settings: dict[str, str],
+    dtype: torch.dtype,
+    architecture: str,
+    merge: Merge,
+    halved: Callable[[str], list[str]],
+    tmp_path: Path,
+) -> None:
+    """By mergekit's plan and tensor by tensor."""
+    models = halved(architecture)[:count]
     recipe = write_recipe(
-        tmp_path / "r.yaml", models, merge_method="arcee_fusion", base_model=models[0], **settings
+        tmp_path / "r.yaml", models, merge_method=method, base_model=models[0], **settings
     )
-    for number, options in enumerate([(), ("--workers", 1)]):
-        done = merge(recipe, tmp_path / f"{number}" / "out", *options, *SHARDS)
-        assert done.exit_code == 0, done.output
-    expected = contents(tmp_path / "0" / "out")
-    assert contents(tmp_path / "1" / "out") == expected
-    assert {tensor.dtype for tensor in load_tensors(tmp_path / "0" / "out").values()} == {
-        torch.float32
+    done = same(merge, recipe, tmp_path, *SHARDS, "--force")
+    assert ("tensor by tensor" in done.output.splitlines()[-1]) is (architecture == "bert")
+    assert {tensor.dtype for tensor in load_tensors(tmp_path / "out").values()} == {dtype}
+
+
+def test_a_methods_dtype_may_depend_on_the_shape(merge: Merge, tmp_path: Path) -> None:
+    parts = {
+        "text_config": {**SIZES, "max_position_embeddings": 8},
+        "vision_config": {**SIZES, "image_size": 32, "patch_size": 16},
     }
+    models = save_class(tmp_path / "models", "CLIPModel", **parts)
+    for model in models:
+        halve(model)
+    recipe = write_recipe(tmp_path / "r.yaml", models, merge_method="karcher")
+    same(merge, recipe, tmp_path, "--force")
+    held = load_tensors(tmp_path / "out")
+    assert held["logit_scale"].dtype == torch.float32
+    assert held["text_projection.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("settings", [{"dtype": "bfloat16"}, {"out_dtype": "float16"}], ids=str)
+def test_a_tied_first_model_beside_heads_of_their_own(
+    settings: dict[str, str], merge: Merge, tmp_path: Path
+) -> None:
+    first, *others = save("Whisper", tmp_path)
+    for seed, model in enumerate(others):
+        untie(model, seed)
+    recipe = write_recipe(tmp_path / "r.yaml", [first, *others], **LINEAR, **settings)
+    same(merge, recipe, tmp_path, "--force")
+    assert HEAD in load_tensors(tmp_path / "out")
 
 
 @pytest.mark.parametrize("options", [(), ("--workers", 1)], ids=str)
@@ -241,6 +287,36 @@ def test_relative_paths_mean_the_current_folder(
     monkeypatch.chdir(Path(saved("llama")[0]).parent)
     models = [f"./{Path(model).name}" for model in saved("llama")]
     same(merge, write_recipe(tmp_path / "r.yaml", models, base_model=models[0]), tmp_path)
+
+
+def test_a_path_through_a_link_is_the_folder_that_it_leads_to(
+    merge: Merge, saved: Saved, tmp_path: Path
+) -> None:
+    models = saved("llama")
+    (tmp_path / "real" / "sub").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "sub")
+    for number, model in enumerate(models[:2]):
+        shutil.copytree(model, tmp_path / "real" / f"model-{number}")
+        shutil.copytree(models[2], tmp_path / f"model-{number}")
+    named = [str(tmp_path / "link" / ".." / f"model-{number}") for number in range(2)]
+    same(merge, write_recipe(tmp_path / "r.yaml", named, **LINEAR), tmp_path)
+
+
+def test_one_folder_in_two_spellings_stays_two_models(
+    merge: Merge, saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = saved("llama")
+    monkeypatch.chdir(Path(models[2]).parent)
+    for number, spelling in enumerate([models[2] + "/", Path(models[2]).name]):
+        recipe = write_recipe(
+            tmp_path / "r.yaml",
+            [*models[:2], spelling],
+            merge_method="task_arithmetic",
+            base_model=models[2],
+            parameters={"weight": 1.0, "normalize": True},
+        )
+        (tmp_path / str(number)).mkdir()
+        same(merge, recipe, tmp_path / str(number), "--force")
 
 
 def test_one_worker_takes_mergekits_threads(merge: Merge, saved: Saved, tmp_path: Path) -> None:

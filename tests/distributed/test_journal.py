@@ -6,12 +6,15 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import transformers
 from click.testing import Result
 
 from benchmarks.architectures.vision_language import tokenizer
 from cart_plugin.checkpoints.files import read_json, write_json
+from cart_plugin.checkpoints.reading import INDEX
 from cart_plugin.distributed import journal, request
 from cart_plugin.distributed.here import make
 from cart_plugin.distributed.journal import Places
@@ -106,6 +109,28 @@ def test_files_of_other_programs_are_no_change_of_a_model(merge: Merge, tmp_path
     assert journal.identity(inputs, "plan", request.MergeOptions(), 1, whole=False) == before
     (Path(models[0]) / "vocabulary.txt").touch()
     assert journal.identity(inputs, "plan", request.MergeOptions(), 1, whole=False) != before
+
+
+def test_the_index_of_a_model_is_a_part_of_it(tmp_path: Path) -> None:
+    models = save_models(tmp_path / "models", "llama")
+    for model in models:
+        kind = transformers.AutoModelForCausalLM.from_pretrained(model)
+        (Path(model) / "model.safetensors").unlink()
+        kind.save_pretrained(model, max_shard_size="100KB")
+    inputs = request.read_inputs({"merge_method": "cart", "models": [{"model": m} for m in models]})
+
+    def seen() -> list[dict[str, Any]]:
+        options = request.MergeOptions()
+        return [
+            journal.identity(inputs, "plan", options, 1, whole=False),
+            journal.surroundings(inputs, models),
+        ]
+
+    before = seen()
+    with (Path(models[1]) / INDEX).open("a") as index:
+        index.write(" ")
+    for old, now in zip(before, seen(), strict=True):
+        assert journal._difference(old, now) == f"model {models[1]} has changed ({INDEX})"
 
 
 def test_a_tokenizer_of_none_of_the_models_is_an_input(merge: Merge, tmp_path: Path) -> None:

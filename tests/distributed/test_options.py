@@ -12,12 +12,14 @@ from click.testing import Result
 from rich.console import Console
 
 from cart_plugin.cli import console
-from cart_plugin.distributed import here, progress
+from cart_plugin.distributed import here, plan, progress
 from cart_plugin.distributed.journal import Places
 from cart_plugin.distributed.plan import Part
 from cart_plugin.distributed.progress import State, Step
 from tests.distributed.conftest import left, recipe_of
+from tests.doctor.tiny import save_models, write_recipe
 from tests.execution.test_command import refuses
+from tests.mergekit.helpers import pickle
 
 Merge = Callable[..., Result]
 Saved = Callable[..., list[str]]
@@ -108,6 +110,21 @@ def test_a_cluster_that_is_not_there_is_one_line(
     done = merge(recipe, tmp_path / "out", "--ray", "auto")
     refuses(done, "cannot join the Ray cluster at auto", "Could not find any running Ray")
     assert left(tmp_path) == []
+
+
+def test_memory_is_asked_for_the_files_of_pickled_models(
+    interrupted: Merge, tmp_path: Path
+) -> None:
+    models = save_models(tmp_path / "models", "llama")
+    files = [Path(pickle(model)) / "pytorch_model.bin" for model in models[:2]]
+    recipe = write_recipe(tmp_path / "r.yaml", models)
+    asked = []
+    for number, options in enumerate(([], ["--lazy-unpickle"])):
+        interrupted(recipe, tmp_path / str(number) / "out", *options)
+        (file,) = tmp_path.glob(f"{number}/.out.unfinished/merge-*/plan.json")
+        asked.append([part.memory for part in plan.parts(plan.read(file))])
+    whole = sum(file.stat().st_size for file in files)  # each is loaded at once
+    assert [more - less for more, less in zip(*asked, strict=True)] == [whole] * len(asked[0])
 
 
 def test_progress_is_the_sum_over_all_parts(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -12,11 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import Result
 
 from cart_plugin.checkpoints.files import left_bytes, resumable, unfinished
 from cart_plugin.distributed import journal, plan
 from tests.distributed.conftest import SHARDS, contents, left, recipe_of, records, shards
+from tests.distributed.test_bytes import byte_pairs, rows_by_token
 from tests.doctor.tiny import edit_weights, save_models, write_recipe
 from tests.execution.test_command import refuses
 
@@ -129,6 +132,64 @@ def test_another_version_or_option_starts_anew_and_is_named(
     done = merge(recipe, tmp_path / "out", "--workers", 1, *SHARDS, "-j", 2)
     assert "starting anew: threads a worker is 2, was 1" in done.output
     assert done.exit_code == 0
+
+
+def test_a_project_that_was_moved_goes_on(
+    merge: Merge, interrupted: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = tmp_path / "project"
+    models = save_models(project / "models", "llama")
+    for model, words in zip(models, ("abcdefgh", "abcdefghijkl", "ghijklmnopqrstu"), strict=True):
+        byte_pairs(words).save_pretrained(model)
+    named = [f"models/{Path(model).name}" for model in models]
+    tokenizer = {"source": "union", "pad_to_multiple_of": 16}
+    write_recipe(project / "r.yaml", named, tokenizer=tokenizer)
+    monkeypatch.chdir(project)
+    interrupted("r.yaml", "out", "--force")
+    count = len(records(project))
+    assert count >= 2
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(project.rename(tmp_path / "moved"))
+    done = merge("r.yaml", "out", "--workers", 1, *SHARDS, "--force")
+    assert done.exit_code == 0, done.output
+    assert f"going on: {count} of" in done.output
+    assert merge("r.yaml", "plain", *SHARDS, "--force").exit_code == 0
+    ours, theirs = rows_by_token(Path("out")), rows_by_token(Path("plain"))
+    assert all(torch.equal(ours[token], theirs[token]) for token in ours)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ESTALE, "Stale file handle"), MemoryError()], ids=repr
+)
+@pytest.mark.parametrize("times", [1, 9])
+def test_a_plan_that_cannot_be_read_now_loses_nothing(
+    error: Exception,
+    times: int,
+    merge: Merge,
+    interrupted: Merge,
+    recipe: Path,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    interrupted(recipe, tmp_path / "out")
+    finished = shards(tmp_path)
+    read, tries = plan.read, []
+
+    def fail(file: Path) -> list[plan.Shard]:
+        tries.append(file)
+        if len(tries) <= times:
+            raise error
+        return read(file)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(plan, "read", fail)
+        done = merge(recipe, tmp_path / "out", "--workers", 1, *SHARDS)
+    refuses(done, "the plan in", f"cannot be read: {type(error).__name__}", "the same command")
+    assert shards(tmp_path) == finished
+    done = merge(recipe, tmp_path / "out", "--workers", 1, *SHARDS)
+    assert f"going on: {len(finished)} of 12 parts" in done.output
+    assert contents(tmp_path / "out") == expected
 
 
 def test_options_without_effect_go_on(

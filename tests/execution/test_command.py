@@ -19,6 +19,7 @@ import transformers
 from click.testing import Result
 from safetensors.torch import load_file
 
+from cart_plugin.execution import child
 from tests.doctor.tiny import (
     change_config,
     edit_weights,
@@ -247,6 +248,74 @@ def test_an_adapter_of_another_model_is_refused(merge: Merge, saved: Saved, tmp_
         merge(write_recipe(tmp_path / "r.yaml", models), tmp_path / "out", "--force"), "adapter"
     )
     assert left(tmp_path) == []
+
+
+def test_dtypes_that_mergekit_does_not_know_are_one_line(
+    merge: Merge, saved: Saved, tmp_path: Path
+) -> None:
+    base = saved("llama")[0]
+    recipe = write_recipe(tmp_path / "r.yaml", saved("llama"), dtype="bf16")
+    refuses(merge(recipe, tmp_path / "out", "--force"), "mergekit cannot merge in bf16")
+    models = [*saved("llama")[1:], f"{base}+{lora(base, tmp_path / 'lora', 0)}"]
+    options = ["--force", "--lora-merge-dtype", "bf16"]
+    recipe = write_recipe(tmp_path / "r.yaml", models)
+    refuses(merge(recipe, tmp_path / "out", *options), "--lora-merge-dtype: ", '"bf16"')
+
+
+def test_one_adapter_under_two_paths_is_named_before_it_is_fused(
+    merge: Merge, saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = saved("llama")[0]
+    adapters = [lora(base, tmp_path / f"lora-{seed}", seed) for seed in range(2)]
+    copy = shutil.copytree(adapters[0], tmp_path / "copy")
+    monkeypatch.setattr(child, "run", None)
+    labels = [f"{base}+{adapter}" for adapter in (*adapters, copy)]
+    recipe = write_recipe(tmp_path / "r.yaml", labels)
+    done = merge(recipe, tmp_path / "out", "--force")
+    refuses(done, f"{labels[0]} and {labels[2]} are one model", "name one")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bert"])
+def test_room_is_asked_for_the_result(
+    architecture: str, merge: Merge, saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = saved(architecture)
+    size = sum(tensor.nbytes for tensor in load_tensors(models[0]).values())
+    recipe = write_recipe(tmp_path / "r.yaml", models, out_dtype="bfloat16")
+
+    def within(room: float) -> Result:
+        usage = shutil._ntuple_diskusage(10**9, 0, int(room * size))
+        monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
+        return merge(recipe, tmp_path / "out", "--force")
+
+    refuses(within(0.4), f"bytes free and {size // 2:,} are needed")
+    done = within(0.6)
+    assert done.exit_code == 0, done.output
+
+
+def test_room_is_asked_for_the_fused_models(
+    merge: Merge, saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = saved("llama")[0]
+    size = sum(tensor.nbytes for tensor in load_tensors(base).values())
+    adapters = [lora(base, tmp_path / f"lora-{seed}", seed) for seed in range(2)]
+    recipe = write_recipe(tmp_path / "r.yaml", [f"{base}+{adapter}" for adapter in adapters])
+
+    def within(room: float, *options: object) -> Result:
+        usage = shutil._ntuple_diskusage(10**9, 0, int(room * size))
+        monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
+        return merge(recipe, tmp_path / "out", "--force", *options)
+
+    for options in ([], ["--workers", 1]):
+        refuses(within(1.9, *options), f"bytes free and {2 * size:,} are needed")
+    half = ["--lora-merge-dtype", "float16"]
+    refuses(within(0.9, *half), f"bytes free and {size:,} are needed")
+    assert left(tmp_path) == []
+    done = within(1.1, *half, "--lora-merge-cache", tmp_path / "cache")
+    assert done.exit_code == 0, done.output
+    shutil.rmtree(tmp_path / "out")
+    done = within(0.6, *half, "--lora-merge-cache", tmp_path / "cache")  # they are there
+    assert done.exit_code == 0, done.output
 
 
 @pytest.mark.slow
