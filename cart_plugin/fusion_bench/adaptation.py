@@ -36,8 +36,8 @@ from cart_plugin.fusion_bench.parts import Parts
 compat.prepare()
 log = logging.getLogger(__name__)
 
-# Of `fabric.precision`: others turn the merge's own tensors into numbers in which steps are lost.
-_PRECISIONS = ("32-true", "64-true", "16-mixed", "bf16-mixed")
+# Of `fabric.precision`: others turn the merge's own tensors into numbers of theirs.
+_PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 _NARROW = (torch.bfloat16, torch.float16)
 PRETRAINED = "_pretrained_"
 
@@ -164,8 +164,8 @@ class Adaptation(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         """Refuse what has nothing to adapt to, before its models are loaded.
 
         Raises:
-            CartError: a model without test data, several processes, or numbers in which steps are
-                lost.
+            CartError: a model without test data, several processes, or a precision that the merge
+                does not keep.
         """
         missing = [name for name in pool.model_names if name not in pool.test_dataset_names]
         if missing:
@@ -181,7 +181,7 @@ class Adaptation(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         if precision not in _PRECISIONS:
             raise CartError(
                 f"fabric.precision={precision} would turn coefficients and task vectors into "
-                f"numbers in which Adam's steps are lost; take one of {', '.join(_PRECISIONS)}"
+                f"numbers of its own; take one of {', '.join(_PRECISIONS)}, which leave them"
             )
 
     def construct(self, pool: BaseModelPool) -> Merged:
@@ -238,11 +238,13 @@ class Adaptation(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         would make noise of the entropies, and batch norms see one task's batch, and move their
         running statistics.
         """
-        batches = {task: self.batches(task) for task in pool.model_names}
         optimizer = torch.optim.Adam(self.groups(module), lr=self.lr, betas=(0.9, 0.999))
         ready, optimizer = self.fabric.setup(module, optimizer)
         steps = 1 if self.is_debug_mode else self.max_steps
         done = self.resume(module, optimizer)
+        if done >= steps:
+            return
+        batches = {task: self.batches(task) for task in pool.model_names}
         for _ in range(done):  # the run that went so far has seen these
             for batch in batches.values():
                 next(batch)
@@ -319,10 +321,11 @@ class Adaptation(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
     def identity(self) -> dict[str, Any]:
         """Settings that a run has to share with the one that it goes on from."""
         names = ("granularity", "lr", "batch_size", "seed")
-        tasks = list(self.modelpool.model_names)
-        return {"method": type(self).__name__, "tasks": tasks} | {
-            name: getattr(self, name) for name in names
-        }
+        return {
+            "method": type(self).__name__,
+            "tasks": list(self.modelpool.model_names),
+            "precision": self.fabric.strategy.precision.precision,
+        } | {name: getattr(self, name) for name in names}
 
     def resume(self, module: Merged, optimizer: Optimizer) -> int:
         """Take up the state of an earlier run, if there is one; return its steps.
@@ -333,7 +336,8 @@ class Adaptation(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
         path = self.checkpoint_path and Path(self.checkpoint_path)
         if not path or not path.is_file():
             return 0
-        done = load_state(path, module, optimizer, self.identity)
+        precision = self.fabric.strategy.precision
+        done = load_state(path, module, optimizer, precision, self.identity)
         if done > self.max_steps:
             raise CartError(
                 f"checkpoint_path: {path} is {done} steps on, max_steps is {self.max_steps}; "
@@ -344,8 +348,8 @@ class Adaptation(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
     def keep(self, module: Merged, optimizer: Optimizer, done: int) -> None:
         """Write the state to go on from, if it is asked for."""
         if self.checkpoint_path is not None:
-            path = Path(self.checkpoint_path)
-            save_state(path, module, optimizer, done, self.identity)
+            path, precision = Path(self.checkpoint_path), self.fabric.strategy.precision
+            save_state(path, module, optimizer, precision, done, self.identity)
 
     def restore(self, path: Path, module: Merged) -> None:
         """Take over what an earlier run has saved."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.precision import Precision
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -32,7 +33,7 @@ def save_adapted(path: Path, module: Merged, tasks: Sequence[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
         "coefficients": module.merge_weight.detach().cpu(),
-        "sizes": module.sizes(),
+        "sizes": module.sizes,
         **{f"{_MASK}{name}": term.mask.cpu() for name, term in module.masked.items()},
     }
     with replacing(path) as scratch:
@@ -92,7 +93,12 @@ def _load_tensor(path: Path, module: Merged) -> None:
 
 
 def save_state(
-    path: Path, module: Merged, optimizer: Optimizer, step: int, run: Mapping[str, Any]
+    path: Path,
+    module: Merged,
+    optimizer: Optimizer,
+    precision: Precision,
+    step: int,
+    run: Mapping[str, Any],
 ) -> None:
     """Write what a run needs to go on.
 
@@ -100,6 +106,7 @@ def save_state(
         path: the file.
         module: the merged model.
         optimizer: its optimizer.
+        precision: fabric's, which scales losses in fp16 by what it has seen of gradients.
         step: steps that are done.
         run: the settings that another run has to have.
     """
@@ -107,15 +114,22 @@ def save_state(
     state = {
         "step": step,
         "run": dict(run),
-        "sizes": module.sizes(),
+        "sizes": module.sizes,
         "adapted": {name: tensor.detach().cpu() for name, tensor in _adapted(module).items()},
         "optimizer": optimizer.state_dict(),
+        "precision": precision.state_dict(),
     }
     with replacing(path) as scratch:
         torch.save(state, scratch)
 
 
-def load_state(path: Path, module: Merged, optimizer: Optimizer, run: Mapping[str, Any]) -> int:
+def load_state(
+    path: Path,
+    module: Merged,
+    optimizer: Optimizer,
+    precision: Precision,
+    run: Mapping[str, Any],
+) -> int:
     """Take up what `save_state` wrote.
 
     Returns:
@@ -126,7 +140,8 @@ def load_state(path: Path, module: Merged, optimizer: Optimizer, run: Mapping[st
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        theirs, step = state["run"], int(state["step"])
+        theirs, step, adapted = state["run"], int(state["step"]), state["adapted"]
+        sizes, of_optimizer, scale = state["sizes"], state["optimizer"], state["precision"]
     except Exception as error:
         raise CartError(
             f"checkpoint_path: {path} does not load as the state of a run: {error}; remove it"
@@ -137,10 +152,18 @@ def load_state(path: Path, module: Merged, optimizer: Optimizer, run: Mapping[st
                 f"checkpoint_path: {path} is of a run with {name}={theirs.get(name)}, this one has "
                 f"{value}; remove it, or give another path"
             )
-    _check_sizes(path, module, state["sizes"])
-    for name, tensor in _adapted(module).items():
-        tensor.data.copy_(state["adapted"][name])
-    optimizer.load_state_dict(state["optimizer"])
+    _check_sizes(path, module, sizes)
+    own = _adapted(module)
+    for name, tensor in own.items():
+        if name not in adapted or adapted[name].shape != tensor.shape:
+            raise CartError(
+                f"checkpoint_path: {path} is of a run that adapts other numbers ({name}); remove "
+                "it, or give another path"
+            )
+    for name, tensor in own.items():
+        tensor.data.copy_(adapted[name])
+    optimizer.load_state_dict(of_optimizer)
+    precision.load_state_dict(scale)
     return step
 
 
@@ -149,7 +172,7 @@ def _adapted(module: Merged) -> dict[str, Tensor]:
 
 
 def _check_sizes(path: Path, module: Merged, found: Tensor) -> None:
-    expected = module.sizes()
+    expected = module.sizes
     if found.shape == expected.shape:
         least = _TOLERANCE * float(expected.max()) * 1e-3  # rounding has a norm, too
         differ = (found - expected).abs() > _TOLERANCE * expected + least

@@ -92,8 +92,8 @@ class CartAdaRank(CartAdaMerging):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Also the scores' learning rate; the rest shows in the models' sizes."""
-        return super().identity | {"mask_lr": self.mask_lr}
+        """Also the scores' learning rate and number; the rest shows in the models' sizes."""
+        return super().identity | {"mask_lr": self.mask_lr, "candidates": self.candidates}
 
     def parts(self, models: dict[str, nn.Module]) -> Parts:
         """The centre, and candidates of each task vector with masks."""

@@ -42,6 +42,7 @@ from cart_plugin.compress.ranks import Matrices, by_size, checked_rule
 from cart_plugin.errors import CartError, CartWarning
 from cart_plugin.fusion_bench.base import CartBase
 from cart_plugin.fusion_bench.fleet import Fleet, copied
+from cart_plugin.fusion_bench.parameters import check_tasks
 from cart_plugin.merging.indexing import index_tensors, spectra_of, stored_share
 from cart_plugin.merging.inputs import check_range
 from cart_plugin.merging.kept import Kept
@@ -159,11 +160,15 @@ class CartIndexingAlgorithm(CartBase):
             ``storage``: numbers to store, and their share of all models' numbers.
 
         Raises:
-            CartError: see `CartBase.load` and `cart_plugin.merging.indexing.index_tensors`; or the
-                target size is too small for the centre and what is not decomposed.
+            CartError: see `CartBase.load` and `cart_plugin.merging.indexing.index_tensors`; the
+                target size is too small for the centre and what is not decomposed; or models have
+                names that a switch cannot tell apart.
         """
         self.check_not_saved()
-        fleet = self.load(modelpool)
+        pool = modelpool if isinstance(modelpool, BaseModelPool) else BaseModelPool(modelpool)
+        if self.switch:
+            check_tasks(pool.model_names)
+        fleet = self.load(pool)
         ranks: dict[str, list[int]] = {}
         if self.target_size is not None:
             with self.profile("choose ranks"):

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from cart_plugin.errors import CartError
 from cart_plugin.fusion_bench.adaptation import PRETRAINED, Adaptation
 from cart_plugin.fusion_bench.base import refuse_saving
+from cart_plugin.fusion_bench.parameters import check_tasks
 from cart_plugin.fusion_bench.parts import Parts
 from cart_plugin.fusion_bench.unlabelled import Unlabelled, check_not_empty
 
@@ -61,14 +62,17 @@ class ImageInputs(Adaptation):
         """Merge the bodies of a pool's models; see `Adaptation.run`.
 
         Raises:
-            CartError: as there, or the program is told to save the merged model.
+            CartError: as there, the program is told to save the merged model, or tasks have names
+                that FusionBench cannot tell apart.
         """
         refuse_saving(
             self,
             "the merged model has a head for each task, which no model class of transformers can "
             "load; what was adapted is saved in merging_weights_save_path and merges again",
         )
-        return super().run(modelpool)
+        pool = modelpool if isinstance(modelpool, BaseModelPool) else BaseModelPool(modelpool)
+        check_tasks(pool.model_names)
+        return super().run(pool)
 
     def check_pool(self, pool: BaseModelPool) -> None:
         """Also find the processor before any model is loaded.

@@ -6,6 +6,7 @@ Its classes load the batches and compute the predictions; the loop is
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -61,7 +62,13 @@ class FusionBenchInputs(Adaptation):
 
     def batches(self, task: str) -> Iterator[Any]:
         """Its shuffled batches."""
-        found: Iterator[Any] = self._source.get_shuffled_test_loader_iter(task)
+        return self._shuffled(type(self._source), task)
+
+    def _shuffled(self, owner: Any, task: str, **loading: int) -> Iterator[Any]:
+        # FusionBench 0.2.33 caches this method, by the algorithm, for the life of the process: the
+        # loaders' processes and all data would outlive the run.
+        uncached = inspect.unwrap(owner.get_shuffled_test_loader_iter)
+        found: Iterator[Any] = uncached(self._source, task, **loading)
         return found
 
     def logits(self, model: nn.Module, batch: Any, task: str) -> Tensor:
@@ -120,10 +127,17 @@ class ClipInputs(FusionBenchInputs):
             CLIPLayerWiseAdaMergingAlgorithm,
         )
 
-        names = ("batch_size", "num_workers")
-        return CLIPLayerWiseAdaMergingAlgorithm(
-            DictConfig({name: getattr(self, name) for name in names})
-        )
+        source = CLIPLayerWiseAdaMergingAlgorithm(DictConfig({}))
+        source.zeroshot_weights = {}  # 0.2.33 keeps all heads with the class
+        return source
+
+    def batches(self, task: str) -> Iterator[Any]:
+        """Its shuffled batches."""
+        from fusion_bench.mixins import CLIPClassificationMixin
+
+        # The algorithm's own method is a cache around this one.
+        loading = {"batch_size": self.batch_size, "num_workers": self.num_workers}
+        return self._shuffled(CLIPClassificationMixin, task, **loading)
 
     def logits(self, model: nn.Module, batch: Any, task: str) -> Tensor:
         """Its predictions, of images without their labels."""

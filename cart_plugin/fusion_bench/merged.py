@@ -42,8 +42,8 @@ class Term(nn.Module):
         self.dtype = dtype
 
     def forward(self, coefficients: Tensor) -> Tensor:
-        """The merged weight, for one coefficient a task."""
-        added = self.added(coefficients.to(self.centre.dtype))
+        """The merged weight, for one coefficient a task: on the centre's device."""
+        added = self.added(coefficients.to(self.centre))
         return (self.centre + added.view(self.centre.shape)).to(self.dtype)
 
     @abstractmethod
@@ -52,7 +52,7 @@ class Term(nn.Module):
 
     @abstractmethod
     def sizes(self) -> Tensor:
-        """Norms by task, ``(tasks,)`` in fp64: they tell other models from these."""
+        """Norms by task, ``(tasks,)`` in fp64 on the CPU: they tell other models from these."""
 
 
 class Whole(Term):
@@ -82,7 +82,7 @@ class Whole(Term):
 
     def sizes(self) -> Tensor:
         """Frobenius norms of the task vectors."""
-        return torch.linalg.vector_norm(self.rows, dim=1, dtype=torch.float64)
+        return _norm(self.rows, dim=1)
 
 
 class LowRankTerm(Term):
@@ -144,8 +144,12 @@ class LowRankTerm(Term):
 
     def sizes(self) -> Tensor:
         """Norms of the singular values by task."""
-        parts = self.values.split(self.ranks, dim=-1)
-        return torch.stack([torch.linalg.vector_norm(one, dtype=torch.float64) for one in parts])
+        return torch.stack([_norm(one) for one in self.values.split(self.ranks, dim=-1)])
+
+
+def _norm(tensor: Tensor, dim: int | None = None) -> Tensor:
+    tensor = tensor.cpu() if tensor.device.type == "mps" else tensor  # it has no fp64
+    return torch.linalg.vector_norm(tensor, dim=dim, dtype=torch.float64).cpu()
 
 
 class Merged(nn.Module):
@@ -161,6 +165,7 @@ class Merged(nn.Module):
         names: the parameters that have terms, in the model's order, which is that of saved
             coefficients.
         merge_weight: the coefficients, ``(tasks, parameters)`` or ``(tasks,)``.
+        sizes: norms of centres (first row) and task vectors, ``(1 + tasks, parameters)``.
     """
 
     def __init__(
@@ -178,6 +183,9 @@ class Merged(nn.Module):
         # FusionBench 0.2.33's own wrappers merge the first name of a tied parameter only.
         self._tied = aliases(model)
         self._held: dict[str, Tensor] | None = None
+        # They do not adapt: what is saved after hours depends on no further computation.
+        columns = [torch.cat([_norm(terms[n].centre)[None], terms[n].sizes()]) for n in self.names]
+        self.sizes = torch.stack(columns, dim=1)
 
     @property
     def terms(self) -> dict[str, Term]:
@@ -211,14 +219,6 @@ class Merged(nn.Module):
         weights = dict(self._held or self.weights())
         weights |= {name: weights[first] for name, first in self._tied.items() if first in weights}
         return functional_call(self.model, weights, args, kwargs, tie_weights=True, strict=False)
-
-    def sizes(self) -> Tensor:
-        """Norms of centres (first row) and task vectors, ``(1 + tasks, parameters)``."""
-        columns = []
-        for term in self.terms.values():
-            centre = torch.linalg.vector_norm(term.centre, dtype=torch.float64)
-            columns.append(torch.cat([centre[None], term.sizes()]).cpu())
-        return torch.stack(columns, dim=1)
 
     @torch.no_grad()
     def unload(self) -> nn.Module:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 from numbers import Real
 from pathlib import Path
+
+from torch import nn
 
 from cart_plugin.errors import CartError
 
@@ -57,3 +60,26 @@ def check_writable(name: str, path: Path) -> None:
         raise CartError(f"{name}: {path} is a folder, give a file in it")
     if parent is None or not parent.is_dir() or not os.access(parent, os.W_OK):
         raise CartError(f"{name}: {path} cannot be written: {parent} is no folder to write in")
+
+
+def check_tasks(names: Iterable[str]) -> None:
+    """Refuse tasks' names that FusionBench's `SwitchModule` cannot hold, or takes for one.
+
+    Raises:
+        CartError: there are some.
+    """
+    taken: dict[str, str] = {}
+    for name in names:
+        # As 0.2.33 writes them, into a `ModuleDict`.
+        held = name.strip().lower().replace("-", "_").replace("/", "_")
+        if not held or "." in held or hasattr(nn.ModuleDict(), held):
+            raise CartError(
+                f"a task cannot be called {name!r}: FusionBench's switch of heads and models takes "
+                "no dots and no words that torch's modules use; give it another name"
+            )
+        if held in taken:
+            raise CartError(
+                f"FusionBench's switch of heads and models takes the tasks {taken[held]!r} and "
+                f"{name!r} for one: capitals do not count there, and - and / are _; rename one"
+            )
+        taken[held] = name

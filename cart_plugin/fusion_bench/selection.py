@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 import torch
 
 from cart_plugin.errors import CartError
-from cart_plugin.merging.tensors import is_decomposed
+from cart_plugin.merging.tensors import is_decomposed, matrix_shape
 
 Decision = Callable[[str, torch.Size], bool]
 
@@ -76,8 +76,10 @@ def selection(
         _check(patterns, names, f"decompose: {{!r}} is no preset ({presets}) and matches")
 
         def chosen(name: str, shape: torch.Size) -> bool:
-            # Without its name a tensor is judged by its shape alone: the patterns have the say.
-            return matches(name, patterns) and is_decomposed(None, shape)
+            # By its matrices' shape alone: the patterns have the say, not what tables are called.
+            if not matches(name, patterns) or len(shape) < 2:
+                return False
+            return is_decomposed(None, matrix_shape(name, shape))
 
     return lambda name, shape: chosen(name, shape) and not matches(name, exclude)
 

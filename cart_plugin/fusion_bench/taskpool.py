@@ -24,6 +24,7 @@ Encoders without a classifier, with a head a task (see `ImageClassificationTaskP
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,10 @@ from omegaconf import OmegaConf
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from cart_plugin.fusion_bench.parameters import check_tasks
+
+# Tasks that FusionBench has from here: the next job of a multi-run may bring other heads.
+_registered: set[str] = set()
 # What of lm-eval's results goes into FusionBench's report; its own file holds the rest.
 _REPORTED = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
 
@@ -96,15 +101,16 @@ class ImageClassificationTaskPool(_ImagePool):
         **kwargs: FusionBench's ``processor`` and ``dataloader_kwargs``.
 
     Raises:
-        CartError: no test dataset; a task without a head; a head that is missing, is not linear,
-            or fits neither the others nor the task's classes.
+        CartError: no test dataset; tasks with names that FusionBench cannot tell apart; a task
+            without a head; a head that is missing, is not linear, or fits neither the others nor
+            the task's classes.
     """
 
     def __init__(self, test_datasets: Any, *, heads: Mapping[str, str], **kwargs: Any) -> None:
+        check_tasks(test_datasets)
         super().__init__(test_datasets, **kwargs)
         self._heads = _load_heads(heads, list(test_datasets))
-        for task, head in self._heads.items():
-            _register(task, head.out_features)
+        self._register_tasks()
 
     def setup(self) -> None:
         """Load the test datasets, once: FusionBench's own does it for every model."""
@@ -129,8 +135,13 @@ class ImageClassificationTaskPool(_ImagePool):
             CartError: the model has no ``classifier``, or gives features that the heads do not
                 take.
         """
+        self._register_tasks()  # another pool may have heads of other sizes for them
         with _own_forward(model), _heads_in_place(model, SwitchModule(self._heads)):
             return super().evaluate(model, name=name, **kwargs)
+
+    def _register_tasks(self) -> None:
+        for task, head in self._heads.items():
+            _register(task, head.out_features)
 
     def _evaluate(self, classifier: nn.Module, *args: Any, **kwargs: Any) -> dict[str, float]:
         # FusionBench 0.2.33 chooses the task of switches only; EMR's models have `set_task`.
@@ -179,17 +190,22 @@ def _load_head(task: str, folder: Path) -> TaskHead:
 
 def _register(task: str, classes: int) -> None:
     """Tell FusionBench how many classes a task has."""
-    if task not in CLIPTemplateFactory.get_available_datasets():
-        # Given all three, 0.2.33 stores the first; given the last two it loses the templates.
-        names = [str(number) for number in range(classes)]
-        info = {"classnames": names, "templates": []}
-        CLIPTemplateFactory.register_dataset(
-            task, dataset_info=info, classnames=names, templates=[]
-        )
-    elif get_num_classes(task) != classes:
+    known = task in CLIPTemplateFactory.get_available_datasets()
+    if known and get_num_classes(task) == classes:
+        return
+    if known and task not in _registered:
         raise CartError(
             f"the head of task {task!r} has {classes} classes, FusionBench's task of that name "
             f"has {get_num_classes(task)}"
+        )
+    _registered.add(task)
+    # Given all three, 0.2.33 stores the first; given the last two it loses the templates.
+    names = [str(number) for number in range(classes)]
+    info = {"classnames": names, "templates": []}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is there already
+        CLIPTemplateFactory.register_dataset(
+            task, dataset_info=info, classnames=names, templates=[]
         )
 
 

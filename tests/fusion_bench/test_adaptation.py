@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +15,18 @@ from torch import nn
 
 pytest.importorskip("fusion_bench")
 
+from fusion_bench import BaseModelPool
 from fusion_bench.method.adamerging.entropy_loss import entropy_loss
+from fusion_bench.mixins import CLIPClassificationMixin
+from lightning.fabric import Fabric
+from lightning.fabric.plugins.precision import MixedPrecision
 
 from cart_plugin import CartError
-from cart_plugin.fusion_bench.adamerging import CartGPT2AdaMergingAlgorithm
+from cart_plugin.fusion_bench.adamerging import (
+    CartCLIPAdaMergingAlgorithm,
+    CartFlanT5AdaMergingAlgorithm,
+    CartGPT2AdaMergingAlgorithm,
+)
 from cart_plugin.fusion_bench.adaptation import Adaptation
 from cart_plugin.fusion_bench.adarank import CartGPT2AdaRankAlgorithm, CartImageAdaRankAlgorithm
 from cart_plugin.fusion_bench.image_adamerging import (
@@ -72,6 +83,7 @@ def test_a_run_goes_on_from_its_own_state_only(tmp_path: Path) -> None:
     for other, message in [
         ({"lr": 0.02}, "of a run with lr=0.01, this one has 0.02"),
         ({"mask_lr": 0.5}, "mask_lr=0.01"),
+        ({"candidates": 0.6}, "candidates=0.5, this one has 0.6"),
         ({"rank": 3}, "rank=2, this one has 3"),
         ({"weights": [1.0, 2.0, 3.0]}, "other models.*weights"),
         ({"max_steps": 1}, "2 steps on, max_steps is 1"),
@@ -80,9 +92,73 @@ def test_a_run_goes_on_from_its_own_state_only(tmp_path: Path) -> None:
             CartGPT2AdaRankAlgorithm(**{**settings, **other}).run(models)
     with pytest.raises(CartError, match="method=CartGPT2AdaRankAlgorithm"):
         CartGPT2AdaMergingAlgorithm(**settings).run(models)
+    in_bf16 = CartGPT2AdaRankAlgorithm(**settings)
+    in_bf16.fabric = Fabric(accelerator="cpu", precision="bf16-mixed")
+    with pytest.raises(CartError, match="precision=32-true, this one has bf16-mixed"):
+        in_bf16.run(models)
+    state = torch.load(file, weights_only=True)
+    for change in (lambda one: one[:1], lambda one: one[:, :-1], lambda one: None):
+        adapted = {name: change(one) for name, one in state["adapted"].items()}
+        kept = {name: one for name, one in adapted.items() if one is not None}
+        torch.save(state | {"adapted": kept}, file)
+        with pytest.raises(CartError, match=r"adapts other numbers \(merge_weight\)"):
+            CartGPT2AdaRankAlgorithm(**settings).run(models)
     file.write_bytes(b"nothing")
     with pytest.raises(CartError, match="does not load as the state of a run"):
         CartGPT2AdaRankAlgorithm(**settings).run(models)
+
+
+def in_fp16() -> Fabric:
+    """Its losses are scaled, and on CPUs, too; the scale doubles with each step."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
+    return Fabric(accelerator="cpu", plugins=MixedPrecision("16-mixed", "cpu", scaler))
+
+
+def test_a_run_in_fp16_goes_on_with_its_scale(tmp_path: Path) -> None:
+    models, file = tiny.gpt2_pool(tmp_path), tmp_path / "state.pt"
+    settings: dict[str, Any] = {**CART, **RATES, "checkpoint_path": str(file)}
+    for steps, scale in [(2, 32.0), (3, 64.0)]:
+        run = CartGPT2AdaMergingAlgorithm(max_steps=steps, **settings)
+        run.fabric = in_fp16()
+        run.run(models)
+        assert run.fabric.strategy.precision.scaler.get_scale() == scale
+    whole = CartGPT2AdaMergingAlgorithm(**{**settings, "checkpoint_path": None, "max_steps": 3})
+    whole.fabric = in_fp16()
+    assert equal(run.run(models), whole.run(models))
+
+
+def test_a_finished_run_reads_no_inputs(tmp_path: Path) -> None:
+    models, file = tiny.gpt2_pool(tmp_path), tmp_path / "state.pt"
+    settings: dict[str, Any] = {**CART, **RATES, "max_steps": 1, "checkpoint_path": str(file)}
+    CartGPT2AdaMergingAlgorithm(**settings).run(models)
+    again: Any = CartGPT2AdaMergingAlgorithm(**settings)
+    again.batches = None
+    again.run(models)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "pool"),
+    [
+        (CartCLIPAdaMergingAlgorithm, tiny.clip_pool),
+        (CartGPT2AdaMergingAlgorithm, tiny.gpt2_pool),
+        (CartFlanT5AdaMergingAlgorithm, tiny.t5_pool),
+        (CartImageAdaMergingAlgorithm, tiny.image_pool),
+    ],
+)
+def test_nothing_outlives_the_run(
+    algorithm: Any, pool: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fusion_bench.utils.cache_utils.DEFAULT_CACHE_DIR", tmp_path / "cache")
+    before = set(multiprocessing.active_children())
+    run = algorithm(max_steps=1, num_workers=1, batch_size=4, **CART)
+    run.run(pool(tmp_path))
+    gc.collect()
+    assert set(multiprocessing.active_children()) <= before
+    held = weakref.ref(next(iter(run._data.values())) if hasattr(run, "_data") else run._source)
+    del run
+    gc.collect()
+    assert held() is None
+    assert not CLIPClassificationMixin.zeroshot_weights
 
 
 def test_a_run_goes_on_with_its_own_heads_only(tmp_path: Path) -> None:
@@ -129,6 +205,13 @@ def test_several_processes_are_refused(tmp_path: Path) -> None:
     run.fabric = SimpleNamespace(world_size=2, _loggers=[])
     with pytest.raises(CartError, match="runs in one process, got 2"):
         run.run(tiny.gpt2_pool(tmp_path))
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_tasks_that_would_share_a_head_are_told_before_models_load(steps: int) -> None:
+    pool = BaseModelPool({"Cars-1": None, "cars_1": None})
+    with pytest.raises(CartError, match="takes the tasks 'Cars-1' and 'cars_1' for one"):
+        CartImageAdaMergingAlgorithm(max_steps=steps).run(pool)
 
 
 def test_adaptation_needs_modules(tmp_path: Path) -> None:

@@ -339,6 +339,14 @@ def test_one_pattern_may_be_a_string() -> None:
     assert not decide("wte.weight", torch.Size([4, 4]))
 
 
+@pytest.mark.parametrize("shape", [(8, 4, 1), (8, 4, 3), (1, 4, 3), (8,), (), (0, 4, 1)])
+def test_patterns_decompose_convolutions_as_auto_does(shape: tuple[int, ...]) -> None:
+    names = ["encoder.conv1.weight"]
+    expected = selection("auto", names)(names[0], torch.Size(shape))
+    assert selection("*conv*", names)(names[0], torch.Size(shape)) is expected
+    assert expected is (shape in {(8, 4, 1), (8, 4, 3)})
+
+
 @pytest.mark.parametrize("lazily", [False, True])
 def test_causal_language_models_are_merged(checkpoints: dict[str, str], lazily: bool) -> None:
     from fusion_bench.modelpool.causal_lm.causal_lm import CausalLMPool

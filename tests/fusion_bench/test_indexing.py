@@ -139,3 +139,22 @@ def test_a_switch_shows_each_task_its_model() -> None:
     for name in states(held):
         set_active_option(switch, name)
         assert torch.allclose(switch(x), held[name](x), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("a-b", "A_b"), "takes the tasks 'a-b' and 'A_b' for one"),
+        (("a/b", "a_b"), "takes the tasks 'a/b' and 'a_b' for one"),
+        (("v1.5", "v2"), r"a task cannot be called 'v1\.5'"),
+        (("type", "other"), "a task cannot be called 'type'"),
+    ],
+)
+def test_a_switch_takes_no_names_that_it_cannot_tell_apart(
+    names: tuple[str, str], message: str
+) -> None:
+    pool = BaseModelPool(dict.fromkeys(names, None))
+    with pytest.raises(CartError, match=message):  # before the models load
+        CartIndexingAlgorithm(switch=True).run(pool)
+    held = dict(zip(names, (models(2)["task0"], models(2)["task1"]), strict=True))
+    assert set(names) < set(CartIndexingAlgorithm(rank=2).run(BaseModelPool(held)))

@@ -236,13 +236,14 @@ def test_images_need_no_labels(
         algorithm(max_steps=2, **CART).run(found)
 
 
-def test_precisions_in_which_steps_are_lost_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_precisions_of_other_numbers_are_refused(precision: Any, tmp_path: Path) -> None:
     from lightning.fabric import Fabric
 
     run = CartGPT2AdaMergingAlgorithm(max_steps=1, **CART)
-    run.fabric = Fabric(accelerator="cpu", precision="bf16-true")
+    run.fabric = Fabric(accelerator="cpu", precision=precision)
     pool = tiny.gpt2_pool(tmp_path)
-    with pytest.raises(CartError, match="precision=bf16-true would"):
+    with pytest.raises(CartError, match=f"precision={precision} would"):
         run.run(pool)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,23 @@ def test_missing_and_unfit_heads_are_named(tmp_path: Path) -> None:
 def test_a_head_of_another_size_than_the_known_task_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CartError, match=r"task 'svhn' has 3 classes.* has 10"):
         image_pool(tmp_path, {"svhn": 3})
+
+
+def test_heads_of_another_size_are_taken_for_the_next_job_of_a_process(tmp_path: Path) -> None:
+    first = image_pool(tmp_path / "first", {"grown-things": 3})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second = image_pool(tmp_path / "second", {"grown-things": 5})
+    for pool in (second, first, second):
+        assert pool.evaluate(encoder())["grown-things"]["loss"] > 0
+
+
+def test_tasks_that_would_share_a_head_are_told_before_heads_load(tmp_path: Path) -> None:
+    names = {"Left-things": "nowhere", "left_things": "nowhere"}
+    with pytest.raises(CartError, match="takes the tasks 'Left-things' and 'left_things' for one"):
+        taskpool.ImageClassificationTaskPool(names, heads=names, processor=None)
+    with pytest.raises(CartError, match=r"a task cannot be called 'v1\.5'"):
+        taskpool.ImageClassificationTaskPool({"v1.5": None}, heads=names, processor=None)
 
 
 def test_features_that_a_head_does_not_take_are_named(tmp_path: Path) -> None:
