@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -166,7 +167,9 @@ def _reference(value: str | dict[str, Any]) -> str:
 def _local(reference: str) -> str:
     """`model` or `model+lora` with the parts that are local folders made absolute."""
     return "+".join(
-        os.path.abspath(part) if os.path.isdir(part) else part for part in reference.split("+")
+        # `..` stays as it is: after a link it is another folder than the text says.
+        str(Path(part).absolute()) if os.path.isdir(part) else part
+        for part in reference.split("+")
     )
 
 

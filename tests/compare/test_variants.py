@@ -172,6 +172,17 @@ def test_local_models_become_absolute(tmp_path: Path, monkeypatch: pytest.Monkey
     ]
 
 
+def test_paths_through_a_link_stay_those_of_the_folder_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there" / "model").mkdir(parents=True)
+    (tmp_path / "there" / "sub").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there" / "sub")
+    (made,) = absolute({"models": [{"model": "link/../model"}]})["models"]
+    assert Path(made["model"]).samefile(tmp_path / "there" / "model")
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [

@@ -94,7 +94,7 @@ def test_one_model_ends_the_merge(llamas: list[str], tmp_path: Path) -> None:
         ({"rank_ratio": "abc"}, "rank_ratio must be a number, got 'abc'"),
         ({"rank_ratio": [0.1, 2]}, "rank_ratio must lie between 0 and 1, got 2"),
         ({"rank": 4, "energy": 0.9}, "rank=4 and energy=0.9 are two rank rules at once"),
-        ({"center": "base"}, "center is 'base' but there is no base model"),
+        ({"center": "base"}, "center is 'base', but there is no base model"),
         ({"center": "mean"}, "center must be 'average' or 'base', got 'mean'"),
         ({"svd": "quick"}, "svd must be one of auto, exact, fast, subspace, sketch, got 'quick'"),
         ({"lambda": "much"}, "lambda must be a number, got 'much'"),

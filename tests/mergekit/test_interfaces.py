@@ -120,7 +120,7 @@ def test_unknown_parameters_are_refused_where_mergekit_lets_us_see_them() -> Non
         ({"weight": math.nan}, "weight must be a finite number, got nan"),
         ({"weight": [1.0, -1.0, 0.0, 0.0]}, "weights must sum to more than 0"),
         ({"center": "mean"}, "center must be 'average' or 'base', got 'mean'"),
-        ({"center": "base"}, "center is 'base' but there is no base model"),
+        ({"center": "base"}, "center is 'base', but there is no base model"),
         ({"svd": "quick"}, "svd must be one of auto, exact, fast, subspace, sketch, got 'quick'"),
     ],
     ids=repr,
