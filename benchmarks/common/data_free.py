@@ -141,12 +141,15 @@ def merged_state(of_taus: OfTaus, tuned: Sequence[Tensors], base: Tensors) -> di
     Args:
         of_taus: for each matrix, of a stack by itself.
         tuned: the models' state dicts.
-        base: theirs.
+        base: theirs. What the models' files leave out, such as old buffers, is kept as it is.
     """
     merged = {}
     torch.manual_seed(0)  # once, so that the masks of two weights of a shape differ
     with torch.no_grad():
         for name, stored in base.items():
+            if any(name not in one for one in tuned):
+                merged[name] = stored
+                continue
             start = stored.float()
             taus = [one[name].float() - start for one in tuned]
             if is_decomposed(name, start.shape):

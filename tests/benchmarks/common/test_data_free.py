@@ -76,3 +76,10 @@ def test_merged_models_are_made_once_and_load(
     assert torch.allclose(model.state_dict()[name], expected, atol=1e-6)
     monkeypatch.setattr(data_free, "merged_state", None)  # it is not called again
     assert data_free.merged_models(["ASWUDI"], tuned, base, tmp_path / "beside") == found
+
+
+def test_what_the_models_files_leave_out_is_the_bases() -> None:
+    base = {"up.weight": random(6, 9), "position_ids": torch.arange(4)}
+    tuned = [{"up.weight": random(6, 9, seed=seed)} for seed in (1, 2)]
+    merged = data_free.merged_state(data_free.OF_TAUS["TSV-M"], tuned, base)
+    assert torch.equal(merged["position_ids"], base["position_ids"])
