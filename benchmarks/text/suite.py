@@ -105,7 +105,7 @@ def main(seeds: str, methods: str, fused: str, workers: int, out: Path) -> None:
     caption = (
         f"Test accuracy in per cent ({TEST_TEXTS} texts a task), mean of {len(made.recipes)} "
         "fine-tuning seeds ± standard error. Settings were chosen on the validation split of the "
-        "first seed, among at most eight; ASWUDI, SWUDI, ACE and DC-Merge have none."
+        "first seed, among at most eight; ASWUDI, SWUDI, ACE and DC-Merge are at their authors'."
     )
     write_results(results, caption, "bench-text", out)
     click.echo((out / "table.md").read_text())
