@@ -375,7 +375,8 @@ class CartMerge(GroupMergeMethod):
             kept=kept,
             turned=by_inputs and self._stored.is_turned(str(name), shape),
             # A recipe's dtype rounds the base, too.
-            base_is_rounded=base is not None
+            base_is_rounded=by_inputs
+            and base is not None
             and self._stored.is_finer(base.id, str(name), base.tensor.dtype),
         )
 

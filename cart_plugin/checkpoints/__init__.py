@@ -3,7 +3,8 @@
 Modules, from the bottom: `dtypes`, `headers` (what a weight file holds), `files` (whole or not at
 all; JSON), `reading` (folders, shards, adapters; a tensor at a time), `adapters` (what their
 tensors are), `writing` (safetensors), `side_files` (tokenizers and the like), `names` (the
-checkpoint's and the model's).
+checkpoint's and the model's), `orientation` (which side of a weight the inputs are on), `stored`
+(what of that a merge has to know).
 """
 
 REVISION = 1

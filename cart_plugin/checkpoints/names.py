@@ -7,6 +7,7 @@ the checkpoint's names, and all arithmetic is done on the model's tensors.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from cart_plugin.errors import CartError
+
+_LAYER = re.compile(r"(?:^|(?<=\.))\d+(?=\.)")
 
 
 @dataclass(eq=False)
@@ -216,6 +219,11 @@ def _check(
                 f"transformers loads {unit.sources[0]} in a way that it cannot undo; this "
                 "architecture cannot be compressed"
             )
+
+
+def of_any_layer(name: str) -> str:
+    """The name with # in the place of each layer's number."""
+    return _LAYER.sub("#", name)
 
 
 def tied_names(model: Any) -> dict[str, list[str]]:

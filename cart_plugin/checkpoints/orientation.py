@@ -7,19 +7,19 @@ task are the rows of the matrix that multiplies them.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import nn
 
 from cart_plugin.checkpoints import names
 from cart_plugin.checkpoints.reading import Checkpoint
+from cart_plugin.errors import CartError
 from cart_plugin.merging.tensors import matrix_shape
 
 # What transformers calls its `Conv1D`s: without one and without a stack a model is not built.
 _CONV1D = re.compile(r"(?:^|\.)(?:[cq]_attn|c_fc|c_proj)\.weight$")
 # Classes of experts that (in some releases of transformers) do not say so by `is_transposed`.
 _UNMARKED = ("Llama4TextExperts", "GptOssExperts")
-_NUMBER = re.compile(r"(?:^|(?<=\.))\d+(?=\.)")
 
 
 def turned_parameters(model: nn.Module) -> set[str]:
@@ -58,15 +58,22 @@ def may_be_turned(name: str, shape: Sequence[int]) -> bool:
     return len(shape) == 2 and bool(_CONV1D.search(name))
 
 
-def is_one_of(name: str, known: set[str]) -> bool:
-    """Whether a weight is one of some, of any layer, with or without the model's own prefix.
+def is_one_of(name: str, kinds: Collection[str]) -> bool:
+    """Whether a weight is of one of some kinds, with or without the model's own prefix.
 
     A merge may take layers from elsewhere, and call ``h.0`` what is ``transformer.h.0`` to others.
+
+    Args:
+        name: the weight's.
+        kinds: names by `cart_plugin.checkpoints.names.of_any_layer`.
     """
-    own = _any_layer(name)
-    others = {_any_layer(other) for other in known}
-    return any(own == it or own.endswith(f".{it}") or it.endswith(f".{own}") for it in others)
+    own = names.of_any_layer(name)
+    return any(own == it or own.endswith(f".{it}") or it.endswith(f".{own}") for it in kinds)
 
 
-def _any_layer(name: str) -> str:
-    return _NUMBER.sub("#", name)
+def not_told(error: CartError) -> str:
+    """What to say where `turned_weights` fails, and weights are taken as they are stored."""
+    return (
+        "weights are taken to be stored as (outputs, inputs), as torch's linear layers store them: "
+        f"{error}"
+    )

@@ -8,7 +8,13 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 
-from cart_plugin.checkpoints.orientation import is_one_of, may_be_turned, turned_weights
+from cart_plugin.checkpoints.names import of_any_layer
+from cart_plugin.checkpoints.orientation import (
+    is_one_of,
+    may_be_turned,
+    not_told,
+    turned_weights,
+)
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.errors import CartError, CartWarning
 
@@ -18,7 +24,7 @@ class Stored:
 
     def __init__(self) -> None:
         self._models: dict[Hashable, Checkpoint] = {}
-        self._turned: set[str] | None = None
+        self._turned: set[str] | None = None  # names of any layer
         self._lock = threading.Lock()  # mergekit works each GPU in a thread
 
     def add(self, models: Mapping[Hashable, Checkpoint]) -> None:
@@ -39,14 +45,9 @@ class Stored:
 
     def _find(self) -> set[str]:
         try:
-            return turned_weights(next(iter(self._models.values())))
+            return set(map(of_any_layer, turned_weights(next(iter(self._models.values())))))
         except CartError as error:
-            warnings.warn(
-                "weights are taken to be stored as (outputs, inputs), as torch's linear layers "
-                f"store them: {error}",
-                CartWarning,
-                stacklevel=4,
-            )
+            warnings.warn(not_told(error), CartWarning, stacklevel=4)
             return set()
 
     def is_finer(self, model: Hashable, name: str, dtype: torch.dtype) -> bool:

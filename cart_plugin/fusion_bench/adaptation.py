@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from cart_plugin.errors import CartError, first_line
 from cart_plugin.fusion_bench import compat
 from cart_plugin.fusion_bench.adapted import load_adapted, load_state, save_adapted, save_state
+from cart_plugin.fusion_bench.base import as_pool
 from cart_plugin.fusion_bench.fleet import copied
 from cart_plugin.fusion_bench.merged import GRANULARITIES, Merged
 from cart_plugin.fusion_bench.parameters import check_path, check_rate, check_whole, check_writable
@@ -127,7 +128,7 @@ class Adaptation(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
             CartError: no test data to adapt to, files that do not fit, predictions without an
                 entropy, and as the method that is adapted.
         """
-        pool = modelpool if isinstance(modelpool, BaseModelPool) else BaseModelPool(modelpool)
+        pool = as_pool(modelpool)
         self.modelpool = pool
         saved = self.merging_weights_load_path and Path(self.merging_weights_load_path)
         if saved and not saved.is_file():

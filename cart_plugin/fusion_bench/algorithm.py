@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from cart_plugin.compress.ranks import Matrices, by_size, checked_rule
 from cart_plugin.errors import CartError, CartWarning
-from cart_plugin.fusion_bench.base import CartBase
+from cart_plugin.fusion_bench.base import CartBase, as_pool
 from cart_plugin.fusion_bench.fleet import Fleet, copied
 from cart_plugin.fusion_bench.parameters import check_tasks
 from cart_plugin.merging.indexing import index_tensors, spectra_of, stored_share
@@ -165,7 +165,7 @@ class CartIndexingAlgorithm(CartBase):
                 names that a switch cannot tell apart.
         """
         self.check_not_saved()
-        pool = modelpool if isinstance(modelpool, BaseModelPool) else BaseModelPool(modelpool)
+        pool = as_pool(modelpool)
         if self.switch:
             check_tasks(pool.model_names)
         fleet = self.load(pool)

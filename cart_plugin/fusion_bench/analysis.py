@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cart_plugin.errors import CartError
-from cart_plugin.fusion_bench.base import refuse_saving
+from cart_plugin.fusion_bench.base import as_pool, refuse_saving
 from cart_plugin.fusion_bench.fleet import check_lazy, module_of, state_of, turned_of
 from cart_plugin.inspect.report import Report
 from cart_plugin.inspect.state_dicts import records_of
@@ -75,7 +75,7 @@ class CartAnalysisAlgorithm(LightningFabricMixin, BaseAlgorithm):
         started = time.perf_counter()
         refuse_saving(self, "cart/analysis merges nothing")
         out = self.output_path
-        pool = modelpool if isinstance(modelpool, BaseModelPool) else BaseModelPool(modelpool)
+        pool = as_pool(modelpool)
         models = {name: pool.load_model(name) for name in pool.model_names}
         base = pool.load_pretrained_model() if pool.has_pretrained else None
         check_lazy(models)

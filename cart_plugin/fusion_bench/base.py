@@ -29,6 +29,11 @@ BASE = "the base model"
 Weights = Mapping[str, float] | Iterable[float] | None
 
 
+def as_pool(modelpool: BaseModelPool | dict[str, nn.Module]) -> BaseModelPool:
+    """The pool that a method is given, or one of the models in a dictionary."""
+    return modelpool if isinstance(modelpool, BaseModelPool) else BaseModelPool(modelpool)
+
+
 def refuse_saving(method: BaseAlgorithm, reason: str) -> None:
     """Refuse to start where the program is told to save what is no merged model.
 
@@ -138,7 +143,7 @@ class CartBase(LightningFabricMixin, SimpleProfilerMixin, BaseAlgorithm):
                 other tensors, adapters beside weights, a pattern that matches nothing, or nothing
                 to decompose.
         """
-        pool = modelpool if isinstance(modelpool, BaseModelPool) else BaseModelPool(modelpool)
+        pool = as_pool(modelpool)
         if len(pool.model_names) < 2:
             raise CartError(
                 "CART needs at least two fine-tuned models; the pool has "

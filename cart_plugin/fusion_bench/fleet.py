@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from copy import deepcopy
@@ -14,6 +13,7 @@ from fusion_bench.models.utils import get_target_state_dict, load_state_dict_int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from cart_plugin.checkpoints.names import of_any_layer
 from cart_plugin.checkpoints.orientation import turned_parameters
 from cart_plugin.errors import CartError, CartWarning
 from cart_plugin.fusion_bench.selection import Decision
@@ -190,18 +190,14 @@ def check_base(base: Iterable[str], tuned: Mapping[str, torch.Size], decompose: 
             f"the pool's pretrained model lacks {len(missing)} of the {len(needed)} tensors that "
             f"are decomposed: {some(missing)}; {remedy}"
         )
-    layers = {_of_any_layer(name) for name in own}
-    if extra := sorted(name for name in held - own if _of_any_layer(name) in layers):
+    layers = {of_any_layer(name) for name in own}
+    if extra := sorted(name for name in held - own if of_any_layer(name) in layers):
         warnings.warn(
             f"the pool's pretrained model has {count(len(extra), 'tensor')} of layers that the "
             f"models have not: {some(extra)}; if it is a deeper one, {remedy}",
             CartWarning,
             stacklevel=3,
         )
-
-
-def _of_any_layer(name: str) -> str:
-    return re.sub(r"(^|(?<=\.))\d+(?=\.)", "#", name)
 
 
 def state_of(model: Any) -> Mapping[str, Tensor]:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from cart_plugin.errors import CartError
 from cart_plugin.fusion_bench.adaptation import PRETRAINED, Adaptation
-from cart_plugin.fusion_bench.base import refuse_saving
+from cart_plugin.fusion_bench.base import as_pool, refuse_saving
 from cart_plugin.fusion_bench.parameters import check_tasks
 from cart_plugin.fusion_bench.parts import Parts
 from cart_plugin.fusion_bench.unlabelled import Unlabelled, check_not_empty
@@ -70,7 +70,7 @@ class ImageInputs(Adaptation):
             "the merged model has a head for each task, which no model class of transformers can "
             "load; what was adapted is saved in merging_weights_save_path and merges again",
         )
-        pool = modelpool if isinstance(modelpool, BaseModelPool) else BaseModelPool(modelpool)
+        pool = as_pool(modelpool)
         check_tasks(pool.model_names)
         return super().run(pool)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from cart_plugin.checkpoints.agreement import strangers
 from cart_plugin.checkpoints.digests import state
-from cart_plugin.checkpoints.orientation import turned_weights
+from cart_plugin.checkpoints.orientation import not_told, turned_weights
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.errors import CartError
 from cart_plugin.inspect.activations import Subject
@@ -70,10 +70,7 @@ class Whole:
         try:
             self._turned = turned_weights(first)
         except CartError as error:
-            self.notes.append(
-                "weights are taken to be stored as (outputs, inputs), as torch's linear layers "
-                f"store them: {error}"
-            )
+            self.notes.append(not_told(error))
 
     def _left_out(
         self, every: Sequence[Checkpoint], lacking: Sequence[str], unlike: Sequence[str]

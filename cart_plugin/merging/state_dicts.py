@@ -40,7 +40,7 @@ def merge_state_dicts(
             end. If None, a `CartWarning` says so where the result is nearly the plain average,
             because nearly all of the differences is kept.
         turned: names of the tensors that are stored as (inputs, outputs), as in `merge_tensors`;
-            `cart_plugin.turned_parameters` tells them of a model.
+            `cart_plugin.inspect.turned_parameters` tells them of a model.
 
     Returns:
         The merged tensors, in the order of the first model. Integer tensors (buffers) are copied

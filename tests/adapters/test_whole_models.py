@@ -71,20 +71,27 @@ def test_of_few_and_of_many(count: int, base: Path, tmp_path: Path) -> None:
         assert farthest(state(base, tmp_path / method), expected) < 3e-6
 
 
-def test_of_the_projects_own_merge_of_whole_models(
-    merge: Callable[..., Result], base: Path, trio: list[Path], tmp_path: Path
+def check_whole_merge(
+    merge: Callable[..., Result], base: Path, adapters: list[Path], folder: Path
 ) -> None:
+    """The project's own merge of the whole models is the base with the merged adapter."""
     recipe = write_recipe(
-        tmp_path / "r.yaml",
-        [f"{base}+{adapter}" for adapter in trio],
+        folder / "r.yaml",
+        [f"{base}+{adapter}" for adapter in adapters],
         merge_method="cart_auto",
         base_model=str(base),
     )
-    done = merge(recipe, tmp_path / "whole")
+    done = merge(recipe, folder / "whole")
     assert done.exit_code == 0, done.output
-    merge_adapters(trio, tmp_path / "out", rank="full")
-    expected = load(tmp_path / "whole").state_dict()
-    assert farthest(state(base, tmp_path / "out"), expected) < 1e-6
+    merge_adapters(adapters, folder / "out", rank="full")
+    expected = load(folder / "whole").state_dict()
+    assert farthest(state(base, folder / "out"), expected) < 1e-6
+
+
+def test_of_the_projects_own_merge_of_whole_models(
+    merge: Callable[..., Result], base: Path, trio: list[Path], tmp_path: Path
+) -> None:
+    check_whole_merge(merge, base, trio, tmp_path)
 
 
 @pytest.mark.parametrize("count", [3, 6])
@@ -94,17 +101,7 @@ def test_of_models_that_store_their_inputs_first(
     base = save_gpt2(tmp_path)
     config = {"target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": True}
     adapters = [save_lora(tmp_path / f"a{seed}", base, seed, **config) for seed in range(count)]
-    recipe = write_recipe(
-        tmp_path / "r.yaml",
-        [f"{base}+{adapter}" for adapter in adapters],
-        merge_method="cart_auto",
-        base_model=str(base),
-    )
-    done = merge(recipe, tmp_path / "whole")
-    assert done.exit_code == 0, done.output
-    merge_adapters(adapters, tmp_path / "out", rank="full")
-    expected = load(tmp_path / "whole").state_dict()
-    assert farthest(state(base, tmp_path / "out"), expected) < 1e-6
+    check_whole_merge(merge, base, adapters, tmp_path)
 
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
