@@ -28,7 +28,14 @@ from torch import Tensor
 from benchmarks.auto.study import SCALES, mean, open_record, sets_of, task_arithmetic
 from benchmarks.common.colors import CART_COLOR, LIMIT_COLOR
 from benchmarks.common.commands import out_option, report_option, workers_option
-from benchmarks.common.data_free import OF_TAUS, OfTaus, Tensors, merged_state, scaled_sum
+from benchmarks.common.data_free import (
+    DOGE,
+    OF_TAUS,
+    Tensors,
+    merged_by,
+    merged_state,
+    scaled_sum,
+)
 from benchmarks.common.provenance import made_by
 from benchmarks.common.tables import markdown_table, percent_cell
 from benchmarks.common.training import in_processes
@@ -53,7 +60,7 @@ OF_MODELS: dict[str, tuple[CartSettings, bool]] = {  # and whether they are give
     "cart, its defaults": (CartSettings(), False),
 }
 ARITHMETIC = "task arithmetic"
-METHODS = (FINE_TUNED, "average", *OF_MODELS, ARITHMETIC, *OF_TAUS)
+METHODS = (FINE_TUNED, "average", *OF_MODELS, ARITHMETIC, *OF_TAUS, DOGE)
 
 
 def members_of(suite: str) -> dict[str, list[tuple[Member, ...]]]:
@@ -151,10 +158,10 @@ def merge(method: str, tuned: Sequence[Tensors], base: Tensors, scale: float) ->
     if method in OF_MODELS:
         settings, informed = OF_MODELS[method]
         return merge_state_dicts(tuned, settings, base=base if informed else None)
-    of_taus: OfTaus = OF_TAUS.get(
-        method, partial(scaled_sum, scale=scale if method == ARITHMETIC else 1 / len(tuned))
-    )
-    return merged_state(of_taus, tuned, base)
+    if method in (ARITHMETIC, "average"):
+        own = scale if method == ARITHMETIC else 1 / len(tuned)
+        return merged_state(partial(scaled_sum, scale=own), tuned, base)
+    return merged_by(method, tuned, base)
 
 
 def scales_of(suite: str, folder: Path) -> dict[str, float]:

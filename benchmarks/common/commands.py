@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,19 @@ workers_option = click.option(
 report_option = click.option(
     "--report", "only_report", is_flag=True, help="Tables and plots from the results."
 )
+
+
+def named(option: str, text: str, names: Collection[str]) -> list[str]:
+    """The names that an option lists, with commas between.
+
+    Raises:
+        click.BadParameter: one is not known.
+    """
+    found = [name for name in text.split(",") if name]
+    if unknown := sorted(set(found) - set(names)):
+        known = ", ".join(names)
+        raise click.BadParameter(f"{option}: {', '.join(unknown)}; there are {known}")
+    return found
 
 
 def progress(console: Console | None = None) -> Progress:

@@ -1,4 +1,4 @@
-"""What the suites that go through `mergekit-cart compare` share: tuning, testing and the table.
+"""What the suites that go through `mergekit-cart compare` share: tuning and testing.
 
 Each method chooses its settings on the validation split of the first fine-tuning seed, from a grid
 of at most eight points; the chosen setting is judged once, on the test split of every seed. All
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -23,9 +22,6 @@ from typing import Any
 import click
 import yaml
 
-from benchmarks.common.cache import write_json
-from benchmarks.common.provenance import made_by, provenance
-from benchmarks.common.tables import markdown_table
 from cart_plugin.compare.steps import versions
 
 # The weights are 1/number of models each, but for cart, ties (which normalises) and model_stock
@@ -76,7 +72,7 @@ class Suite:
         validation: Sequence[Mapping[str, Any]],
         test: Mapping[int, Sequence[Mapping[str, Any]]],
     ) -> dict[str, Any]:
-        """What `tune` and `test` found, as `write_results` takes it."""
+        """What `tune` and `test` found, as `benchmarks.common.compared.write_results` takes it."""
         return {
             "tasks": dict(self.tasks),
             "seeds": list(self.recipes),
@@ -211,139 +207,3 @@ def in_threads(jobs: Sequence[Callable[[], Any]], workers: int) -> list[Any]:
     """Run jobs, each of which waits for a process of its own; return their results in order."""
     with ThreadPoolExecutor(max(1, workers)) as pool:
         return [running.result() for running in [pool.submit(job) for job in jobs]]
-
-
-def lines(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The table's rows, by mean: accuracy by task over the seeds, and the mean's standard error.
-
-    The error is that between the seeds; with one seed it is that of the test examples.
-    """
-    names = list(results["tasks"])
-    found: dict[str, list[dict[str, Any]]] = {}
-    for rows in results["test"].values():
-        individual: dict[str, dict[str, float]] = {"accuracy": {}, "stderr": {}}
-        for row in rows:
-            if row["kind"] == "base":
-                found.setdefault("pretrained", []).append(row)
-            elif row["kind"] == "model":
-                own = next(name for name in names if row["name"].startswith(f"input-{name}-"))
-                for values in individual:
-                    individual[values][own] = row[values][own]
-            elif row["kind"] == "other":
-                found.setdefault(_method_of(row["name"]), []).append(row)
-            elif not row["error"]:
-                found.setdefault(row["method"], []).append(row)
-        found.setdefault("fine-tuned", []).append(individual)
-    table = [
-        {
-            "name": key,
-            "accuracy": {
-                name: statistics.fmean(seed["accuracy"][name] for seed in seeds) for name in names
-            },
-            "mean": statistics.fmean(_mean(seed, names) for seed in seeds),
-            "stderr": _error(seeds, names),
-            "chosen": results["chosen"].get(key, {}),
-        }
-        for key, seeds in found.items()
-    ]
-    return sorted(table, key=_by_mean)
-
-
-def _method_of(name: str) -> str:
-    """Of a row that was merged elsewhere: its folder is called by the method and a hash."""
-    return name.removeprefix("also-").rpartition("-")[0]
-
-
-def _by_mean(line: Mapping[str, Any]) -> float:
-    return float(line["mean"])
-
-
-def _mean(seed: Mapping[str, Any], names: Sequence[str]) -> float:
-    return statistics.fmean(seed["accuracy"][name] for name in names)
-
-
-def _error(seeds: Sequence[Mapping[str, Any]], names: Sequence[str]) -> float:
-    if len(seeds) > 1:
-        return statistics.stdev([_mean(seed, names) for seed in seeds]) / len(seeds) ** 0.5
-    return sum(seeds[0]["stderr"][name] ** 2 for name in names) ** 0.5 / len(names)
-
-
-def write_results(results: Mapping[str, Any], caption: str, target: str, out: Path) -> None:
-    """Write `results.json`, `table.md` and `methods.png` into a folder.
-
-    Args:
-        results: of `Suite.results`.
-        caption: of the table.
-        target: of make, that made them.
-        out: the folder.
-    """
-    path = out / "results.json"
-    older = json.loads(path.read_text()) if path.exists() else {"test": {}, "measured": []}
-    measured = sittings(results, older)
-    write_json(path, {**results, "caption": caption, "target": target, "measured": measured})
-    write_report(out)
-
-
-def sittings(results: Mapping[str, Any], older: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Where the rows of `test` come from: `compare` finds those again that an older run made.
-
-    Returns:
-        Provenances with `cases`, a seed and a name each, as a record has them.
-    """
-    now, before = _rows(results), _rows(older)
-    again = {key for key, row in now.items() if before.get(key) == row}
-    kept = [
-        one | {"cases": [key for key in one["cases"] if key in again]} for one in older["measured"]
-    ]
-    new = [key for key in now if key not in again]
-    return [one for one in (*kept, provenance() | {"cases": new}) if one["cases"]]
-
-
-def _rows(results: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"{seed} {row['name']}": row for seed, rows in results["test"].items() for row in rows}
-
-
-def write_report(out: Path) -> None:
-    """Write `table.md` and `methods.png` from a folder's `results.json`."""
-    results = json.loads((out / "results.json").read_text())
-    table = lines(results)
-    whole = next(line["mean"] for line in table if line["name"] == "fine-tuned")
-    limits = ("pretrained", "fine-tuned")
-    best = max((line for line in table if line["name"] not in limits), key=_by_mean)
-    rows = [
-        [
-            f"**{line['name']}**" if line is best else line["name"],
-            *(f"{100 * value:.1f}" for value in line["accuracy"].values()),
-            f"{100 * line['mean']:.1f} ± {100 * line['stderr']:.1f}",
-            f"{100 * line['mean'] / whole:.0f} %",
-            ", ".join(f"{name} {value:g}" for name, value in line["chosen"].items()),
-        ]
-        for line in table
-    ]
-    header = ["method", *results["tasks"].values(), "mean", "of fine-tuned", "chosen"]
-    ruler = ["---", *["---:"] * (len(header) - 2), "---"]
-    caption = f"{results['caption']} {made_by(results['target'], results['measured'])}"
-    (out / "table.md").write_text(f"{caption}\n\n{markdown_table(header, rows, ruler)}\n")
-    _plot(table, out / "methods.png")
-
-
-def _plot(table: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Means with their standard errors, as bars."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 0.8 + 0.32 * len(table)), layout="constrained")
-    axes = figure.subplots()
-    colours = dict.fromkeys(("cart", "cart_auto"), "#d1632b")
-    colours |= dict.fromkeys(("pretrained", "fine-tuned"), "#b0b7c3")
-    bars = axes.barh(
-        [line["name"] for line in table],
-        [100 * line["mean"] for line in table],
-        xerr=[100 * line["stderr"] for line in table],
-        error_kw={"lw": 1},
-        color=[colours.get(line["name"], "#2f6fb0") for line in table],
-    )
-    axes.bar_label(bars, fmt="%.1f", padding=4, fontsize=8)
-    axes.margins(x=0.1)
-    axes.set_xlabel("mean test accuracy, %")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)

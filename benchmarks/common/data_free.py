@@ -7,25 +7,22 @@ matrix is averaged, as our methods do.
 from __future__ import annotations
 
 import io
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.common import peers
-from benchmarks.common.cache import MANIFEST, new_folder, read_manifest, settings_hash, write_json
+from benchmarks.common.doge import doge
 from cart_plugin.linalg.factors import LowRank
 from cart_plugin.merging.tensors import is_decomposed, matrix_shape
 
 Tensors = Mapping[str, Tensor]
-OfTaus = Callable[[Sequence[Tensor]], Tensor]
-"""Takes the task vectors of a weight, matrices (m, n); gives what is added to the base."""
-WEIGHTS = "model.safetensors"
+OfTaus = Callable[..., Tensor]
+"""Takes the task vectors of a weight, matrices (m, n), and options; gives what is added to the
+base."""
 
 
 def factored(matrix: Tensor) -> LowRank:
@@ -119,6 +116,16 @@ def scaled_sum(taus: Sequence[Tensor], scale: float) -> Tensor:
     return scale * torch.stack(list(taus)).sum(dim=0)
 
 
+def svc_of_sum(taus: Sequence[Tensor], scale: float = 1.0) -> Tensor:
+    """SVC after task arithmetic, whose scale decides only where values are limited."""
+    return peers.svc(scaled_sum(taus, scale), taus)
+
+
+def svc_of_tsvm(taus: Sequence[Tensor], scale: float = 1.0) -> Tensor:
+    """SVC after TSV-M, as its authors set it there: values fall only."""
+    return peers.svc(scale * tsvm([factored(tau) for tau in taus]), taus, 1.0)
+
+
 OF_TAUS: dict[str, OfTaus] = {
     "ASWUDI": peers.aswudi,
     "SWUDI": peers.swudi,
@@ -129,10 +136,34 @@ OF_TAUS: dict[str, OfTaus] = {
     "Iso-C": iso_c,
     "Iso-CTS": iso_cts,
     "DC-Merge": peers.dc_merge,
+    "SVC, task arithmetic": svc_of_sum,
+    "SVC, TSV-M": svc_of_tsvm,
     "WUDI": wudi,
 }
-# Those that mergekit has not: `compare` judges them as they are.
-BESIDE_MERGEKIT = ("TSV-M", "Iso-C", "ASWUDI", "SWUDI", "ACE", "DC-Merge")
+DOGE = "DOGE"  # the only one that looks at all weights at once
+
+
+def merged_by(
+    method: str, tuned: Sequence[Tensors], base: Tensors, **options: float
+) -> dict[str, Tensor]:
+    """Merge whole models by a method of `OF_TAUS` or by `DOGE`.
+
+    Args:
+        method: its name.
+        tuned: the models' state dicts.
+        base: theirs.
+        **options: the method's own.
+    """
+    if method != DOGE:
+        return merged_state(partial(OF_TAUS[method], **options), tuned, base)
+    matrices = [
+        taus
+        for name, start in base.items()
+        if is_decomposed(name, start.shape)
+        for taus in _of_stack(name, start, tuned)
+    ]
+    added = iter(doge(matrices, **options))
+    return merged_state(lambda _: next(added), tuned, base)  # which takes them in this order
 
 
 def merged_state(of_taus: OfTaus, tuned: Sequence[Tensors], base: Tensors) -> dict[str, Tensor]:
@@ -151,49 +182,20 @@ def merged_state(of_taus: OfTaus, tuned: Sequence[Tensors], base: Tensors) -> di
                 merged[name] = stored
                 continue
             start = stored.float()
-            taus = [one[name].float() - start for one in tuned]
             if is_decomposed(name, start.shape):
-                shape = matrix_shape(name, start.shape)
-                stacks = zip(*(tau.reshape(shape) for tau in taus), strict=True)
-                added = torch.stack([of_taus(matrices) for matrices in stacks])
+                added = torch.stack([of_taus(taus) for taus in _of_stack(name, start, tuned)])
                 merged[name] = start + added.view(start.shape)
             else:
-                merged[name] = start + torch.stack(taus).mean(dim=0)
+                merged[name] = start + torch.stack(_taus(name, start, tuned)).mean(dim=0)
     return merged
 
 
-def merged_models(
-    methods: Sequence[str], tuned: Sequence[Path], base: Path, folder: Path
-) -> dict[str, Path]:
-    """Folders of models merged by methods of `OF_TAUS`, unless they are there; by method.
+def _taus(name: str, start: Tensor, tuned: Sequence[Tensors]) -> list[Tensor]:
+    return [one[name].float() - start.float() for one in tuned]
 
-    Each has the files of its base (config, tokenizer) and its own weights, in fp32.
 
-    Args:
-        methods: by name.
-        tuned: folders of models with one weight file.
-        base: that of their base.
-        folder: where the merged models are kept.
-    """
-    identity = {
-        "models": [str(path) for path in tuned],
-        "base": str(base),
-        "peers": peers.REVISION,
-    }
-    found = {
-        method: folder / f"{method.lower()}-{settings_hash([method, identity])}"
-        for method in methods
-    }
-    missing = [method for method, path in found.items() if read_manifest(path) is None]
-    if missing:
-        states = [load_file(path / WEIGHTS) for path in tuned]
-        start = load_file(base / WEIGHTS)
-        for method in missing:
-            with new_folder(found[method]) as target:
-                for path in base.iterdir():
-                    if path.is_file() and path.name not in (WEIGHTS, MANIFEST):
-                        shutil.copy(path, target / path.name)
-                merged = merged_state(OF_TAUS[method], states, start)
-                save_file(merged, target / WEIGHTS, metadata={"format": "pt"})
-                write_json(target / MANIFEST, identity | {"method": method})
-    return found
+def _of_stack(name: str, start: Tensor, tuned: Sequence[Tensors]) -> list[list[Tensor]]:
+    """The task vectors of each matrix of a weight."""
+    shape = matrix_shape(name, start.shape)
+    stacks = zip(*(tau.reshape(shape) for tau in _taus(name, start, tuned)), strict=True)
+    return [list(taus) for taus in stacks]

@@ -20,10 +20,11 @@ import click
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes from local folders
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from benchmarks.common.beside import BESIDE_MERGEKIT, merged_models, slug
 from benchmarks.common.cache import cache_root, settings_hash
-from benchmarks.common.commands import out_option
-from benchmarks.common.comparison import Suite, share_cores, write_recipe, write_results
-from benchmarks.common.data_free import BESIDE_MERGEKIT, merged_models
+from benchmarks.common.commands import named, out_option
+from benchmarks.common.compared import write_results
+from benchmarks.common.comparison import Suite, share_cores, write_recipe
 from benchmarks.llm.backbone import prepare_backbone
 from benchmarks.llm.finetune import FineTuning, Tuned, finetune_all
 from benchmarks.llm.tasks import QUESTIONS, task_name, write_tasks
@@ -42,6 +43,8 @@ GRIDS: dict[str, dict[str, Sequence[float]]] = {
     "cart_auto": {},
 }
 
+BESIDE = {slug(name): name for name in BESIDE_MERGEKIT}
+
 
 def evaluator(tasks: list[str], split: str, examples: int, batch: int = 32) -> list[str]:
     """The options of `compare` that judge a split by lm-eval, in fp32, as they were trained."""
@@ -58,10 +61,13 @@ def work_folder(tasks: list[str], settings: FineTuning, examples: dict[str, int]
     return cache_root() / "llm-suite" / identity
 
 
-def merged_beside(tuned: Mapping[str, Tuned], base: Path, work: Path) -> dict[str, Path]:
-    """The models that are merged by methods which mergekit has not, by method."""
+def merged_beside(
+    tuned: Mapping[str, Tuned], base: Path, work: Path, methods: Sequence[str]
+) -> dict[str, Path]:
+    """The models that are merged by methods which mergekit has not, as their authors set them."""
     folders = [one.model for one in tuned.values()]
-    return merged_models(BESIDE_MERGEKIT, folders, base, work / "beside")
+    authors: dict[str, dict[str, float]] = {method: {} for method in methods}
+    return merged_models(authors, folders, base, work / "beside")
 
 
 def suites(
@@ -71,6 +77,7 @@ def suites(
     examples: dict[str, int],
     seeds: list[int],
     workers: int,
+    beside: Sequence[str] = (),
     most: int | None = None,
 ) -> tuple[Suite, Suite]:
     """Fine-tune what is missing, and write the recipes: of whole models, and of adapters.
@@ -82,6 +89,7 @@ def suites(
         examples: of each task by split.
         seeds: of the fine-tuning; adapters are merged of the first one.
         workers: processes that fine-tune.
+        beside: methods that mergekit has not.
         most: values of each parameter in the grids; all by default.
     """
     base = prepare_backbone()
@@ -92,8 +100,8 @@ def suites(
     def judge(split: str) -> list[str]:
         return evaluator(tasks, split, examples[split])
 
-    def beside(seed: int) -> list[Path]:
-        return list(merged_beside(tuned[seed], base, work).values())
+    def merged(seed: int) -> list[Path]:
+        return list(merged_beside(tuned[seed], base, work, beside).values())
 
     def recipe(models: Mapping[str, str | Path], folder: Path) -> Path:
         return write_recipe(models, base, folder)
@@ -112,7 +120,7 @@ def suites(
             for seed, models in tuned.items()
         },
         work=work / "models",
-        beside=beside,
+        beside=merged,
         **common,
     )
     pairs = {name: f"{base}+{one.adapter}" for name, one in first.items()}
@@ -131,12 +139,14 @@ def compare(
     workers: int,
     out: Path,
     *,
+    beside: Sequence[str],
+    adds: bool,
     tiny: bool,
 ) -> None:
     """Compare the methods on one kind of fine-tuning, and write the results."""
     examples = {"validation": 4, "test": 8} if tiny else EXAMPLES
     most = 1 if tiny else None
-    whole, as_adapters = suites(tasks, methods, settings, examples, seeds, workers, most)
+    whole, as_adapters = suites(tasks, methods, settings, examples, seeds, workers, beside, most)
     chosen, validation = whole.tune(workers)
     test = whole.test(chosen, workers)
     again = {name: chosen[name] for name in adapters}
@@ -159,7 +169,7 @@ def compare(
         f"adapters from {start}. Settings were chosen on the validation split of the first seed "
         f"({examples['validation']} examples a task), among at most four."
     )
-    write_results(results, caption, "bench-llm", out)
+    write_results(results, caption, "bench-llm", out, adds=adds)
     click.echo((out / "table.md").read_text())
 
 
@@ -169,6 +179,8 @@ def compare(
 @click.option("--adapters", default="", help="Methods that merge base and adapters, too.")
 @click.option("--seeds", default="0,1,2", show_default=True, help="Of the fine-tuning.")
 @click.option("--starts", default=",".join(STARTS), show_default=True, help="Of the adapters.")
+@click.option("--beside", default=",".join(BESIDE), help="Methods that mergekit has not.")
+@click.option("--adds", is_flag=True, help="Leave the rows of other methods and seeds as they are.")
 @click.option("--workers", default=2, show_default=True, help="Processes at work at a time.")
 @click.option("--tiny", is_flag=True, help="A few steps and settings, to see that it runs.")
 @out_option("llm")
@@ -178,6 +190,8 @@ def main(
     adapters: str,
     seeds: str,
     starts: str,
+    beside: str,
+    adds: bool,
     workers: int,
     tiny: bool,
     out: Path,
@@ -199,5 +213,7 @@ def main(
             [int(seed) for seed in seeds.split(",")],
             workers,
             out if start == "one" else out / "own_starts",
+            beside=[BESIDE[name] for name in named("--beside", beside, BESIDE)],
+            adds=adds,
             tiny=tiny,
         )

@@ -20,6 +20,7 @@ import click
 import yaml
 from safetensors.torch import load_file, save_file
 
+from benchmarks.common.beside import WEIGHTS
 from benchmarks.common.cache import (
     MANIFEST,
     new_folder,
@@ -27,7 +28,6 @@ from benchmarks.common.cache import (
     settings_hash,
     write_json,
 )
-from benchmarks.common.data_free import WEIGHTS
 from benchmarks.common.fusion import Method, Point, between
 from benchmarks.common.measure import CommandError, measure
 from benchmarks.common.provenance import installed

@@ -8,7 +8,9 @@ runs `mergekit-cart compare`. What mergekit has not comes from FusionBench
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,18 @@ import click
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes from local folders
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from torch import Tensor
+
+from benchmarks.common.beside import BESIDE_MERGEKIT, Point, merged_models, slug, tune
+from benchmarks.common.beside import GRIDS as BESIDE_GRIDS
 from benchmarks.common.cache import cache_root
-from benchmarks.common.commands import out_option
-from benchmarks.common.comparison import GRIDS, Suite, share_cores, write_recipe, write_results
-from benchmarks.common.data_free import BESIDE_MERGEKIT, merged_models
-from benchmarks.common.fusion import Point
+from benchmarks.common.commands import named, out_option
+from benchmarks.common.compared import write_results
+from benchmarks.common.comparison import GRIDS, Suite, share_cores, write_recipe
+from benchmarks.suites import Encoders, load_encoders
 from benchmarks.text import fusion
 from benchmarks.text.backbone import prepare_backbone
-from benchmarks.text.evaluator import TEST_TEXTS
+from benchmarks.text.evaluator import TEST_TEXTS, VALIDATION_TEXTS
 from benchmarks.text.finetune import FineTuning, finetune_all
 from benchmarks.text.tasks import SUITE, TASKS, prepare_task
 
@@ -34,33 +40,48 @@ def evaluator(split: str) -> list[str]:
     return ["--evaluator", f"benchmarks.text.evaluator:{split}"]
 
 
-# Of these, FusionBench's own are tuned.
-IN_MEMORY = tuple(name for name in BESIDE_MERGEKIT if name.lower() not in fusion.METHODS)
+# FusionBench merges its own.
+IN_MEMORY = {slug(name): name for name in BESIDE_MERGEKIT if slug(name) not in fusion.METHODS}
 
 
 def suite(
-    seeds: list[int], methods: list[str], workers: int, through_fusion_bench: list[str]
+    seeds: list[int],
+    methods: list[str],
+    workers: int,
+    through_fusion_bench: list[str],
+    in_memory: list[str],
 ) -> tuple[Suite, dict[str, Point], list[dict[str, Any]]]:
-    """Fine-tune what is missing, tune FusionBench's methods, and write the recipes.
+    """Fine-tune what is missing, tune what mergekit has not, and write the recipes.
 
     Returns:
-        The comparison, and FusionBench's methods' chosen settings and validation rows.
+        The comparison, and the chosen settings and validation rows of what mergekit has not.
     """
     base = prepare_backbone()
     for name in SUITE:
         prepare_task(name)
     work = cache_root() / "text-suite"
     tuned = {seed: finetune_all(SUITE, seed, workers=workers) for seed in seeds}
+    first = seeds[0]
 
     pools = {seed: fusion.pool(models, base) for seed, models in tuned.items()}
     place = work / "fusion-bench"
-    chosen, rows = fusion.tune(through_fusion_bench, pools[seeds[0]], place)
+    fused, rows = fusion.tune(through_fusion_bench, pools[first], place)
+
+    @cache
+    def held() -> Encoders:
+        return load_encoders("text", first, "validation", VALIDATION_TEXTS, SUITE)
+
+    def judge(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+        return held().judge(tensors, SUITE)
+
+    names = [IN_MEMORY[name] for name in in_memory]
+    chosen, more = tune(names, tuned[first], base, judge, work / "beside" / "validation.json")
 
     def beside(seed: int) -> list[Path]:
         folders = list(tuned[seed].values())
-        found = list(merged_models(IN_MEMORY, folders, base, work / "beside").values())
+        found = list(merged_models(chosen, folders, base, work / "beside").values())
         return found + [
-            fusion.merged(key, point, pools[seed], place) for key, point in chosen.items()
+            fusion.merged(key, point, pools[seed], place) for key, point in fused.items()
         ]
 
     made = Suite(
@@ -73,7 +94,7 @@ def suite(
         grids={method: GRIDS[method] for method in methods},
         beside=beside,
     )
-    return made, chosen, rows
+    return made, fused | {slug(name): point for name, point in chosen.items()}, rows + more
 
 
 @click.command()
@@ -82,30 +103,44 @@ def suite(
 @click.option(
     "--fusion-bench", "fused", default=",".join(fusion.METHODS), help="Its methods; all by default."
 )
+@click.option(
+    "--beside", default=",".join(IN_MEMORY), help="Methods that neither has; all by default."
+)
+@click.option("--adds", is_flag=True, help="Leave the rows of other methods as they are.")
 @click.option("--workers", default=2, show_default=True, help="Processes at work at a time.")
 @out_option("text")
-def main(seeds: str, methods: str, fused: str, workers: int, out: Path) -> None:
-    """Compare mergekit's and FusionBench's methods on the text suite."""
+def main(
+    seeds: str, methods: str, fused: str, beside: str, adds: bool, workers: int, out: Path
+) -> None:
+    """Compare mergekit's methods, FusionBench's and others on the text suite."""
     share_cores(workers)
-    through = [key for key in fused.split(",") if key]
-    if unknown := sorted(set(through) - set(fusion.METHODS)):
-        known = ", ".join(fusion.METHODS)
-        raise click.BadParameter(f"--fusion-bench: {', '.join(unknown)}; there are {known}")
+    through, in_memory = (
+        named(option, text, known)
+        for option, text, known in (
+            ("--fusion-bench", fused, fusion.METHODS),
+            ("--beside", beside, IN_MEMORY),
+        )
+    )
     made, chosen, rows = suite(
-        [int(seed) for seed in seeds.split(",")], methods.split(","), workers, through
+        [int(seed) for seed in seeds.split(",")],
+        methods.split(","),
+        workers,
+        through,
+        in_memory,
     )
     results = made.run(workers)
     results["chosen"] |= chosen
     results |= {
-        "fusion_bench": {key: {**fusion.METHODS[key].grid} for key in through},
-        "validation_fusion_bench": rows,
+        "grids_beside": {key: {**fusion.METHODS[key].grid} for key in through}
+        | {key: BESIDE_GRIDS.get(IN_MEMORY[key], {}) for key in in_memory},
+        "validation_beside": rows,
         "fine_tuning": asdict(FineTuning()),
         "data": {name: prepare_task(name).name for name in SUITE},
     }
     caption = (
         f"Test accuracy in per cent ({TEST_TEXTS} texts a task), mean of {len(made.recipes)} "
         "fine-tuning seeds ± standard error. Settings were chosen on the validation split of the "
-        "first seed, among at most eight; ASWUDI, SWUDI, ACE and DC-Merge are at their authors'."
+        "first seed, among at most eight; ASWUDI has none."
     )
-    write_results(results, caption, "bench-text", out)
+    write_results(results, caption, "bench-text", out, adds=adds)
     click.echo((out / "table.md").read_text())

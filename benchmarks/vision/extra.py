@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks.common.algorithms import GramWUDI, added, merged  # noqa: F401 - commands name it
+from benchmarks.common.doge import learned_delta
 from benchmarks.common.peers import ace, aswudi, dc_merge, svc, swudi
 from cart_plugin.fusion_bench.taskpool import ImageClassificationTaskPool
 
@@ -165,15 +166,11 @@ class Calibrated(BaseAlgorithm):
 
 
 class MatrixDOGE(DOGE_TA_Algorithm):
-    """FusionBench's DOGE (arXiv 2501.01230) on matrices only, and faster.
+    """FusionBench's DOGE (arXiv 2501.01230) on matrices only, and faster (`learned_delta`).
 
     FusionBench merges what is a weight of the encoder and no norm, and knows norms by the name that
-    CLIP gives them; it fails at DINOv2's. For ``r_t``, by row, ``<v_t, v_t - sum_s lambda_s (v_s +
-    delta)>`` its loss is ``sum_t ||r_t||^2``, so a step of Adam (400 at 1e-4, its gradient kept out
-    of the projection) takes two products; theirs makes as many passes for each task.
+    CLIP gives them; it fails at DINOv2's.
     """
-
-    steps, rate = 400, 1e-4
 
     def compute_task_vectors(self, modelpool: BaseModelPool, pretrained_model: nn.Module) -> Any:
         """Task vectors by model, without those of norms."""
@@ -182,19 +179,10 @@ class MatrixDOGE(DOGE_TA_Algorithm):
             {name: vector for name, vector in one.items() if vector.dim() == 2} for one in found
         ]
 
-    @torch.no_grad()
     def optimize_delta(self, task_vectors: Sequence[Mapping[str, Tensor]]) -> None:
         """Learn, for each matrix, what is added to all its task vectors."""
         self.delta = {}
-        for name in task_vectors[0]:
+        for name, projection in self.projection.items():
             rows = torch.stack([one[name] for one in task_vectors], dim=1)  # (m, T, n)
             scales = torch.stack([one[name] for one in self.lamdas])
-            own = rows.square().sum(dim=2) - (rows @ (scales @ rows)[..., None])[..., 0]
-            delta = nn.Parameter(torch.zeros_like(rows[:, 0]))
-            optimizer = torch.optim.Adam([delta], lr=self.rate)
-            for _ in range(self.steps):
-                left = own - scales.sum() * (rows @ delta[..., None])[..., 0]
-                slope = -2 * scales.sum() * (left[:, None] @ rows)[:, 0]
-                delta.grad = slope - self.projection[name] @ slope
-                optimizer.step()
-            self.delta[name] = delta
+            self.delta[name] = learned_delta(rows, scales, partial(torch.matmul, projection))

@@ -111,6 +111,8 @@ def merge_tensors(
     with torch.no_grad(), torch.autocast(tensors[0].device.type, enabled=False):
         shares = normalised(weights, len(tensors), where)
         one = Inputs(tensors, shares, models, name, where, base_is_rounded)
+        if decompose and base is not None and kept is not None:
+            _tell_use_of_base(one.counting, settings, kept)
         if decompose and base is not None and settings.is_informed(one.counting):
             merged = _informed(one, base, settings)
         else:
@@ -190,6 +192,17 @@ def _count_whole(inputs: Inputs, centre: Tensor, kept: Kept) -> None:
 
     for energy, _ in inputs.each(centre, energy_of, check=False):
         kept.add(inputs.name or "", energy, None, None)
+
+
+def _tell_use_of_base(models: int, settings: CartSettings, kept: Kept) -> None:
+    """Log what becomes of the base model where there is no lambda."""
+    if settings.is_informed(models):
+        kept.tell(f"the base model shows where the inputs of the {models} models' tasks lie")
+    elif settings.looks_for_low_rank(models) and settings.center is None:
+        kept.tell(
+            f"the base model only tells whether adapters have made the {models} models: five and "
+            "more merge better around their average"
+        )
 
 
 def _two_models(settings: CartSettings) -> str:

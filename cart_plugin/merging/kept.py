@@ -6,6 +6,7 @@ of each out. Differences of low rank, such as adapters', are soon kept whole.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from cart_plugin.linalg.rules import NEARLY_ALL, numerical_ranks
 # Of tensors that no model changed, the average leaves rounding, which has no low rank. Relative to
 # the largest squared norm of a tensor's differences.
 _ROUNDING = 1e-8
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -39,6 +41,13 @@ class Kept:
 
     def __init__(self) -> None:
         self._tensors: dict[str, _Tensor] = {}
+        self._told: set[str] = set()
+
+    def tell(self, text: str) -> None:
+        """Log what holds for the whole merge, at its first tensor only."""
+        if text not in self._told:
+            self._told.add(text)
+            _LOG.info(text)
 
     def add(
         self, name: str, energy: Tensor, factors: LowRank | None, rounding: Tensor | None

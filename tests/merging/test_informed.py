@@ -247,6 +247,29 @@ def test_state_dicts_take_a_base() -> None:
         merge_state_dicts(models, AUTO, base={"norm": base["norm"]})
 
 
+@pytest.mark.parametrize(
+    ("count", "settings", "said"),
+    [
+        (2, AUTO, ["the base model shows where the inputs of the 2 models' tasks lie"]),
+        (5, AUTO, ["the base model only tells whether adapters have made the 5 models"]),
+        (3, CartSettings(lambda_="auto", center="average"), []),
+        (3, CartSettings(lambda_="auto", center="base"), []),
+        (3, CartSettings(), []),
+    ],
+)
+def test_a_merge_says_once_what_the_base_is_for(
+    count: int, settings: CartSettings, said: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    base, *models = [
+        {"a.weight": tensor, "b.weight": tensor.mT, "norm": tensor[0]}
+        for tensor in matrices(1 + count, 16, 24)
+    ]
+    with caplog.at_level("INFO", logger="cart_plugin"):
+        merge_state_dicts(models, settings, base=base)
+    assert len(caplog.messages) == len(said)
+    assert all(found.startswith(text) for found, text in zip(caplog.messages, said, strict=True))
+
+
 def test_bad_bases_and_weights_are_refused() -> None:
     base, *tensors = matrices(4, 16, 24)
     with pytest.raises(CartError, match=r"in 0 but .* in the base model"):

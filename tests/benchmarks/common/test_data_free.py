@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import copy
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from benchmarks.common import data_free, peers
-from tests.doctor.tiny import save_models
 from tests.support import random
 
 
@@ -62,24 +60,52 @@ def test_wudi_passes_over_a_model_that_left_a_matrix_at_its_base() -> None:
     assert not data_free.wudi([taus[1], taus[1]]).any()
 
 
-def test_merged_models_are_made_once_and_load(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from transformers import AutoModelForCausalLM
-
-    base, *tuned = map(Path, save_models(tmp_path / "models", "llama", count=3))
-    found = data_free.merged_models(["ASWUDI"], tuned, base, tmp_path / "beside")
-    name = "model.layers.0.mlp.up_proj.weight"
-    start, *states = (load_file(path / data_free.WEIGHTS) for path in (base, *tuned))
-    expected = start[name] + peers.aswudi([state[name] - start[name] for state in states])
-    model = AutoModelForCausalLM.from_pretrained(found["ASWUDI"])
-    assert torch.allclose(model.state_dict()[name], expected, atol=1e-6)
-    monkeypatch.setattr(data_free, "merged_state", None)  # it is not called again
-    assert data_free.merged_models(["ASWUDI"], tuned, base, tmp_path / "beside") == found
-
-
 def test_what_the_models_files_leave_out_is_the_bases() -> None:
     base = {"up.weight": random(6, 9), "position_ids": torch.arange(4)}
     tuned = [{"up.weight": random(6, 9, seed=seed)} for seed in (1, 2)]
     merged = data_free.merged_state(data_free.OF_TAUS["TSV-M"], tuned, base)
     assert torch.equal(merged["position_ids"], base["position_ids"])
+
+
+def test_svc_comes_after_the_sum_and_after_tsvm() -> None:
+    taus = [random(12, 9, seed=seed) for seed in range(3)]
+    of_sum = data_free.OF_TAUS["SVC, task arithmetic"]
+    assert torch.allclose(of_sum(taus), peers.svc(sum(taus), taus), atol=1e-5)
+    merged = data_free.OF_TAUS["TSV-M"](taus)
+    of_tsvm = data_free.OF_TAUS["SVC, TSV-M"]
+    assert torch.allclose(of_tsvm(taus), peers.svc(merged, taus, 1.0), atol=1e-4)
+    assert torch.linalg.norm(of_tsvm(taus)) <= torch.linalg.norm(merged) * (1 + 1e-5)
+
+
+def test_doge_merges_what_fusion_bench_merges(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusion_bench import BaseModelPool
+
+    from benchmarks.vision.extra import MatrixDOGE
+
+    class Encoder(torch.nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            self.encoder = torch.nn.Sequential(torch.nn.Linear(18, 12), torch.nn.Linear(12, 24))
+            for number, parameter in enumerate(self.parameters()):
+                parameter.data = 0.02 * random(*parameter.shape, seed=10 * seed + number)
+
+    models = {"_pretrained_": Encoder(0)} | {f"task{seed}": Encoder(seed) for seed in (1, 2, 3)}
+    states = [copy.deepcopy(model.state_dict()) for model in models.values()]
+    base, *tuned = states
+    found = data_free.merged_by("DOGE", tuned, base)
+    method = MatrixDOGE(subspace=6, K=30, lamda=0.07)
+    monkeypatch.setattr(MatrixDOGE, "device", torch.device("cpu"))
+    theirs = method.run(BaseModelPool(models)).state_dict()
+    for name, start in base.items():
+        if start.dim() == 2:
+            assert torch.allclose(found[name], theirs[name], atol=1e-5), name
+            assert not torch.allclose(found[name], start, atol=1e-4)
+        else:  # theirs stays at the base
+            mean = sum(one[name] for one in tuned) / 3
+            assert torch.allclose(found[name], mean, atol=1e-6), name
+
+
+def test_doge_passes_over_what_was_not_trained() -> None:
+    base = {"up.weight": random(12, 9)}
+    tuned = [{"up.weight": base["up.weight"] + 0.1 * random(12, 9, seed=1)}, dict(base)]
+    assert data_free.merged_by("DOGE", tuned, base)["up.weight"].isfinite().all()

@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 
 pytest.importorskip("fusion_bench")
 
-from benchmarks.common.data_free import BESIDE_MERGEKIT, WEIGHTS, factored, tsvm
+from benchmarks.common.beside import BESIDE_MERGEKIT, WEIGHTS, slug
+from benchmarks.common.data_free import factored, tsvm
 from benchmarks.common.heads import Head
 from benchmarks.text import fusion
 from benchmarks.text.adaptation import TextAdaMerging, TextCartAdaMerging
@@ -180,9 +181,9 @@ def test_no_method_has_more_settings_than_mergekits() -> None:
 
 
 def test_each_peer_has_one_row() -> None:
-    rows = [*fusion.METHODS, *(name.lower() for name in IN_MEMORY)]
+    rows = [*fusion.METHODS, *IN_MEMORY]
     assert len(rows) == len(set(rows))
-    assert {name.lower() for name in BESIDE_MERGEKIT} <= set(rows)
+    assert {slug(name) for name in BESIDE_MERGEKIT} <= set(rows)
 
 
 @pytest.mark.slow
