@@ -95,7 +95,7 @@ bench-llm: $(STAMP) ## merge methods of mergekit on a language model, by mergeki
 
 bench-auto: $(STAMP) ## CART without hyperparameters: variants on validation splits, then other tasks and models (hours; goes on where it stopped)
 	$(BIN)/python -m benchmarks.auto.search
-	$(BIN)/python -m benchmarks.auto.study
+	$(BIN)/python -m benchmarks.auto.study --gentle
 	$(BIN)/python -m benchmarks.auto.number
 	$(BIN)/python -m benchmarks.auto.adapters
 	$(BIN)/python -m benchmarks.auto.low_rank

@@ -3,8 +3,7 @@
 Two models to eight with their base, of the image and the text suite: CART without hyperparameters,
 with the base and without it, and other data-free methods with what their authors recommend. Only
 the scale of task arithmetic is chosen, for each number of models, by `study` on the validation
-split of the first seed. Experts that overlap are merged, too: two of one task, fine-tuned on other
-samples of its data (and, of images, under other heads), beside one of another task.
+split of the first seed. Experts that overlap are merged, too (`benchmarks.auto.members`).
 """
 
 from __future__ import annotations
@@ -25,9 +24,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from torch import Tensor
 
-from benchmarks.auto.study import SCALES, mean, open_record, sets_of, task_arithmetic
+from benchmarks.auto.members import (
+    OVERLAPPING,
+    Member,
+    Sets,
+    by_name,
+    judge,
+    members_of,
+    needed,
+    sets_of,
+)
+from benchmarks.auto.study import SCALES, mean, open_record, task_arithmetic
+from benchmarks.common.beside import slug
 from benchmarks.common.colors import CART_COLOR, LIMIT_COLOR
-from benchmarks.common.commands import out_option, report_option, workers_option
+from benchmarks.common.commands import named, out_option, report_option, workers_option
 from benchmarks.common.data_free import (
     DOGE,
     OF_TAUS,
@@ -39,7 +49,7 @@ from benchmarks.common.data_free import (
 from benchmarks.common.provenance import made_by
 from benchmarks.common.tables import markdown_table, percent_cell
 from benchmarks.common.training import in_processes
-from benchmarks.suites import Encoders, load_encoders, task_order
+from benchmarks.suites import Encoders, load_encoders
 from cart_plugin import CartSettings, merge_state_dicts
 
 SUITES = ("vision", "text")
@@ -48,11 +58,6 @@ EXAMPLES = 150  # a task
 PACKAGES = ("torch", "transformers", "mergekit", "fusion-bench")
 AUTO = "cart_auto"
 FINE_TUNED = "fine-tuned"
-
-OVERLAPPING = "overlapping"
-
-Member = tuple[int, str]  # a model: how far its seed is from the first one's, and its task
-
 
 OF_MODELS: dict[str, tuple[CartSettings, bool]] = {  # and whether they are given the base
     AUTO: (CartSettings(lambda_="auto"), True),
@@ -63,23 +68,12 @@ ARITHMETIC = "task arithmetic"
 METHODS = (FINE_TUNED, "average", *OF_MODELS, ARITHMETIC, *OF_TAUS, DOGE)
 
 
-def members_of(suite: str) -> dict[str, list[tuple[Member, ...]]]:
-    """Which models are merged, by how many they are; three experts that overlap at the end."""
-    sets = {
-        count: [tuple((0, task) for task in tasks) for tasks in chosen]
-        for count, chosen in sets_of(suite).items()
-    }
-    order = task_order(suite)
-    pairs = zip(order[::2], order[1::2], strict=True)
-    return sets | {OVERLAPPING: [((0, one), (1, one), (0, other)) for one, other in pairs]}
-
-
 def number(
     suite: str,
     seed: int,
     scales: Mapping[str, float],
     folder: Path,
-    sets: Mapping[str, Sequence[tuple[Member, ...]]] | None = None,
+    sets: Sets | None = None,
     methods: Sequence[str] = METHODS,
 ) -> None:
     """Judge everything on one suite and seed; what is known is not done again.
@@ -101,7 +95,7 @@ def number(
         return
     held = [
         load_encoders(suite, (seed + offset) % len(SEEDS), "test", EXAMPLES, tasks)
-        for offset, tasks in enumerate(_needed(suite, chosen_sets))
+        for offset, tasks in enumerate(needed(suite, chosen_sets))
     ]
     base = held[0].base()
     alone: dict[Member, float] = {}
@@ -116,33 +110,10 @@ def number(
                 else:
                     tuned = [held[offset].tuned[task] for offset, task in members]
                     scores = judge(held, merge(method, tuned, base, scales[count]), members)
-                found[count].append(
-                    {f"{task} {offset}": scores[offset, task] for offset, task in members}
-                )
+                found[count].append(by_name(scores, members))
         record.put(method, found)
         means = ", ".join(f"{count}: {100 * mean(found[count]):.1f}" for count in found)
         click.echo(f"{suite} {seed}: {means} | {method} ({time.perf_counter() - started:.0f} s)")
-
-
-def _needed(suite: str, sets: Mapping[str, Sequence[tuple[Member, ...]]]) -> list[list[str]]:
-    """The tasks of which models are merged, of the first seed, the next one, and so on."""
-    members = {one for chosen in sets.values() for members in chosen for one in members}
-    return [
-        [task for task in task_order(suite) if (offset, task) in members]
-        for offset in range(1 + max(offset for offset, _ in members))
-    ]
-
-
-def judge(
-    held: Sequence[Encoders], tensors: Tensors, members: Sequence[Member]
-) -> dict[Member, float]:
-    """The accuracy of tensors for each member's task, under that member's head."""
-    found: dict[Member, float] = {}
-    for offset, encoders in enumerate(held):
-        own = [task for seeds_on, task in members if seeds_on == offset]
-        if own:
-            found |= {(offset, task): one for task, one in encoders.judge(tensors, own).items()}
-    return found
 
 
 def _alone(held: Sequence[Encoders], one: Member, known: dict[Member, float]) -> float:
@@ -308,11 +279,14 @@ def write_report(folder: Path) -> None:
 @report_option
 @click.option("--suites", default=",".join(SUITES), show_default=True, help="Which.")
 @click.option("--seeds", default=",".join(map(str, SEEDS)), show_default=True, help="Which.")
-def main(workers: int, out: Path, only_report: bool, suites: str, seeds: str) -> None:
+@click.option("--methods", default=",".join(map(slug, METHODS)), help="All by default.")
+def main(workers: int, out: Path, only_report: bool, suites: str, seeds: str, methods: str) -> None:
     """Merge two models to eight by every data-free method, and judge that on the test splits."""
+    titles = {slug(method): method for method in METHODS}
+    chosen = [titles[name] for name in named("--methods", methods, titles)]
     if not only_report:
         todo = [
-            partial(number, suite, int(seed), scales_of(suite, out), out / "number")
+            partial(number, suite, int(seed), scales_of(suite, out), out / "number", methods=chosen)
             for seed in seeds.split(",")
             for suite in suites.split(",")
         ]

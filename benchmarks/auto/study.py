@@ -25,22 +25,34 @@ from torch import Tensor
 
 from benchmarks.auto import informed
 from benchmarks.auto.informed import Informed, combine
+from benchmarks.auto.members import (
+    OVERLAPPING,
+    Member,
+    Sets,
+    by_name,
+    heading,
+    judge,
+    members_of,
+    needed,
+)
 from benchmarks.auto.search import key_of
 from benchmarks.common import peers
-from benchmarks.common.commands import out_option, report_option, workers_option
+from benchmarks.common.commands import named, out_option, report_option, workers_option
 from benchmarks.common.data_free import tsvm
 from benchmarks.common.provenance import made_by
 from benchmarks.common.record import Record, conditions
 from benchmarks.common.tables import markdown_table
 from benchmarks.common.training import in_processes
-from benchmarks.suites import Encoders, load_encoders, task_order
+from benchmarks.suites import GENTLE, Encoders, load_encoders
 from cart_plugin.linalg.factors import LowRank
 
-SUITES = ("vision", "text")
+GENTLY = "vision, gentle"
+SUITES = {"vision": ("vision", False), "text": ("text", False), GENTLY: ("vision", True)}
 SEEDS = (0, 1)
 EXAMPLES = 100  # a task
 SCALES = (0.3, 0.5, 1.0)  # of task arithmetic
 PACKAGES = ("torch", "transformers")
+Factors = Mapping[str, Mapping[Member, LowRank]]
 
 Way = Callable[[Sequence[LowRank]], Tensor]
 
@@ -122,14 +134,6 @@ OTHERS: dict[str, Way] = {
 }
 
 
-def sets_of(suite: str) -> dict[str, list[tuple[str, ...]]]:
-    """Which tasks are merged, by how many they are: neighbours in the suite's order."""
-    order = task_order(suite)
-    pairs = [order[start : start + 2] for start in (0, 2, 4, 6)]
-    triples = [order[start : start + 3] for start in (0, 3)]
-    return {"2": pairs, "3": triples} | {str(count): [order[:count]] for count in (4, 6, 8)}
-
-
 def ways() -> dict[str, Way]:
     """All that is compared, by key; a variant's says all that it is."""
     keyed: dict[str, Way] = dict(OTHERS)
@@ -156,51 +160,84 @@ def open_record(
     return Record(path, found, spared=spared)
 
 
-def study(suite: str, seed: int, folder: Path) -> None:
-    """Judge everything on one suite and seed; what is known is not done again."""
+def sets_in(setting: str) -> Sets:
+    """What is merged of a setting."""
+    suite, gentle = SUITES[setting]
+    sets = members_of(suite)
+    return {count: one for count, one in sets.items() if not (gentle and count == OVERLAPPING)}
+
+
+def file_of(setting: str, seed: int, folder: Path) -> Path:
+    """Of a record."""
+    return folder / f"{setting.replace(', ', '-')}-{seed}.json"
+
+
+def study(setting: str, seed: int, folder: Path) -> None:
+    """Judge everything of one setting and seed; what is known is not done again."""
     # Neither the plugin nor the variants decide what the others merge.
     spared = dict.fromkeys(("revisions", "variants"), OTHERS.__contains__)
     known = {"examples": EXAMPLES, "variants": informed.REVISION}
-    record = open_record(folder / f"{suite}-{seed}.json", PACKAGES, spared, known)
-    sets = sets_of(suite)
-    wanted = {key: way for key, way in ways().items() if key not in record.cases}
+    record = open_record(file_of(setting, seed, folder), PACKAGES, spared, known)
+    missing = {
+        key: {
+            count: chosen
+            for count, chosen in sets_in(setting).items()
+            if count not in record.cases.get(key, {})
+        }
+        for key in ways()
+    }
+    wanted = {key: sets for key, sets in missing.items() if sets}
     if not wanted:
         return
-    encoders = load_encoders(suite, seed, "validation", EXAMPLES, task_order(suite))
-    base = encoders.base()
-    factors = encoders.factors(base)
-    for key, way in wanted.items():
+    suite, gentle = SUITES[setting]
+    sets = {count: chosen for sets in wanted.values() for count, chosen in sets.items()}
+    held = [
+        load_encoders(suite, (seed + offset) % len(SEEDS), "validation", EXAMPLES, tasks, gentle)
+        for offset, tasks in enumerate(needed(suite, sets))
+    ]
+    base = held[0].base()
+    factors = _factors(held, base)
+    for key, sets in wanted.items():
         started = time.perf_counter()
-        found: dict[str, list[dict[str, float]]] = {
-            count: [
-                encoders.judge(merge(encoders, base, factors, tasks, way), tasks)
-                for tasks in chosen
+        found: dict[str, list[dict[str, float]]] = {}
+        for count, chosen in sets.items():
+            found[count] = [
+                by_name(judge(held, merge(held, base, factors, one, ways()[key]), one), one)
+                for one in chosen
             ]
-            for count, chosen in sets.items()
-        }
-        record.put(key, found)
+        record.put(key, {**record.cases.get(key, {}), **found}, adds=True)
         seconds = time.perf_counter() - started
         means = ", ".join(f"{count}: {100 * mean(found[count]):.1f}" for count in found)
-        click.echo(f"{suite} {seed}: {means} | {key} ({seconds:.0f} s)")
+        click.echo(f"{setting} {seed}: {means} | {key} ({seconds:.0f} s)")
+
+
+def _factors(held: Sequence[Encoders], base: Mapping[str, Tensor]) -> Factors:
+    """All singular directions of what each model changed, by tensor that is decomposed."""
+    found: dict[str, dict[Member, LowRank]] = {}
+    for offset, encoders in enumerate(held):
+        for name, factors in encoders.factors(base).items():
+            members = [(offset, task) for task in encoders.tuned]
+            found.setdefault(name, {}).update(zip(members, factors, strict=True))
+    return found
 
 
 def merge(
-    encoders: Encoders,
+    held: Sequence[Encoders],
     base: Mapping[str, Tensor],
-    factors: Mapping[str, Sequence[LowRank]],
-    tasks: Sequence[str],
+    factors: Factors,
+    members: Sequence[Member],
     way: Way,
 ) -> dict[str, Tensor]:
     """Merge some of the encoders; what is not decomposed is averaged."""
-    places = [list(encoders.tuned).index(task) for task in tasks]
     merged = {}
     with torch.no_grad():
         for name, start in base.items():
             if name in factors:
-                found = way([factors[name][place] for place in places])
+                found = way([factors[name][one] for one in members])
                 merged[name] = start + found.view(start.shape)
             else:
-                merged[name] = torch.stack([encoders.tuned[task][name] for task in tasks]).mean(0)
+                tensors = [held[offset].tuned[task][name] for offset, task in members]
+                merged[name] = torch.stack(tensors).mean(0)
     return merged
 
 
@@ -212,29 +249,38 @@ def mean(accuracies: Sequence[Mapping[str, float]]) -> float:
 def markdown(folder: Path) -> str:
     """The table: a row each, a column a suite and number of tasks."""
     records = {
-        suite: [
+        setting: [
             json.loads(path.read_text())
             for seed in SEEDS
-            if (path := folder / f"{suite}-{seed}.json").exists()
+            if (path := file_of(setting, seed, folder)).exists()
         ]
-        for suite in SUITES
+        for setting in SUITES
     }
-    records = {suite: held for suite, held in records.items() if held}
-    columns = [(suite, count) for suite in records for count in sets_of(suite)]
+    records = {setting: held for setting, held in records.items() if held}
+    columns = [
+        (setting, count)
+        for setting, held in records.items()
+        for count in sets_in(setting)
+        if any(count in case for one in held for case in one["cases"].values())
+    ]
     rows = [[title, "", *_cells(title, records, columns)] for title in OTHERS]
     for group, members in VARIANTS.items():
         for title, variant in members.items():
             bold = "**" if variant == DEFAULT else ""
             cells = _cells(key_of(variant), records, columns)
             rows.append([group, f"{bold}{title}{bold}", *cells])
-    heading = ["what varies", "value", *(f"{suite}, {count}" for suite, count in columns)]
-    table = markdown_table(heading, rows, ["---", "---", *["---:"] * len(columns)])
+    titles = [f"{setting}, {heading(count)}" for setting, count in columns]
+    table = markdown_table(
+        ["what varies", "value", *titles], rows, ["---", "---", *["---:"] * len(columns)]
+    )
     measured = [one for held in records.values() for record in held for one in record["measured"]]
     seeds = ", ".join(f"{suite} {len(held)}" for suite, held in records.items())
     return (
         f"Accuracy in per cent on the validation splits ({EXAMPLES} examples a task), by suite and "
-        f"number of tasks (four pairs, two triples, and the first 4, 6 and 8); fine-tuning seeds: "
-        f"{seeds}; in brackets where it is fewer. {made_by('bench-auto', measured)}\n\n{table}\n"
+        f"number of tasks (four pairs, two triples, and the first 4, 6 and 8; overlapping: two "
+        f"models of one task and one of another, four times; {GENTLY}: a learning rate of "
+        f"{GENTLE:g}); fine-tuning seeds: {seeds}; in brackets where it is fewer. "
+        f"{made_by('bench-auto', measured)}\n\n{table}\n"
     )
 
 
@@ -242,10 +288,13 @@ def _cells(
     key: str, records: Mapping[str, Sequence[Mapping[str, Any]]], columns: Sequence[tuple[str, str]]
 ) -> list[str]:
     def cell(suite: str, count: str) -> str:
-        known = [one["cases"][key][count] for one in records[suite] if key in one["cases"]]
+        known = [
+            one["cases"][key][count] for one in records[suite] if count in one["cases"].get(key, {})
+        ]
         if not known:
             return "-"
-        few = "" if len(known) == len(records[suite]) else f" ({len(known)})"
+        seeds = sum(any(count in case for case in one["cases"].values()) for one in records[suite])
+        few = "" if len(known) == seeds else f" ({len(known)})"
         return f"{100 * statistics.fmean(map(mean, known)):.1f}{few}"
 
     return [cell(suite, count) for suite, count in columns]
@@ -255,14 +304,22 @@ def _cells(
 @workers_option
 @out_option("auto")
 @report_option
-@click.option("--suites", default=",".join(SUITES), show_default=True, help="Which.")
+@click.option("--settings", default="vision,text", show_default=True, help="Suites.")
+@click.option("--gentle", is_flag=True, help="Image models of a gentle fine-tuning, too, one seed.")
 @click.option("--seeds", default=",".join(map(str, SEEDS)), show_default=True, help="Which.")
-def main(workers: int, out: Path, only_report: bool, suites: str, seeds: str) -> None:
+def main(
+    workers: int, out: Path, only_report: bool, settings: str, gentle: bool, seeds: str
+) -> None:
     """Judge ways to merge with a base model on the suites' validation splits."""
     folder = out / "study"
-    pairs = [(suite, int(seed)) for seed in seeds.split(",") for suite in suites.split(",")]
+    pairs = [
+        (name, int(seed))
+        for seed in seeds.split(",")
+        for name in named("--settings", settings, SUITES)
+    ]
+    pairs += [(GENTLY, SEEDS[0])] if gentle else []
     if not only_report:
-        in_processes([partial(study, suite, seed, folder) for suite, seed in pairs], workers)
+        in_processes([partial(study, setting, seed, folder) for setting, seed in pairs], workers)
     (out / "study.md").write_text(markdown(folder))
     click.echo(markdown(folder))
 

@@ -62,7 +62,7 @@ def added(results: Mapping[str, Any], older: Mapping[str, Any]) -> dict[str, Any
             if _key(row) not in now and older["chosen"].get(_key(row)) == chosen.get(_key(row))
         ]
         test[seed] = [*kept, *tests.get(seed, [])]
-    found = {
+    found: dict[str, Any] = {
         name: {**older.get(name, {}), **results[name]}
         for name in ("grids", "grids_beside")
         if name in results

@@ -21,7 +21,7 @@ def doge(
     matrices: Sequence[Sequence[Tensor]],
     *,
     lamda: float = 0.07,
-    subspace: int = 6,
+    subspace: float = 6,
     kept: float = 0.3,
 ) -> list[Tensor]:
     """Merge all matrices of some models.
@@ -48,7 +48,7 @@ def _largest(values: Tensor, share: float) -> Tensor:
 
 
 def _merged(
-    taus: Sequence[Tensor], thresholds: Sequence[Tensor], lamda: float, subspace: int
+    taus: Sequence[Tensor], thresholds: Sequence[Tensor], lamda: float, subspace: float
 ) -> Tensor:
     norms = torch.stack([torch.linalg.vector_norm(tau) for tau in taus])
     scales = torch.where(norms > 0, lamda / norms, 0.0)  # of what was not trained
@@ -60,14 +60,13 @@ def _merged(
     return torch.stack(masked).sum(dim=0)
 
 
-def _shared(taus: Sequence[Tensor], subspace: int) -> Tensor:
+def _shared(taus: Sequence[Tensor], subspace: float) -> Tensor:
     """An orthonormal basis of what the tasks' leading left singular vectors have in common."""
     least = min(taus[0].shape)
     count = least // len(taus)
     leading = [torch.linalg.svd(tau, full_matrices=False).U[:, :count] for tau in taus]
-    return torch.linalg.svd(torch.cat(leading, dim=1), full_matrices=False).U[
-        :, : least // subspace
-    ]
+    found = torch.linalg.svd(torch.cat(leading, dim=1), full_matrices=False).U
+    return found[:, : int(least / subspace)]
 
 
 @torch.no_grad()

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import theory
-from benchmarks.auto.number import ARITHMETIC, AUTO, SEEDS, Member, members_of
+from benchmarks.auto.members import Member, members_of
+from benchmarks.auto.number import ARITHMETIC, AUTO, SEEDS
 from benchmarks.common import peers
 from benchmarks.common.commands import out_option, report_option, workers_option
 from benchmarks.common.data_free import OF_TAUS

@@ -19,8 +19,8 @@ import click
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything comes from local folders
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from benchmarks.auto.number import Member, number, scales_of
-from benchmarks.auto.study import sets_of
+from benchmarks.auto.members import Member, sets_of
+from benchmarks.auto.number import number, scales_of
 from benchmarks.common.commands import out_option, workers_option
 from benchmarks.common.measure import RESULTS
 from benchmarks.common.training import in_processes

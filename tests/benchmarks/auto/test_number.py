@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.auto import number, study
-from benchmarks.suites import Encoders
+from benchmarks.auto.members import members_of, sets_of
+from benchmarks.suites import Encoders, task_order
 from cart_plugin import CartSettings, merge_state_dicts
 
-TASKS = study.task_order("vision")
-SCALES = dict.fromkeys(number.members_of("vision"), 0.5)
+TASKS = task_order("vision")
+SCALES = dict.fromkeys(members_of("vision"), 0.5)
 
 
 def encoders(folder: Path) -> tuple[Encoders, list[tuple[str, ...]]]:
@@ -62,7 +63,7 @@ def test_it_resumes_and_the_table_has_every_method(
     number.number("vision", 0, SCALES, folder)
     # Each model alone; then each set, under both heads where experts overlap.
     alone = [(task,) for task in TASKS] + [(task,) for task in TASKS[::2]]
-    sets = [tasks for chosen in study.sets_of("vision").values() for tasks in chosen]
+    sets = [tasks for chosen in sets_of("vision").values() for tasks in chosen]
     for one, other in zip(TASKS[::2], TASKS[1::2], strict=True):
         sets += [(one, other), (one,)]
     assert judged == alone + sets * (len(number.METHODS) - 1)
@@ -80,7 +81,7 @@ def test_it_resumes_and_the_table_has_every_method(
 def test_a_method_with_fewer_seeds_says_so_and_is_not_called_the_best(tmp_path: Path) -> None:
     def record(seed: int, **accuracies: float) -> None:
         cases = {
-            method: {count: [{"mnist": value}] for count in number.members_of("vision")}
+            method: {count: [{"mnist": value}] for count in members_of("vision")}
             for method, value in accuracies.items()
         }
         path = tmp_path / "number" / f"vision-{seed}.json"
@@ -95,7 +96,7 @@ def test_a_method_with_fewer_seeds_says_so_and_is_not_called_the_best(tmp_path: 
 
 
 def test_task_arithmetic_takes_the_scale_that_the_study_found_best(tmp_path: Path) -> None:
-    counts = study.sets_of("vision")
+    counts = sets_of("vision")
     cases = {
         study.task_arithmetic(scale): {
             count: [{"mnist": 0.5 - abs(scale - (0.3 if count == "8" else 1.0))}]

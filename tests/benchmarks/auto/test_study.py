@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from safetensors.torch import save_file
 
 from benchmarks.auto import study
 from benchmarks.auto.informed import Informed, combine
-from benchmarks.suites import Encoders
+from benchmarks.auto.members import sets_of
+from benchmarks.suites import Encoders, task_order
 from cart_plugin import CartSettings, merge_state_dicts
 from cart_plugin.linalg.factors import LowRank
 
@@ -65,7 +67,7 @@ def test_the_study_resumes_and_its_table_has_everything(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judged: list[tuple[str, ...]] = []
-    names = study.task_order("vision")
+    names = task_order("vision")
     base, *tensors = matrices(1 + len(names), 8, 12)
     own = {"a.weight": base, "norm": base[0].clone(), "buffer": torch.zeros(2)}  # not theirs
     save_file(own, tmp_path / "model.safetensors")
@@ -74,19 +76,33 @@ def test_the_study_resumes_and_its_table_has_everything(
         for name, tensor in zip(names, tensors, strict=True)
     }
 
-    def judge(tensors: object, tasks: tuple[str, ...]) -> dict[str, float]:
-        judged.append(tasks)
+    def judge(tensors: object, tasks: list[str]) -> dict[str, float]:
+        judged.append(tuple(tasks))
         return dict.fromkeys(tasks, 0.375)
 
     encoders = Encoders(tuned, judge, pretrained=tmp_path)
     monkeypatch.setattr(study, "load_encoders", lambda *args: encoders)
     study.study("vision", 0, tmp_path)
-    sets = [tasks for chosen in study.sets_of("vision").values() for tasks in chosen]
+    sets = [tasks for chosen in sets_of("vision").values() for tasks in chosen]
+    for one, other in zip(names[::2], names[1::2], strict=True):  # under both heads
+        sets += [(one, other), (one,)]
     assert judged == sets * len(study.ways())
     study.study("vision", 0, tmp_path)
     assert len(judged) == len(sets) * len(study.ways())
+    # What is known of some sets is kept, and the others are added.
+    path = tmp_path / "vision-0.json"
+    record = json.loads(path.read_text())
+    for case in record["cases"].values():
+        del case["overlapping"]
+        case["2"] = [{"a": 0.375}]
+    path.write_text(json.dumps(record))
+    del judged[:]
+    study.study("vision", 0, tmp_path)
+    assert judged == sets[-8:] * len(study.ways())
+    found = json.loads(path.read_text())["cases"]
+    assert all(case["2"] == [{"a": 0.375}] for case in found.values())
     caption, _, *table = study.markdown(tmp_path).splitlines()
     assert "fine-tuning seeds: vision 1" in caption
     rows = len(study.OTHERS) + sum(len(group) for group in study.VARIANTS.values())
     assert len(table) == 2 + rows
-    assert all(row.endswith("| 37.5 | 37.5 | 37.5 | 37.5 | 37.5 |") for row in table[2:])
+    assert all(row.endswith("| 37.5 | 37.5 | 37.5 | 37.5 | 37.5 | 37.5 |") for row in table[2:])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.auto.study import sets_of
+from benchmarks.auto.members import sets_of
 from benchmarks.theory import subsets
 from benchmarks.theory.geometry import SHARES, curves_of, in_common, of_matrices
 from benchmarks.theory.merges import measure
