@@ -4,6 +4,10 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 SERVERS := .venv-servers
 
+# Python keeps what it has compiled, also where the system says otherwise (as many container images do): compiling all that
+# a command imports takes longer than all the rest of its start.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help venv test test-all test-servers lint format demo bench-startup bench-memory bench-distributed bench-solvers bench-threads bench-merge bench-gpu bench-accuracy bench-profile bench-vision bench-text bench-llm bench-auto bench-compress bench-adapters bench-theory bench-architectures bench-paper-size bench-twenty bench-convolutions readme dist clean
 
