@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,10 +34,19 @@ def test(model: str) -> dict[str, float]:
 def _accuracies(model: str, split: str, most: int) -> dict[str, float]:
     encoder, tokenizer = load_encoder(Path(model)), load_tokenizer(Path(model))
     found = {}
+    for name, share in shares(encoder, tokenizer, split, most).items():
+        count = len(load_split(name, split).head(most).labels)
+        found[name] = share
+        found[f"{name}_stderr"] = math.sqrt(share * (1 - share) / count)
+    return found
+
+
+def shares(encoder: Any, tokenizer: Any, split: str, most: int) -> dict[str, float]:
+    """Accuracy by task of an encoder on so many texts of a split."""
+    found = {}
     for name in SUITE:
         data = load_split(name, split).head(most)
         logits = task_head(name, FineTuning())(all_features(encoder, tokenizer, data.texts))
-        share = (logits.argmax(dim=1) == torch.from_numpy(data.labels)).double().mean().item()
-        found[name] = share
-        found[f"{name}_stderr"] = math.sqrt(share * (1 - share) / len(data.labels))
+        right = logits.argmax(dim=1) == torch.from_numpy(data.labels)
+        found[name] = right.double().mean().item()
     return found

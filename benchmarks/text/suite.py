@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,10 @@ from benchmarks.common.cache import cache_root
 from benchmarks.common.commands import named, out_option
 from benchmarks.common.compared import write_results
 from benchmarks.common.comparison import GRIDS, Suite, share_cores, write_recipe
-from benchmarks.suites import Encoders, load_encoders
 from benchmarks.text import fusion
 from benchmarks.text.backbone import prepare_backbone
-from benchmarks.text.evaluator import TEST_TEXTS, VALIDATION_TEXTS
+from benchmarks.text.encoder import load_encoder, load_tokenizer
+from benchmarks.text.evaluator import TEST_TEXTS, VALIDATION_TEXTS, shares
 from benchmarks.text.finetune import FineTuning, finetune_all
 from benchmarks.text.tasks import SUITE, TASKS, prepare_task
 
@@ -67,12 +66,11 @@ def suite(
     place = work / "fusion-bench"
     fused, rows = fusion.tune(through_fusion_bench, pools[first], place)
 
-    @cache
-    def held() -> Encoders:
-        return load_encoders("text", first, "validation", VALIDATION_TEXTS, SUITE)
+    encoder, tokenizer = load_encoder(base), load_tokenizer(base)
 
     def judge(tensors: Mapping[str, Tensor]) -> dict[str, float]:
-        return held().judge(tensors, SUITE)
+        encoder.load_state_dict(dict(tensors))
+        return shares(encoder, tokenizer, "validation", VALIDATION_TEXTS)
 
     names = [IN_MEMORY[name] for name in in_memory]
     chosen, more = tune(names, tuned[first], base, judge, work / "beside" / "validation.json")

@@ -12,10 +12,11 @@ import click
 import torch
 from torch import Tensor
 
+from benchmarks.common.beside import slug
 from benchmarks.common.record import Record
 from benchmarks.llm.backbone import prepare_backbone
 from benchmarks.llm.finetune import FineTuning, Tuned, finetune_all
-from benchmarks.llm.suite import merged_beside, work_folder
+from benchmarks.llm.suite import BESIDE, merged_beside, work_folder
 from benchmarks.theory.merges import measure
 from cart_plugin.checkpoints.reading import Checkpoint, open_folder
 from cart_plugin.inspect.fused import Fused
@@ -122,11 +123,12 @@ def measured_models(told: Path, record: Record) -> None:
         tuned = finetune_all(tasks, int(seed), settings)
         models = Models(base, tuned)
         work = work_folder(tasks, settings, results["examples"])
-        beside = {
-            method.lower(): open_folder(folder, method)
-            for method, folder in merged_beside(tuned, base, work).items()
-        }
         merged = [row for row in rows if row["kind"] in ("merged", "other")]
+        methods = [BESIDE[name] for name in map(method_of, merged) if name in BESIDE]
+        beside = {
+            slug(method): open_folder(folder, method)
+            for method, folder in merged_beside(tuned, base, work, methods).items()
+        }
         torch.manual_seed(0)  # for the masks of DARE
         merges = partial(models.merges, rows=merged, beside=beside)
         record.put(seed, measure(models.weights(), merges))
