@@ -16,6 +16,7 @@ from mergekit.architecture import arch_info_for_config
 from mergekit.config import MergeConfiguration
 
 from cart_plugin.checkpoints import names
+from cart_plugin.checkpoints.agreement import left_quantisation
 from cart_plugin.checkpoints.files import read_json
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.checkpoints.side_files import GENERATION, belongings, side_files
@@ -74,6 +75,7 @@ def check_saved(
         return [*tokens, *numbers]
     return [
         *_check_dtype(merges, donors, config),
+        *_check_quantised(donors),
         *_check_tied(merges, checkpoints, donors),
         *tokens,
         *numbers,
@@ -103,6 +105,18 @@ def _check_dtype(
                 f"write `dtype: {named}` or `dtype: {kinds[0]}` in the recipe",
             )
             return
+
+
+def _check_quantised(donors: Sequence[Checkpoint]) -> Iterator[Finding]:
+    """Report a config that calls the weights quantised, which they are not."""
+    donor = next((donor for donor in donors if left_quantisation(donor)), None)
+    if donor is not None:
+        yield warning(
+            "the weights will be saved as they are, with a config that has a quantization_config "
+            f"({_origin(donor, donors)}); who loads them is asked for its library, or for scales",
+            'delete "quantization_config" in the config.json of the result, or merge with '
+            "`mergekit-cart merge RECIPE OUT`, which does it",
+        )
 
 
 def _origin(donor: Checkpoint, donors: Sequence[Checkpoint]) -> str:

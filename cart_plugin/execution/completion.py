@@ -15,6 +15,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from cart_plugin.checkpoints import names, side_files, token_ids
+from cart_plugin.checkpoints.agreement import left_quantisation
 from cart_plugin.checkpoints.configs import parts
 from cart_plugin.checkpoints.files import read_json, write_json, write_text
 from cart_plugin.checkpoints.reading import CONFIG, Checkpoint
@@ -104,7 +105,7 @@ def _vocabulary(folder: Path, trust_remote_code: bool) -> Mapping[int, str] | No
 
 
 def correct_config(written: Checkpoint) -> None:
-    """Make config.json say what the weights are: dtype, vocabulary, and what is tied.
+    """Make config.json say what the weights are: dtype, vocabulary, what is tied, not quantised.
 
     Args:
         written: the merged model; `config` is changed with its file.
@@ -113,6 +114,8 @@ def correct_config(written: Checkpoint) -> None:
         CartError: transformers cannot build the model.
     """
     config = written.config
+    for part in left_quantisation(written):
+        del part["quantization_config"]
     sections = [section for _, section in parts(config)]
     if dtype := _dtype(written):
         for section in sections:

@@ -204,6 +204,27 @@ def test_an_image_token_that_the_new_tokenizer_lacks(
     )
 
 
+# Quantisation
+
+
+@pytest.mark.parametrize("part", [None, "text_config"])
+def test_weights_that_are_no_longer_quantised(
+    part: str | None, check: Callable[..., Report], own_llamas: list[str], tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    change_config(own_llamas[0], **({part: settings} if part else settings))
+    report = check(own_llamas)
+    report.has_only_warning("a config that has a quantization_config", "mergekit-cart merge RECIPE")
+    if part is None:
+        base = {"base_model": own_llamas[0], "merge_method": "cart_auto"}
+        merge(own_llamas[1:], tmp_path / "out", **base)
+        with pytest.raises(ImportError):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    online = {"quant_method": "bitnet", "quantization_mode": "online"}
+    change_config(own_llamas[0], quantization_config=online, text_config=None)
+    check(own_llamas).is_clean()  # the model's own way to compute with such weights
+
+
 # Files
 
 

@@ -152,3 +152,16 @@ def test_a_padding_token_that_is_gone(
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.pad_token_id is None
     assert model.config.vocab_size == 64
+
+
+@pytest.mark.parametrize("method", ["fp8", "gptq"])
+def test_a_result_is_not_called_quantised(
+    method: str, merge: Callable[..., Result], saved: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    donor = str(shutil.copytree(saved("llama")[0], tmp_path / "donor"))
+    change_config(donor, quantization_config={"quant_method": method, "bits": 4})
+    recipe = write_recipe(tmp_path / "r.yaml", [donor, *saved("llama")[1:]], dtype="bfloat16")
+    done = merge(recipe, tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert "quantization" not in (tmp_path / "out" / "config.json").read_text() + done.output
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
