@@ -6,7 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from cart_plugin.checkpoints.configs import parts
 from cart_plugin.checkpoints.headers import read_header
 from cart_plugin.checkpoints.placement import quantised
 from cart_plugin.checkpoints.reading import (
@@ -61,8 +63,24 @@ def quantised_fact(model: Checkpoint) -> tuple[str, str] | None:
     return (
         f"model {model.name} holds {', '.join(kinds)} weights ({', '.join(weights[:3])}{more}); "
         f"{what} weights cannot be merged",
-        "merge the original model, or dequantise this one and save it as bfloat16",
+        "merge the original model, or dequantise this one and save it as bfloat16, without its "
+        "quantization_config",
     )
+
+
+def left_quantisation(model: Checkpoint) -> list[dict[str, Any]]:
+    """The parts of a model's config that call weights quantised which are stored as they are.
+
+    Loading such a model asks for the quantisation's library, or for scales.
+    """
+    found = [
+        part
+        for _, part in parts(model.config)
+        # BitNet's original weights are quantised by the model itself, each time it computes.
+        if isinstance(named := part.get("quantization_config"), dict)
+        and named.get("quantization_mode") != "online"
+    ]
+    return found if found and not quantised(model) else []
 
 
 def check_stored(models: Sequence[Checkpoint]) -> None:

@@ -79,6 +79,14 @@ _COMPUTATION = re.compile(
 )
 
 
+def parts(config: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """A config and, by their paths in it, those of a composite model's parts."""
+    yield path, config
+    for key, value in config.items():
+        if key.endswith("_config") and key != "quantization_config" and isinstance(value, dict):
+            yield from parts(value, f"{path}.{key}".lstrip("."))
+
+
 def differences(models: Sequence[Checkpoint]) -> list[Difference]:
     """The keys of which models' configs do not agree, defaults included.
 

@@ -17,13 +17,13 @@ from cart_plugin.checkpoints.reading import ADAPTER_CONFIG, CONFIG
 from cart_plugin.errors import CheckpointError
 
 FOLDER = "task_files"
+GENERATION = "generation_config.json"
 
 _SUFFIXES = {
     *(".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab"),
     *(".spm", ".codes", ".bpe"),
 }
 _OTHERS = {CONFIG, ADAPTER_CONFIG, "trainer_state.json"}
-_GENERATION = "generation_config.json"
 # What a merge writes about itself, or what belongs to one of the inputs only.
 _OF_ITS_MAKING = ("README.md", "mergekit_config.yml", ADAPTER_CONFIG, "trainer_state.json")
 # Other programs' weights: beside a merge, they would run the model that it was made from.
@@ -184,7 +184,7 @@ def copy_to_base(base: Path, models: Collection[Path]) -> None:
         for name, path in found.items():
             if not (base / name).exists():
                 shutil.copyfile(path, base / name)
-        if found.keys() - {_GENERATION}:
+        if found.keys() - {GENERATION}:
             break  # a tokenizer's files belong together: all of one model
 
 

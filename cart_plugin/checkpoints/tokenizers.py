@@ -9,7 +9,8 @@ from typing import Any
 
 from cart_plugin.checkpoints.files import read_json
 
-_FILES = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "vocab.json", "vocab.txt")
+_CONFIG = "tokenizer_config.json"
+_FILES = ("tokenizer.json", _CONFIG, "added_tokens.json", "vocab.json", "vocab.txt")
 # Tokenizers whose tokens are not read here: sentencepiece's and others'.
 _ALONE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model", "tekken.json")
 
@@ -48,6 +49,20 @@ def read_vocabulary(folder: Path) -> Vocabulary | None:
     return Vocabulary(tokens, is_whole) if tokens else None
 
 
+def special_tokens(folder: Path) -> dict[str, str]:
+    """The tokens that a tokenizer names for a purpose, by it: `eos`, `pad`."""
+    try:
+        settings = read_json(folder / _CONFIG)
+    except (OSError, ValueError):
+        return {}
+    found = {
+        key.removesuffix("_token"): value.get("content") if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if key.endswith("_token")
+    }
+    return {role: token for role, token in found.items() if isinstance(token, str)}
+
+
 def are_same_files(one: Path, other: Path) -> bool:
     """Whether two folders have the same tokenizer, byte by byte."""
     return all(_bytes(one / name) == _bytes(other / name) for name in _FILES)
@@ -84,7 +99,7 @@ def _lines(file: Path) -> list[str]:
 
 _TOKENS = {
     "tokenizer.json": _fast,
-    "tokenizer_config.json": _config,
+    _CONFIG: _config,
     "added_tokens.json": lambda file: _by_token(read_json(file)),
     "vocab.json": lambda file: _by_token(read_json(file)),
     "vocab.txt": lambda file: enumerate(_lines(file)),

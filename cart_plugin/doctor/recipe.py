@@ -141,7 +141,7 @@ def _check_document(
     checkpoints, findings = _read_inputs(config, made, completed=completed)
     if not completed:
         findings += adapters.check_cache(config)
-    findings += tokenizer.check_tokenizer(config, made)
+    findings += tokenizer.check_tokenizer(config, made, checkpoints, completed=completed)
     stopped = stopped or _has_problem(findings)
     show(Section("Inputs", findings))
     if checkpoints is None:

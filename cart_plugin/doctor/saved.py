@@ -16,9 +16,11 @@ from mergekit.architecture import arch_info_for_config
 from mergekit.config import MergeConfiguration
 
 from cart_plugin.checkpoints import names
+from cart_plugin.checkpoints.agreement import left_quantisation
 from cart_plugin.checkpoints.files import read_json
 from cart_plugin.checkpoints.reading import Checkpoint
-from cart_plugin.checkpoints.side_files import belongings, side_files
+from cart_plugin.checkpoints.side_files import GENERATION, belongings, side_files
+from cart_plugin.doctor import numbering
 from cart_plugin.doctor.findings import Finding, problem, warning
 from cart_plugin.doctor.layout import Recipe, references
 from cart_plugin.doctor.merges import Merge
@@ -38,11 +40,10 @@ _RESAVED = {
     *("sentencepiece.bpe.model", "chat_template.jinja"),
 }
 _HEADS = ("lm_head.weight", "embed_out.weight")
-_GENERATION = "generation_config.json"
 _CODE = ("modeling_", "configuration_", "tokenization_", "processing_", "image_processing_")
 _PROCESSORS = {
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
-    *("chat_template.json", "normalizer.json", _GENERATION),
+    *("chat_template.json", "normalizer.json", GENERATION),
 }
 
 
@@ -69,13 +70,16 @@ def check_saved(
         if config.base_model is None or label == str(config.base_model)
     ]
     tokens = list(_check_tokens(merges, checkpoints, donors, config))
+    numbers = numbering.check(merges, checkpoints, donors, config, completed=completed)
     if completed:
-        return tokens
+        return [*tokens, *numbers]
     return [
         *_check_dtype(merges, donors, config),
+        *_check_quantised(donors),
         *_check_tied(merges, checkpoints, donors),
         *tokens,
-        *_check_files(checkpoints, donors, config),
+        *numbers,
+        *_check_files(checkpoints, donors, config, renumbered=bool(numbers)),
     ]
 
 
@@ -101,6 +105,18 @@ def _check_dtype(
                 f"write `dtype: {named}` or `dtype: {kinds[0]}` in the recipe",
             )
             return
+
+
+def _check_quantised(donors: Sequence[Checkpoint]) -> Iterator[Finding]:
+    """Report a config that calls the weights quantised, which they are not."""
+    donor = next((donor for donor in donors if left_quantisation(donor)), None)
+    if donor is not None:
+        yield warning(
+            "the weights will be saved as they are, with a config that has a quantization_config "
+            f"({_origin(donor, donors)}); who loads them is asked for its library, or for scales",
+            'delete "quantization_config" in the config.json of the result, or merge with '
+            "`mergekit-cart merge RECIPE OUT`, which does it",
+        )
 
 
 def _origin(donor: Checkpoint, donors: Sequence[Checkpoint]) -> str:
@@ -202,7 +218,11 @@ def _read_tokenizer(folder: Path) -> tuple[dict[str, int], str] | None:
 
 
 def _check_files(
-    checkpoints: Mapping[str, Checkpoint], donors: Sequence[Checkpoint], config: MergeConfiguration
+    checkpoints: Mapping[str, Checkpoint],
+    donors: Sequence[Checkpoint],
+    config: MergeConfiguration,
+    *,
+    renumbered: bool,
 ) -> Iterator[Finding]:
     """Report files of the inputs that belong to the model and will not be in the result."""
     kept = [_kept(donor, config) for donor in donors]
@@ -219,10 +239,11 @@ def _check_files(
         reason = f"mergekit-yaml does not copy {'it' if len(files) == 1 else 'them'}"
         if verb == "may":
             reason = "without base_model mergekit-yaml copies from any one of the models"
+        how = " (with the new tokenizer's ids)" if renumbered and GENERATION in files else ""
         yield warning(
             f"the result {verb} lack {some(files, 6)} of model {label}: {reason}",
-            "copy from there into the result, or merge with `mergekit-cart merge RECIPE OUT`, "
-            "which does it",
+            f"copy from there into the result{how}, or merge with `mergekit-cart merge RECIPE "
+            "OUT`, which does it",
         )
 
 
@@ -245,7 +266,7 @@ def _kept(donor: Checkpoint, config: MergeConfiguration) -> set[str]:
 
 def _matters(name: str, file: Path) -> bool:
     """Whether a model is not the same without a file: notes and second copies do not count."""
-    if name == _GENERATION:
+    if name == GENERATION:
         try:
             return not read_json(file).get("_from_model_config")
         except (OSError, ValueError, AttributeError):

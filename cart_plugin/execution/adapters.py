@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from mergekit.options import MergeOptions
 
 from cart_plugin.checkpoints import side_files
 from cart_plugin.checkpoints.adapters import PICKLED, weights_file
-from cart_plugin.checkpoints.files import check_space, read_json, unfinished
+from cart_plugin.checkpoints.agreement import headers, left_quantisation
+from cart_plugin.checkpoints.files import check_space, unfinished
 from cart_plugin.checkpoints.headers import read_header
 from cart_plugin.checkpoints.names import model_class
 from cart_plugin.checkpoints.reading import Checkpoint, open_adapter
@@ -169,9 +170,14 @@ def main() -> None:
 def _fuse(base: Path, adapter: Path, out: Path, dtype: str) -> None:
     from peft import PeftModel
 
-    config: Mapping[str, Any] = read_json(base / "config.json")
-    kind = model_class(config, str(base))
-    model = kind.from_pretrained(base, dtype=dtype_from_name(dtype) or "auto")
+    held = headers(str(base), base)
+    kind = model_class(held.config, str(base))
+    settings = None  # as the folder has them
+    if left := left_quantisation(held):
+        for part in left:
+            del part["quantization_config"]
+        settings = kind.config_class.from_dict(held.config)
+    model = kind.from_pretrained(base, config=settings, dtype=dtype_from_name(dtype) or "auto")
     with warnings.catch_warnings():
         # PEFT goes on without what it cannot place, and the result is the base.
         warnings.filterwarnings("error", message="Found missing adapter keys")

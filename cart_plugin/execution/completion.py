@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,12 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
-from cart_plugin.checkpoints import names, side_files
+from cart_plugin.checkpoints import names, side_files, token_ids
+from cart_plugin.checkpoints.agreement import left_quantisation
+from cart_plugin.checkpoints.configs import parts
 from cart_plugin.checkpoints.files import read_json, write_json, write_text
 from cart_plugin.checkpoints.reading import CONFIG, Checkpoint
+from cart_plugin.checkpoints.tokenizers import read_vocabulary, special_tokens
 from cart_plugin.doctor.inputs import values
 from cart_plugin.errors import CartError
 from cart_plugin.execution.inputs import OrderedConfiguration, plain
@@ -60,8 +65,47 @@ def add_card(out: Path, name: str, config: MergeConfiguration, source: str) -> N
     write_text(out / "mergekit_config.yml", source)
 
 
+def renumber_tokens(
+    out: Path, donor: Path, config: MergeConfiguration, options: MergeOptions
+) -> None:
+    """Number the tokens that the donor's configs name as the tokenizer does that the merge made.
+
+    The rows of the embeddings are in that order; mergekit leaves the donor's numbers.
+    """
+    if not (config.tokenizer or config.tokenizer_source):
+        return
+    old, new = (_vocabulary(folder, options.trust_remote_code) for folder in (donor, out))
+    if old is None or new is None:
+        return
+    ids = {token: number for number, token in new.items()}
+    special = {role: ids[token] for role, token in special_tokens(out).items() if token in ids}
+    for file in (out / CONFIG, out / side_files.GENERATION):
+        try:
+            held = read_json(file)
+        except (OSError, ValueError):
+            continue  # there is none, or nobody can read it
+        before = copy.deepcopy(held)
+        token_ids.renumber(held, old, ids, special)
+        if held != before:
+            write_json(file, held)
+
+
+def _vocabulary(folder: Path, trust_remote_code: bool) -> Mapping[int, str] | None:
+    """A tokenizer's tokens by number, as transformers makes them where its files do not say."""
+    held = read_vocabulary(folder)
+    if held is not None and held.is_whole:
+        return held.tokens
+    from transformers import AutoTokenizer
+
+    try:
+        made = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception:  # mergekit has made one; of which files and code, only it knows
+        return None
+    return {number: token for token, number in made.get_vocab().items()}
+
+
 def correct_config(written: Checkpoint) -> None:
-    """Make config.json say what the weights are: their dtype, vocabulary, and what is tied.
+    """Make config.json say what the weights are: dtype, vocabulary, what is tied, not quantised.
 
     Args:
         written: the merged model; `config` is changed with its file.
@@ -69,8 +113,10 @@ def correct_config(written: Checkpoint) -> None:
     Raises:
         CartError: transformers cannot build the model.
     """
-    config = read_json(written.path / CONFIG)
-    sections = [config, *_sections(config)]
+    config = written.config
+    for part in left_quantisation(written):
+        del part["quantization_config"]
+    sections = [section for _, section in parts(config)]
     if dtype := _dtype(written):
         for section in sections:
             for key in ("dtype", "torch_dtype"):
@@ -83,21 +129,10 @@ def correct_config(written: Checkpoint) -> None:
     try:
         model = names.meta_model(written.path, config, written.name)
     except ValueError:
-        written.config = config
         return  # a model that brings its own code
     _correct_vocabulary(config, sections, model, written)
     _correct_ties(config, sections, model, written)
     write_json(written.path / CONFIG, config)
-    written.config = config
-
-
-def _sections(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """The configs of a composite model's parts."""
-    return [
-        value
-        for key, value in config.items()
-        if key.endswith("_config") and isinstance(value, dict)
-    ]
 
 
 def _dtype(written: Checkpoint) -> str:

@@ -149,6 +149,7 @@ def complete(
     """
     inputs = prepared.inputs
     completion.add_side_files(out, inputs.donor.path, inputs.config, options)
+    completion.renumber_tokens(out, inputs.donor.path, inputs.config, options)
     written = verification.read_result(out)
     completion.correct_config(written)
     verification.verify(written, inputs, suspects)

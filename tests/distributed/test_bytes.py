@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from tests.doctor.tiny import (
     load_tensors,
     save_class,
     save_models,
+    save_tokenizer,
     write_recipe,
 )
 from tests.execution.test_command import lora
@@ -184,6 +186,21 @@ def test_a_recipe_that_makes_a_tokenizer(merge: Merge, tmp_path: Path) -> None:
     assert ours.keys() == theirs.keys() == {"<unk>", *"abcdefghijklmnopqrstu"}
     assert all(torch.equal(ours[token], theirs[token]) for token in ours)
     assert load_tensors(tmp_path / "out")["lm_head.weight"].shape[0] == 32
+
+
+def test_a_tokenizer_that_numbers_otherwise(merge: Merge, saved: Saved, tmp_path: Path) -> None:
+    base, *tuned = (shutil.copytree(it, tmp_path / f"m{n}") for n, it in enumerate(saved("llama")))
+    for model in (base, *tuned):
+        save_tokenizer(str(model), 64, backwards=model == tuned[0])
+    change_config(base, bos_token_id=1, eos_token_id=2)
+    recipe = write_recipe(
+        tmp_path / "r.yaml",
+        [*map(str, tuned)],
+        base_model=str(base),
+        tokenizer_source=str(tuned[0]),
+    )
+    same(merge, recipe, tmp_path, *SHARDS)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 61
 
 
 def test_adapters_are_fused_first(merge: Merge, saved: Saved, tmp_path: Path) -> None:

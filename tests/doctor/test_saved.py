@@ -13,7 +13,7 @@ import torch
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.doctor.conftest import Report
 from tests.doctor.tiny import (
@@ -142,6 +142,87 @@ def test_aligning_such_tokenizers(
     report = check(models, **union)
     report.has_only_warning(own_llamas[1], "mergekit leaves such tokens out")
     merge(models, tmp_path / "stripped", **union)
+
+
+def test_numbers_of_another_tokenizer(
+    check: Callable[..., Report], own_llamas: list[str], tmp_path: Path
+) -> None:
+    base, *tuned = own_llamas
+    for folder in own_llamas:
+        save_tokenizer(folder, 64, backwards=folder == tuned[0])
+    change_config(base, bos_token_id=1, eos_token_id=[2, 5])
+    recipe = {"base_model": base, "tokenizer_source": tuned[0], "merge_method": "cart_auto"}
+    check(tuned, **recipe).has_only_warning(
+        f"the config of model {base} names have other numbers in the result",
+        "bos_token_id 1 ('<1>'), there '<62>', eos_token_id 2 ('<2>'), there '<61>'",
+        "mergekit-cart merge RECIPE OUT",
+    )
+    (Path(base) / "generation_config.json").write_text('{"eos_token_id": [2, 6]}')
+    warnings = check(tuned, **recipe).warnings
+    assert len(warnings) == 2, warnings
+    assert "copy from there into the result (with the new tokenizer's ids), or" in warnings[1]
+    merge(tuned, tmp_path / "out", **recipe)  # and so it is
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["bos_token_id"] == 1
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").bos_token_id == 62
+    (Path(base) / "generation_config.json").unlink()
+    for same in ({"tokenizer_source": "base"}, {"tokenizer_source": "union"}):
+        check(tuned, **{**recipe, **same}).is_clean()
+
+
+@pytest.mark.parametrize("added", [0, 2])
+def test_numbers_beyond_the_new_vocabulary(
+    added: int, check: Callable[..., Report], own_llamas: list[str], tmp_path: Path
+) -> None:
+    base = str(save_model(tmp_path / "base", "llama", 9, vocab_size=66, pad_token_id=65))
+    save_tokenizer(base, 64, added=added)  # without these, 65 is no token
+    for folder in own_llamas:
+        save_tokenizer(folder, 64)
+    source = own_llamas[0] if added else "base"
+    recipe: dict[str, Any] = {"base_model": base, "tokenizer": {"source": source}}
+    check(own_llamas, **recipe).has_only_problem(
+        f"the config of model {base} names lie beyond the 64 of the result",
+        "pad_token_id 65" + (" ('<more 1>')" if added else ""),
+    )
+    merge(own_llamas, tmp_path / "out", **recipe)
+    with pytest.raises(AssertionError, match="Padding_idx"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    recipe["tokenizer"]["pad_to_multiple_of"] = 48
+    assert check(own_llamas, **recipe).problems == []
+
+
+def test_an_image_token_that_the_new_tokenizer_lacks(
+    check: Callable[..., Report], tmp_path: Path
+) -> None:
+    folders = save_class(tmp_path, "LlavaForConditionalGeneration", False, **LLAVA)
+    save_tokenizer(folders[0], 64)
+    for folder in folders[1:]:
+        save_tokenizer(folder, 60)
+    base, *tuned = folders
+    recipe = {"base_model": base, "tokenizer": {"source": tuned[0]}}
+    check(tuned, **recipe).has_only_problem(
+        f"lacks what model {base} cannot be without", "image_token_index 60 ('<60>')"
+    )
+
+
+# Quantisation
+
+
+@pytest.mark.parametrize("part", [None, "text_config"])
+def test_weights_that_are_no_longer_quantised(
+    part: str | None, check: Callable[..., Report], own_llamas: list[str], tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    change_config(own_llamas[0], **({part: settings} if part else settings))
+    report = check(own_llamas)
+    report.has_only_warning("a config that has a quantization_config", "mergekit-cart merge RECIPE")
+    if part is None:
+        base = {"base_model": own_llamas[0], "merge_method": "cart_auto"}
+        merge(own_llamas[1:], tmp_path / "out", **base)
+        with pytest.raises(ImportError):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    online = {"quant_method": "bitnet", "quantization_mode": "online"}
+    change_config(own_llamas[0], quantization_config=online, text_config=None)
+    check(own_llamas).is_clean()  # the model's own way to compute with such weights
 
 
 # Files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 
 from tests.doctor.conftest import Report
-from tests.doctor.tiny import edit_weights, save_tokenizer
+from tests.doctor.tiny import edit_weights, load_tensors, save_model, save_tokenizer
 
 
 @pytest.fixture
@@ -105,6 +106,93 @@ def test_a_token_that_its_source_lacks(
         f"tokenizer.tokens takes 'nope' from {spoken[1]}, whose tokenizer has no 'nope'"
     )
     with pytest.raises(AssertionError, match="not found"):
+        merged(spoken, tmp_path / "out", **recipe)
+
+
+def test_a_chat_template_needs_a_tokenizer(
+    check: Callable[..., Report], own_llamas: list[str], tmp_path: Path
+) -> None:
+    for template in ("chatml", "auto"):
+        check(own_llamas, chat_template=template).has_only_problem(
+            f"no tokenizer files in {', '.join(own_llamas)}", "the result would have no tokenizer"
+        )
+    merged(own_llamas, tmp_path / "out", chat_template="chatml")
+    assert not list((tmp_path / "out").glob("*token*"))
+
+
+@pytest.mark.parametrize("source", ["$wide", {"kind": "zero"}], ids=str)
+def test_a_token_beyond_the_bases_rows(
+    source: Any, check: Callable[..., Report], spoken: list[str], tmp_path: Path
+) -> None:
+    wide = str(save_model(tmp_path / "wide", "llama", 9, vocab_size=66))
+    save_tokenizer(wide, 64, added=2)
+    tokens = {"<more 1>": {"source": wide if source == "$wide" else source}}
+    models, base = [*spoken[1:], wide], {"base_model": spoken[0]}
+    recipe: dict[str, Any] = {"tokenizer": {"source": "base", "tokens": tokens}}
+    check(models, **recipe, **base).has_only_problem(
+        f"adds '<more 1>' to the tokenizer of {spoken[0]}, beyond the 64 rows", "`source: union`"
+    )
+    with pytest.raises(KeyError):
+        merged(models, tmp_path / "out", **recipe, **base)
+    recipe = {"tokenizer": {"source": "union", "tokens": tokens}}
+    assert check(models, **recipe, **base).problems == []
+    merged(models, tmp_path / "out", **recipe, **base)
+
+
+def test_a_token_in_the_bases_spare_rows(
+    check: Callable[..., Report], spoken: list[str], tmp_path: Path
+) -> None:
+    base = str(save_model(tmp_path / "spare", "llama", 8, vocab_size=70))
+    save_tokenizer(base, 64)
+    wide = str(save_model(tmp_path / "wide", "llama", 9, vocab_size=66))
+    save_tokenizer(wide, 64, added=2)
+    entry: dict[str, Any] = {"source": wide}
+    recipe: dict[str, Any] = {
+        "base_model": base,
+        "tokenizer": {"source": "base", "tokens": {"<more 1>": entry}},
+    }
+    report = check([*spoken, wide], **recipe)
+    report.has_only_warning(
+        f"to the tokenizer of {base}: mergekit takes spare rows", "`force: true`"
+    )
+    entry["force"] = True
+    assert check([*spoken, wide], **recipe).warnings == []
+    table = "model.embed_tokens.weight"
+    spare, wanted = load_tensors(base)[table][64], load_tensors(wide)[table][65]
+    for forced, row in ((False, (spare + 4 * wanted) / 5), (True, wanted)):
+        entry["force"] = forced
+        merged([base, *spoken, wide], tmp_path / f"out-{forced}", **recipe)
+        assert torch.allclose(load_tensors(tmp_path / f"out-{forced}")[table][64], row, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("source", "parts", "error"),
+    [
+        ({"token_id": 9999}, ("from row 9,999 of", "have 64"), AssertionError),
+        ({"token_id": -1}, ("from row -1 of", "have 64"), AssertionError),
+        ({"model": "$other", "token": "<3>"}, ("which the recipe does not merge",), ValueError),
+        (None, ("names no source of '<5>'",), NotImplementedError),
+    ],
+    ids=str,
+)
+def test_a_row_that_no_model_has(
+    source: dict[str, Any] | None,
+    parts: tuple[str, ...],
+    error: type[Exception],
+    check: Callable[..., Report],
+    spoken: list[str],
+    tmp_path: Path,
+) -> None:
+    other = shutil.copytree(spoken[0], tmp_path / "other")
+    if source is not None:
+        model = str(other) if "model" in source else spoken[1]
+        source = {"kind": "model_token", **source, "model": model}
+    tokens: dict[str, Any] = {"<5>": {"source": source}}
+    recipe: dict[str, Any] = {"tokenizer": {"source": "union", "tokens": tokens}}
+    check(spoken, **recipe).is_clean()  # each model has a row for this token
+    tokens["<5>"]["force"] = True
+    check(spoken, **recipe).has_only_problem(*parts, "mergekit stops")
+    with pytest.raises(error):
         merged(spoken, tmp_path / "out", **recipe)
 
 

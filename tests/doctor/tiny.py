@@ -144,9 +144,10 @@ def edit_weights(folder: str, edit: Callable[[dict[str, torch.Tensor]], object])
     save_file(tensors, file, {"format": "pt"})
 
 
-def save_tokenizer(folder: str, size: int, added: int = 0) -> None:
-    """Save a tokenizer with ids below a number, and some more."""
-    vocabulary = {f"<{number}>": number for number in range(size)}
+def save_tokenizer(folder: str, size: int, added: int = 0, *, backwards: bool = False) -> None:
+    """Save a tokenizer with ids below a number, and some more; `<0>` has the first or the last."""
+    order = reversed(range(size)) if backwards else range(size)
+    vocabulary = {f"<{number}>": place for place, number in enumerate(order)}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<1>", eos_token="<2>")

@@ -9,7 +9,7 @@ import pytest
 from click.testing import Result
 
 from cart_plugin.checkpoints.side_files import complete
-from tests.doctor.tiny import save_models, write_recipe
+from tests.doctor.tiny import change_config, save_models, write_recipe
 from tests.execution.test_command import lora, refuses
 
 VOCABULARY = ("tokenizer.json", "tokenizer_config.json")
@@ -96,6 +96,17 @@ def test_a_changed_side_file_is_not_taken_from_the_cache(
         assert len(list(cache.iterdir())) == made
         assert "disk needed for the fused models: " in done.output
         assert "disk needed by --lora-merge-cache" not in done.output
+
+
+def test_adapters_of_a_base_that_is_no_longer_quantised(
+    merge: Callable[..., Result], recipe: Path
+) -> None:
+    change_config(
+        recipe.parent / "llama-0", quantization_config={"quant_method": "gptq", "bits": 4}
+    )
+    done = merge(recipe, recipe.parent / "out", "--force")
+    assert done.exit_code == 0, done.output
+    assert "quantization" not in (recipe.parent / "out" / "config.json").read_text()
 
 
 def test_an_adapters_folder_is_left_alone(merge: Callable[..., Result], recipe: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import transformers
 from click.testing import Result
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
@@ -15,7 +16,7 @@ from mergekit.options import MergeOptions
 from cart_plugin.checkpoints.side_files import check_modules, complete
 from cart_plugin.errors import CheckpointError
 from cart_plugin.execution.completion import add_side_files
-from tests.doctor.tiny import write_recipe
+from tests.doctor.tiny import change_config, save_model, save_tokenizer, write_recipe
 
 
 def added(donor: Path, out: Path) -> set[str]:
@@ -105,3 +106,62 @@ def test_a_merge_refuses_modules_of_one_model(
     assert done.exit_code == 1
     assert "2_Router/query/model.safetensors there is not what" in done.output
     assert not (tmp_path / "out").exists()
+
+
+def spoken(saved: Callable[..., list[str]], folder: Path) -> list[str]:
+    """A base and two fine-tunes, the first of which numbers its tokens the other way round."""
+    models = [
+        str(shutil.copytree(model, folder / f"m{n}")) for n, model in enumerate(saved("llama"))
+    ]
+    for model in models:
+        save_tokenizer(model, 64, backwards=model == models[1])
+    settings = {"bos_token_id": 1, "eos_token_id": [2, 5], "pad_token_id": 0}
+    change_config(models[0], **settings)
+    (Path(models[0]) / "generation_config.json").write_text(json.dumps(settings))
+    return models
+
+
+def test_tokens_have_the_numbers_of_the_new_tokenizer(
+    merge: Callable[..., Result], saved: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    base, *tuned = spoken(saved, tmp_path)
+    recipe = write_recipe(
+        tmp_path / "r.yaml", tuned, base_model=base, tokenizer_source=tuned[0],
+        merge_method="cart_auto",
+    )  # fmt: skip
+    done = merge(recipe, tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert "mergekit-yaml keeps" not in done.output
+    expected = {"bos_token_id": 62, "eos_token_id": [61, 58], "pad_token_id": 63}
+    for name in ("config.json", "generation_config.json"):
+        held = json.loads((tmp_path / "out" / name).read_text())
+        assert {key: held[key] for key in expected} == expected
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (62, 61)
+
+
+def test_a_padding_token_that_is_gone(
+    merge: Callable[..., Result], saved: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    tuned = spoken(saved, tmp_path)
+    base = str(save_model(tmp_path / "base", "llama", 9, vocab_size=66, pad_token_id=65))
+    save_tokenizer(base, 64, added=2)
+    recipe = write_recipe(tmp_path / "r.yaml", tuned, base_model=base, tokenizer_source=tuned[0])
+    done = merge(recipe, tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.pad_token_id is None
+    assert model.config.vocab_size == 64
+
+
+@pytest.mark.parametrize("method", ["fp8", "gptq"])
+def test_a_result_is_not_called_quantised(
+    method: str, merge: Callable[..., Result], saved: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    donor = str(shutil.copytree(saved("llama")[0], tmp_path / "donor"))
+    change_config(donor, quantization_config={"quant_method": method, "bits": 4})
+    recipe = write_recipe(tmp_path / "r.yaml", [donor, *saved("llama")[1:]], dtype="bfloat16")
+    done = merge(recipe, tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert "quantization" not in (tmp_path / "out" / "config.json").read_text() + done.output
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
