@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -132,20 +133,21 @@ def _check_names(adapters: Sequence[Adapter]) -> None:
             f"stacked ({stack}), as releases of transformers before 5 and from 5 on do; "
             f"{_WHOLE_MODELS}"
         )
-    for first, other in itertools.combinations(adapters, 2):
-        if first.layers.keys() & other.layers.keys():
-            continue
-        known: dict[str, list[tuple[frozenset[str], str]]] = {}
-        for module in first.layers:
+    stacks = [(adapter, _stacks(adapter)) for adapter in adapters]
+    for (first, ours), (other, theirs) in itertools.combinations(stacks, 2):
+        # Stacks that both know by one name are called alike, whatever of them each changes.
+        apart = not ours.keys() & theirs.keys()
+        known: dict[str, list[tuple[tuple[str, ...], str]]] = {}
+        for module in chain.from_iterable(ours[stack] for stack in ours if stack not in theirs):
             way, rest = _split(module)
             known.setdefault(rest, []).append((way, module))
-        for module, layer in other.layers.items():
+        for module in chain.from_iterable(theirs[stack] for stack in theirs if stack not in ours):
             way, rest = _split(module)
             for before, found in known.get(rest, ()):
                 is_longer = f".{module}".endswith(f".{found}") or f".{found}".endswith(f".{module}")
                 # Text and images of one model may have such names, but hardly the same widths.
-                is_within = before <= way or way <= before
-                if is_longer or (is_within and layer.shape == first.layers[found].shape):
+                same = other.layers[module].shape == first.layers[found].shape
+                if (is_longer and apart) or (same and (is_longer or _is_one_way(before, way))):
                     raise CartError(
                         f"adapters {first.name} and {other.name} call one module differently "
                         f"({found} and {module}): they were trained on different classes of the "
@@ -155,12 +157,31 @@ def _check_names(adapters: Sequence[Adapter]) -> None:
                     )
 
 
-def _split(module: str) -> tuple[frozenset[str], str]:
+def _split(module: str) -> tuple[tuple[str, ...], str]:
     """The parts of a name on the way to the stack of layers (or to the last part), and the rest."""
     parts = module.split(".")
     number = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts))
     start = max(number - 1, 0)
-    return frozenset(parts[:start]), ".".join(parts[start:])
+    return tuple(parts[:start]), ".".join(parts[start:])
+
+
+def _stacks(adapter: Adapter) -> dict[tuple[str, ...], list[str]]:
+    """The modules of each stack of layers, by its name; what is in none is one by itself."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for module in adapter.layers:
+        way, rest = _split(module)
+        found.setdefault((*way, rest.partition(".")[0]), []).append(module)
+    return found
+
+
+def _is_one_way(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether two ways may lead to one stack: with parts between, or in another order.
+
+    An encoder beside a decoder that holds an encoder of its own has another first part.
+    """
+    before, after = frozenset(one), frozenset(other)
+    is_within = before <= after or after <= before
+    return before == after or (is_within and one[:1] == other[:1])
 
 
 def _whole(adapters: Sequence[Adapter]) -> tuple[dict[str, str], list[str]]:
