@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -55,7 +56,7 @@ class Plan:
     common: dict[str, Any]
     notes: list[str] = field(default_factory=list)
 
-    @property
+    @cached_property
     def has_bias(self) -> bool:
         """Whether any adapter has biases of its own in B."""
         return any(
