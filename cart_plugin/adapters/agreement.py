@@ -233,7 +233,7 @@ def _common(adapters: Sequence[Adapter], base: str | None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     found[_BASE] = _agreed_base(configs) if base is None else base
     if base is None:
-        found["revision"] = _agreed(configs, "revision", "pass --base to say that they are one")
+        found["revision"] = _agreed_revision(configs)
     found["task_type"] = _agreed(
         configs, "task_type", "correct adapter_config.json if they are of one class of models"
     )
@@ -266,6 +266,17 @@ def _agreed(configs: Mapping[str, Mapping[str, Any]], key: str, advice: str) -> 
                 f"({values[0][1]} and {value}); {advice}"
             )
     return values[0][1] if values else None
+
+def _agreed_revision(configs: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The one revision of the base; an adapter that names a base and no revision has its main."""
+    said = {
+        name: {"revision": config.get("revision") or "main"}
+        for name, config in configs.items()
+        if config.get(_BASE) or config.get("revision")
+    }
+    _agreed(said, "revision", "pass --base to say that they are one")
+    return next((config["revision"] for config in configs.values() if config.get("revision")), None)
+
 
 
 def _agreed_base(configs: Mapping[str, Mapping[str, Any]]) -> str | None:

@@ -197,33 +197,15 @@ def test_bases_that_are_one(own_trio: list[Path], base: Path, tmp_path: Path) ->
     assert any("no adapter names its base" in note for note in report.notes)
 
 
-def test_targets_are_the_adapters_own_if_they_agree(
-    base: Path, trio: list[Path], tmp_path: Path
-) -> None:
-    merge_adapters(trio, tmp_path / "same")
-    assert config_of(tmp_path / "same")["target_modules"] == ["q_proj", "v_proj"]
-    adapters = save_loras(tmp_path, base, [{}, {"target_modules": ["q_proj"]}])
-    merge_adapters(adapters, tmp_path / "other")
-    modules = [f"model.layers.{layer}.self_attn.{kind}" for layer in (0, 1) for kind in "qv"]
-    expected = [f"{module}_proj" for module in modules]
-    assert config_of(tmp_path / "other")["target_modules"] == expected
-
-
-def test_a_regular_expression_becomes_names(base: Path, tmp_path: Path) -> None:
-    adapters = save_loras(tmp_path, base, [{}, {}], target_modules=r".*\.layers\.0\..*\.q_proj")
-    merge_adapters(adapters, tmp_path / "out")
-    expected = ["model.layers.0.self_attn.q_proj"]
-    assert config_of(tmp_path / "out")["target_modules"] == expected
-
-
-def test_one_layer_of_all_adapters_stays_one(base: Path, tmp_path: Path) -> None:
-    adapters = save_loras(tmp_path, base, [{}, {}], layers_to_transform=0)
-    merge_adapters(adapters, tmp_path / "out")
-    assert config_of(tmp_path / "out")["layers_to_transform"] == 0
-    assert len(tensors(tmp_path / "out")) == 4
-    model = peft.PeftModel.from_pretrained(load(base), str(tmp_path / "out"))
-    held = [name for name, _ in model.named_parameters() if "lora_" in name]
-    assert len(held) == 4
+def test_the_main_revision_has_two_names(own_trio: list[Path], tmp_path: Path) -> None:
+    change_config(own_trio[1], revision="main")
+    merge_adapters(own_trio, tmp_path / "out")
+    assert config_of(tmp_path / "out")["revision"] == "main"
+    change_config(own_trio[1], base_model_name_or_path=None, revision=None)
+    for adapter in (own_trio[0], own_trio[2]):
+        change_config(adapter, revision="v1")
+    merge_adapters(own_trio, tmp_path / "one-says-nothing")
+    assert config_of(tmp_path / "one-says-nothing")["revision"] == "v1"
 
 
 def test_an_adapter_of_the_hubs_cache(

@@ -53,6 +53,7 @@ FIRST_B = FIRST.replace("lora_A", "lora_B")
         ({"alpha_pattern": {"(": 2}}, ("alpha_pattern", "'(', which is no regular expression")),
         ({"base_model_name_or_path": "org/other"}, ("different bases", "org/other", "--base")),
         ({"revision": "v2"}, ("differ in revision", "v2 and v1", "--base")),
+        ({"revision": None}, ("differ in revision", "main and v1", "--base")),
         ({"bias": "all"}, ("differ in bias", "all and none", "merge each into its base")),
         ({"task_type": "SEQ_CLS"}, ("differ in task_type", "SEQ_CLS and CAUSAL_LM")),
         (
