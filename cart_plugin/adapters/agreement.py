@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cart_plugin.adapters.inputs import Adapter, Shape, is_counter
+from cart_plugin.adapters.inputs import Adapter, Shape, is_buffer
 from cart_plugin.errors import CartError
 from cart_plugin.wording import count, some
 
@@ -359,7 +359,7 @@ def _notes(plan: Plan) -> Iterator[str]:
     averaged = [
         name
         for key, name in plan.whole.items()
-        if key not in plan.tables and not is_counter(plan.holders(key)[0].held(key))
+        if key not in plan.tables and not is_buffer(plan.holders(key)[0].held(key))
     ]
     if averaged and len(plan.adapters) > 1:
         yield (

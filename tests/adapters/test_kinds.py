@@ -198,6 +198,20 @@ def test_counters_of_a_saved_norm_are_the_largest(tmp_path: Path) -> None:
             assert tensor.dtype == torch.int64
 
 
+def test_integers_that_all_hold_alike_are_kept(own_trio: list[Path], tmp_path: Path) -> None:
+    """Positions, such as old models have beside their embeddings: nothing is quantised."""
+    prefix = "base_model.model.model"
+    held = {f"{prefix}.position_ids": torch.arange(5)[None], f"{prefix}.mask": torch.eye(3) > 0}
+    for adapter in own_trio:
+        change_tensors(adapter, lambda own: own.update(held))
+    report = merge_adapters(own_trio, tmp_path / "out", dtype="bfloat16")
+    found = tensors(tmp_path / "out")
+    for name, tensor in held.items():
+        assert torch.equal(found[name], tensor)
+        assert found[name].dtype == tensor.dtype
+    assert not any("averaged" in note for note in report.notes)
+
+
 @pytest.mark.parametrize("other", [["v_proj"], ["q_proj", "up_proj"]])
 def test_all_biases_beside_lora_of_different_modules(other: list[str], tmp_path: Path) -> None:
     """PEFT calls one bias by two names: with LoRA of its module, and without."""

@@ -142,6 +142,22 @@ def test_other_shapes_of_what_is_held_whole(tmp_path: Path) -> None:
     refuses(adapters, name, "(70, 32)", "(64, 32)", "vocabularies of different sizes")
 
 
+def test_other_integers_of_what_is_held_whole(own_trio: list[Path]) -> None:
+    name = "base_model.model.model.position_ids"
+    for start, adapter in zip((1, 0, 0), own_trio, strict=True):
+        positions = torch.arange(start, start + 5)
+        change_tensors(adapter, lambda held, values=positions: held.update({name: values}))
+    refuses(own_trio, name, "holds integers that differ between code and math")
+
+
+def test_eight_bit_floats_of_what_is_held_whole(own_trio: list[Path]) -> None:
+    name = "base_model.model.model.norm.weight"
+    change_tensors(
+        own_trio[0], lambda held: held.update({name: torch.ones(32).to(torch.float8_e4m3fn)})
+    )
+    refuses(own_trio, name, "F8_E4M3; such values cannot be merged")
+
+
 def test_a_convolution_of_several_groups(tmp_path: Path) -> None:
     sizes = {"hidden_sizes": [8, 12, 16, 16], "depths": [1, 1, 1, 1], "num_labels": 3}
     base, kind = tmp_path / "base", transformers.AutoModelForImageClassification
