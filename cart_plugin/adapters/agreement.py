@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from cart_plugin.adapters import kinds
 from cart_plugin.adapters.inputs import Adapter, Shape, is_buffer
 from cart_plugin.errors import CartError
 from cart_plugin.wording import count, some
@@ -324,6 +325,9 @@ def _plain(value: Any) -> Any:
     return None if value == "" else value
 
 
+    for adapter in plan.adapters:
+        if note := kinds.newer_note(adapter.name, adapter.checkpoint.config):
+            yield note
 def lacking_notes(plan: Plan) -> Iterator[str]:
     """Says which adapters do not change all that others do."""
     for adapter in plan.adapters:
@@ -374,9 +378,9 @@ def _notes(plan: Plan) -> Iterator[str]:
         )
     others = [module for module, shape in plan.shapes.items() if shape.kind in _OTHERS]
     if others:
-        kinds = sorted({_OTHERS[plan.shapes[module].kind] for module in others})
+        what = sorted({_OTHERS[plan.shapes[module].kind] for module in others})
         yield (
-            f"{some(others)}: no linear layers but {' and '.join(kinds)}. PEFT loads their LoRA; "
+            f"{some(others)}: no linear layers but {' and '.join(what)}. PEFT loads their LoRA; "
             "vLLM, llama.cpp and SGLang refuse it, or have not been tried with it"
         )
     if plan.has_bias:
