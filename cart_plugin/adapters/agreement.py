@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 
-from cart_plugin.adapters import kinds
+from cart_plugin.adapters import kinds, selection
 from cart_plugin.adapters.inputs import Adapter, Shape, is_buffer
 from cart_plugin.errors import CartError
 from cart_plugin.wording import count, some
 
 _BASE = "base_model_name_or_path"
-_SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _BASES_TABLE = ".base_layer.weight"
 _WHOLE_MODELS = (
     "merge each into its base (PEFT's merge_and_unload, then save_pretrained) and the whole models "
@@ -253,7 +252,7 @@ def _common(adapters: Sequence[Adapter], base: str | None) -> dict[str, Any]:
     # PEFT corrects it where a module is of the other kind, but takes it beside no parameters.
     turned = any(config.get("fan_in_fan_out") for config in configs.values())
     found["fan_in_fan_out"] = turned and not found["target_parameters"]
-    found.update(_selection(adapters))
+    found.update(selection.selection(adapters))
     return found
 
 
@@ -268,6 +267,7 @@ def _agreed(configs: Mapping[str, Mapping[str, Any]], key: str, advice: str) -> 
             )
     return values[0][1] if values else None
 
+
 def _agreed_revision(configs: Mapping[str, Mapping[str, Any]]) -> str | None:
     """The one revision of the base; an adapter that names a base and no revision has its main."""
     said = {
@@ -277,7 +277,6 @@ def _agreed_revision(configs: Mapping[str, Mapping[str, Any]]) -> str | None:
     }
     _agreed(said, "revision", "pass --base to say that they are one")
     return next((config["revision"] for config in configs.values() if config.get("revision")), None)
-
 
 
 def _agreed_base(configs: Mapping[str, Mapping[str, Any]]) -> str | None:
@@ -296,38 +295,6 @@ def _agreed_base(configs: Mapping[str, Mapping[str, Any]]) -> str | None:
     return next((path for path, _ in values.values()), None)
 
 
-def _selection(adapters: Sequence[Adapter]) -> dict[str, Any]:
-    """Which modules PEFT wraps: as the adapters list them if they do so alike, or all by name.
-
-    SGLang takes no regular expressions.
-    """
-    said = [
-        {key: _plain(adapter.checkpoint.config.get(key)) for key in _SELECTION}
-        for adapter in adapters
-    ]
-    modules = [adapter.layers.keys() for adapter in adapters]
-    same = all(own == modules[0] for own in modules) and all(own == said[0] for own in said)
-    if same and isinstance(said[0]["target_modules"], list):
-        return said[0]
-    parameters = {
-        module
-        for adapter in adapters
-        for module, layer in adapter.layers.items()
-        if layer.shape.kind == "experts"
-    }
-    names = sorted(set().union(*modules) - parameters)
-    return {**dict.fromkeys(_SELECTION), "target_modules": names or None}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (list, tuple, set)):
-        return sorted(value) or None
-    return None if value == "" else value
-
-
-    for adapter in plan.adapters:
-        if note := kinds.newer_note(adapter.name, adapter.checkpoint.config):
-            yield note
 def lacking_notes(plan: Plan) -> Iterator[str]:
     """Says which adapters do not change all that others do."""
     for adapter in plan.adapters:
@@ -358,7 +325,11 @@ def _apart_notes(plan: Plan) -> Iterator[str]:
 
 
 def _notes(plan: Plan) -> Iterator[str]:
+    for adapter in plan.adapters:
+        if note := kinds.newer_note(adapter.name, adapter.checkpoint.config):
+            yield note
     yield from _apart_notes(plan)
+    yield from selection.notes(plan.adapters)
     yield from lacking_notes(plan)
     averaged = [
         name
