@@ -258,6 +258,29 @@ def test_what_the_report_says(trio: list[Path], tmp_path: Path) -> None:
     assert [entry["weight"] for entry in written["adapters"].values()] == [0.5, 0.25, 0.25]
     assert written["adapters"]["a"]["path"] == str(trio[0])
     assert written["adapters"]["a"]["rank"] == 4
+def test_folders_of_modules_json_come_along_or_it_does_not(
+    own_trio: list[Path], tmp_path: Path
+) -> None:
+    listed = {"modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors"}
+    for adapter in own_trio:
+        for name in ("1_Pooling/config.json", "2_Dense/model.safetensors", "3_Other/config.json"):
+            (adapter / name).parent.mkdir()
+            (adapter / name).write_text("{}")
+        paths = ("", "1_Pooling", "2_Dense")
+        (adapter / "modules.json").write_text(json.dumps([{"path": path} for path in paths]))
+
+    def held(out: Path) -> set[str]:
+        found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+        return found - {"adapter_config.json", "adapter_model.safetensors", "report.json"}
+
+    assert not merge_adapters(own_trio, tmp_path / "out").notes
+    assert held(tmp_path / "out") == listed
+    (own_trio[1] / "2_Dense" / "model.safetensors").write_text("other")
+    notes = merge_adapters(own_trio, tmp_path / "again").notes
+    assert held(tmp_path / "again") == set()
+    assert notes == [f"not all adapters have the same {', '.join(sorted(listed))}: left out"]
+
+
     kept = [entry["kept"] for entry in written["adapters"].values()]
     assert kept == [entry.kept for entry in report.cut]
     assert kept[0] > kept[1]
