@@ -134,7 +134,7 @@ class Adapter:
         """
         layer = self.layers.get(module)
         if layer is None:
-            empty = torch.empty(shape.stack, shape.m, 0, dtype=dtype)
+            empty = torch.empty(shape.stack, shape.m, 0, dtype=dtype, device="cpu")
             return Difference(empty, empty.new_empty(shape.stack, 0, shape.n))
         a, b = (self.read(name).to(dtype) for name in (layer.factors.a, layer.factors.b))
         left = b.reshape(shape.m, layer.rank, shape.stack).permute(2, 0, 1) * (layer.scale / scale)

@@ -191,7 +191,7 @@ class Merge:
         )
 
     def _bias(self, module: str, shape: Shape) -> Tensor:
-        total = torch.zeros(shape.m, dtype=self.work_dtype)
+        total = torch.zeros(shape.m, dtype=self.work_dtype, device="cpu")
         for adapter, share in zip(self.plan.adapters, self.shares, strict=True):
             found = adapter.bias(module, shape, self.scale)
             if found is not None:

@@ -222,6 +222,24 @@ def test_an_adapter_of_the_hubs_cache(
     assert files(tmp_path / "out") == files(tmp_path / "local")
 
 
+@pytest.mark.parametrize("method", ["auto", "cart", "linear"])
+def test_torchs_default_device_does_not_matter(
+    method: Any, own_trio: list[Path], base: Path, tmp_path: Path
+) -> None:
+    """One of them lacks modules, and one has a bias of B: all that is made anew."""
+    more = save_loras(tmp_path / "more", base, [{"target_modules": ["q_proj"], "lora_bias": True}])
+    merge_adapters([*own_trio, *more], tmp_path / "out", method=method)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # in other threads it is the CPU
+    torch.set_default_device("meta")
+    try:
+        merge_adapters([*own_trio, *more], tmp_path / "meta", method=method)
+    finally:
+        torch.set_default_device(None)
+        torch.set_num_threads(threads)
+    assert files(tmp_path / "meta") == files(tmp_path / "out")
+
+
 def test_side_files_that_all_have_alike(own_trio: list[Path], tmp_path: Path) -> None:
     for adapter in own_trio:
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -240,24 +258,6 @@ def test_side_files_that_all_have_alike(own_trio: list[Path], tmp_path: Path) ->
     assert any("have the same chat_template.jinja, tokenizer.json" in note for note in report.notes)
 
 
-def test_folders_of_one_name_are_told_apart(own_trio: list[Path], tmp_path: Path) -> None:
-    places = []
-    for adapter in own_trio:
-        place = tmp_path / f"of-{adapter.name}" / "adapter"
-        place.parent.mkdir()
-        places.append(adapter.rename(place))
-    report = merge_adapters(places, tmp_path / "out")
-    assert list(report.paths) == ["of-math/adapter", "of-code/adapter", "of-german/adapter"]
-
-
-def test_what_the_report_says(trio: list[Path], tmp_path: Path) -> None:
-    report = merge_adapters(trio, tmp_path / "out", weights=[2, 1, 1], names=["a", "b", "c"])
-    written = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert (written["method"], written["rank"], written["exact_rank"]) == ("auto", 4, 12)
-    assert written["bytes"] == (tmp_path / "out" / "adapter_model.safetensors").stat().st_size
-    assert [entry["weight"] for entry in written["adapters"].values()] == [0.5, 0.25, 0.25]
-    assert written["adapters"]["a"]["path"] == str(trio[0])
-    assert written["adapters"]["a"]["rank"] == 4
 def test_folders_of_modules_json_come_along_or_it_does_not(
     own_trio: list[Path], tmp_path: Path
 ) -> None:
@@ -281,6 +281,24 @@ def test_folders_of_modules_json_come_along_or_it_does_not(
     assert notes == [f"not all adapters have the same {', '.join(sorted(listed))}: left out"]
 
 
+def test_folders_of_one_name_are_told_apart(own_trio: list[Path], tmp_path: Path) -> None:
+    places = []
+    for adapter in own_trio:
+        place = tmp_path / f"of-{adapter.name}" / "adapter"
+        place.parent.mkdir()
+        places.append(adapter.rename(place))
+    report = merge_adapters(places, tmp_path / "out")
+    assert list(report.paths) == ["of-math/adapter", "of-code/adapter", "of-german/adapter"]
+
+
+def test_what_the_report_says(trio: list[Path], tmp_path: Path) -> None:
+    report = merge_adapters(trio, tmp_path / "out", weights=[2, 1, 1], names=["a", "b", "c"])
+    written = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (written["method"], written["rank"], written["exact_rank"]) == ("auto", 4, 12)
+    assert written["bytes"] == (tmp_path / "out" / "adapter_model.safetensors").stat().st_size
+    assert [entry["weight"] for entry in written["adapters"].values()] == [0.5, 0.25, 0.25]
+    assert written["adapters"]["a"]["path"] == str(trio[0])
+    assert written["adapters"]["a"]["rank"] == 4
     kept = [entry["kept"] for entry in written["adapters"].values()]
     assert kept == [entry.kept for entry in report.cut]
     assert kept[0] > kept[1]
