@@ -134,8 +134,8 @@ def _check_names(adapters: Sequence[Adapter]) -> None:
             f"stacked ({stack}), as releases of transformers before 5 and from 5 on do; "
             f"{_WHOLE_MODELS}"
         )
-    stacks = [(adapter, _stacks(adapter)) for adapter in adapters]
-    for (first, ours), (other, theirs) in itertools.combinations(stacks, 2):
+    by_stack = [(adapter, _stacks(adapter)) for adapter in adapters]
+    for (first, ours), (other, theirs) in itertools.combinations(by_stack, 2):
         # Stacks that both know by one name are called alike, whatever of them each changes.
         apart = not ours.keys() & theirs.keys()
         known: dict[str, list[tuple[tuple[str, ...], str]]] = {}

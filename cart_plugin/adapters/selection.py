@@ -42,7 +42,7 @@ def _shared(adapters: Sequence[Adapter]) -> dict[str, Any] | None:
     others = [{key: _plain(config.get(key)) for key in _OTHERS} for config in configs]
     if any(other != others[0] for other in others):
         return None
-    targets = [config.get(TARGETS) for config in configs]
+    targets: list[Any] = [config.get(TARGETS) for config in configs]
     if isinstance(targets[0], str) and all(own == targets[0] for own in targets):
         return {**others[0], TARGETS: targets[0]}
     if all(isinstance(own, list) and all(isinstance(one, str) for one in own) for own in targets):
