@@ -7,16 +7,18 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
 
-from cart_plugin.adapters.inputs import Adapter, Shape, is_counter
+from cart_plugin.adapters import kinds, selection
+from cart_plugin.adapters.inputs import Adapter, Shape, is_buffer
 from cart_plugin.errors import CartError
 from cart_plugin.wording import count, some
 
 _BASE = "base_model_name_or_path"
-_SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 _BASES_TABLE = ".base_layer.weight"
 _WHOLE_MODELS = (
     "merge each into its base (PEFT's merge_and_unload, then save_pretrained) and the whole models "
@@ -54,7 +56,7 @@ class Plan:
     common: dict[str, Any]
     notes: list[str] = field(default_factory=list)
 
-    @property
+    @cached_property
     def has_bias(self) -> bool:
         """Whether any adapter has biases of its own in B."""
         return any(
@@ -132,20 +134,21 @@ def _check_names(adapters: Sequence[Adapter]) -> None:
             f"stacked ({stack}), as releases of transformers before 5 and from 5 on do; "
             f"{_WHOLE_MODELS}"
         )
-    for first, other in itertools.combinations(adapters, 2):
-        if first.layers.keys() & other.layers.keys():
-            continue
-        known: dict[str, list[tuple[frozenset[str], str]]] = {}
-        for module in first.layers:
+    by_stack = [(adapter, _stacks(adapter)) for adapter in adapters]
+    for (first, ours), (other, theirs) in itertools.combinations(by_stack, 2):
+        # Stacks that both know by one name are called alike, whatever of them each changes.
+        apart = not ours.keys() & theirs.keys()
+        known: dict[str, list[tuple[tuple[str, ...], str]]] = {}
+        for module in chain.from_iterable(ours[stack] for stack in ours if stack not in theirs):
             way, rest = _split(module)
             known.setdefault(rest, []).append((way, module))
-        for module, layer in other.layers.items():
+        for module in chain.from_iterable(theirs[stack] for stack in theirs if stack not in ours):
             way, rest = _split(module)
             for before, found in known.get(rest, ()):
                 is_longer = f".{module}".endswith(f".{found}") or f".{found}".endswith(f".{module}")
                 # Text and images of one model may have such names, but hardly the same widths.
-                is_within = before <= way or way <= before
-                if is_longer or (is_within and layer.shape == first.layers[found].shape):
+                same = other.layers[module].shape == first.layers[found].shape
+                if (is_longer and apart) or (same and (is_longer or _is_one_way(before, way))):
                     raise CartError(
                         f"adapters {first.name} and {other.name} call one module differently "
                         f"({found} and {module}): they were trained on different classes of the "
@@ -155,12 +158,31 @@ def _check_names(adapters: Sequence[Adapter]) -> None:
                     )
 
 
-def _split(module: str) -> tuple[frozenset[str], str]:
+def _split(module: str) -> tuple[tuple[str, ...], str]:
     """The parts of a name on the way to the stack of layers (or to the last part), and the rest."""
     parts = module.split(".")
     number = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts))
     start = max(number - 1, 0)
-    return frozenset(parts[:start]), ".".join(parts[start:])
+    return tuple(parts[:start]), ".".join(parts[start:])
+
+
+def _stacks(adapter: Adapter) -> dict[tuple[str, ...], list[str]]:
+    """The modules of each stack of layers, by its name; what is in none is one by itself."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for module in adapter.layers:
+        way, rest = _split(module)
+        found.setdefault((*way, rest.partition(".")[0]), []).append(module)
+    return found
+
+
+def _is_one_way(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether two ways may lead to one stack: with parts between, or in another order.
+
+    An encoder beside a decoder that holds an encoder of its own has another first part.
+    """
+    before, after = frozenset(one), frozenset(other)
+    is_within = before <= after or after <= before
+    return before == after or (is_within and one[:1] == other[:1])
 
 
 def _whole(adapters: Sequence[Adapter]) -> tuple[dict[str, str], list[str]]:
@@ -211,7 +233,7 @@ def _common(adapters: Sequence[Adapter], base: str | None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     found[_BASE] = _agreed_base(configs) if base is None else base
     if base is None:
-        found["revision"] = _agreed(configs, "revision", "pass --base to say that they are one")
+        found["revision"] = _agreed_revision(configs)
     found["task_type"] = _agreed(
         configs, "task_type", "correct adapter_config.json if they are of one class of models"
     )
@@ -230,7 +252,7 @@ def _common(adapters: Sequence[Adapter], base: str | None) -> dict[str, Any]:
     # PEFT corrects it where a module is of the other kind, but takes it beside no parameters.
     turned = any(config.get("fan_in_fan_out") for config in configs.values())
     found["fan_in_fan_out"] = turned and not found["target_parameters"]
-    found.update(_selection(adapters))
+    found.update(selection.selection(adapters))
     return found
 
 
@@ -244,6 +266,17 @@ def _agreed(configs: Mapping[str, Mapping[str, Any]], key: str, advice: str) -> 
                 f"({values[0][1]} and {value}); {advice}"
             )
     return values[0][1] if values else None
+
+
+def _agreed_revision(configs: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The one revision of the base; an adapter that names a base and no revision has its main."""
+    said = {
+        name: {"revision": config.get("revision") or "main"}
+        for name, config in configs.items()
+        if config.get(_BASE) or config.get("revision")
+    }
+    _agreed(said, "revision", "pass --base to say that they are one")
+    return next((config["revision"] for config in configs.values() if config.get("revision")), None)
 
 
 def _agreed_base(configs: Mapping[str, Mapping[str, Any]]) -> str | None:
@@ -260,35 +293,6 @@ def _agreed_base(configs: Mapping[str, Mapping[str, Any]]) -> str | None:
             "are one model, pass its name as --base"
         )
     return next((path for path, _ in values.values()), None)
-
-
-def _selection(adapters: Sequence[Adapter]) -> dict[str, Any]:
-    """Which modules PEFT wraps: as the adapters list them if they do so alike, or all by name.
-
-    SGLang takes no regular expressions.
-    """
-    said = [
-        {key: _plain(adapter.checkpoint.config.get(key)) for key in _SELECTION}
-        for adapter in adapters
-    ]
-    modules = [adapter.layers.keys() for adapter in adapters]
-    same = all(own == modules[0] for own in modules) and all(own == said[0] for own in said)
-    if same and isinstance(said[0]["target_modules"], list):
-        return said[0]
-    parameters = {
-        module
-        for adapter in adapters
-        for module, layer in adapter.layers.items()
-        if layer.shape.kind == "experts"
-    }
-    names = sorted(set().union(*modules) - parameters)
-    return {**dict.fromkeys(_SELECTION), "target_modules": names or None}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, (list, tuple, set)):
-        return sorted(value) or None
-    return None if value == "" else value
 
 
 def lacking_notes(plan: Plan) -> Iterator[str]:
@@ -321,12 +325,16 @@ def _apart_notes(plan: Plan) -> Iterator[str]:
 
 
 def _notes(plan: Plan) -> Iterator[str]:
+    for adapter in plan.adapters:
+        if note := kinds.newer_note(adapter.name, adapter.checkpoint.config):
+            yield note
     yield from _apart_notes(plan)
+    yield from selection.notes(plan.adapters)
     yield from lacking_notes(plan)
     averaged = [
         name
         for key, name in plan.whole.items()
-        if key not in plan.tables and not is_counter(plan.holders(key)[0].held(key))
+        if key not in plan.tables and not is_buffer(plan.holders(key)[0].held(key))
     ]
     if averaged and len(plan.adapters) > 1:
         yield (
@@ -341,9 +349,9 @@ def _notes(plan: Plan) -> Iterator[str]:
         )
     others = [module for module, shape in plan.shapes.items() if shape.kind in _OTHERS]
     if others:
-        kinds = sorted({_OTHERS[plan.shapes[module].kind] for module in others})
+        what = sorted({_OTHERS[plan.shapes[module].kind] for module in others})
         yield (
-            f"{some(others)}: no linear layers but {' and '.join(kinds)}. PEFT loads their LoRA; "
+            f"{some(others)}: no linear layers but {' and '.join(what)}. PEFT loads their LoRA; "
             "vLLM, llama.cpp and SGLang refuse it, or have not been tried with it"
         )
     if plan.has_bias:

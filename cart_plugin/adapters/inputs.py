@@ -134,7 +134,7 @@ class Adapter:
         """
         layer = self.layers.get(module)
         if layer is None:
-            empty = torch.empty(shape.stack, shape.m, 0, dtype=dtype)
+            empty = torch.empty(shape.stack, shape.m, 0, dtype=dtype, device="cpu")
             return Difference(empty, empty.new_empty(shape.stack, 0, shape.n))
         a, b = (self.read(name).to(dtype) for name in (layer.factors.a, layer.factors.b))
         left = b.reshape(shape.m, layer.rank, shape.stack).permute(2, 0, 1) * (layer.scale / scale)
@@ -230,9 +230,9 @@ def open_adapters(folders: Sequence[Path], names: Sequence[str]) -> list[Adapter
     return opened
 
 
-def is_counter(info: TensorInfo) -> bool:
-    """Whether a tensor is a count, as a BatchNorm in ``modules_to_save`` keeps of its batches."""
-    return not info.is_floating and info.shape == ()
+def is_buffer(info: TensorInfo) -> bool:
+    """Whether a tensor holds integers: positions, or the batches that a BatchNorm has counted."""
+    return info.dtype is not None and not (info.dtype.is_floating_point or info.dtype.is_complex)
 
 
 def sorted_adapter(checkpoint: Checkpoint, lacking: str = _AGAIN) -> Adapter:
@@ -254,11 +254,13 @@ def sorted_adapter(checkpoint: Checkpoint, lacking: str = _AGAIN) -> Adapter:
             f"adapter {name} holds {found.others[0]}{more}, which is no part of a plain LoRA, or "
             f"one factor without its other; {_AGAIN}"
         )
+    of_lora = {tensor for own in found.factors for tensor in (own.a, own.b, own.bias)}
     for tensor, info in checkpoint.tensors.items():
-        if not (info.is_floating or is_counter(info)):
+        if not (info.is_floating or (is_buffer(info) and tensor not in of_lora)):
+            what = "quantised adapters" if tensor in of_lora else "such values"
             raise CartError(
-                f"adapter {name}: tensor {tensor!r} is {info.stored or info.dtype}; quantised "
-                "adapters cannot be merged, save it as bfloat16"
+                f"adapter {name}: tensor {tensor!r} is {info.stored or info.dtype}; {what} cannot "
+                "be merged, save it as bfloat16"
             )
         if 0 in info.shape:
             raise CartError(

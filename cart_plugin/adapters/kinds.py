@@ -64,9 +64,10 @@ def check_kind(name: str, config: Mapping[str, Any]) -> None:
     if kind != LORA:
         raise CartError(f"adapter {name} is no LoRA but {kind}; {WHOLE}")
     usual = LoraConfig().to_dict()
+    # What this PEFT does not know it does not use either: see `newer_note`.
+    variants = {*usual, *_KNOWN} - _HANDLED
     for key, value in config.items():
-        # What this PEFT does not know it does not use either.
-        if key in _HANDLED or key not in usual or not value or value == usual[key]:
+        if key not in variants or not value or value == usual.get(key):
             continue
         raise CartError(
             f"adapter {name} is {_KNOWN.get(key, 'a variant of LoRA that is not known here')} "
@@ -96,6 +97,34 @@ def check_kind(name: str, config: Mapping[str, Any]) -> None:
                 f"of which module; write that, too, as in mlp.experts.{target}: to PEFT it is the "
                 "same"
             )
+
+
+def newer_note(name: str, config: Mapping[str, Any]) -> str | None:
+    """What to say of an adapter by a newer PEFT, with settings that the installed one has not.
+
+    Args:
+        name: the adapter's.
+        config: its adapter_config.json.
+    """
+    import peft
+    from packaging.version import InvalidVersion, Version
+
+    said = str(config.get("peft_version") or "")
+    try:
+        # Built from its repository PEFT adds the commit: 0.22.1.dev0@3f2c1ab.
+        if Version(said.partition("@")[0]) <= Version(peft.__version__):
+            return None
+    except InvalidVersion:
+        return None
+    known = {*_HANDLED, *peft.LoraConfig().to_dict()}
+    unknown = [key for key, value in config.items() if value and key not in known]
+    if not unknown:
+        return None
+    return (
+        f"adapter {name} is of PEFT {said}, and the installed {peft.__version__} does not know "
+        f"{', '.join(unknown)} of its adapter_config.json: if that makes it more than a plain "
+        "LoRA, the merge is not what it does; install its PEFT and merge again, which then says so"
+    )
 
 
 def scale(name: str, config: Mapping[str, Any], module: str, rank: int) -> float:

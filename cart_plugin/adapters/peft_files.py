@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,12 +51,13 @@ def config_text(merge: Merge) -> str:
 def copy_side_files(folders: Sequence[Path], out: Path) -> str | None:
     """Give the merged adapter the files beside weights and config that all adapters have alike.
 
-    A tokenizer's files are taken together or not at all.
+    A tokenizer's files are taken together or not at all, and so are modules.json and the folders
+    that it names.
 
     Returns:
         What to say of those that differ.
     """
-    held = [side_files.side_files(folder) for folder in folders]
+    held = [_side_files(folder) for folder in folders]
     for files in held:
         files.pop(_REPORT, None)
     names = sorted(set().union(*held))
@@ -70,11 +70,18 @@ def copy_side_files(folders: Sequence[Path], out: Path) -> str | None:
         )
     }
     unlike = [name for name in names if name not in alike]
-    if any(side_files.is_tokenizer(name) for name in unlike):
-        alike = {name for name in alike if not side_files.is_tokenizer(name)}
+    for belongs in (side_files.is_tokenizer, side_files.is_of_modules):
+        if any(belongs(name) for name in unlike):
+            alike = {name for name in alike if not belongs(name)}
     for name in sorted(alike):
-        shutil.copyfile(held[0][name], out / name)
+        side_files.put(held[0][name], out / name)
     if not unlike:
         return None
     left = [name for name in names if name not in alike]
     return f"not all adapters have the same {', '.join(left)}: left out"
+
+
+def _side_files(folder: Path) -> dict[str, Path]:
+    of_modules = side_files.belongings(folder) | side_files.module_weights(folder)
+    own = {name: path for name, path in of_modules.items() if side_files.is_of_modules(name)}
+    return side_files.side_files(folder) | own

@@ -83,9 +83,9 @@ class Report:
     exact: list[Kept] = field(default_factory=list)
     cut: list[Kept] = field(default_factory=list)
     modules: dict[str, list[Kept]] = field(default_factory=dict)
-    cosines: Tensor = field(default_factory=lambda: torch.zeros(0))
-    outputs: Tensor = field(default_factory=lambda: torch.zeros(0))
-    inputs: Tensor = field(default_factory=lambda: torch.zeros(0))
+    cosines: Tensor = field(default_factory=lambda: torch.zeros(0, device="cpu"))
+    outputs: Tensor = field(default_factory=lambda: torch.zeros(0, device="cpu"))
+    inputs: Tensor = field(default_factory=lambda: torch.zeros(0, device="cpu"))
 
     @property
     def names(self) -> list[str]:
@@ -217,9 +217,9 @@ class Sums:
         count = len(merge.plan.adapters)
         self.merge = merge
         self.modules: dict[str, list[Kept]] = {}
-        self._exact, self._cut = torch.zeros(2, 3, count, dtype=torch.float64)
+        self._exact, self._cut = torch.zeros(2, 3, count, dtype=torch.float64, device="cpu")
         self._inner, self._outputs, self._inputs, self._both = torch.zeros(
-            4, count, count, dtype=torch.float64
+            4, count, count, dtype=torch.float64, device="cpu"
         )
         self._averaged: list[str] = []
 
@@ -274,7 +274,8 @@ def _notes(report: Report, norms: Sequence[float], averaged: Sequence[str]) -> I
             "which sum to zero: the result is nearly the plain average; keep less (--keep, half "
             "of their rank or less), or use auto"
         )
-    sizes = torch.tensor([merge.shares, norms], dtype=torch.float64).prod(dim=0)
+    sides = torch.tensor([merge.shares, norms], dtype=torch.float64, device="cpu")
+    sizes = sides.prod(dim=0)
     left = float(sizes @ report.cosines @ sizes / sizes.square().sum())
     if min(merge.shares) >= 0 and len(counting) > 1 and left < _CANCELLED:
         yield (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cart_plugin.adapters.selection import TARGETS
 from cart_plugin.adapters.work import Merge
 from cart_plugin.checkpoints import servers
 from cart_plugin.checkpoints.adapters import plain_name
@@ -32,6 +33,7 @@ def loaders(merge: Merge) -> list[Loader]:
         biases=[f"{name}.lora_B.bias" for name in linear + others] if plan.has_bias else [],
         experts=experts,
         others=others,
+        has_expression=isinstance(plan.common[TARGETS], str),
         is_causal=plan.common["task_type"] == "CAUSAL_LM",
     )
     unknown = f"LoRA of {heads[0]} has not been tried" if heads else ""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cart_plugin.adapters.agreement import Plan
-from cart_plugin.adapters.inputs import Adapter, Shape, is_counter
+from cart_plugin.adapters.inputs import Adapter, Shape, is_buffer
 from cart_plugin.adapters.settings import Request
 from cart_plugin.checkpoints import adapters as tensors
 from cart_plugin.errors import CartError
@@ -191,7 +191,7 @@ class Merge:
         )
 
     def _bias(self, module: str, shape: Shape) -> Tensor:
-        total = torch.zeros(shape.m, dtype=self.work_dtype)
+        total = torch.zeros(shape.m, dtype=self.work_dtype, device="cpu")
         for adapter, share in zip(self.plan.adapters, self.shares, strict=True):
             found = adapter.bias(module, shape, self.scale)
             if found is not None:
@@ -210,9 +210,10 @@ class Merge:
         }
         for key, name in self.plan.whole.items():
             first, *others = holders = self.plan.holders(key)
-            if is_counter(first.held(key)):
-                counts = [holder.checkpoint.read(holder.whole[key]) for holder in holders]
-                yield name, agreed_buffer(counts, [holder.name for holder in holders], name)
+            if is_buffer(first.held(key)):
+                dtype = self._whole_dtype(key)
+                held = [holder.checkpoint.read(holder.whole[key]).to(dtype) for holder in holders]
+                yield name, agreed_buffer(held, [holder.name for holder in holders], name)
                 continue
             total = first.read(first.whole[key])
             if len(others) + 1 == len(shares):  # else one table, wherever it is

@@ -84,7 +84,7 @@ class Checkpoint:
         """
         stored = self.tensors[name]
         assert isinstance(stored, StoredTensor), name
-        tensor = torch.empty(stored.shape, dtype=self.dtype(name))
+        tensor = torch.empty(stored.shape, dtype=self.dtype(name), device="cpu")
         data = as_bytes(tensor)
         try:
             with stored.file.open("rb", buffering=0) as file:

@@ -70,14 +70,14 @@ def complete(folder: Path, sources: Sequence[Path]) -> None:
         return next(having, otherwise)
 
     tokenizer = first(_is_vocabulary, otherwise=first(is_tokenizer))
-    modules = first(_is_of_modules)
+    modules = first(is_of_modules)
     for number, files in enumerate(found):
         for name, path in files.items():
             if is_tokenizer(name):
                 is_template = name.startswith(_TEMPLATES)
                 taken = number == tokenizer or (is_template and number < tokenizer)
             else:
-                taken = number == modules or not _is_of_modules(name)
+                taken = number == modules or not is_of_modules(name)
             if taken:
                 put(path, folder / name)
 
@@ -97,7 +97,8 @@ def _is_vocabulary(name: str) -> bool:
     return is_tokenizer(name) and not name.startswith(_ADDITIONS)
 
 
-def _is_of_modules(name: str) -> bool:
+def is_of_modules(name: str) -> bool:
+    """Whether a file is modules.json, or of a folder that it names."""
     return name == _MODULES or "/" in name
 
 
@@ -177,14 +178,22 @@ def _of_modules(folder: Path) -> Sequence[tuple[str, Path]]:
     ]
 
 
+def _of_task(folder: Path) -> dict[str, Path]:
+    """What `expand` gives back to a model beside config and weights; records of its training not.
+
+    Weights of its modules are among them: no adapter holds those.
+    """
+    found = belongings(folder) | module_weights(folder)
+    kept = (name for name in found if name != CONFIG and not name.endswith("_results.json"))
+    return {name: found[name] for name in kept}
+
+
 def copy_to_base(base: Path, models: Collection[Path]) -> None:
     """Give the base those of the first model that has a tokenizer."""
     for model in models:
-        found = side_files(model)
-        for name, path in found.items():
-            if not (base / name).exists():
-                shutil.copyfile(path, base / name)
-        if found.keys() - {GENERATION}:
+        for name, path in _of_task(model).items():
+            put(path, base / name)
+        if side_files(model).keys() - {GENERATION}:
             break  # a tokenizer's files belong together: all of one model
 
 
@@ -199,22 +208,23 @@ def keep(model: Path, base: Path, adapter: Path) -> tuple[list[str], list[str]]:
     Returns:
         Names of those that are stored, and of the base's that the model has not.
     """
-    own, shared = side_files(model), side_files(base)
+    own, shared = _of_task(model), _of_task(base)
     different = [
         name
         for name, path in own.items()
         if name not in shared or not filecmp.cmp(path, shared[name], shallow=False)
     ]
     for name in different:
-        (adapter / FOLDER).mkdir(exist_ok=True)
-        shutil.copyfile(own[name], adapter / FOLDER / name)
+        put(own[name], adapter / FOLDER / name)
     return different, [name for name in shared if name not in own]
 
 
 def restore(base: Path, adapter: Path, absent: Collection[str], out: Path) -> None:
-    """Give a task's model its own: the base's without those ``absent``, and its adapter's."""
-    found = {name: path for name, path in side_files(base).items() if name not in absent}
-    if (adapter / FOLDER).is_dir():
-        found |= side_files(adapter / FOLDER)
-    for name, path in found.items():
-        shutil.copyfile(path, out / name)
+    """Give a task's model its own: its adapter's, and the base's without those ``absent``."""
+    kept = adapter / FOLDER
+    for path in sorted(kept.rglob("*")) if kept.is_dir() else ():
+        if path.is_file() and not path.name.startswith("."):
+            put(path, out / path.relative_to(kept))
+    for name, path in _of_task(base).items():
+        if name not in absent:
+            put(path, out / name)

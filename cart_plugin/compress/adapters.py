@@ -160,7 +160,7 @@ def _write_no_biases(
     dtypes = stored_dtypes(work)
     for name, layer in assignment.lora.items():
         if chosen[name] and layer.bias is None and not layer.is_parameter:
-            zeros = torch.zeros(layer.matrices[1], dtype=dtypes[name])
+            zeros = torch.zeros(layer.matrices[1], dtype=dtypes[name], device="cpu")
             file.write(peft_files.bias_name(layer), zeros)
 
 

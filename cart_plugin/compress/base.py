@@ -65,7 +65,7 @@ def _average(work: Work, name: str, dtype: torch.dtype) -> tuple[Tensor, bool]:
     for tensor in work.versions(name):
         if mean is None:
             kind = torch.promote_types(dtype, torch.promote_types(tensor.dtype, torch.float32))
-            common, mean = tensor, torch.zeros(tensor.shape, dtype=kind)
+            common, mean = tensor, torch.zeros_like(tensor, dtype=kind)
         elif common is not None and not _same(tensor, common):
             common = None
         mean.add_(tensor, alpha=1 / len(work.models))

@@ -8,7 +8,7 @@ from typing import Any
 
 from cart_plugin.checkpoints import configs
 from cart_plugin.compress.inputs import random_weights
-from cart_plugin.compress.report import Report
+from cart_plugin.compress.report import ALL_OF_IT, Report
 from cart_plugin.compress.work import Work
 
 
@@ -26,10 +26,11 @@ def of_names(report: Report, paths: Sequence[Path]) -> None:
 def of_left(report: Report) -> None:
     """Say what stays at the base, why, and what that loses."""
     for left in report.left_out():
+        error = f"at most {left.error:.1e}" if left.error is not None else f"{ALL_OF_IT} (of zeros)"
         report.notes.append(
             f"{len(left.names)} tensors, such as {left.names[0]}, stay at the {report.center} "
-            f"({left.reason}): {left.bytes:,} bytes of each model, relative error at most "
-            f"{left.error:.1e}, {left.of_lost:.1%} of all that is lost"
+            f"({left.reason}): {left.bytes:,} bytes of each model, relative error "
+            f"{error}, {left.of_lost:.1%} of all that is lost"
         )
 
 

@@ -186,7 +186,7 @@ def by_size_at_one_rank(
     longest = max((len(values) for found in spectra for values in found.values()), default=0)
     sums = []
     for found in spectra:
-        values = torch.zeros(longest, dtype=torch.float64)
+        values = torch.zeros(longest, dtype=torch.float64, device="cpu")
         for own in found.values():
             values[: len(own)] += own
         sums.append({together.name: values})
@@ -210,5 +210,5 @@ def _directions(
             # Rounding may leave tiny values out of order; directions come in order all the same.
             values = values.cummin(0).values if len(values) else values
             worths.append(values / (tensor.direction * itemsizes[tensor.name]))
-            owners.append(torch.full((len(values),), task * len(tensors) + index))
+            owners.append(torch.full_like(values, task * len(tensors) + index, dtype=torch.int64))
     return torch.cat(worths), torch.cat(owners)

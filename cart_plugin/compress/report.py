@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 FILE = "report.json"
+ALL_OF_IT = "all of it"
+"""What is said of an error in zeros, which is infinite in relation to them."""
 _WORST = 10
 
 
@@ -33,16 +35,18 @@ class Loss:
         self.lost += other.lost
 
     @property
-    def error(self) -> float:
-        """What is lost, relative to the weights (Frobenius)."""
-        return math.sqrt(self.lost / self.weight) if self.weight else 0.0
+    def error(self) -> float | None:
+        """What is lost, relative to the weights (Frobenius); None if zeros have lost anything."""
+        if self.weight:
+            return math.sqrt(self.lost / self.weight)
+        return None if self.lost else 0.0
 
     @property
     def of_difference(self) -> float:
         """What is lost, relative to the differences from the base."""
         return math.sqrt(self.lost / self.difference) if self.difference else 0.0
 
-    def numbers(self) -> dict[str, float]:
+    def numbers(self) -> dict[str, float | None]:
         """For JSON."""
         return {"error": self.error, "error_of_difference": self.of_difference}
 
@@ -75,14 +79,14 @@ class Left:
         reason: why.
         names: of them.
         bytes: of them in a whole model.
-        error: the largest relative error of one of them in a task.
+        error: the largest relative error of one of them in a task; None as of `Loss`.
         of_lost: their share of all that is lost, of squares over tensors and tasks.
     """
 
     reason: str
     names: list[str]
     bytes: int
-    error: float
+    error: float | None
     of_lost: float
 
 
@@ -159,12 +163,13 @@ class Report:
             entries = [self.entries[name] for name in names]
             losses = [loss for entry in entries for loss in entry.losses]
             lost = sum(loss.lost for loss in losses)
+            errors = [loss.error for loss in losses if loss.error is not None]
             found.append(
                 Left(
                     reason,
                     names,
                     sum(entry.bytes for entry in entries),
-                    max(loss.error for loss in losses),
+                    max(errors) if len(errors) == len(losses) else None,
                     lost / total if total else 0.0,
                 )
             )
@@ -245,7 +250,7 @@ class Report:
             tasks.add_row(
                 escape(task),
                 *_bytes(self.adapter_bytes[index], self.models_bytes),
-                f"{loss.error:.2e}",
+                ALL_OF_IT if loss.error is None else f"{loss.error:.2e}",
                 f"{loss.of_difference:.1%}",
             )
         total = _bytes(self.bytes, self.models_bytes)

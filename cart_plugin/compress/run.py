@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from cart_plugin.checkpoints import names as naming
@@ -164,7 +165,8 @@ def compress(
         report.base_bytes = stored.bytes
         architecture = described.config["architectures"][0]
         task_type = peft_files.task_type(architecture)
-        assignment = _assign(work, stored, meta, task_type)
+        with torch.device("cpu"):  # whose small models take torch's default device else
+            assignment = _assign(work, stored, meta, task_type)
         with _timed(report, "choose ranks"):
             all_ranks = _ranks(work, stored, assignment, task_type)
         report.loaders = servers.loaders(work.structure, assignment, all_ranks, architecture)

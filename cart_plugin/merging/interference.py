@@ -155,7 +155,7 @@ def cancellation(inner: Tensor, weights: Sequence[float] | None = None) -> float
         0 where there are none.
     """
     ones = [1.0] * len(inner)
-    own = torch.tensor(ones if weights is None else weights, dtype=inner.dtype)
+    own = inner.new_tensor(ones if weights is None else weights)
     total = float(own @ inner.diagonal())
     return max(float(own @ inner @ own), 0.0) / total if total > 0 else 0.0
 
@@ -243,8 +243,8 @@ def interference_bound(
     own = sizes * pairs.diagonal()
     within = lambda_ * (sizes @ pairs - own) + abs(1 - lambda_) * own
     outside = lambda_ * (largest.sum() - largest) + left
-    reach = torch.tensor([fit.reach for fit in fits], dtype=torch.float64)
-    rest = torch.tensor([fit.rest for fit in fits], dtype=torch.float64)
+    reach = torch.tensor([fit.reach for fit in fits], dtype=torch.float64, device="cpu")
+    rest = torch.tensor([fit.rest for fit in fits], dtype=torch.float64, device="cpu")
     return (reach * within + rest * outside).square()
 
 

@@ -74,7 +74,8 @@ def overlaps(parts: Sequence[LowRank]) -> Overlaps:
     right = torch.cat([part.Vh for part in parts], dim=-2)
     sizes = torch.cat([part.S for part in parts], dim=-1)
     real = torch.cat([_real(part) for part in parts], dim=-1)
-    owners = torch.arange(len(parts)).repeat_interleave(torch.tensor([part.rank for part in parts]))
+    ranks = torch.tensor([part.rank for part in parts], device="cpu")
+    owners = torch.arange(len(parts), device="cpu").repeat_interleave(ranks)
     is_of = torch.nn.functional.one_hot(owners, len(parts)).to(sizes)  # (K, T)
 
     def summed(products: Tensor, scales: Tensor) -> Tensor:

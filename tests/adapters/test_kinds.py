@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from cart_plugin import CartSettings, merge_state_dicts
+from cart_plugin import CartError, CartSettings, merge_state_dicts
 from cart_plugin.adapters import merge_adapters
 from tests.adapters.lora import (
     change_config,
@@ -198,6 +198,20 @@ def test_counters_of_a_saved_norm_are_the_largest(tmp_path: Path) -> None:
             assert tensor.dtype == torch.int64
 
 
+def test_integers_that_all_hold_alike_are_kept(own_trio: list[Path], tmp_path: Path) -> None:
+    """Positions, such as old models have beside their embeddings: nothing is quantised."""
+    prefix = "base_model.model.model"
+    held = {f"{prefix}.position_ids": torch.arange(5)[None], f"{prefix}.mask": torch.eye(3) > 0}
+    for adapter in own_trio:
+        change_tensors(adapter, lambda own: own.update(held))
+    report = merge_adapters(own_trio, tmp_path / "out", dtype="bfloat16")
+    found = tensors(tmp_path / "out")
+    for name, tensor in held.items():
+        assert torch.equal(found[name], tensor)
+        assert found[name].dtype == tensor.dtype
+    assert not any("averaged" in note for note in report.notes)
+
+
 @pytest.mark.parametrize("other", [["v_proj"], ["q_proj", "up_proj"]])
 def test_all_biases_beside_lora_of_different_modules(other: list[str], tmp_path: Path) -> None:
     """PEFT calls one bias by two names: with LoRA of its module, and without."""
@@ -268,6 +282,42 @@ def test_a_key_that_this_peft_does_not_know_changes_nothing(
     own_trio: list[Path], trio: list[Path], tmp_path: Path
 ) -> None:
     change_config(own_trio[0], written_by="someone's trainer")
-    merge_adapters(own_trio, tmp_path / "out")
+    report = merge_adapters(own_trio, tmp_path / "out")
+    assert not report.notes
     merge_adapters(trio, tmp_path / "again")
     assert farthest(tensors(tmp_path / "out"), tensors(tmp_path / "again")) == 0
+
+
+@pytest.mark.parametrize(
+    ("version", "is_told"),
+    [
+        ("99.1.dev0@3f2c1ab", True),
+        ("99.1", True),
+        (peft.__version__, False),
+        ("0.1", False),
+        ("unknown", False),
+    ],
+)
+def test_a_key_of_a_newer_peft_is_told(
+    version: str, is_told: bool, own_trio: list[Path], tmp_path: Path
+) -> None:
+    new = {"use_next": {"rank": 2}, "use_nothing": False, "peft_version": version}
+    change_config(own_trio[0], **new)
+    notes = merge_adapters(own_trio, tmp_path / "out").notes
+    told = f"and the installed {peft.__version__} does not know use_next of its"
+    assert len(notes) == is_told
+    assert all(f"adapter math is of PEFT {version}, {told}" in note for note in notes)
+
+
+def test_a_variant_that_the_installed_peft_does_not_know_is_refused(
+    own_trio: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = peft.LoraConfig.to_dict
+
+    def as_before(config: peft.LoraConfig) -> dict[str, Any]:
+        return {key: value for key, value in real(config).items() if key != "use_qalora"}
+
+    monkeypatch.setattr(peft.LoraConfig, "to_dict", as_before)
+    change_config(own_trio[0], use_qalora=True)
+    with pytest.raises(CartError, match="QA-LoRA"):
+        merge_adapters(own_trio, tmp_path / "out")

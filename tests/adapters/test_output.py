@@ -197,33 +197,15 @@ def test_bases_that_are_one(own_trio: list[Path], base: Path, tmp_path: Path) ->
     assert any("no adapter names its base" in note for note in report.notes)
 
 
-def test_targets_are_the_adapters_own_if_they_agree(
-    base: Path, trio: list[Path], tmp_path: Path
-) -> None:
-    merge_adapters(trio, tmp_path / "same")
-    assert config_of(tmp_path / "same")["target_modules"] == ["q_proj", "v_proj"]
-    adapters = save_loras(tmp_path, base, [{}, {"target_modules": ["q_proj"]}])
-    merge_adapters(adapters, tmp_path / "other")
-    modules = [f"model.layers.{layer}.self_attn.{kind}" for layer in (0, 1) for kind in "qv"]
-    expected = [f"{module}_proj" for module in modules]
-    assert config_of(tmp_path / "other")["target_modules"] == expected
-
-
-def test_a_regular_expression_becomes_names(base: Path, tmp_path: Path) -> None:
-    adapters = save_loras(tmp_path, base, [{}, {}], target_modules=r".*\.layers\.0\..*\.q_proj")
-    merge_adapters(adapters, tmp_path / "out")
-    expected = ["model.layers.0.self_attn.q_proj"]
-    assert config_of(tmp_path / "out")["target_modules"] == expected
-
-
-def test_one_layer_of_all_adapters_stays_one(base: Path, tmp_path: Path) -> None:
-    adapters = save_loras(tmp_path, base, [{}, {}], layers_to_transform=0)
-    merge_adapters(adapters, tmp_path / "out")
-    assert config_of(tmp_path / "out")["layers_to_transform"] == 0
-    assert len(tensors(tmp_path / "out")) == 4
-    model = peft.PeftModel.from_pretrained(load(base), str(tmp_path / "out"))
-    held = [name for name, _ in model.named_parameters() if "lora_" in name]
-    assert len(held) == 4
+def test_the_main_revision_has_two_names(own_trio: list[Path], tmp_path: Path) -> None:
+    change_config(own_trio[1], revision="main")
+    merge_adapters(own_trio, tmp_path / "out")
+    assert config_of(tmp_path / "out")["revision"] == "main"
+    change_config(own_trio[1], base_model_name_or_path=None, revision=None)
+    for adapter in (own_trio[0], own_trio[2]):
+        change_config(adapter, revision="v1")
+    merge_adapters(own_trio, tmp_path / "one-says-nothing")
+    assert config_of(tmp_path / "one-says-nothing")["revision"] == "v1"
 
 
 def test_an_adapter_of_the_hubs_cache(
@@ -238,6 +220,24 @@ def test_an_adapter_of_the_hubs_cache(
     assert report.paths == {"math": "org/math", "code": str(trio[1])}
     merge_adapters(trio[:2], tmp_path / "local")
     assert files(tmp_path / "out") == files(tmp_path / "local")
+
+
+@pytest.mark.parametrize("method", ["auto", "cart", "linear"])
+def test_torchs_default_device_does_not_matter(
+    method: Any, own_trio: list[Path], base: Path, tmp_path: Path
+) -> None:
+    """One of them lacks modules, and one has a bias of B: all that is made anew."""
+    more = save_loras(tmp_path / "more", base, [{"target_modules": ["q_proj"], "lora_bias": True}])
+    merge_adapters([*own_trio, *more], tmp_path / "out", method=method)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # in other threads it is the CPU
+    torch.set_default_device("meta")
+    try:
+        merge_adapters([*own_trio, *more], tmp_path / "meta", method=method)
+    finally:
+        torch.set_default_device(None)
+        torch.set_num_threads(threads)
+    assert files(tmp_path / "meta") == files(tmp_path / "out")
 
 
 def test_side_files_that_all_have_alike(own_trio: list[Path], tmp_path: Path) -> None:
@@ -256,6 +256,29 @@ def test_side_files_that_all_have_alike(own_trio: list[Path], tmp_path: Path) ->
     report = merge_adapters(own_trio, tmp_path / "again")
     assert {path.name for path in (tmp_path / "again").iterdir()} == own
     assert any("have the same chat_template.jinja, tokenizer.json" in note for note in report.notes)
+
+
+def test_folders_of_modules_json_come_along_or_it_does_not(
+    own_trio: list[Path], tmp_path: Path
+) -> None:
+    listed = {"modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors"}
+    for adapter in own_trio:
+        for name in ("1_Pooling/config.json", "2_Dense/model.safetensors", "3_Other/config.json"):
+            (adapter / name).parent.mkdir()
+            (adapter / name).write_text("{}")
+        paths = ("", "1_Pooling", "2_Dense")
+        (adapter / "modules.json").write_text(json.dumps([{"path": path} for path in paths]))
+
+    def held(out: Path) -> set[str]:
+        found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+        return found - {"adapter_config.json", "adapter_model.safetensors", "report.json"}
+
+    assert not merge_adapters(own_trio, tmp_path / "out").notes
+    assert held(tmp_path / "out") == listed
+    (own_trio[1] / "2_Dense" / "model.safetensors").write_text("other")
+    notes = merge_adapters(own_trio, tmp_path / "again").notes
+    assert held(tmp_path / "again") == set()
+    assert notes == [f"not all adapters have the same {', '.join(sorted(listed))}: left out"]
 
 
 def test_folders_of_one_name_are_told_apart(own_trio: list[Path], tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cart_plugin import CartError
@@ -24,23 +23,11 @@ from tests.adapters.lora import (
     save_lora,
     save_loras,
     state,
-    tensors,
 )
+from tests.adapters.refused import refuses
 
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 FIRST_B = FIRST.replace("lora_A", "lora_B")
-
-
-def refuses(adapters: list[Path], *parts: str, out: Path | None = None, **options: Any) -> None:
-    out = out or adapters[-1].parent / "out"
-    before = sorted(out.parent.iterdir())
-    with pytest.raises(CartError) as caught:
-        merge_adapters(adapters, out, **options)
-    text = str(caught.value)
-    assert "\n" not in text
-    for part in parts:
-        assert part in text, text
-    assert sorted(out.parent.iterdir()) == before
 
 
 @pytest.mark.parametrize(
@@ -66,6 +53,7 @@ def refuses(adapters: list[Path], *parts: str, out: Path | None = None, **option
         ({"alpha_pattern": {"(": 2}}, ("alpha_pattern", "'(', which is no regular expression")),
         ({"base_model_name_or_path": "org/other"}, ("different bases", "org/other", "--base")),
         ({"revision": "v2"}, ("differ in revision", "v2 and v1", "--base")),
+        ({"revision": None}, ("differ in revision", "main and v1", "--base")),
         ({"bias": "all"}, ("differ in bias", "all and none", "merge each into its base")),
         ({"task_type": "SEQ_CLS"}, ("differ in task_type", "SEQ_CLS and CAUSAL_LM")),
         (
@@ -154,6 +142,22 @@ def test_other_shapes_of_what_is_held_whole(tmp_path: Path) -> None:
     refuses(adapters, name, "(70, 32)", "(64, 32)", "vocabularies of different sizes")
 
 
+def test_other_integers_of_what_is_held_whole(own_trio: list[Path]) -> None:
+    name = "base_model.model.model.position_ids"
+    for start, adapter in zip((1, 0, 0), own_trio, strict=True):
+        positions = torch.arange(start, start + 5)
+        change_tensors(adapter, lambda held, values=positions: held.update({name: values}))
+    refuses(own_trio, name, "holds integers that differ between code and math")
+
+
+def test_eight_bit_floats_of_what_is_held_whole(own_trio: list[Path]) -> None:
+    name = "base_model.model.model.norm.weight"
+    change_tensors(
+        own_trio[0], lambda held: held.update({name: torch.ones(32).to(torch.float8_e4m3fn)})
+    )
+    refuses(own_trio, name, "F8_E4M3; such values cannot be merged")
+
+
 def test_a_convolution_of_several_groups(tmp_path: Path) -> None:
     sizes = {"hidden_sizes": [8, 12, 16, 16], "depths": [1, 1, 1, 1], "num_labels": 3}
     base, kind = tmp_path / "base", transformers.AutoModelForImageClassification
@@ -206,31 +210,6 @@ def test_trained_biases_of_other_modules(other: list[str], tmp_path: Path) -> No
     refuses(adapters, "_proj.base_layer.bias whole", "merge_and_unload")
 
 
-@pytest.mark.parametrize("now", ["", "model.language_model.", "language_model.model."])
-def test_adapters_of_two_classes_of_a_base(now: str, own_trio: list[Path]) -> None:
-    held = tensors(own_trio[1])
-    start = "base_model.model."
-    renamed = {name.replace(f"{start}model.", f"{start}{now}"): held[name] for name in held}
-    save_file(renamed, own_trio[1] / "adapter_model.safetensors", {"format": "pt"})
-    module = "layers.0.self_attn.q_proj"
-    refuses(own_trio[:2], f"call one module differently ({now}{module} and model.{module})", "head")
-
-
-def test_adapters_of_two_parts_of_a_base(own_trio: list[Path], tmp_path: Path) -> None:
-    """Those of images have names like those of texts, on another way and of other widths."""
-    held = tensors(own_trio[1])
-    for way, width in (("model.vision_tower.", 24), ("visual.", 32)):
-        renamed = {
-            name.replace(".model.model.", f".model.{way}"): (
-                tensor[:, :width] if "lora_A" in name else tensor
-            ).contiguous()
-            for name, tensor in held.items()
-        }
-        save_file(renamed, own_trio[1] / "adapter_model.safetensors", {"format": "pt"})
-        report = merge_adapters(own_trio[:2], tmp_path / way)
-        assert len(report.modules) == 8
-
-
 def test_adapters_that_compress_has_made_around_other_bases(own_trio: list[Path]) -> None:
     """Their configs may name one path, in which each found another base."""
     for adapter, digest in zip(own_trio, ("1", "1", "2"), strict=True):
@@ -280,21 +259,6 @@ def test_different_parameters_of_one_module(tmp_path: Path) -> None:
     ]
     adapters = save_loras(tmp_path, base, configs)
     refuses(adapters, "differ in target_parameters", "merge each into its base")
-
-
-def test_experts_by_two_releases_of_transformers(tmp_path: Path) -> None:
-    base = save_base(tmp_path, "mixtral")
-    stacked = {"target_parameters": ["mlp.experts.gate_up_proj"]}
-    adapters = save_loras(tmp_path, base, [stacked, {"target_modules": ["q_proj"]}])
-
-    def name_as_before(held: dict[str, torch.Tensor]) -> None:
-        expert = "base_model.model.model.layers.0.block_sparse_moe.experts.0.w1"
-        held[f"{expert}.lora_A.weight"] = torch.ones(4, 8)
-        held[f"{expert}.lora_B.weight"] = torch.ones(6, 4)
-
-    change_tensors(adapters[1], name_as_before)
-    change_config(adapters[1], target_modules=["q_proj", "w1"])
-    refuses(adapters, "adapter code has experts one by one", "math has them stacked")
 
 
 def test_a_truncated_file(own_trio: list[Path]) -> None:

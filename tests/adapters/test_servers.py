@@ -47,6 +47,7 @@ def test_of_linear_layers_all(tmp_path: Path) -> None:
     [
         ({"target_modules": ["q_proj"]}, ("SGLang",), "misses those that belong to model.layers.0"),
         ({"target_modules": ["embed_tokens"]}, SERVERS, "takes linear layers only: model.embed_"),
+        ({"target_modules": r".*\.(q|v)_proj"}, ("SGLang",), "no regular expression as target_mod"),
         ({"lora_bias": True}, SERVERS, "takes no biases: model.layers.0.self_attn.q_proj.lora_B"),
         ({"modules_to_save": ["lm_head"]}, SERVERS, "lm_head.weight"),
         ({"rank": 513}, ("vLLM",), "allows ranks up to 512, and here is one of 513"),

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.cli import main
 from cart_plugin.compress import compress, expand, load_task
+from cart_plugin.compress.report import Loss
 from tests.compress.architectures import CASES, save
 from tests.compress.models import TASKS, answer, load, new_model, save_tasks, tensors
 
@@ -223,3 +224,23 @@ def test_matrices_that_are_dropped_are_named_apart_from_norms_and_biases(tmp_pat
     )
     told = [note for note in report.notes if "matrices that PEFT's LoRA has no layer for" in note]
     assert [note.startswith("2 tensors, such as backbone.layers.0.mixer.conv1d") for note in told]
+
+
+def test_of_zeros_that_stay_at_the_base_all_is_lost(tmp_path):
+    """No number says that, so JSON has null: 0.0 would be nothing lost."""
+    models = save_tasks(tmp_path, "qwen2", num_hidden_layers=1)
+    name = "model.layers.0.self_attn.q_proj.bias"
+    zeros = tmp_path / "zeros"
+    model = load(models[0])
+    model.get_parameter(name).data.zero_()
+    model.save_pretrained(zeros)
+    report = compress([zeros, models[1]], tmp_path / "out", drop_small=True, names=["z", "two"])
+    written = json.loads((tmp_path / "out" / "report.json").read_text())
+    found = written["tensors"][name]["tasks"]
+    assert found["z"] == {"error": None, "error_of_difference": 1.0}
+    assert found["two"]["error"] > 0
+    (left,) = [entry for entry in written["left"] if name in entry["names"]]
+    assert left["error"] is None
+    assert sum("relative error all of it (of zeros)" in note for note in report.notes) == 1
+    assert Loss(0.0, 1.0, 1.0).error is None
+    assert Loss(0.0, 0.0, 0.0).error == 0.0

@@ -14,8 +14,8 @@ import torch
 from cart_plugin import CartError
 from cart_plugin.checkpoints import writing
 from cart_plugin.checkpoints.files import unfinished
-from cart_plugin.compress import adapters, compress, run, tasks
-from tests.compress.models import TASKS, tensors
+from cart_plugin.compress import adapters, compress, expand, run, tasks
+from tests.compress.models import TASKS, save_tasks, tensors
 from tests.compress.refused import refusal
 
 
@@ -137,3 +137,32 @@ def test_a_killed_run_leaves_nothing_finished_and_the_next_completes(models, tmp
     for task in TASKS:
         one, other = (tensors(place / "adapters" / task) for place in (out, fresh.out))
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("qwen2", {"rank_ratio": 0.25}),  # some layers have biases and some have none
+        ("llama", {"target_size": 0.8}),
+        ("llama", {"target_size": 0.8, "layout": "servers"}),
+    ],
+)
+def test_torchs_default_device_does_not_matter(kind, options, tmp_path):
+    def made(name):
+        report = compress(models, tmp_path / name, **options)
+        expand(report.out, "two", tmp_path / f"{name}-full")
+        found = sorted(tmp_path.glob(f"{name}*/**/*.safetensors"))
+        assert len(found) > len(TASKS)
+        return {str(file.relative_to(tmp_path))[len(name) :]: file.read_bytes() for file in found}
+
+    models = save_tasks(tmp_path, kind, num_hidden_layers=1)
+    expected = made("here")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # in other threads it is the CPU
+    torch.set_default_device("meta")
+    try:
+        found = made("there")
+    finally:
+        torch.set_default_device(None)
+        torch.set_num_threads(threads)
+    assert found == expected
