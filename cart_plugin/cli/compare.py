@@ -165,17 +165,17 @@ def _table(rows: list[Row]) -> RenderableType:
     for name in names:
         table.add_column(escape(name), justify="right", overflow="fold")
     table.add_column("")
-    best = max((row.mean or 0.0 for row in rows if row.kind == "merged"), default=None)
+    means = [row.mean for row in rows if row.kind == "merged" and row.mean is not None]
     for row in rows:
         state = {"done": "", "failed": f"[red]failed: {escape(row.error)}[/red]"}.get(
             row.state, f"[dim]{row.state}[/dim]"
         )
-        style = "bold" if row.kind == "merged" and row.mean == best else ""
+        is_best = row.kind == "merged" and row.mean is not None and row.mean == max(means)
         table.add_row(
             escape(title_of(row.name)),
             "" if row.mean is None else f"{row.mean:.3f}",
             *(f"{row.metrics[name]['value']:.3f}" if name in row.metrics else "" for name in names),
             state,
-            style=style,
+            style="bold" if is_best else "",
         )
     return table

@@ -228,7 +228,7 @@ def main() -> None:
             reads = Reads()
             answer = {"metrics": evaluate(asked, asked["model"])}
             if asked["kind"] == "function":
-                answer["read"] = reads.files(asked["model"])
+                answer["read"] = reads.files(asked["model"], str(Path(result).parents[1]))
     except CartError as error:
         answer = {"error": str(error)}
     except Exception as error:  # whatever an evaluator raises is a row of the report

@@ -13,12 +13,13 @@ from mergekit.config import MergeConfiguration
 
 from cart_plugin.compare.steps import MODEL, Comparison, needed_bytes
 from cart_plugin.compare.variants import absolute, parse_assignment, variants
-from cart_plugin.doctor.layout import places
+from cart_plugin.doctor.inputs import check_split
+from cart_plugin.doctor.layout import places, references
 from cart_plugin.doctor.machine import size
 from cart_plugin.doctor.parameters import did_you_mean
 from cart_plugin.doctor.recipe import load
 from cart_plugin.errors import CartError
-from cart_plugin.execution.inputs import read_inputs
+from cart_plugin.execution.inputs import read_config, read_inputs, stop_at
 
 
 def names(text: str) -> list[str]:
@@ -102,11 +103,15 @@ def comparison_of(
         raise CartError(f"{recipe}: {findings[0].fact}; {findings[0].advice}")
     if len(documents) > 1:
         raise CartError(f"{recipe} holds several recipes; compare takes one")
-    document = absolute(documents[0])
-    inputs = read_inputs({**document, "merge_method": document.get("merge_method", "linear")})
+    own = documents[0].get("merge_method")
+    config = read_config({**documents[0], "merge_method": own or "linear"})
+    for label, model in references(config).items():
+        stop_at(check_split(label, model))
+    document = absolute(config)
+    inputs = read_inputs(document)
     _check_parameters(inputs.config)
     rows = variants(
-        document,
+        {**document, "merge_method": own},
         methods,
         [parse_assignment(text, single=True) for text in fixed],
         [parse_assignment(text, single=False) for text in grids],

@@ -23,12 +23,14 @@ import yaml
 
 from cart_plugin import linalg, mergekit, merging
 from cart_plugin.checkpoints.files import read_json, write_json, write_text
+from cart_plugin.checkpoints.side_files import belongings, module_weights
 from cart_plugin.compare.reads import changed
 from cart_plugin.compare.variants import Variant, find_method
+from cart_plugin.doctor.layout import references, tokenizer_models
 from cart_plugin.doctor.parameters import is_cart
 from cart_plugin.errors import CartError, first_line
 from cart_plugin.execution import child
-from cart_plugin.execution.inputs import Inputs, merge_options
+from cart_plugin.execution.inputs import Inputs, merge_options, written
 from cart_plugin.execution.merge import merge
 
 Keep = Literal["none", "best", "all"]
@@ -141,8 +143,10 @@ class Comparison:
         """Recipes that make a folder of each input that is a base and an adapter, by row."""
         names = self._input_names()
         found = {}
+        models = references(self.inputs.config)
         for label in self.inputs.adapters:
-            recipe = {"merge_method": "passthrough", "models": [{"model": label}]}
+            entry = {"model": written(models[label])}
+            recipe: dict[str, Any] = {"merge_method": "passthrough", "models": [entry]}
             if self.inputs.config.dtype is not None:
                 recipe["dtype"] = self.inputs.config.dtype
             found[names[label]] = Variant(names[label], "", recipe, {})
@@ -219,7 +223,8 @@ class Comparison:
                 "inputs": {
                     label: _identity(str(checkpoint.path))
                     for label, checkpoint in self.inputs.checkpoints.items()
-                },
+                }
+                | _tokenizers(self.inputs),
                 "adapters": {
                     label: _identity(path) for label, path in self.inputs.adapters.items()
                 },
@@ -345,8 +350,19 @@ def needed_bytes(comparison: Comparison) -> int:
 
 def _identity(path: str) -> list[Any]:
     """What changes when a model folder changes: names, sizes and times of its files."""
-    files = sorted(entry for entry in Path(path).iterdir() if entry.is_file())
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    folder = Path(path)
+    files = {entry.name: entry for entry in folder.iterdir() if entry.is_file()}
+    files |= belongings(folder) | module_weights(folder)  # in the folders of modules.json
+    return [
+        [name, file.stat().st_size, file.stat().st_mtime_ns] for name, file in sorted(files.items())
+    ]
+
+
+def _tokenizers(inputs: Inputs) -> dict[str, list[Any]]:
+    """The identity of each folder that a tokenizer, or a token's row, is taken from."""
+    models = tokenizer_models(inputs.config).items()
+    folders = {label: model.model.path for label, model in models}
+    return {label: _identity(path) for label, path in folders.items() if Path(path).is_dir()}
 
 
 def _remove(folder: Path) -> None:

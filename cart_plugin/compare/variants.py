@@ -17,12 +17,16 @@ from typing import Any
 
 import yaml
 from mergekit import merge_methods
-from mergekit.common import ModelReference
+from mergekit.common import ModelPath, ModelReference
+from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import BasePolicy, MergeMethod
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec
 
-from cart_plugin.doctor.parameters import did_you_mean
+from cart_plugin.compare import weights
+from cart_plugin.doctor.layout import Group, groups
+from cart_plugin.doctor.parameters import check_method, did_you_mean
 from cart_plugin.errors import CartError
+from cart_plugin.execution.inputs import plain
 from cart_plugin.linalg.rules import RANK_RULES
 
 Settings = dict[str, Any]
@@ -140,37 +144,21 @@ def variants(
     ]
 
 
-def absolute(document: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe whose local model paths are absolute, so that it runs from any folder."""
-    changed: dict[str, Any] = _absolute(copy.deepcopy(dict(document)))
-    return changed
+def absolute(config: MergeConfiguration) -> dict[str, Any]:
+    """A recipe as plain data whose local models have absolute paths: it runs from any folder."""
+    return plain(config, _absolute)
 
 
-def _absolute(node: Any) -> Any:
-    if isinstance(node, list):
-        return [_absolute(entry) for entry in node]
-    if not isinstance(node, dict):
-        return node
-    return {
-        key: _local(_reference(value))
-        if key in ("model", "base_model") and isinstance(value, str | dict)
-        else _absolute(value)
-        for key, value in node.items()
-    }
+def _absolute(model: ModelReference) -> ModelReference:
+    parts = {"model": _local(model.model), "lora": model.lora and _local(model.lora)}
+    return model.model_copy(update=parts)
 
 
-def _reference(value: str | dict[str, Any]) -> str:
-    """A model as one line: mergekit also takes a mapping of its parts."""
-    return value if isinstance(value, str) else str(ModelReference.model_validate(value))
-
-
-def _local(reference: str) -> str:
-    """`model` or `model+lora` with the parts that are local folders made absolute."""
-    return "+".join(
-        # `..` stays as it is: after a link it is another folder than the text says.
-        str(Path(part).absolute()) if os.path.isdir(part) else part
-        for part in reference.split("+")
-    )
+def _local(part: ModelPath) -> ModelPath:
+    if not os.path.isdir(part.path):
+        return part
+    # `..` stays as it is: after a link it is another folder than the text says.
+    return part.model_copy(update={"path": str(Path(part.path).absolute())})
 
 
 def _of(lines: Sequence[Assignment], method: str) -> list[Assignment]:
@@ -189,37 +177,57 @@ def _variant(
     recipe.pop("name", None)
     recipe["merge_method"] = method.spec.name
     specs = {spec.name: spec for spec in method.spec.parameters}
-    foreign = _foreign(document.get("merge_method"), method.spec.name)
+    own = document.get("merge_method")
+    foreign = _foreign(own, method.spec.name)
     given = _reduce(recipe, {k: v for k, v in specs.items() if k not in foreign}, overrides)
-    count = len(_models(recipe))
-    top = recipe.pop("parameters", None) or {}
-    for name, value in _defaults(specs, given | set(overrides), count).items():
+    if method.spec.contract.base is BasePolicy.IGNORED:
+        weights.drop_base(recipe)
+    recipe["parameters"] = (recipe.get("parameters") or {}) | overrides
+    if "weight" in specs and specs["weight"].required and "weight" not in overrides:
+        _carry_weights(document, recipe, method)
+    top = recipe.pop("parameters", {})
+    for name, value in _defaults(specs, given | set(overrides)).items():
         top.setdefault(name, value)
-    top |= overrides
     if top:
         recipe["parameters"] = top
-    if method.spec.contract.base is BasePolicy.IGNORED:
-        _drop_base(recipe)
     label = "-".join([method.spec.name, *(f"{key}={value}" for key, value in point.items())])
     return Variant(label.replace("/", "_"), method.spec.name, recipe, top, _refusal(recipe, method))
+
+
+def _carry_weights(
+    document: Mapping[str, Any], recipe: dict[str, Any], method: MergeMethod
+) -> None:
+    """Make weights of which only the ratio counts sum to 1 for a method that adds up by them."""
+    own, name = document.get("merge_method"), method.spec.name
+    by_ratio = weights.are_shares(document, check_method(own)[0])
+    as_written = own == name or not (by_ratio or weights.are_shares(recipe, method))
+    if as_written and weights.settings(recipe, "weight"):
+        return
+    done = weights.write_shares(recipe)
+    if not done and by_ratio and any(spec.name == "normalize" for spec in method.spec.parameters):
+        recipe["parameters"].setdefault("normalize", True)
+
+
+# Settings of one name and two meanings, with the methods that have the second.
+_APART = {
+    # scales a few directions around the average, not whole differences from the base
+    "lambda": {"cart"},
+    # divides whole models, not differences: of three that weigh 0.6 it leaves 1.8 models
+    "normalize": {"linear"},
+    # how small a difference counts as none, not a range of densities
+    "epsilon": {"ram", "ramplus_tl"},
+    # how alike is near, not a share of the way
+    "t": {"nearswap"},
+}
 
 
 def _foreign(own: object, method: str) -> set[str]:
     """The settings of a recipe whose values say nothing about another method."""
     if own == method:
         return set()
-    if {own, method} == {"cart", "cart_auto"}:
-        return set(RANK_RULES)  # the one drops what the other weighs down
-    # A lambda of cart's scales a few directions around the average, any other whole differences
-    # from the base.
-    return {"lambda"} if "cart" in (own, method) else set()
-
-
-def _drop_base(recipe: dict[str, Any]) -> None:
-    """Take the base model off, also where it is listed among the models, as ties recipes do."""
-    base = recipe.pop("base_model", None)
-    if base is not None and isinstance(recipe.get("models"), list):
-        recipe["models"] = [entry for entry in recipe["models"] if entry.get("model") != base]
+    found = {name for name, apart in _APART.items() if (own in apart) != (method in apart)}
+    # Of ranks, the one drops what the other weighs down.
+    return found | (set(RANK_RULES) if {own, method} == {"cart", "cart_auto"} else set())
 
 
 def _reduce(node: Any, specs: Mapping[str, ParameterSpec], overrides: Settings) -> set[str]:
@@ -250,66 +258,53 @@ def _reduce(node: Any, specs: Mapping[str, ParameterSpec], overrides: Settings) 
     return kept
 
 
-def _defaults(specs: Mapping[str, ParameterSpec], given: set[str], models: int) -> dict[str, Any]:
-    """What the recipe leaves open, as far as a number says it.
-
-    mergekit has no default for `weight`: equal ones of sum 1.
-    """
+def _defaults(specs: Mapping[str, ParameterSpec], given: set[str]) -> dict[str, Any]:
+    """What the recipe leaves open, as far as a number says it."""
     values: dict[str, Any] = {}
     for name, spec in specs.items():
         if name in given or name in RANK_RULES:  # ours look at the tensors where none is given
             continue
         if not spec.required and spec.default is not None:
             values[name] = spec.default
-        elif name == "weight":  # ours count 1, and tell it from a written 1
-            values[name] = round(1 / max(models, 1), 6) if spec.required else 1.0
+        elif name == "weight" and not spec.required:  # ours count 1, and tell it from a written 1
+            values[name] = 1.0
     return values
 
 
-def _refusal(recipe: Mapping[str, Any], method: MergeMethod) -> str:
-    contract = method.spec.contract
-    base = recipe.get("base_model")
-    if contract.base is BasePolicy.REQUIRED and base is None and "slices" not in recipe:
-        return f"{method.spec.name} needs a base_model, which the recipe lacks"
-    models = _models(recipe)
+def _refusal(recipe: dict[str, Any], method: MergeMethod) -> str:
     missing = [
         spec.name
         for spec in method.spec.parameters
-        if spec.required and spec.scope is ParameterScope.SHARED and not _sets(recipe, spec.name)
+        if spec.required
+        and spec.scope is ParameterScope.SHARED
+        and not weights.settings(recipe, spec.name)
     ]
+    found = groups(MergeConfiguration.model_validate(recipe))
+    if method.spec.contract.base is BasePolicy.REQUIRED and any(one.base is None for one in found):
+        return f"{method.spec.name} needs a base_model, which the recipe lacks"
     if missing:
         return (
             f"{method.spec.name} needs {', '.join(missing)}, for which mergekit has no default; "
             f"add --set {method.spec.name}.{missing[0]}=VALUE"
         )
     try:
-        method.validate_inputs([*models, *([base] if base and base not in models else [])], base)
+        _check_inputs(found, method)
     except ValueError as error:
         return str(error)
     return ""
 
 
-def _sets(node: Any, name: str) -> bool:
-    if isinstance(node, dict):
-        return name in (node.get("parameters") or {}) or any(
-            _sets(value, name) for value in node.values()
-        )
-    return isinstance(node, list) and any(_sets(entry, name) for entry in node)
+def _check_inputs(found: Sequence[Group], method: MergeMethod) -> None:
+    """Let a method look at each group's models, as mergekit does before it merges.
 
-
-def _models(recipe: Mapping[str, Any]) -> list[str]:
-    """The models of the recipe but the base, once each."""
-    found: dict[str, None] = {}
-
-    def walk(node: Any) -> None:
-        if isinstance(node, dict):
-            if isinstance(node.get("model"), str | dict):
-                found[str(node["model"])] = None
-            for value in node.values():
-                walk(value)
-        elif isinstance(node, list):
-            for entry in node:
-                walk(entry)
-
-    walk({key: recipe.get(key) for key in ("models", "slices", "modules")})
-    return [model for model in found if model != str(recipe.get("base_model"))]
+    Raises:
+        ValueError: it does not take them.
+    """
+    for group in found:
+        part, is_slice, _ = group.label.rpartition(".sources")
+        models = list(group.models)
+        if not is_slice and group.base is not None and group.base not in models:
+            models.append(group.base)
+        method.validate_inputs(models, group.base, group_name=f"recipe.{part}" if part else None)
+    if is_slice:  # a tensor's: that no slice merges models is known only now
+        method.validate_inputs(models, group.base, group_name="the recipe")

@@ -14,6 +14,7 @@ from mergekit.config import (
     ParameterSetting,
 )
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
+from mergekit.tokenizer.config import ModelTokenEmbedding
 
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor.findings import Finding, problem
@@ -113,6 +114,19 @@ def references(config: Recipe) -> dict[str, ModelReference]:
         else model
         for model in models
     }
+
+
+def tokenizer_models(config: Recipe) -> dict[str, ModelReference]:
+    """The models that give the tokenizer, or a token's row, by label: maybe none that is merged."""
+    if not isinstance(config, MergeConfiguration):
+        return {}
+    tokenizer = config.tokenizer
+    named: list[Any] = [config.tokenizer_source]
+    if tokenizer is not None:
+        rows = [entry.source for entry in (tokenizer.tokens or {}).values()]
+        named += [tokenizer.source]
+        named += [row.model if isinstance(row, ModelTokenEmbedding) else row for row in rows]
+    return {str(model): model for model in named if isinstance(model, ModelReference)}
 
 
 def check_ranges(config: Recipe, checkpoints: Mapping[str, Checkpoint]) -> list[Finding]:

@@ -15,7 +15,7 @@ from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor import inputs as files
 from cart_plugin.doctor import schema
 from cart_plugin.doctor.findings import Finding, Level
-from cart_plugin.doctor.layout import groups, references
+from cart_plugin.doctor.layout import groups, references, tokenizer_models
 from cart_plugin.doctor.parameters import check_method
 from cart_plugin.errors import CartError
 
@@ -64,11 +64,11 @@ class Inputs:
         )
 
 
-def read_inputs(document: Mapping[str, Any]) -> Inputs:
-    """Read a recipe and the headers of its models.
+def read_config(document: Mapping[str, Any]) -> OrderedConfiguration:
+    """Read a recipe, and nothing of its models.
 
     Raises:
-        CartError: it is no recipe for mergekit-yaml, or a model cannot be read.
+        CartError: it is no recipe for mergekit-yaml.
     """
     recipe = {key: value for key, value in document.items() if key != "name"}
     if schema.recipe_class(recipe) is not MergeConfiguration:
@@ -79,7 +79,16 @@ def read_inputs(document: Mapping[str, Any]) -> Inputs:
         raise CartError("mergekit rejects the recipe")
     stop_at(check_method(config.merge_method)[1])
     stop_at(schema.check_dtypes(config))
-    ordered = OrderedConfiguration.model_validate(recipe)
+    return OrderedConfiguration.model_validate(recipe)
+
+
+def read_inputs(document: Mapping[str, Any]) -> Inputs:
+    """Read a recipe and the headers of its models.
+
+    Raises:
+        CartError: it is no recipe for mergekit-yaml, or a model cannot be read.
+    """
+    ordered = read_config(document)
     for group in groups(ordered):
         twice = sorted({label for label in group.models if group.models.count(label) > 1})
         if twice:
@@ -118,19 +127,20 @@ def stop_at(findings: Iterable[Finding]) -> None:
 
 
 _REFERENCES = ("model", "base_model", "source", "tokenizer_source")  # keys of a recipe
+_WORDS = ("union", "base")  # of a tokenizer's source
 _NAMED = ("tokens", "modules")  # what these hold is by name, whatever that is: `source`, `model`
 
 
 def plain(
     config: MergeConfiguration, rename: Callable[[ModelReference], ModelReference] | None = None
 ) -> dict[str, Any]:
-    """A recipe as plain data, with its models in parts: in one line, `+` and `@` would split paths.
+    """A recipe as plain data, that mergekit reads as the same recipe.
 
     Args:
         config: the recipe.
         rename: gives another model for one of the recipe's.
     """
-    named = references(config)
+    named = references(config) | tokenizer_models(config)
 
     def walk(node: Any) -> Any:
         if isinstance(node, list):
@@ -150,14 +160,14 @@ def plain(
         return walk(value)
 
     def model(value: Any) -> Any:
-        if value in ("union", "base") or not isinstance(value, str | dict | ModelReference):
+        if value in _WORDS or not isinstance(value, str | dict | ModelReference):
             return value
         # As written: a path with a plus is one label and no reference.
         label = value if isinstance(value, str) else str(ModelReference.model_validate(value))
         found = named.get(label)
         if found is None:
             return value
-        return _mapping(found if rename is None else rename(found))
+        return written(found if rename is None else rename(found))
 
     # Not as JSON: mergekit 0.1.5 gives references with a space in their path as objects, and that
     # mode fails on them.
@@ -165,13 +175,21 @@ def plain(
     return found
 
 
-def _mapping(model: ModelReference) -> dict[str, Any]:
-    """A model in its parts."""
+def written(model: ModelReference) -> str | dict[str, Any]:
+    """A model as a recipe names it: in its parts where one line would name another one."""
+    line = str(model)
+    try:
+        if line not in _WORDS and ModelReference.model_validate(line) == model:
+            return line
+    except RuntimeError:  # of several `+` or `@` mergekit makes nothing
+        pass
     parts: dict[str, Any] = {"model": {"path": model.model.path}}
     if model.model.revision is not None:
         parts["model"]["revision"] = model.model.revision
     if model.lora is not None:
         parts["lora"] = {"path": model.lora.path}
+        if model.lora.revision is not None:
+            parts["lora"]["revision"] = model.lora.revision
     if model.override_architecture is not None:
         parts["override_architecture"] = model.override_architecture
     return parts

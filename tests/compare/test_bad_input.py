@@ -184,6 +184,12 @@ def test_wrong_commands_end_in_one_line(
     assert "cannot be read" in line(file=tmp_path / "absent.yaml")
     gone = recipe_for([*llamas, str(tmp_path / "gone")], tmp_path / "gone.yaml")
     assert f"{tmp_path}/gone does not exist" in line(file=gone)
+    mapping: Any = {"path": llamas[0]}
+    wrong = recipe_for([*llamas, mapping], tmp_path / "wrong.yaml")
+    assert "models.3.model.model: Field required" in line(file=wrong)
+    (tmp_path / "math@v2").mkdir()
+    split = recipe_for([*llamas, f"{tmp_path}/math@v2"], tmp_path / "split.yaml")
+    assert "mergekit reads `@` in it as the sign before a revision" in line(file=split)
     assert "did you mean cart?" in line("--methods", "crat")
     assert "has no parameter 'density'" in line("--grid", "cart.density=0.1,0.2")
     assert "either --tasks" in line("--tasks", "arc_easy")

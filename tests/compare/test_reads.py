@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from cart_plugin.compare.reads import changed
 from tests.doctor.tiny import write_recipe
 
 JUDGE = """
@@ -73,6 +74,118 @@ def test_files_that_the_evaluator_reads(
     assert {Path(name).name for name in held} == {"data.json", "helper.py", "judge.py"}
 
 
+def heard(script: str, **environment: str) -> dict[str, Any]:
+    """What a process that runs a script has read and listed."""
+    text = f"""
+import json
+from cart_plugin.compare.reads import Reads, changed
+reads = Reads()
+{script}
+print(json.dumps(reads.files("model", "out")))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", text],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, **environment},
+    )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def names(found: dict[str, Any]) -> set[str]:
+    return {Path(name).name + ("/" if name.endswith("/") else "") for name in found}
+
+
+def test_data_that_lies_where_temporary_files_do(folder: Path) -> None:
+    """On clusters the scratch disk is both."""
+    scratch = folder / "scratch"
+    (scratch / "staged").mkdir(parents=True)
+    (scratch / "staged" / "data.json").write_text("1")
+    (folder / "work").mkdir()
+    os.chdir(folder / "work")
+    script = """
+import os, shutil, subprocess, sys, tempfile
+from pathlib import Path
+scratch = Path(os.environ["TMPDIR"])
+open(scratch / "staged" / "data.json").read()
+with tempfile.TemporaryDirectory() as own:
+    subprocess.run([sys.executable, "-c", "open('by-child', 'w')"], cwd=own, check=True)
+    shutil.copy2(scratch / "staged" / "data.json", f"{own}/copied")
+    for name in os.listdir(own):
+        open(f"{own}/{name}").read()
+    kept = shutil.copytree(own, scratch / "kept")
+    open(kept / "by-child").read()
+child = "import pathlib; pathlib.Path('by-child').write_text('x')"
+subprocess.run([sys.executable, "-c", child], cwd=scratch, check=True)
+open(scratch / "by-child").read()
+os.listdir(scratch)
+"""
+    assert names(heard(script, TMPDIR=str(scratch))) == {"data.json"}
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        "os.listdir('data')",
+        "list(os.scandir(b'data'))",
+        "glob.glob('data/*.json')",
+        "list(Path('data').rglob('*.json'))",
+        "list(os.walk('data'))",
+        "os.chdir('data') or os.listdir()",
+    ],
+)
+def test_a_folder_that_was_listed(way: str, folder: Path) -> None:
+    (folder / "data").mkdir()
+    (folder / "data" / "a.json").write_text("1")
+    found = heard(f"import glob, os\nfrom pathlib import Path\n{way}")
+    assert names(found) == {"data/"}
+    assert not changed(found)
+    (folder / "data" / "__pycache__").mkdir()
+    (folder / "data" / "a.json").write_text("2")  # whose content nobody has asked for
+    assert not changed(found)
+    (folder / "data" / "b.json").write_text("1")
+    assert changed(found)
+    (folder / "data" / "b.json").unlink()
+    assert not changed(found)
+    (folder / "data" / "a.json").rename(folder / "data" / "c.json")
+    assert changed(found)
+
+
+def test_folders_that_change_by_judging(folder: Path) -> None:
+    """Those of results and of modules, and where the evaluator writes."""
+    for name in ("out/linear/model", "model", "data", "logs", "cache/a"):
+        (folder / name).mkdir(parents=True)
+    (folder / "out" / "linear" / "evaluation.log").touch()
+    script = """
+import importlib.metadata, os, pkgutil, sys
+sys.path.insert(0, os.getcwd())
+import helper
+try:
+    import absent
+except ImportError:
+    importlib.metadata.entry_points(group="absent")
+list(pkgutil.iter_modules())
+for name in ("out", "out/linear", "out/linear/model", "model", "data", "logs", "cache"):
+    os.listdir(name)
+open("logs/1.txt", "w")
+os.makedirs("cache/a", exist_ok=True)
+os.makedirs("cache/b", exist_ok=True)
+os.makedirs("data", exist_ok=True)
+"""
+    assert names(heard(script)) == {"data/", "helper.py"}
+
+
+def test_a_folder_of_data_among_the_results(folder: Path) -> None:
+    (folder / "data").mkdir()
+    (folder / "linear").mkdir()
+    (folder / "linear" / "evaluation.log").touch()
+    (folder / "out").symlink_to(folder)
+    found = heard("import os\nfor name in ('.', 'data', 'linear'): os.listdir(name)")
+    assert names(found) == {"data/"}
+
+
 def test_a_file_that_changes_while_it_is_read(folder: Path) -> None:
     """Nobody knows which of the two the answer is of."""
     script = """
@@ -82,7 +195,7 @@ reads = Reads()
 open("data.json").read()
 open("helper.py").read()
 __import__("pathlib").Path("data.json").touch()
-found = reads.files("model")
+found = reads.files("model", "out")
 print(json.dumps({name[-8:]: changed({name: found[name]}) for name in found}))
 """
     os.utime(folder / "data.json", (0, 0))

@@ -81,10 +81,39 @@ def test_a_base_among_the_models_is_not_averaged_in() -> None:
     assert len(one({**RECIPE, "models": models}, "ties").recipe["models"]) == 4
 
 
-def test_models_as_mappings_are_read(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    made = absolute({"models": [{"model": {"model": {"path": str(tmp_path / "a")}}}]})
-    assert made["models"] == [{"model": f"{tmp_path}/a"}]
+@pytest.mark.parametrize("sign", ["@", "+"])
+def test_models_in_parts_stay_what_they_are(
+    sign: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one line they would be another folder, of another revision or with an adapter."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", f"a{sign}v2", "b", "c"):
+        Path(name).mkdir()
+    parts = {"model": {"path": f"a{sign}v2"}}
+    recipe = {
+        "merge_method": "linear",
+        "base_model": parts,
+        "models": [
+            {"model": parts},
+            {"model": "b"},
+            {"model": {"model": {"path": "c"}, "override_architecture": "MistralForCausalLM"}},
+            {"model": {"model": {"path": "org/b", "revision": "main"}}},
+        ],
+        "tokenizer": {"source": parts},
+    }
+    made = absolute(MergeConfiguration.model_validate(recipe))
+    kept = {"model": {"path": f"{tmp_path}/a{sign}v2"}}
+    assert [entry["model"] for entry in made["models"]] == [
+        kept,
+        f"{tmp_path}/b",
+        {"model": {"path": f"{tmp_path}/c"}, "override_architecture": "MistralForCausalLM"},
+        "org/b@main",
+    ]
+    assert made["base_model"] == made["tokenizer"]["source"] == kept
+    # The base model is found among the models.
+    assert [entry["model"] for entry in one(made, "linear").recipe["models"]] == [
+        entry["model"] for entry in made["models"][1:]
+    ]
 
 
 def test_a_value_that_is_given_twice_is_one_row() -> None:
@@ -150,9 +179,33 @@ def test_a_method_that_cannot_take_the_models_says_why(
     assert reason in one(recipe, method).error
 
 
+def slices(*groups: str, **more: Any) -> dict[str, Any]:
+    """A recipe whose slices merge the models of these letters."""
+    return {
+        "merge_method": "cart",
+        "slices": [
+            {"sources": [{"model": name, "layer_range": [n, n + 1]} for name in group]}
+            for n, group in enumerate(groups)
+        ],
+        **more,
+    }
+
+
+def test_each_slice_is_looked_at_by_itself() -> None:
+    pairs = slices("ab", "ac", base_model="a", parameters={"t": 0.5}, merge_method="slerp")
+    assert one(pairs, "slerp").error == ""
+    assert one(pairs, "linear").error == ""
+    three = slices("ab", "abc", base_model="a", parameters={"t": 0.5}, merge_method="slerp")
+    assert "exactly 2 inputs for recipe.slices[1]; got 3" in one(three, "slerp").error
+    assert one(slices("ab", "c"), "cart").error == ""
+    assert "at least two fine-tuned models" in one(slices("a", "b"), "cart").error
+    without = one(slices("ab", "bc", base_model="a"), "ties").error
+    assert without == "Base input is not present in merge inputs for recipe.slices[1]"
+
+
 def test_the_given_recipe_is_not_changed() -> None:
     before = repr(RECIPE)
-    variants(RECIPE, ["cart", "linear"])
+    variants(RECIPE, ["cart", "linear", "task_arithmetic"])
     assert repr(RECIPE) == before
 
 
@@ -160,10 +213,11 @@ def test_local_models_become_absolute(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").mkdir()
     recipe = {
+        "merge_method": "linear",
         "models": [{"model": "a"}, {"model": "org/name"}, {"model": "a+a"}],
         "base_model": "a",
     }
-    made = absolute(recipe)
+    made = absolute(MergeConfiguration.model_validate(recipe))
     assert made["base_model"] == f"{tmp_path}/a"
     assert [entry["model"] for entry in made["models"]] == [
         f"{tmp_path}/a",
@@ -179,7 +233,8 @@ def test_paths_through_a_link_stay_those_of_the_folder_behind_it(
     (tmp_path / "there" / "model").mkdir(parents=True)
     (tmp_path / "there" / "sub").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "there" / "sub")
-    (made,) = absolute({"models": [{"model": "link/../model"}]})["models"]
+    recipe = {"merge_method": "linear", "models": [{"model": "link/../model"}]}
+    (made,) = absolute(MergeConfiguration.model_validate(recipe))["models"]
     assert Path(made["model"]).samefile(tmp_path / "there" / "model")
 
 
