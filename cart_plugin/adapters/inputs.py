@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cart_plugin.adapters import kinds
 from cart_plugin.checkpoints import adapters as tensors
+from cart_plugin.checkpoints import hub
 from cart_plugin.checkpoints.headers import TensorInfo
 from cart_plugin.checkpoints.reading import (
     ADAPTER_CONFIG,
@@ -194,16 +195,13 @@ def _folder(path: str | Path) -> Path:
         raise CartError(f"{path} is a recipe, which lists all adapters; name it alone")
     if is_there:
         raise CartError(f"{path} is a file; name the folder that holds it")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(path), local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError):
+    found = hub.cached(str(path))
+    if found is None:
         raise CartError(
             f"adapter {path} is no folder here, nor in the hub's cache; correct the path, or "
-            f"download it first (hf download {path})"
-        ) from None
+            f"download it first ({hub.download(str(path))})"
+        )
+    return found
 
 
 def open_adapters(folders: Sequence[Path], names: Sequence[str]) -> list[Adapter]:

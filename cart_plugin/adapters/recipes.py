@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cart_plugin.errors import CartError, first_line
+from cart_plugin.errors import CartError, CheckpointError, first_line
 
 _OPTIONS = {
     **{key: key for key in ("method", "rank", "rank_ratio", "keep", "dtype", "base")},
@@ -43,10 +43,14 @@ def read_recipe(file: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     import yaml
 
+    from cart_plugin.checkpoints import recipes
+
     try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+        found = recipes.read(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise CartError(f"{file} cannot be read: {first_line(error)}") from None
+    except CheckpointError as error:
+        raise CartError(f"{file}: {error}") from None
     if not isinstance(found, Mapping) or not isinstance(found.get("adapters"), list):
         raise CartError(
             f"{file} has no list of adapters; write one, as in `adapters: [adapter: ./math, "

@@ -4,7 +4,7 @@ Modules, from the bottom: `dtypes`, `headers` (what a weight file holds), `files
 all; JSON), `reading` (folders, shards, adapters; a tensor at a time), `adapters` (what their
 tensors are), `writing` (safetensors), `side_files` (tokenizers and the like), `names` (the
 checkpoint's and the model's), `orientation` (which side of a weight the inputs are on), `stored`
-(what of that a merge has to know).
+(what of that a merge has to know), `hub` (names there), `recipes` (YAML that people write).
 """
 
 REVISION = 1

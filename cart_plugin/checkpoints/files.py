@@ -156,7 +156,10 @@ def left_bytes(out: Path) -> int:
     folder = _beside(out.resolve())
     if not (folder / _KEPT).exists():
         return 0
-    return sum(_room(path.stat()) for path in folder.glob(f"{MAKING}*/**/*") if path.is_file())
+    # Parts of the result, and models that have been fused for it.
+    kinds = (f"{MAKING}*/**/*", "fused/fused-*/**/*")
+    left = [path for kind in kinds for path in folder.glob(kind)]
+    return sum(_room(path.stat()) for path in left if path.is_file())
 
 
 def _room(file: os.stat_result) -> int:

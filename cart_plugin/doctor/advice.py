@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Mapping
 
 from mergekit import merge_methods
@@ -12,10 +13,12 @@ from mergekit.merge_methods.base import BasePolicy
 from mergekit.options import MergeOptions
 
 from cart_plugin.checkpoints.reading import Checkpoint
-from cart_plugin.doctor.layout import Recipe
+from cart_plugin.doctor.layout import Recipe, groups
+from cart_plugin.doctor.parameters import adds_base
 from cart_plugin.merging.informed import MOST_INFORMED
 from cart_plugin.wording import some
 
+_MISSING = re.compile(r"Missing required parameter (?P<name>\w+) for (?P<where>.*)")
 FLAT = "merge with `mergekit-cart merge RECIPE OUT`, which goes tensor by tensor where it has to"
 
 
@@ -44,11 +47,21 @@ def way_out(error: Exception, config: Recipe, checkpoints: Mapping[str, Checkpoi
         return _without_base(config, checkpoints) or (
             "merge models of one architecture and size: compare their config.json"
         )
+    if found := _MISSING.match(message):
+        return _with_parameter(found["name"], found["where"], config)
+    if "requires exactly" in message and _added_base(config):
+        return _without_added_base(config)
     if "multiple modules" in message:
         return _with_modules(config)
     if "LoRA not merged" in message:
         return "fuse the adapters first (PEFT: merge_and_unload) and merge the resulting models"
-    return f"correct what the message names; or {flat(config)}"
+    what = "correct what the message names"
+    return what if is_of_recipe(error) else f"{what}; or {flat(config)}"
+
+
+def is_of_recipe(error: Exception) -> bool:
+    """Whether a method refuses the recipe's models or parameters: nothing else can merge them."""
+    return str(error).startswith(("Missing required parameter ", "Merge method "))
 
 
 def here(advice: str, obstacle: str) -> str:
@@ -111,12 +124,39 @@ def _without_base(config: Recipe, checkpoints: Mapping[str, Checkpoint]) -> str:
     return f"{what}: leave `base_model` out, {config.merge_method} does not need it"
 
 
-def _with_modules(config: Recipe) -> str:
-    """Advice for slices of a model that has several stacks of layers."""
-    names: list[str] = []
+def _added_base(config: Recipe) -> str:
+    """The base model that mergekit adds to the models; empty if it does not."""
+    method = merge_methods.get(config.merge_method)
+    return next((str(group.base) for group in groups(config) if adds_base(group, method)), "")
+
+
+def _without_added_base(config: Recipe) -> str:
+    method = config.merge_method
+    return f"delete `base_model:`: {method} knows no base, and takes it for one more model"
+
+
+def _with_parameter(name: str, where: str, config: Recipe) -> str:
+    """Advice where a method's parameter is missing for a tensor, or for a model's."""
+    base = _added_base(config)
+    if base and where.startswith(f"{base}."):
+        return _without_added_base(config)
+    specs = merge_methods.get(config.merge_method).spec.shared_parameters
+    shared = any(spec.name == name for spec in specs)
+    place = "under the recipe's `parameters:`" + ("" if shared else ", or for each model")
+    return f"set `{name}` {place}; of filters, the last entry goes without one"
+
+
+def modules(config: Recipe) -> list[str]:
+    """What mergekit calls the parts of the models' architecture; nothing if it knows it not."""
     if isinstance(config, MergeConfiguration):
         with contextlib.suppress(Exception):
-            names = list(get_architecture_info(config, MergeOptions(quiet=True)).modules)
+            return list(get_architecture_info(config, MergeOptions(quiet=True)).modules)
+    return []
+
+
+def _with_modules(config: Recipe) -> str:
+    """Advice for slices of a model that has several stacks of layers."""
+    names = modules(config)
     form = ", ".join(f"{name}: {{slices: [...]}}" for name in names) or "NAME: {slices: [...]}"
     return (
         f"this architecture has several stacks of layers ({some(names) or 'modules'}): write the "

@@ -10,6 +10,7 @@ from pathlib import Path
 from mergekit.common import ModelReference
 from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 
+from cart_plugin.checkpoints import hub
 from cart_plugin.checkpoints.agreement import quantised_fact
 from cart_plugin.checkpoints.headers import (
     WEIGHT_SUFFIXES,
@@ -41,12 +42,13 @@ def is_offline() -> bool:
     return bool(HF_HUB_OFFLINE)
 
 
-def locate(path: str, kind: str) -> tuple[Path | None, list[Finding]]:
+def locate(path: str, kind: str, revision: str | None = None) -> tuple[Path | None, list[Finding]]:
     """Find a model folder or file, downloading nothing.
 
     Args:
         path: as the recipe writes it, without revision.
         kind: what it is, for the messages: "model" or "adapter".
+        revision: that the recipe asks for.
 
     Returns:
         The local path, if there is one, and what there is to say about it.
@@ -84,9 +86,14 @@ def locate(path: str, kind: str) -> tuple[Path | None, list[Finding]]:
         warning(
             f"{kind} {path} is not a local folder; mergekit will take it for a Hugging Face id. "
             "Not checked: only local folders are",
-            f"to have it checked: hf download {path} --local-dir FOLDER, and write FOLDER instead",
+            f"to have it checked: {to_folder(path, revision)}, and write FOLDER instead",
         )
     ]
+
+
+def to_folder(path: str, revision: str | None) -> str:
+    """The command that brings a model of the hub here."""
+    return f"{hub.download(path if revision is None else f'{path}@{revision}')} --local-dir FOLDER"
 
 
 def check_split(label: str, model: ModelReference) -> list[Finding]:
@@ -216,9 +223,9 @@ def check_format(checkpoint: Checkpoint) -> list[Finding]:
     ]
 
 
-def check_adapter(adapter: str) -> list[Finding]:
+def check_adapter(adapter: str, revision: str | None = None) -> list[Finding]:
     """Check the LoRA of a `model+lora` input; its shapes are PEFT's business."""
-    path, findings = locate(adapter, "adapter")
+    path, findings = locate(adapter, "adapter", revision)
     if path is not None and not (path / ADAPTER_CONFIG).is_file():
         findings.append(
             problem(

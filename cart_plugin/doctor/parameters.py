@@ -107,9 +107,27 @@ def check_groups(config: Recipe, method: MergeMethod) -> list[Finding]:
                     "add `base_model:` to the recipe",
                 )
             )
+        if adds_base(group, method) and method.spec.contract.max_inputs is None:
+            findings.append(
+                warning(
+                    f"{group.label}: the base model {group.base} would be averaged in, as one more "
+                    f"model: {method.spec.name} knows no base",
+                    "delete `base_model:`; or list it among the models, if that is meant",
+                )
+            )
         if is_cart(method):
             findings += _check_cart_group(group, config)
     return findings
+
+
+def adds_base(group: Group, method: MergeMethod) -> bool:
+    """Whether mergekit merges the base model of a group as one more model of it."""
+    return (
+        method.spec.contract.base == BasePolicy.IGNORED
+        and group.label.endswith("models")  # of slices, only what is listed is merged
+        and group.base is not None
+        and group.base not in group.models
+    )
 
 
 def _check_places(group: Group, named: Mapping[str, ModelReference]) -> Iterator[Finding]:

@@ -31,7 +31,13 @@ from cart_plugin.checkpoints.agreement import StrangersError
 from cart_plugin.checkpoints.headers import TensorInfo
 from cart_plugin.checkpoints.placement import without_place
 from cart_plugin.checkpoints.reading import Checkpoint
-from cart_plugin.doctor.advice import are_one_class, asks_for_code, in_one_format, way_out
+from cart_plugin.doctor.advice import (
+    are_one_class,
+    asks_for_code,
+    in_one_format,
+    is_of_recipe,
+    way_out,
+)
 from cart_plugin.doctor.findings import Finding, problem
 from cart_plugin.doctor.layout import Recipe
 from cart_plugin.errors import CheckpointError, first_line
@@ -104,7 +110,7 @@ def plan(
             problem(
                 f"mergekit cannot plan this merge: {first_line(error)}",
                 way_out(error, config, checkpoints),
-                of_architecture=are_one_class(checkpoints),
+                of_architecture=are_one_class(checkpoints) and not is_of_recipe(error),
             )
         ]
 

@@ -13,6 +13,7 @@ import yaml
 from mergekit.options import MergeOptions
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 
+from cart_plugin.checkpoints import recipes
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor import (
     adapters,
@@ -33,7 +34,7 @@ from cart_plugin.doctor import (
 from cart_plugin.doctor import inputs as files
 from cart_plugin.doctor.findings import Finding, Level, Section, ok, problem, warning
 from cart_plugin.doctor.layout import Recipe, check_ranges, references
-from cart_plugin.errors import first_line
+from cart_plugin.errors import CheckpointError, first_line
 
 
 def check_recipe(
@@ -77,9 +78,11 @@ def example_recipes() -> Path:
 def load(path: Path) -> tuple[list[dict[str, Any]], list[Finding]]:
     """Read a YAML file of one recipe or several; none, and the reason, if it is no such file."""
     try:
-        documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+        documents = recipes.read_all(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, RecursionError) as error:
         return [], [problem(f"cannot be read: {first_line(error)}", "name a YAML file")]
+    except CheckpointError as error:
+        return [], [problem(error.fact, error.advice)]
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f"line {mark.line + 1}: "
@@ -172,8 +175,8 @@ def _check_document(
         # What a merge that fails would need is of no use.
         if not stopped and not _has_problem(findings):
             if parameters.is_cart(method):  # others need other amounts
-                findings += costs.check_memory(matched, config)
-            findings += costs.check_disk(matched, checkpoints, config, out, fuses=completed)
+                findings += costs.check_memory(matched, checkpoints, config, options)
+            findings += costs.check_disk(matched, checkpoints, config, out, options)
     show(Section("Result", findings))
 
 
@@ -190,7 +193,10 @@ def _read_inputs(
             complete = False
             continue
         split = files.check_split(label, model)
-        path, located = (None, split) if split else files.locate(model.model.path, "model")
+        place = model.model
+        path, located = (
+            (None, split) if split else files.locate(place.path, "model", place.revision)
+        )
         findings += located
         if path is None:
             complete = False
@@ -200,10 +206,10 @@ def _read_inputs(
         else:
             checkpoint, unreadable = files.read_folder(label, path)
             # `mergekit-cart merge` writes the card itself.
-            findings += [] if completed else files.check_model_card(model.model.path)
+            findings += [] if completed else files.check_model_card(place.path)
         unreadable += files.check_dtypes(checkpoint)
         if model.lora is not None:
-            odd = files.check_adapter(model.lora.path)
+            odd = files.check_adapter(model.lora.path, model.lora.revision)
             if not odd and not unreadable:
                 odd = adapters.check_fit(Path(model.lora.path), model.lora.path, checkpoint)
             findings += [finding for finding in odd if finding.level is not Level.PROBLEM]

@@ -12,7 +12,7 @@ from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
 from cart_plugin.checkpoints.placement import is_computed, without_place
 from cart_plugin.checkpoints.reading import Checkpoint
 from cart_plugin.doctor import formats, likeness
-from cart_plugin.doctor.advice import flat, in_one_format, lacks_a_head
+from cart_plugin.doctor.advice import flat, in_one_format, lacks_a_head, modules
 from cart_plugin.doctor.buffers import check_buffers
 from cart_plugin.doctor.effects import check_effects
 from cart_plugin.doctor.findings import Finding, Level, problem, warning
@@ -154,18 +154,34 @@ def _check_losses(
     in_some = sorted({name for name, times in lost.items() if times < len(used)} | foreign)
     if in_all:
         held = len(checkpoints[next(iter(used))].tensors)
-        yield problem(
+        fact = (
             f"mergekit would silently drop {len(in_all):,} of {held:,} tensors, for example "
-            f"{some(in_all)}: transformers {_transformers_version()} names them differently",
-            _other_ways(config, checkpoints),
-            of_architecture=True,
+            f"{some(in_all)}"
         )
+        if unnamed := _unnamed_modules(config):
+            yield problem(
+                f"{fact}: the recipe's `modules:` leaves out {some(unnamed)}",
+                f"name all there (`{unnamed[0]}: {{models: [...]}}`), or merge whole models under "
+                "`models:`",
+            )
+        else:
+            yield problem(
+                f"{fact}: transformers {_transformers_version()} names them differently",
+                _other_ways(config, checkpoints),
+                of_architecture=True,
+            )
     if in_some:
         yield warning(
             f"{count(len(in_some), 'tensor')} of the models will not be in the result: "
             f"{some(in_some)}",
             "make sure that is meant; task heads are left out like this",
         )
+
+
+def _unnamed_modules(config: Recipe) -> list[str]:
+    """The parts of the architecture that a recipe of modules does not name."""
+    named = config.modules if isinstance(config, MergeConfiguration) else None
+    return [name for name in modules(config) if name not in named] if named else []
 
 
 def _transformers_version() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mergekit.common import ModelPath, ModelReference
 from mergekit.config import (
     ConditionalParameter,
     InputModelDefinition,
@@ -14,6 +15,12 @@ from mergekit.config import (
     OutputSliceDefinition,
 )
 from mergekit.scripts.merge_raw_pytorch import RawPyTorchMergeConfig
+from mergekit.tokenizer.config import (
+    ModelTokenEmbedding,
+    TokenEmbeddingConfig,
+    TokenizerConfig,
+    ZeroEmbedding,
+)
 from pydantic import BaseModel, ValidationError
 
 from cart_plugin.checkpoints.headers import WEIGHT_SUFFIXES
@@ -22,8 +29,9 @@ from cart_plugin.doctor.inputs import MAPPING
 from cart_plugin.doctor.layout import Recipe
 from cart_plugin.doctor.parameters import did_you_mean
 
-# Under each class of mergekit's configuration, the keys whose values are further classes.
-_INSIDE: dict[type[BaseModel], dict[str, type[BaseModel]]] = {
+# Under each class of mergekit's configuration, the keys whose values hold further classes, in lists
+# or by names, and those whose values are such.
+_MEMBERS: dict[type[BaseModel], dict[str, type[BaseModel]]] = {
     MergeConfiguration: {
         "models": InputModelDefinition,
         "slices": OutputSliceDefinition,
@@ -32,7 +40,23 @@ _INSIDE: dict[type[BaseModel], dict[str, type[BaseModel]]] = {
     OutputModuleDefinition: {"models": InputModelDefinition, "slices": OutputSliceDefinition},
     OutputSliceDefinition: {"sources": InputSliceDefinition},
     RawPyTorchMergeConfig: {"models": InputModelDefinition},
+    TokenizerConfig: {"tokens": TokenEmbeddingConfig},
 }
+_PARTS: dict[type[BaseModel], dict[str, type[BaseModel]]] = {
+    MergeConfiguration: {
+        "base_model": ModelReference,
+        "tokenizer_source": ModelReference,
+        "tokenizer": TokenizerConfig,
+    },
+    OutputSliceDefinition: {"base_model": ModelReference},
+    InputModelDefinition: {"model": ModelReference},
+    InputSliceDefinition: {"model": ModelReference},
+    TokenizerConfig: {"source": ModelReference},
+    ModelTokenEmbedding: {"model": ModelReference},
+    ModelReference: {"model": ModelPath, "lora": ModelPath},
+}
+# Keys of mergekit 0.1.5 that nothing in it reads.
+_UNREAD: dict[type[BaseModel], str] = {OutputSliceDefinition: "residual_weight"}
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
 
@@ -103,15 +127,45 @@ def _check_keys(
     fields = set(kind.model_fields)
     for key, value in node.items():
         where = f"{label}.{key}".lstrip(".")
-        inner = _INSIDE.get(kind, {}).get(key)
+        members = _MEMBERS.get(kind, {}).get(key)
+        part = _PARTS.get(kind, {}).get(key)
         if key not in fields:
             findings.append(_unknown_key(str(key), where, fields, method_parameters))
-        elif inner is not None:
+        elif members is not None:
             for step, entry in _entries(value):
-                findings += _check_keys(entry, inner, where + step, method_parameters)
+                findings += _check_keys(entry, members, where + step, method_parameters)
+        elif part is not None:
+            findings += _check_keys(value, part, where, set())
+        elif kind is TokenEmbeddingConfig and key == "source":
+            findings += _check_token_source(value, where)
+        elif key == _UNREAD.get(kind) and value is not None:
+            fact = f"{where} is ignored: nothing in mergekit reads it"
+            findings.append(problem(fact, "delete it"))
         elif key == "parameters" and isinstance(value, dict):
             for name, setting in value.items():
                 findings += _check_condition_keys(setting, f"{where}.{name}")
+    return findings
+
+
+def _check_token_source(value: Any, where: str) -> list[Finding]:
+    """Look at where a token's row comes from: what is no token of a model is taken for a model."""
+    if not isinstance(value, dict):
+        return []
+    if value.get("kind") == "zero":
+        return _check_keys(value, ZeroEmbedding, where, set())
+    if value.keys().isdisjoint(("kind", "token", "token_id")):
+        return _check_keys(value, ModelReference, where, set())
+    findings = _check_keys(value, ModelTokenEmbedding, where, set())
+    try:
+        ModelTokenEmbedding.model_validate(value)
+    except (ValidationError, RuntimeError):
+        findings = findings or [
+            problem(
+                f"{where} is not a token of a model: mergekit takes it for the model alone, or "
+                "refuses it",
+                "write `kind: model_token`, `model:`, and one of `token:` and `token_id:`",
+            )
+        ]
     return findings
 
 

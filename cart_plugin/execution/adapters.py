@@ -25,6 +25,7 @@ from cart_plugin.checkpoints.files import check_space, unfinished
 from cart_plugin.checkpoints.headers import read_header
 from cart_plugin.checkpoints.names import model_class
 from cart_plugin.checkpoints.reading import Checkpoint, open_adapter
+from cart_plugin.doctor.costs import fused_bytes
 from cart_plugin.doctor.layout import references
 from cart_plugin.errors import CartError, first_line
 from cart_plugin.execution import child
@@ -89,13 +90,9 @@ def _bytes(base: Checkpoint, options: MergeOptions) -> int:
         CartError: mergekit knows no such dtype.
     """
     try:
-        dtype = dtype_from_name(options.lora_merge_dtype)
+        return fused_bytes(base, dtype_from_name(options.lora_merge_dtype))
     except RuntimeError as error:
         raise CartError(f"--lora-merge-dtype: {error}; write float32, or bfloat16") from None
-    return sum(
-        info.elements * dtype.itemsize if dtype is not None and info.is_floating else info.bytes
-        for info in base.tensors.values()
-    )
 
 
 def _folders(config: MergeConfiguration, options: MergeOptions, cache: Path) -> dict[str, Path]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
-from mergekit.common import ModelReference
+from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions, add_merge_options
 
@@ -98,21 +99,31 @@ def read_inputs(document: Mapping[str, Any]) -> Inputs:
             )
     found: dict[str, Checkpoint] = {}
     for label, model in references(ordered).items():
-        path, findings = files.locate(model.model.path, "model")
-        stop_at(findings)
-        if path is None:
-            raise CartError(
-                f"model {label} is not a local folder; download it (`hf download {label} "
-                "--local-dir FOLDER`) and write FOLDER in the recipe"
-            )
-        checkpoint, findings = files.read_folder(label, path)
+        checkpoint, findings = files.read_folder(label, _located(model.model, "model"))
         stop_at([*findings, *files.check_dtypes(checkpoint)])
         if model.lora is not None:
+            _located(model.lora, "adapter")
             stop_at(files.check_adapter(model.lora.path))
         found[label] = checkpoint
     if not found:
         raise CartError("the recipe names no model")
     return Inputs(ordered, found)
+
+
+def _located(part: ModelPath, kind: str) -> Path:
+    """The folder of a model or an adapter.
+
+    Raises:
+        CartError: it is none here.
+    """
+    path, findings = files.locate(part.path, kind)
+    stop_at(findings)
+    if path is None:
+        raise CartError(
+            f"{kind} {part} is not a local folder; download it "
+            f"(`{files.to_folder(part.path, part.revision)}`) and write FOLDER in the recipe"
+        )
+    return path
 
 
 def stop_at(findings: Iterable[Finding]) -> None:

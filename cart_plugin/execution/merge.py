@@ -12,10 +12,9 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
 from mergekit.options import MergeOptions
 
-from cart_plugin.checkpoints import side_files
+from cart_plugin.checkpoints import recipes, side_files
 from cart_plugin.checkpoints.files import check_space, read_json
 from cart_plugin.errors import CartError
 from cart_plugin.execution import adapters, child, completion, routes, verification
@@ -117,7 +116,7 @@ def prepare(
 ) -> Prepared:
     """Read a recipe, make its models whole, and choose a way; arguments and errors of `merge`."""
     source = recipe.read_text(encoding="utf-8")
-    original = read_inputs(yaml.safe_load(source))
+    original = read_inputs(recipes.read(source))
     inputs = original
     if original.adapters:
         inputs = read_inputs(adapters.fuse(original, options, scratch, tell))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mergekit.common import ModelPath
 from mergekit.config import MergeConfiguration
 from mergekit.parameter_resolver import resolve_parameter
 
@@ -47,7 +49,8 @@ def subjects(recipe: Path, base: str | None) -> Subjects:
         base: takes the place of the recipe's base model.
 
     Raises:
-        CartError: it is no recipe, several, or merges slices of layers.
+        CartError: it is no recipe, several, or merges slices of layers; or its base model has an
+            adapter.
     """
     documents, findings = load(recipe)
     if findings:
@@ -68,11 +71,22 @@ def subjects(recipe: Path, base: str | None) -> Subjects:
     own = None if config.base_model is None else str(config.base_model)
     labels = [label for label in dict.fromkeys(merged[0].models) if label != own]
     models = tuple(
-        "+".join(part.path for part in (named[label].model, named[label].lora) if part is not None)
+        "+".join(_place(part) for part in (named[label].model, named[label].lora) if part)
         for label in labels
     )
-    place = base if base is not None else None if own is None else named[own].model.path
-    return Subjects(models, place, _weighting(recipe, document, config, labels))
+    if base is None and own is not None:
+        if named[own].lora is not None:
+            raise CartError(
+                f"{recipe}: its base model {own} has an adapter, and inspect takes a whole one; "
+                "fuse them (PEFT's merge_and_unload, then save_pretrained) and name that (--base)"
+            )
+        base = _place(named[own].model)
+    return Subjects(models, base, _weighting(recipe, document, config, labels))
+
+
+def _place(part: ModelPath) -> str:
+    """With its revision on the hub; of what is here there is but one, for mergekit, too."""
+    return str(part.path) if os.path.exists(part.path) else str(part)
 
 
 def _weighting(

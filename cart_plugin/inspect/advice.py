@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from cart_plugin.inspect.merges import AUTO, AUTO_WITH_BASE, AVERAGE, CART, MERGED
+from cart_plugin.inspect.sources import Named
 from cart_plugin.inspect.summary import Judgement, Movement, Pair, title
 from cart_plugin.inspect.weighting import Weighting
 from cart_plugin.merging.informed import MOST_INFORMED
@@ -104,7 +105,8 @@ def advise(
         ),
         *_sizes(movements),
     ]
-    alone = of_adapters and not any("+" in path for path in paths)
+    with_bases = [named.path and named.adapter for named in map(Named.parse, paths)]
+    alone = of_adapters and not any(with_bases)
     if of_pool:
         chosen = _METHODS.get(method, "cart/auto")
         recipe = f"fusion_bench method={chosen}  # and this run's modelpool and taskpool"
@@ -302,13 +304,24 @@ def _recipe(
     return text.rstrip()
 
 
-def _written(model: str) -> str:
-    """As mergekit has to read it: it takes `models/math` for a name on the hub, offline, too."""
-    parts = [
-        f"./{part}" if not part.startswith((".", "/", "~")) and Path(part).is_dir() else part
-        for part in model.split("+")
-    ]
-    return "+".join(parts)
+def _written(model: str) -> object:
+    """As mergekit has to read it: it takes `models/math` for a name on the hub, offline, too.
+
+    A folder with a sign in its name that would split it is written as a mapping.
+    """
+    named = Named.parse(model)
+    parts = {
+        key: f"./{part}" if not part.startswith((".", "/", "~")) and Path(part).is_dir() else part
+        for key, part in (("model", named.path), ("lora", named.adapter))
+        if part is not None
+    }
+    if not any(_is_split(part) for part in parts.values()):
+        return "+".join(parts.values())
+    return {key: {"path": part} if _is_split(part) else part for key, part in parts.items()}
+
+
+def _is_split(part: str) -> bool:
+    return any(sign in part for sign in "+@") and Path(part).exists()
 
 
 def _command(method: str, paths: Sequence[str], weighting: Weighting | None) -> str:

@@ -140,6 +140,7 @@ class Fused(Checkpoint):
         return Difference(found.right.mT, found.left.mT) if place.turned else found
 
     def identity(self) -> str:
-        """What changes when the base or the adapter does."""
+        """What changes when the base or the adapter does, or what is known of how it is stored."""
         config = sorted(map(str, self.adapter.checkpoint.config.items()))
-        return f"{state(self.base)} {state(self.adapter.checkpoint)} {config}"
+        places = sorted((self._places | self._biases).items())
+        return f"{state(self.base)} {state(self.adapter.checkpoint)} {config} {places}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from cart_plugin.checkpoints import hub
 from cart_plugin.checkpoints.agreement import check_stored
 from cart_plugin.checkpoints.headers import read_header
 from cart_plugin.checkpoints.reading import (
@@ -36,8 +37,7 @@ class Named:
     def parse(cls, text: str) -> Named:
         """Read ``MODEL``, ``ADAPTER`` or ``BASE+ADAPTER``; a folder with a plus is a folder."""
         if not os.path.exists(text) and "+" in text:
-            base, _, adapter = text.partition("+")
-            return cls(base, adapter)
+            return cls(*_parts(text))
         folder = Path(text)
         if (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG).is_file():
             return cls(None, text)
@@ -45,6 +45,13 @@ class Named:
 
     def __str__(self) -> str:
         return "+".join(part for part in (self.path, self.adapter) if part is not None)
+
+
+def _parts(text: str) -> tuple[str, str]:
+    """Base and adapter: at the sign between two that are here, or at the first one."""
+    signs = [index for index, letter in enumerate(text) if letter == "+"]
+    found = [(text[:sign], text[sign + 1 :]) for sign in signs]
+    return next((parts for parts in found if all(map(os.path.exists, parts))), found[0])
 
 
 class Source(Protocol):
@@ -120,12 +127,4 @@ def open_model(path: str, name: str) -> Checkpoint:
 
 def cached(path: str) -> Path:
     """The folder of a model that is here or in the hub's cache, or the path as it is."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    if os.path.exists(path):
-        return Path(path)
-    try:
-        return Path(snapshot_download(path, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError):
-        return Path(path)
+    return Path(path) if os.path.exists(path) else hub.cached(path) or Path(path)

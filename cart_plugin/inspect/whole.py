@@ -66,7 +66,7 @@ class Whole:
         self.notes = list(self._left_out(every, lacking, unlike))
         if not self.weights:
             raise CartError("the models have no tensor in common")
-        self._turned: set[str] = set()
+        self._turned: set[str] | None = None  # nobody knows
         try:
             self._turned = turned_weights(first)
         except CartError as error:
@@ -118,7 +118,7 @@ class Whole:
             None if self.merged is None else self.merged.read(name),
             shares,
             dict(self._differences(name)),
-            turned=name in self._turned,
+            turned=name in (self._turned or ()),
         )
 
     def _differences(self, name: str) -> Iterator[tuple[int, Difference]]:
@@ -149,7 +149,9 @@ class Whole:
     def identity(self) -> list[str]:
         """See `Source`."""
         every = (*self.checkpoints, self.base, self.merged)
-        return ["" if model is None else _identity(model) for model in every]
+        # How weights are stored, the config and transformers tell, and not the weights' files.
+        stored = "not told" if self._turned is None else f"turned {sorted(self._turned)}"
+        return [*("" if model is None else _identity(model) for model in every), stored]
 
 
 def _check_depths(one: Checkpoint, other: Checkpoint) -> None:

@@ -179,11 +179,12 @@ def test_layers_whose_embeddings_mergekit_drops(
         tmp_path, "T5ForConditionalGeneration", **_T5, feed_forward_proj="gated-gelu"
     )
     slices = [{"sources": [{"model": model, "layer_range": [0, 2]} for model in models]}]
-    report = check(
-        [], models=None, modules={part: {"slices": slices} for part in ("encoder", "decoder")}
-    )
-    assert "write whole models under `models:` and merge with `mergekit-cart merge" in report.text
+    modules: dict[str, Any] = {part: {"slices": slices} for part in ("encoder", "decoder")}
+    report = check([], models=None, modules=modules)
+    report.has_only_problem("drop 1 of 51", "leaves out shared", "(`shared: {models: [...]}`)")
     assert "save_original_format" not in report.text  # T5 has one format
+    modules["shared"] = {"models": [{"model": model} for model in models]}
+    check([], models=None, modules=modules).is_clean()
 
 
 def test_tokenizer_settings_are_in_the_way_of_another_way(
@@ -219,3 +220,13 @@ def test_models_that_hold_the_most_by_names_of_the_other_format(
     report = check(mixed, merge_method="linear", parameters={"weight": 1.0})
     report.has_only_problem("are saved in two formats", "in one format", "or merge with")
     assert report.warnings == []
+
+
+def test_a_recipe_of_one_tower_leaves_out_the_others(
+    check: Callable[..., Report], tmp_path: Path
+) -> None:
+    models = save_class(tmp_path, "Mistral3ForConditionalGeneration", **MISTRAL3)
+    entries = [{"model": model} for model in models]
+    report = check([], models=None, modules={"text_decoder": {"models": entries}})
+    report.has_only_problem("would silently drop", "leaves out multi_modal_projector, vision_tower")
+    assert "names them differently" not in report.text

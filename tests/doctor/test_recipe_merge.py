@@ -256,7 +256,7 @@ def test_too_little_memory(
     check: Callable[..., Report], llamas: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(costs, "available_memory", lambda: 10**6)
-    check(llamas).has_only_warning("memory needed on the CPU: up to about 45", "--out-shard-size")
+    check(llamas).has_only_warning("memory needed on the CPU: up to about 45", "close other prog")
     monkeypatch.setattr(costs, "available_memory", lambda: None)
     check(llamas).is_clean()
 

@@ -315,3 +315,37 @@ def test_doctor_and_mergekit_agree(
         mergekit_yaml, [str(tmp_path / "cart.yaml"), str(tmp_path / "out"), "--no-copy-tokenizer"]
     )
     assert (merged.exit_code == 0) == (report.exit_code == 0)
+
+
+def test_a_base_that_a_method_does_not_know_is_averaged_in(
+    check: Callable[..., Report], llamas: list[str]
+) -> None:
+    """So it is where `ties` is replaced by `linear`, and all else is left."""
+    base, two = llamas[2], entries(llamas[:2])
+    for method, parameters in (("linear", {"weight": 1.0}), ("karcher", {})):
+        recipe = {"merge_method": method, "models": two, "parameters": parameters}
+        report = check(**recipe, base_model=base)
+        report.has_only_warning("would be averaged in", f"{method} knows no base", "delete `base_m")
+        check(**recipe).is_clean()
+        check(**{**recipe, "models": entries(llamas)}, base_model=base).is_clean()
+    sources = [{"model": model, "layer_range": [0, 5]} for model in llamas[:2]]
+    slices = {"models": None, "slices": [{"sources": sources}], "base_model": base}
+    check(**slices, merge_method="linear", parameters={"weight": 1.0}).is_clean()
+
+
+def test_the_weight_that_the_averaged_base_lacks(
+    check: Callable[..., Report], llamas: list[str], tmp_path: Path
+) -> None:
+    models = entries(llamas[:2], {"weight": 0.3}, {"weight": 0.3})
+    report = check(merge_method="linear", models=models, base_model=llamas[2])
+    (problem,) = report.problems
+    assert "Missing required parameter weight" in problem
+    assert "-> delete `base_model:`: linear knows no base" in problem
+    assert "mergekit-cart merge" not in problem
+    report = check(merge_method="linear", models=entries(llamas[:2], {"weight": 0.3}))
+    report.has_only_problem("set `weight` under the recipe's `parameters:`, or for each model")
+    report = check(merge_method="slerp", models=entries(llamas[:2]), base_model=llamas[0])
+    report.has_only_problem("set `t` under the recipe's `parameters:`; of filters")
+    one = entries(llamas[:1])
+    report = check(merge_method="passthrough", models=one, base_model=llamas[2])
+    report.has_only_problem("requires exactly 1 inputs", "delete `base_model:`: passthrough")

@@ -138,8 +138,8 @@ def test_a_filter_has_to_mean_all_parts_of_a_tensor() -> None:
 @pytest.mark.parametrize(
     ("recipe", "advice"),
     [
-        ({"merge_method": "slerp", "parameters": {"t": 0.5}}, "tensor by tensor: Merge method"),
-        ({"merge_method": "linear"}, "tensor by tensor: Missing required parameter weight"),
+        ({"merge_method": "slerp", "parameters": {"t": 0.5}}, "correct what the message names"),
+        ({"merge_method": "linear"}, "set `weight` under the recipe's `parameters:`, or for each"),
         ({"tokenizer": {"source": "base"}}, "with a head (BertForSequenceClassification)"),
         ({"tokenizer": {"source": "base"}}, "or delete the tokenizer settings and merge with"),
     ],

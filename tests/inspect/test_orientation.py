@@ -11,8 +11,10 @@ from safetensors.torch import save_file
 
 from cart_plugin.checkpoints.orientation import turned_weights
 from cart_plugin.inspect import inspect_models, inspect_state_dicts
+from cart_plugin.inspect.fused import Fused
 from cart_plugin.inspect.sources import open_model
 from tests.adapters.lora import save_lora, state
+from tests.doctor.tiny import change_config
 from tests.inspect.conftest import tune
 from tests.inspect.test_activations import records, save_gpt2
 from tests.support import random
@@ -92,3 +94,32 @@ def test_models_that_transformers_cannot_build_are_taken_as_they_are_stored(
     notes = inspect_models(files, names=["a", "b"]).notes
     assert any(note.startswith("weights are taken to be stored as (outputs") for note in notes)
     assert not any("stored as" in note for note in inspect_models(folders).notes)
+
+
+def test_models_are_measured_anew_when_their_config_is_corrected(tmp_path: Path) -> None:
+    """What it says of how weights are stored decides the records, and is not in their files."""
+    base = save_gpt2(tmp_path)
+    folders = [tune(base, tmp_path / f"m{seed}", seed) for seed in range(2)]
+    out = tmp_path / "out"
+    for folder in folders:
+        change_config(folder, architectures=["MyGPT2"])
+    notes = inspect_models(folders, base=base, out=out).notes
+    assert any("MyGPT2" in note for note in notes)
+    for folder in folders:
+        change_config(folder, architectures=["GPT2LMHeadModel"])
+    again = inspect_models(folders, base=base, out=out)
+    assert not any("stored as" in note for note in again.notes)
+    assert records(again) == records(inspect_models(folders, base=base))
+
+
+def test_what_transformers_says_of_a_fused_models_base_is_a_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_gpt2(tmp_path)
+    config = {"target_modules": ["attn.c_proj"], "fan_in_fan_out": True}
+    adapter = str(save_lora(tmp_path / "adapter", base, 1, **config))
+    opened = open_model(str(base), "base")
+    before = Fused(opened, adapter, "a").identity()
+    assert Fused(opened, adapter, "a").identity() == before
+    monkeypatch.setattr("cart_plugin.inspect.fused.turned_parameters", lambda model: set())
+    assert Fused(opened, adapter, "a").identity() != before
