@@ -275,12 +275,16 @@ def markdown(folder: Path) -> str:
     )
     measured = [one for held in records.values() for record in held for one in record["measured"]]
     seeds = ", ".join(f"{suite} {len(held)}" for suite, held in records.items())
+    others = ""
+    if any(count == OVERLAPPING for _, count in columns):
+        others += "; overlapping: two models of one task and one of another, four times"
+    if GENTLY in records:
+        others += f"; {GENTLY}: a learning rate of {GENTLE:g}"
     return (
         f"Accuracy in per cent on the validation splits ({EXAMPLES} examples a task), by suite and "
-        f"number of tasks (four pairs, two triples, and the first 4, 6 and 8; overlapping: two "
-        f"models of one task and one of another, four times; {GENTLY}: a learning rate of "
-        f"{GENTLE:g}); fine-tuning seeds: {seeds}; in brackets where it is fewer. "
-        f"{made_by('bench-auto', measured)}\n\n{table}\n"
+        f"number of tasks (four pairs, two triples, and the first 4, 6 and 8{others}); fine-tuning "
+        f"seeds: {seeds}; in brackets where it is fewer. {made_by('bench-auto', measured)}\n\n"
+        f"{table}\n"
     )
 
 
